@@ -1,0 +1,3 @@
+"""Entropy-controlled reinforcement learning of reasoning models on Megatron-Core."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,282 @@
+"""The schema of a run: TOML with at most one parent, unknown keys forbidden, no torch imported.
+
+A recipe holds only what differs from its parent (``parent = "../base.toml"``). ``load_config`` merges the
+chain, applies ``key=value`` overrides from the command line and checks everything that can be checked
+without building a model. Every fault is a ``ConfigError`` that says what, found, expected, what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class ConfigError(ValueError):
+    """A fault of the configuration or of the data: the run must not start. Exit code 2."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class ModelConfig(Section):
+    path: str = ""  # directory with config.json, safetensors and tokenizer
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+class DataConfig(Section):
+    train: str = ""  # JSON Lines: prompt, answer [, id, verifier, numbers]
+    prompt_suffix: str = ""
+    max_prompt_tokens: Positive = 1024
+    strict: bool = False  # fail on a bad row instead of leaving it out with a report
+
+
+class RolloutConfig(Section):
+    engine: Literal["hf"] = "hf"
+    prompts: Positive = 128  # prompts per step
+    samples: Positive = 8  # responses per prompt: the group size G
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Fraction = 1.0
+    max_response_tokens: Positive = 3072
+    batch_size: Positive = 256  # sequences decoded at once by one rank
+
+
+class RewardConfig(Section):
+    correct: float = 1.0
+    wrong: float = 0.0
+    workers: NonNegative = 0  # processes of one node's pool; 0 = one per core, at most 16
+    deadline_s: Annotated[float, Field(gt=0)] = 10.0  # for one answer
+    max_timeout_share: Fraction = 0.2  # above it the step stops: the verifier is not to be trusted
+
+
+class OptimizerConfig(Section):
+    lr: Annotated[float, Field(gt=0)] = 1e-6
+    warmup_steps: NonNegative = 0  # optimizer steps
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    clip_grad: Annotated[float, Field(gt=0)] = 1.0
+
+
+class TrainConfig(Section):
+    steps: Positive = 100  # rollout steps
+    mini_batch_prompts: Positive = 128  # prompts per optimizer step
+    micro_batch_tokens: Positive = 16384  # token budget of one packed micro-batch
+    seed: NonNegative = 0
+    max_bad_steps: Positive = 3  # consecutive steps with a non-finite gradient before the run stops
+
+
+class ParallelConfig(Section):
+    nodes: Positive = 1
+    ranks_per_node: Positive = 8
+    tensor: Positive = 1
+    pipeline: Positive = 1
+    sequence: bool = False  # sequence parallelism over the tensor-parallel group
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def data(self) -> int:
+        return self.world // (self.tensor * self.pipeline)
+
+
+class CheckpointConfig(Section):
+    every: NonNegative = 20  # steps; 0 = only at the end
+    keep: Positive = 2  # newest valid checkpoints kept
+
+
+class LogConfig(Section):
+    dir: str = "runs"  # the run's folder is dir/name
+    tensorboard: bool = True
+    samples: NonNegative = 4  # responses kept per step for the report, with their token entropies
+
+
+class Config(Section):
+    name: str = "run"
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    method: dict[str, Any] = {"name": "grpo"}  # checked against the method's own options by methods.create
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.log.dir) / self.name
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a recipe, its parents and ``key=value`` overrides (dotted keys, TOML values).
+
+    Relative paths in ``model.path`` and ``data.train`` are tried from the current directory first,
+    then from the file that states them.
+    """
+    merged = _read_chain(Path(path))
+    for override in overrides or []:
+        _apply_override(merged, override)
+    try:
+        config = Config.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(_readable(error, path)) from None
+    check_layout(config)
+    return config
+
+
+def check_layout(config: Config) -> None:
+    """Rules between fields: sizes that must divide, files that must exist, heads against TP."""
+    p, faults = config.parallel, []
+    model_parallel = p.tensor * p.pipeline
+    if p.world % model_parallel:
+        nearest = max(1, round(p.world / model_parallel)) * model_parallel
+        faults.append(
+            f"parallel: tensor {p.tensor} x pipeline {p.pipeline} = {model_parallel} does not divide the world "
+            f"of nodes {p.nodes} x ranks_per_node {p.ranks_per_node} = {p.world}; nearest valid world is {nearest}"
+        )
+    if p.sequence and p.tensor == 1:
+        faults.append("parallel.sequence: needs parallel.tensor > 1, found 1; set parallel.sequence = false")
+    prompts, mini = config.rollout.prompts, config.train.mini_batch_prompts
+    if prompts % mini:
+        faults.append(
+            f"train.mini_batch_prompts: {mini} does not divide rollout.prompts {prompts}; "
+            f"nearest valid is {_nearest_divisor(prompts, mini)}"
+        )
+    elif not p.world % model_parallel and mini % p.data:
+        faults.append(
+            f"train.mini_batch_prompts: {mini} is not divisible by the data-parallel size {p.data}; "
+            f"nearest valid is {max(1, round(mini / p.data)) * p.data}"
+        )
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if config.train.micro_batch_tokens < longest:
+        faults.append(
+            f"train.micro_batch_tokens: {config.train.micro_batch_tokens} cannot hold one sequence of "
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}; raise it to at least {longest}"
+        )
+    if not config.data.train:
+        faults.append("data.train: no training file is named; set data.train to a JSON Lines file")
+    elif not Path(config.data.train).is_file():
+        faults.append(
+            f"data.train: no such file: {config.data.train}; give a path from here or from the recipe"
+        )
+    faults += _check_model(config)
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def hf_config(path: str | Path) -> dict[str, Any]:
+    """The model directory's ``config.json``."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise ConfigError(
+            f"model.path: {path} holds no config.json; expected a Hugging Face model directory "
+            "(config.json, *.safetensors, tokenizer files)"
+        )
+    return json.loads(file.read_text())
+
+
+def _check_model(config: Config) -> list[str]:
+    if not config.model.path:
+        return ["model.path: no model is named; set model.path to a Hugging Face model directory"]
+    try:
+        hf = hf_config(config.model.path)
+    except ConfigError as error:
+        return [str(error)]
+    heads = hf["num_attention_heads"]
+    groups = hf.get("num_key_value_heads") or heads
+    layers = hf["num_hidden_layers"]
+    p, faults = config.parallel, []
+    for what, count in (("attention heads", heads), ("key-value heads", groups)):
+        if count % p.tensor:
+            valid = [n for n in range(1, count + 1) if count % n == 0]
+            faults.append(
+                f"parallel.tensor: {p.tensor} does not divide the model's {count} {what}; valid sizes are {valid}"
+            )
+    if layers % p.pipeline:
+        faults.append(
+            f"parallel.pipeline: {p.pipeline} does not divide the model's {layers} layers; "
+            f"nearest valid is {_nearest_divisor(layers, p.pipeline)}"
+        )
+    return faults
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min((n for n in range(1, number + 1) if number % n == 0), key=lambda n: (abs(n - wanted), n))
+
+
+def _read_chain(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"recipe: no such file: {path}")
+    try:
+        own = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe: {path} is not valid TOML: {error}") from None
+    for section, key in (("model", "path"), ("data", "train")):
+        value = own.get(section, {}).get(key)
+        if value and not Path(value).exists() and (path.parent / value).exists():
+            own[section][key] = str(path.parent / value)
+    parent = own.pop("parent", None)
+    return own if parent is None else _merge(_read_chain(path.parent / parent), own)
+
+
+def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """``own`` over ``base``, section by section. Another method's options are never inherited."""
+    merged = dict(base)
+    for key, value in own.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        replaced = (
+            both and key == "method" and value.get("name", base[key].get("name")) != base[key].get("name")
+        )
+        merged[key] = _merge(base[key], value) if both and not replaced else value
+    return merged
+
+
+def _apply_override(merged: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override: {override!r} is not of the form key=value, for example train.steps=10")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, last = key.split(".")
+    for section in sections:
+        merged = merged.setdefault(section, {})
+        if not isinstance(merged, dict):
+            raise ConfigError(f"override: {key} goes below {section}, which is a value and not a section")
+    merged[last] = value
+
+
+def _readable(error: ValidationError, path: str | Path) -> str:
+    lines = [f"{path}:"]
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            *sections, key = (str(part) for part in item["loc"])
+            model: Any = Config
+            for section in sections:
+                model = model.model_fields[section].annotation
+            close = difflib.get_close_matches(key, model.model_fields, n=1)
+            hint = (
+                f"did you mean {close[0]}?"
+                if close
+                else f"known keys: {', '.join(sorted(model.model_fields))}"
+            )
+            lines.append(f"  {where}: unknown key; {hint}")
+        else:
+            lines.append(f"  {where}: {item['msg']}, found {item['input']!r}")
+    return "\n".join(lines)
