@@ -130,7 +130,5 @@ class Batch:
             for name in ("mask", "weight", "old_logprob", "rollout_logprob", "ref_logprob")
             for value in [getattr(self, name)]
         }
-        sequence = {
-            name: getattr(self, name)[order] for name in ("reward", "advantage", "group", "truncated")
-        }
+        sequence = {name: getattr(self, name)[order] for name in ("reward", "advantage", "group", "truncated")}
         return replace(self, sequence=renumber[self.sequence[position]], **token, **sequence), position

@@ -170,9 +170,7 @@ def check_layout(config: Config) -> None:
     if not config.data.train:
         faults.append("data.train: no training file is named; set data.train to a JSON Lines file")
     elif not Path(config.data.train).is_file():
-        faults.append(
-            f"data.train: no such file: {config.data.train}; give a path from here or from the recipe"
-        )
+        faults.append(f"data.train: no such file: {config.data.train}; give a path from here or from the recipe")
     faults += _check_model(config)
     if faults:
         raise ConfigError("\n".join(faults))
@@ -238,9 +236,7 @@ def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in own.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        replaced = (
-            both and key == "method" and value.get("name", base[key].get("name")) != base[key].get("name")
-        )
+        replaced = both and key == "method" and value.get("name", base[key].get("name")) != base[key].get("name")
         merged[key] = _merge(base[key], value) if both and not replaced else value
     return merged
 
@@ -271,11 +267,7 @@ def _readable(error: ValidationError, path: str | Path) -> str:
             for section in sections:
                 model = model.model_fields[section].annotation
             close = difflib.get_close_matches(key, model.model_fields, n=1)
-            hint = (
-                f"did you mean {close[0]}?"
-                if close
-                else f"known keys: {', '.join(sorted(model.model_fields))}"
-            )
+            hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(sorted(model.model_fields))}"
             lines.append(f"  {where}: unknown key; {hint}")
         else:
             lines.append(f"  {where}: {item['msg']}, found {item['input']!r}")
