@@ -1,0 +1,113 @@
+"""What Megatron-Core needs on a machine without CUDA: the same code, every tensor on the CPU.
+
+``enter()`` is called once per process before Megatron-Core is used. With CUDA it only picks the device.
+Without, it installs what megatron-core 0.16 takes for granted:
+
+- ``device="cuda"``, ``.cuda()`` and ``torch.cuda.current_device()`` mean the CPU;
+- ``Tensor.type()`` answers in the form the distributed optimizer compares with;
+- streams, events and synchronisation do nothing;
+- the CUDA RNG tracker forks nothing (every dropout probability is 0 in RL training).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_entered: contextlib.ExitStack | None = None
+
+
+def device() -> torch.device:
+    """The device tensors live on: this rank's GPU, or the CPU where there is none."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def backend() -> str:
+    """The collective backend that fits the device."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def enter() -> None:
+    """Make this process ready for Megatron-Core. Idempotent; patches nothing where CUDA exists."""
+    global _entered
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return
+    if _entered is None:
+        _patch_cuda()
+        _patch_megatron()
+        _entered = contextlib.ExitStack()
+        _entered.enter_context(_CudaMeansCpu())
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites the device of every torch call from CUDA to CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": "cpu"}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], "cpu", *args[2:])
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+class _NoStream:
+    """Stands for ``torch.cuda.Stream`` and ``Event``: on the CPU all work is already in order."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def wait_stream(self, stream) -> None:
+        pass
+
+    def wait_event(self, event) -> None:
+        pass
+
+    def record_event(self, event=None) -> _NoStream:
+        return self
+
+    def record(self, stream=None) -> None:
+        pass
+
+    def wait(self, stream=None) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+
+def _patch_cuda() -> None:
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.synchronize = lambda device=None: None
+    cuda.empty_cache = lambda: None
+    cuda.Stream = cuda.Event = _NoStream
+    cuda.current_stream = cuda.default_stream = lambda device=None: _NoStream()
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+
+
+def _patch_megatron() -> None:
+    from megatron.core.tensor_parallel import random
+
+    tracker: Any = random.CudaRNGStatesTracker
+    tracker.fork = lambda self, name=None: contextlib.nullcontext()
