@@ -1,0 +1,63 @@
+"""The truth of all operator tests: full vocabulary, any dtype, differentiable by autograd, one definition a function.
+
+Shapes: logits ``[T, V]`` raw (before temperature), targets ``[T]`` int64, temperature a number or ``[T]``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def log_softmax(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    scale = torch.as_tensor(temperature, dtype=logits.dtype, device=logits.device).reshape(-1, 1)
+    return torch.log_softmax(logits / scale, dim=-1)
+
+
+def logprob(logits: Tensor, targets: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    return log_softmax(logits, temperature).gather(-1, targets[:, None])[:, 0]
+
+
+def entropy(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    logp = log_softmax(logits, temperature)
+    return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)
+
+
+def nucleus_mask(
+    logits: Tensor, top_p: float, temperature: float | Tensor = 1.0, nucleus: str = "reach", ties: str = "all"
+) -> Tensor:
+    """``[T, V]`` bool. The crossing token is the first, in descending order, at which the mass reaches ``top_p``.
+
+    ``reach`` keeps it, ``below`` does not. ``ties="all"`` treats tokens of the crossing's logit as one;
+    ``ties="by_id"`` as ordered by id. ``top_p`` 1 crosses at the last finite logit.
+    """
+    value, order = logits.detach().double().sort(dim=-1, descending=True, stable=True)
+    mass = log_softmax(value, temperature).exp().cumsum(-1)
+    finite = (value > -torch.inf).sum(-1, keepdim=True)
+    before = (mass < top_p).sum(-1, keepdim=True) if top_p < 1 else finite
+    crossing = torch.minimum(before, finite - 1)
+    if ties == "by_id":
+        rank = torch.arange(value.shape[-1], device=value.device)
+        kept = rank <= crossing if nucleus == "reach" else rank < crossing
+    else:
+        theta = value.gather(-1, crossing)
+        kept = value >= theta if nucleus == "reach" else value > theta
+    return torch.zeros_like(kept).scatter(-1, order, kept)
+
+
+def nucleus_entropy(logits: Tensor, mask: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    """Entropy of the distribution renormalised inside ``mask``; an empty nucleus has entropy 0 and no gradient."""
+    inside = torch.where(mask | ~mask.any(-1, keepdim=True), logits, -torch.inf)
+    return torch.where(mask.any(-1), entropy(inside, temperature), 0.0)
+
+
+def nucleus_logprob(logits: Tensor, targets: Tensor, mask: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    """Log-probability renormalised inside ``mask``; minus infinity without gradient for a target outside."""
+    inside = mask.gather(-1, targets[:, None])
+    return torch.where(
+        inside[:, 0], logprob(torch.where(mask | ~inside, logits, -torch.inf), targets, temperature), -torch.inf
+    )
+
+
+def nucleus_mass(logits: Tensor, mask: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    return (log_softmax(logits, temperature).exp() * mask).sum(-1)
