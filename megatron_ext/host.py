@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ def enter() -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         return
     if _entered is None:
+        warnings.filterwarnings("ignore", module="megatron")  # that apex and Transformer Engine are absent
         _patch_cuda()
         _patch_megatron()
         _entered = contextlib.ExitStack()

@@ -1,0 +1,128 @@
+"""An HF configuration under a layout -> this rank's Megatron model, optimizer and learning-rate schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_ext import host
+from megatron_ext.model.hf_config import Architecture, transformer_config
+from megatron_ext.model.layers import block_spec
+from megatron_ext.ops.shard import VocabShard
+
+
+@dataclass(frozen=True)
+class Policy:
+    """This rank's part of the trained model. ``chunks`` are what Megatron's schedules take."""
+
+    architecture: Architecture
+    chunks: list[DistributedDataParallel]
+
+    @property
+    def modules(self) -> list[GPTModel]:
+        return [chunk.module for chunk in self.chunks]  # pyright: ignore[reportReturnType]
+
+    @property
+    def vocab_shard(self) -> VocabShard:
+        """The columns of the logits that this tensor-parallel rank holds."""
+        group = parallel_state.get_tensor_model_parallel_group()
+        width = self.architecture.padded_vocab(group.size()) // group.size()
+        return VocabShard(
+            start=group.rank() * width,
+            stop=(group.rank() + 1) * width,
+            vocab_size=self.architecture.vocab_size,
+            group=group,
+        )
+
+
+def build_module(
+    architecture: Architecture, *, tensor: int, pipeline: int, sequence: bool, dtype: torch.dtype
+) -> GPTModel:
+    """This rank's GPTModel with uninitialised weights; Megatron's process groups must exist."""
+    config = transformer_config(architecture, tensor=tensor, pipeline=pipeline, sequence=sequence, dtype=dtype)
+    module = GPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(config, architecture.num_layers // pipeline),  # pyright: ignore
+        vocab_size=architecture.padded_vocab(tensor),
+        max_sequence_length=architecture.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        parallel_output=True,
+        share_embeddings_and_output_weights=architecture.tied,
+        position_embedding_type="rope",
+        rotary_base=int(architecture.rope_theta),
+    )
+    return module.to(device=host.device(), dtype=dtype)
+
+
+def build_policy(
+    architecture: Architecture, *, tensor: int, pipeline: int, sequence: bool, dtype: torch.dtype
+) -> Policy:
+    """The module wrapped for data parallelism with a distributed-optimizer gradient buffer in fp32."""
+    module = build_module(architecture, tensor=tensor, pipeline=pipeline, sequence=sequence, dtype=dtype)
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
+    )
+    chunk = DistributedDataParallel(config=module.config, ddp_config=ddp, module=module)
+    module.config.finalize_model_grads_func = _finalize
+    return Policy(architecture, [chunk])
+
+
+def _finalize(model: list, num_tokens: Any = None, **kwargs: Any) -> None:
+    """Megatron's gradient reduction as a plain sum: the token count it offers to divide by is left out."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def build_optimizer(
+    policy: Policy, *, lr: float, weight_decay: float, beta1: float, beta2: float, eps: float, clip_grad: float
+) -> MegatronOptimizer:
+    """AdamW with its state sharded over the data-parallel ranks (biases and norms carry no weight decay)."""
+    dtype = policy.modules[0].config.params_dtype
+    config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=lr,
+        min_lr=lr,
+        weight_decay=weight_decay,
+        adam_beta1=beta1,
+        adam_beta2=beta2,
+        adam_eps=eps,
+        clip_grad=clip_grad,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_distributed_optimizer=True,
+    )
+    return get_megatron_optimizer(config, policy.chunks)  # pyright: ignore[reportArgumentType]
+
+
+def build_scheduler(
+    optimizer: MegatronOptimizer, *, lr: float, warmup_steps: int, weight_decay: float
+) -> OptimizerParamScheduler:
+    """Linear warm-up over optimizer steps, then constant; the first step has lr / warmup_steps, not 0."""
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=lr,
+        min_lr=lr,
+        lr_warmup_steps=warmup_steps,
+        lr_decay_steps=warmup_steps + 1,
+        lr_decay_style="constant",
+        start_wd=weight_decay,
+        end_wd=weight_decay,
+        wd_incr_steps=1,
+        wd_incr_style="constant",
+        override_opt_param_scheduler=False,
+    )
+    scheduler.step(1)
+    return scheduler

@@ -1,0 +1,115 @@
+"""Layer specs: Transformer Engine's where it can be imported, otherwise torch modules of our own.
+
+megatron-core's local spec has an RMSNorm that refuses sequence parallelism and an attention that does not
+know packed sequences. The two modules here fill exactly these gaps, so that one data path (packed ``thd``
+micro-batches) runs everywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm whose weight takes part in the sequence-parallel gradient all-reduce."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_unused):
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class PackedAttention(torch.nn.Module):
+    """Causal attention within each packed sequence.
+
+    query ``[S, heads/TP, head_dim]``, key and value ``[S, groups/TP, head_dim]``, S tokens of all sequences.
+    Sequences are laid side by side, padded at their ends: under a causal mask no real token sees padding.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, **_unused):
+        super().__init__()
+        assert attn_mask_type == AttnMaskType.causal and config.attention_dropout == 0.0
+        self.scale = config.softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        packed_seq_params: PackedSeqParams,
+        **_unused,
+    ) -> Tensor:
+        starts = packed_seq_params.cu_seqlens_q.long()
+        lengths = starts.diff()
+        position = torch.arange(int(lengths.max()), device=query.device)
+        real = position < lengths[:, None]  # [B, longest]
+        index = (starts[:-1, None] + position).clamp(max=len(query) - 1)
+
+        def side_by_side(x: Tensor) -> Tensor:  # [S, heads, head_dim] -> [B, heads, longest, head_dim]
+            return x[index].transpose(1, 2)
+
+        out = F.scaled_dot_product_attention(
+            side_by_side(query),
+            side_by_side(key),
+            side_by_side(value),
+            is_causal=True,
+            scale=self.scale,
+            enable_gqa=True,
+        )
+        return out.transpose(1, 2)[real].flatten(1)
+
+
+def have_transformer_engine() -> bool:
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """The spec of one decoder layer for the given architecture."""
+    if have_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    )
+    layer = spec.submodules
+    attention = dataclasses.replace(layer.self_attention.submodules, core_attention=PackedAttention)
+    if config.qk_layernorm:
+        attention = dataclasses.replace(attention, q_layernorm=RMSNorm, k_layernorm=RMSNorm)
+    layer = dataclasses.replace(
+        layer,
+        input_layernorm=RMSNorm,
+        pre_mlp_layernorm=RMSNorm,
+        self_attention=dataclasses.replace(layer.self_attention, submodules=attention),
+    )
+    return dataclasses.replace(spec, submodules=layer)
+
+
+def block_spec(config: TransformerConfig, num_layers: int) -> ModuleSpec | TransformerBlockSubmodules:
+    """What GPTModel is given: one layer's spec (Transformer Engine), or the layers and the final norm."""
+    layer = layer_spec(config)
+    if have_transformer_engine():
+        return layer
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

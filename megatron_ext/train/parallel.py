@@ -1,0 +1,63 @@
+"""Process groups of a layout, and the reducer that methods see."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_ext import host
+from megatron_ext.train.config import ParallelConfig
+
+
+def initialize(layout: ParallelConfig, *, timeout_s: float = 600) -> None:
+    """Join the default group (from the launcher's environment, unless a test already did) and make Megatron's."""
+    if not dist.is_initialized():
+        dist.init_process_group(host.backend(), timeout=timedelta(seconds=timeout_s))
+    if dist.get_world_size() != layout.world:
+        raise ValueError(
+            f"parallel: the recipe's world is nodes {layout.nodes} x ranks_per_node {layout.ranks_per_node} = "
+            f"{layout.world} but {dist.get_world_size()} ranks were launched"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline
+    )
+
+
+def data_rank() -> int:
+    return parallel_state.get_data_parallel_rank()
+
+
+class DataReducer:
+    """The other data-parallel ranks, as a method sees them (methods/base.py::Reducer)."""
+
+    def __init__(self) -> None:
+        self.group = parallel_state.get_data_parallel_group()
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Element-wise sum over the data-parallel ranks."""
+        total = value.to(host.device(), copy=True)
+        dist.all_reduce(total, group=self.group)
+        return total.to(value.device)
+
+    def concat(self, value: Tensor) -> Tensor:
+        """All ranks' vectors one after the other, in rank order."""
+        parts: list[Tensor] = [torch.empty(0)] * self.group.size()
+        dist.all_gather_object(parts, value.cpu(), group=self.group)
+        return torch.cat(parts).to(value.device)
+
+
+def from_last_stage(tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """Give every pipeline stage what the last one computed (the others pass None)."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() == 1:
+        assert tensors is not None
+        return tensors
+    last = parallel_state.get_pipeline_model_parallel_last_rank()
+    box = [None if tensors is None else {name: value.cpu() for name, value in tensors.items()}]
+    dist.broadcast_object_list(box, src=last, group=group)
+    assert box[0] is not None
+    return {name: value.to(host.device()) for name, value in box[0].items()}
