@@ -93,6 +93,21 @@ class TokenStats:
 
 
 @dataclass(frozen=True)
+class PackedSequences:
+    """One micro-batch for the model: prompts and responses end to end, S tokens in all.
+
+    ``rows`` are the positions whose logits predict a response token, ``targets`` those tokens, both ``[T]``
+    in the order of the sequences.
+    """
+
+    tokens: Tensor  # [S] int64
+    position: Tensor  # [S] int64, within the sequence
+    starts: Tensor  # [sequences + 1] int32, cumulative lengths
+    rows: Tensor  # [T] int64
+    targets: Tensor  # [T] int64
+
+
+@dataclass(frozen=True)
 class Batch:
     """The response tokens of one mini-batch (or of a micro-batch of it) on one data-parallel rank.
 

@@ -18,6 +18,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ext import host
+from megatron_ext.model import groups
 from megatron_ext.model.hf_config import Architecture, transformer_config
 from megatron_ext.model.layers import block_spec
 from megatron_ext.ops.shard import VocabShard
@@ -37,7 +38,7 @@ class Policy:
     @property
     def vocab_shard(self) -> VocabShard:
         """The columns of the logits that this tensor-parallel rank holds."""
-        group = parallel_state.get_tensor_model_parallel_group()
+        group = groups.tensor()
         width = self.architecture.padded_vocab(group.size()) // group.size()
         return VocabShard(
             start=group.rank() * width,

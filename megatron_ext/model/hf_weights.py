@@ -17,12 +17,12 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from safetensors import safe_open
 from torch import Tensor
 
 from megatron_ext import host
+from megatron_ext.model import groups
 from megatron_ext.model.hf_config import Architecture
 from megatron_ext.model.layers import have_transformer_engine
 
@@ -162,8 +162,8 @@ def load_weights(module: GPTModel, a: Architecture, path: str | Path) -> None:
 
     Raises ValueError naming every tensor that is missing, unexpected or misshapen.
     """
-    stage, num_stages = _stage()
-    tensor = parallel_state.get_tensor_model_parallel_group()
+    stage, num_stages = groups.pipeline().rank(), groups.pipeline().size()
+    tensor = groups.tensor()
     rules = stage_rules(a, stage, num_stages)
     parameters = dict(module.named_parameters())
     read, available = open_safetensors(path)
@@ -207,8 +207,8 @@ def stream_weights(module: GPTModel, a: Architecture) -> Iterator[tuple[str, Ten
 
     Collective over the tensor- and pipeline-parallel groups: all their ranks must consume the iterator.
     """
-    stage, num_stages = _stage()
-    tensor = parallel_state.get_tensor_model_parallel_group()
+    stage, num_stages = groups.pipeline().rank(), groups.pipeline().size()
+    tensor = groups.tensor()
     parameters = dict(module.named_parameters())
     dtype = next(iter(parameters.values())).dtype
     for source in range(num_stages):
@@ -226,7 +226,7 @@ def stream_weights(module: GPTModel, a: Architecture) -> Iterator[tuple[str, Ten
 
 
 def _from_stage(whole: list[Tensor] | None, count: int, source: int, dtype: torch.dtype) -> list[Tensor]:
-    group = parallel_state.get_pipeline_model_parallel_group()
+    group = groups.pipeline()
     if group.size() == 1:
         assert whole is not None
         return whole
@@ -239,10 +239,3 @@ def _from_stage(whole: list[Tensor] | None, count: int, source: int, dtype: torc
     for x in received:
         dist.broadcast(x, src=root, group=group)
     return received
-
-
-def _stage() -> tuple[int, int]:
-    return (
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_world_size(),
-    )

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_ext import host
+from megatron_ext.model import groups
 from megatron_ext.train.config import ParallelConfig
 
 
@@ -27,15 +28,11 @@ def initialize(layout: ParallelConfig, *, timeout_s: float = 600) -> None:
     )
 
 
-def data_rank() -> int:
-    return parallel_state.get_data_parallel_rank()
-
-
 class DataReducer:
     """The other data-parallel ranks, as a method sees them (methods/base.py::Reducer)."""
 
     def __init__(self) -> None:
-        self.group = parallel_state.get_data_parallel_group()
+        self.group = groups.data()
 
     def sum(self, value: Tensor) -> Tensor:
         """Element-wise sum over the data-parallel ranks."""
@@ -52,11 +49,11 @@ class DataReducer:
 
 def from_last_stage(tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
     """Give every pipeline stage what the last one computed (the others pass None)."""
-    group = parallel_state.get_pipeline_model_parallel_group()
+    group = groups.pipeline()
     if group.size() == 1:
         assert tensors is not None
         return tensors
-    last = parallel_state.get_pipeline_model_parallel_last_rank()
+    last = dist.get_process_group_ranks(group)[-1]
     box = [None if tensors is None else {name: value.cpu() for name, value in tensors.items()}]
     dist.broadcast_object_list(box, src=last, group=group)
     assert box[0] is not None

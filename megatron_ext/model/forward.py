@@ -1,0 +1,116 @@
+"""Packed micro-batches through Megatron's pipeline schedules to token statistics. PP ends here.
+
+``forward`` runs without gradient; ``forward_backward`` adds the loss's gradient into Megatron's buffers.
+Both return the statistics of each micro-batch on the last pipeline stage and None on the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_ext import host
+from megatron_ext.methods.base import Needs
+from megatron_ext.model import groups
+from megatron_ext.model.build import Policy
+from megatron_ext.ops.policy_stats import policy_stats
+from megatron_ext.types import PackedSequences, TokenStats
+
+LossFunction = Callable[[int, TokenStats], Tensor]  # (number of the micro-batch, statistics) -> scalar
+
+
+def forward(
+    policy: Policy, packed: Sequence[PackedSequences], needs: Needs, temperature: float
+) -> list[TokenStats] | None:
+    """Statistics without gradient of every micro-batch."""
+    with torch.no_grad():
+        return _run(policy, packed, needs, temperature, loss=None)
+
+
+def forward_backward(
+    policy: Policy, packed: Sequence[PackedSequences], needs: Needs, temperature: float, loss: LossFunction
+) -> list[TokenStats] | None:
+    """Run the micro-batches with gradient. ``loss`` is called once per micro-batch on the last stage.
+
+    Afterwards the gradient of the sum of all losses over micro-batches and data-parallel ranks is in the
+    distributed optimizer's buffers.
+    """
+    return _run(policy, packed, needs, temperature, loss)
+
+
+def _run(
+    policy: Policy, packed: Sequence[PackedSequences], needs: Needs, temperature: float, loss: LossFunction | None
+) -> list[TokenStats] | None:
+    shard = policy.vocab_shard
+    want, grad = _outputs(needs)
+
+    def step(numbered, model):
+        number, micro = next(numbered)
+        tokens = micro.tokens.to(host.device())[None]
+        logits = model(
+            input_ids=tokens,
+            position_ids=micro.position.to(host.device())[None],
+            attention_mask=None,
+            packed_seq_params=_packed_params(micro),
+        )
+
+        def statistics(logits: Tensor) -> TokenStats:  # [1, S, V/TP] -> [T]
+            rows = logits[0].index_select(0, micro.rows.to(logits.device))
+            outputs = policy_stats(
+                rows,
+                micro.targets.to(logits.device),
+                shard,
+                temperature=temperature,
+                top_p=needs.nucleus_p,
+                nucleus=needs.nucleus,
+                want=want,
+                grad=grad if loss else (),
+            )
+            return TokenStats(**{name: outputs[name] for name in want})
+
+        def finish(output: Tensor):
+            stats = statistics(output)
+            total = torch.zeros(()) if loss is None else loss(number, stats)
+            return total, torch.tensor(0, dtype=torch.int), stats.detach()
+
+        return logits, finish
+
+    results = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter(enumerate(packed)),
+        model=policy.chunks,
+        num_microbatches=len(packed),
+        seq_length=1,  # the true lengths travel with the tensors (variable_seq_lengths)
+        micro_batch_size=1,
+        forward_only=loss is None,
+    )
+    return results if groups.is_last_stage() else None
+
+
+def _outputs(needs: Needs) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    want, grad = ["logprob"], ["logprob"]
+    if needs.entropy:
+        want.append("entropy")
+    if needs.entropy and needs.entropy_grad:
+        grad.append("entropy")
+    if needs.nucleus_p is not None:
+        want += ["nucleus_entropy", "nucleus_mass", "nucleus_size"]
+    if needs.nucleus_p is not None and needs.nucleus_grad:
+        grad.append("nucleus_entropy")
+    return tuple(want), tuple(grad)
+
+
+def _packed_params(micro: PackedSequences) -> PackedSeqParams:
+    starts = micro.starts.to(host.device())
+    longest = int(micro.starts.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=starts,
+        cu_seqlens_kv=starts,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )

@@ -1,0 +1,29 @@
+"""Megatron's process groups by name, typed."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+
+def tensor() -> dist.ProcessGroup:
+    return cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group())
+
+
+def pipeline() -> dist.ProcessGroup:
+    return cast(dist.ProcessGroup, parallel_state.get_pipeline_model_parallel_group())
+
+
+def data() -> dist.ProcessGroup:
+    return cast(dist.ProcessGroup, parallel_state.get_data_parallel_group())
+
+
+def model() -> dist.ProcessGroup:
+    """Tensor and pipeline parallelism together: the ranks that hold one copy of the model."""
+    return cast(dist.ProcessGroup, parallel_state.get_model_parallel_group())
+
+
+def is_last_stage() -> bool:
+    return pipeline().rank() == pipeline().size() - 1

@@ -1,0 +1,62 @@
+"""Sequences -> packed micro-batches under a token budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_ext.types import PackedSequences
+
+
+def split(lengths: Sequence[int], budget: int, num_bins: int = 1) -> list[list[int]]:
+    """Divide sequences into at least ``num_bins`` bins of at most ``budget`` tokens each.
+
+    Longest first into the emptiest bin (balanced bins cost the least time); the number of bins is the
+    smallest at which that fits. Within a bin the sequences keep their order. Bins may be empty.
+    Raises ValueError for a sequence longer than the budget.
+    """
+    if lengths and max(lengths) > budget:
+        raise ValueError(f"micro_batch_tokens: {budget} cannot hold a sequence of {max(lengths)} tokens")
+    num_bins = max(num_bins, -(-sum(lengths) // budget))
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(num_bins)]
+        load = [0] * num_bins
+        for i in order:
+            lightest = min(range(num_bins), key=lambda b: (load[b], b))
+            bins[lightest].append(i)
+            load[lightest] += lengths[i]
+        if max(load) <= budget:
+            return [sorted(bin) for bin in bins]
+        num_bins += 1
+
+
+def pack(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], *, multiple: int = 1) -> PackedSequences:
+    """Lay ``(prompt_ids, response_ids)`` pairs end to end; pad with one dummy sequence to ``multiple`` tokens.
+
+    The response token at position t is predicted at t - 1, so ``rows`` starts at the last prompt token.
+    """
+    tokens: list[int] = []
+    position: list[int] = []
+    rows: list[int] = []
+    targets: list[int] = []
+    starts = [0]
+    for prompt, response in sequences:
+        rows += range(len(tokens) + len(prompt) - 1, len(tokens) + len(prompt) + len(response) - 1)
+        targets += response
+        tokens += [*prompt, *response]
+        position += range(len(prompt) + len(response))
+        starts.append(len(tokens))
+    padding = -len(tokens) % multiple or (multiple if not tokens else 0)
+    if padding:
+        tokens += [0] * padding
+        position += range(padding)
+        starts.append(len(tokens))
+    return PackedSequences(
+        tokens=torch.tensor(tokens),
+        position=torch.tensor(position),
+        starts=torch.tensor(starts, dtype=torch.int32),
+        rows=torch.tensor(rows, dtype=torch.int64),
+        targets=torch.tensor(targets, dtype=torch.int64),
+    )
