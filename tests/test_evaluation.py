@@ -103,6 +103,7 @@ def test_paired_difference_sees_what_unpaired_intervals_hide():
     assert first.high > second.low  # unpaired, the intervals overlap
     found = paired_bootstrap(list(before), list(after))
     assert found.significant and found.p_value < 0.001
+    assert paired_bootstrap(list(after), list(before)).p_value < 0.001  # in either direction
     assert found.interval.mean == pytest.approx((after - before).mean())
     assert found.interval.low == pytest.approx(found.interval.mean - 1.96 * 0.05 / 200**0.5, abs=0.002)
 
