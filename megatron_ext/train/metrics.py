@@ -291,7 +291,6 @@ class Watch:
 
     def __exit__(self, *exc: object) -> None:
         if self._live is not None:
-            self._live.update(self._picture())
             self._live.stop()
             self._live = None
 

@@ -73,8 +73,12 @@ def test_a_broken_line_in_the_middle_is_named_and_nothing_is_removed(tmp_path: P
         with pytest.raises(ValueError, match="line 2.*move the file away"):
             MetricsWriter(tmp_path, tensorboard=False, total_steps=9, resume_step=3)
         assert (tmp_path / METRICS).read_bytes() == damaged
-    (tmp_path / METRICS).write_bytes(lines[0] + b"garbage\n")  # as the last line it is what a crash leaves
-    assert [record["step"] for record in read_steps(tmp_path / METRICS)] == [1]
+    run(tmp_path, 1, 1)  # a start from 0 needs nothing of the old file
+    for tail in (b"garbage\n", lines[1][:-1]):  # as the last line they are what a crash leaves
+        (tmp_path / METRICS).write_bytes(lines[0] + tail)
+        assert [record["step"] for record in read_steps(tmp_path / METRICS)] == [1]
+        run(tmp_path, 3, 3)
+        assert (tmp_path / METRICS).read_bytes() == lines[0] + lines[2]
 
 
 def test_lines_are_valid_json_and_floats_keep_every_bit(tmp_path: Path):
