@@ -1,0 +1,227 @@
+"""One answer: what is taken from a response, and a table of fixed verdicts for math-verify 0.9.0."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.rollout import verify
+from megatron_ext.rollout.verify import Outcome, extract, judge, judge_answer
+
+RIGHT, WRONG, UNPARSABLE, FALSE = Outcome.CORRECT, Outcome.WRONG, Outcome.UNPARSABLE, Outcome.CONTRADICTION
+
+# (gold, content of the box, outcome). Where math-verify is kinder or stricter than a teacher the line says so.
+TABLE = [
+    # the gold's dress
+    ("42", "42", RIGHT),
+    ("$42$", "42", RIGHT),
+    ("$$42$$", "42", RIGHT),
+    (r"\(42\)", "42", RIGHT),
+    (r"\[42\]", "42", RIGHT),
+    (r"\boxed{42}", "42", RIGHT),
+    (r"The answer is \boxed{42}.", "42", RIGHT),
+    ("42\n", "42", RIGHT),
+    (r"\frac{1}{2}", r"\frac{1}{2}", RIGHT),  # bare LaTeX: what the wrapping in a box is for
+    ("", "42", Outcome.BAD_GOLD),
+    ("@@", "42", Outcome.BAD_GOLD),
+    # the answer's dress
+    ("42", "$42$", RIGHT),
+    ("42", r"\text{42}", RIGHT),
+    ("42", r"\mathbf{42}", RIGHT),
+    ("42", "042", RIGHT),
+    ("42", "42.", UNPARSABLE),  # strict: a full stop inside the box
+    ("12", "１２", UNPARSABLE),  # strict: full-width digits
+    ("42", "the number 42", WRONG),  # letters are read as a product of symbols
+    ("4", "four", WRONG),
+    # signs
+    ("-3", "-3", RIGHT),
+    ("-3", "−3", RIGHT),  # U+2212
+    ("3", "-3", WRONG),
+    (r"\pm 3", "3, -3", RIGHT),
+    (r"-\frac{1}{2}", r"\frac{-1}{2}", RIGHT),
+    # fractions, decimals, scientific
+    ("0.5", r"\frac{1}{2}", RIGHT),
+    (r"\frac{1}{2}", ".5", RIGHT),
+    (r"\frac{1}{3}", "1/3", RIGHT),
+    (r"\frac{1}{3}", r"\frac26", RIGHT),
+    (r"\frac{3}{2}", r"1\frac{1}{2}", RIGHT),
+    (r"\frac{1}{3}", "0.333333", RIGHT),  # lenient: decimals are compared after rounding to six places
+    (r"\frac{1}{3}", "0.3333", WRONG),
+    (r"\pi", "3.14159265", RIGHT),  # lenient: the same rounding
+    ("3.14", r"\pi", WRONG),
+    ("0.0015", r"1.5\times 10^{-3}", RIGHT),
+    ("10000", "1e4", WRONG),  # strict: e is Euler's number
+    # thousands
+    ("10000", "10,000", RIGHT),
+    ("10,000", "10000", RIGHT),
+    ("10000", "10{,}000", RIGHT),
+    ("10000", r"10\,000", WRONG),  # strict: read as 10 * 000
+    ("10000", "10 000", WRONG),  # strict: the same
+    # per cent and units
+    (r"50\%", "50", RIGHT),  # lenient: per cent against the bare number ...
+    ("0.5", r"50\%", RIGHT),  # ... and against the fraction
+    ("5", r"50\%", WRONG),
+    ("12", r"12\text{ cm}", RIGHT),
+    ("12", r"12\,\mathrm{cm}^2", RIGHT),  # lenient: any unit is dropped, its power too
+    ("12", r"\$12", RIGHT),
+    ("12", r"12^\circ", RIGHT),
+    ("12", "12 dollars", WRONG),  # strict: not in its list of units, so a product of symbols
+    # sets, tuples, intervals
+    (r"\{1,2\}", r"\{2,1\}", RIGHT),
+    ("1,2", "2,1", RIGHT),
+    (r"\{1,2\}", r"\{1,2,3\}", WRONG),
+    ("4", "4,5", WRONG),
+    ("4", r"4\text{ or }5", WRONG),
+    ("4", r"\{4\}", RIGHT),  # lenient: a set of one
+    ("(1,2)", "(2,1)", WRONG),
+    ("(1,2)", "1,2", RIGHT),  # lenient: a pair without its brackets
+    ("(1,2]", "(1,2]", RIGHT),
+    ("(1,2]", "[1,2]", WRONG),
+    (r"(-\infty,1)\cup(2,\infty)", r"(2,\infty)\cup(-\infty,1)", RIGHT),
+    ("x>2", r"(2,\infty)", RIGHT),
+    # algebra
+    (r"\sqrt{8}", r"2\sqrt{2}", RIGHT),
+    ("(x+1)^2", "x^2+2x+1", RIGHT),
+    ("(x+1)^2", "x^2+2x+2", WRONG),
+    ("3+4i", "4i+3", RIGHT),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}", RIGHT),
+    (r"\text{Tuesday}", "Tuesday", RIGHT),
+    (r"\text{yes}", "no", WRONG),
+    # equations: the named side may be left out, the rest must hold
+    ("4", "x=4", RIGHT),
+    ("x=4", "4", RIGHT),
+    ("x=4", "y=4", WRONG),
+    ("4", "f(2)=4", RIGHT),
+    ("4", r"x=\frac{8}{2}=4", RIGHT),
+    ("6", r"2\cdot 3=6", RIGHT),
+    ("4", "1=2=3=4", FALSE),  # math-verify alone: right
+    ("4", "3=4", FALSE),  # math-verify alone: right
+    ("4", "5=x=4", FALSE),  # math-verify alone: right
+    ("4,5", "1=2=4,5", FALSE),
+    ("4", r"5\equiv 4", FALSE),  # math-verify alone: right
+    ("4", "@@=3=4", UNPARSABLE),  # math-verify alone: right, it drops what it cannot read
+    ("5", r"x=4\land y=5", UNPARSABLE),  # math-verify alone: right, the same
+    ("a=b=4", "a=b=4", RIGHT),
+    (r"\sum_{i=1}^{4}\sum_{j=1}^{4}1", "16", RIGHT),
+    ("16", r"\sum_{i=1}^{4}\sum_{j=1}^{4}1", RIGHT),  # signs inside braces are no chain
+    ("4", r"4\approx 5", RIGHT),  # lenient: what follows an approximation sign is dropped
+    ("4", "x>4", WRONG),
+    ("4", r"5\neq 4", WRONG),
+]
+
+
+def test_table_belongs_to_the_installed_version():
+    assert version("math-verify") == "0.9.0", "judge the table again and say so here"
+
+
+@pytest.mark.parametrize(("gold", "answer", "outcome"), TABLE)
+def test_verdict(gold: str, answer: str, outcome: Outcome):
+    assert judge(rf"So the answer is \boxed{{{answer}}}.", gold) == (outcome is RIGHT, outcome, answer.strip())
+
+
+@pytest.mark.parametrize(
+    ("response", "extracted"),
+    [
+        (r"first \boxed{3}, no: \boxed{4}", "4"),  # math-verify alone would read the set {3, 4}
+        (r"\boxed{4}, \boxed{5}", "5"),
+        (r"<think>maybe \boxed{3}</think> \boxed{4}", "4"),
+        (r"maybe \boxed{3}</think> \boxed{4}", "4"),  # the template opened the tag
+        (r"<think>it is \boxed{4}</think> so four", None),
+        (r"<think>it is \boxed{4}", None),
+        (r"</think>\boxed{4}<think>or \boxed{5}", "4"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed {4}", "4"),
+        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+        (r"\boxed{\left\{x\right.}", r"\left\{x\right."),
+        (r"\boxed{a\\}", r"a\\"),
+        (r"\boxed{3 \boxed{4}}", "4"),
+        (r"\boxed{3} then \boxed{4", None),
+        (r"\boxed{}", None),
+        (r"\boxed{  }", None),
+        (r"\boxed4", None),
+        ("4", None),
+        ("", None),
+    ],
+)
+def test_last_box_after_the_reasoning(response: str, extracted: str | None):
+    assert extract(response) == extracted
+    if extracted is None:
+        assert judge(response, "4") == (False, Outcome.NO_ANSWER, None)
+
+
+def test_a_long_answer_is_not_parsed():
+    many = "(" * 3000 + "4" + ")" * 3000
+    assert judge(rf"\boxed{{{many}}}", "4").outcome is Outcome.TOO_LONG
+    padded = "4" + " " * verify.MAX_ANSWER_CHARS + "+0"
+    assert judge_answer(padded, "4", "math", ()) is Outcome.TOO_LONG
+    assert judge_answer("4", padded, "math", ()) is Outcome.BAD_GOLD
+    assert judge_answer("4".ljust(verify.MAX_ANSWER_CHARS), "4", "math", ()) is Outcome.CORRECT
+
+
+@pytest.mark.parametrize(
+    ("expression", "outcome"),
+    [
+        ("(6-2)*3", RIGHT),
+        (r"(6-2)\times 3", RIGHT),
+        (r"(6-2)\cdot3", RIGHT),
+        (r"\left(6-2\right)×3", RIGHT),
+        (r"$ 3 \,\cdot\, (6-2) $", RIGHT),
+        ("3*(6-2)=12", RIGHT),
+        ("3*6-2*3", Outcome.WRONG_NUMBERS),  # 3 twice
+        ("3*(6-2)+0", Outcome.WRONG_NUMBERS),
+        ("12", Outcome.WRONG_NUMBERS),
+        ("36-2", Outcome.WRONG_NUMBERS),
+        ("6*3-2", WRONG),
+        ("6/(3-3)", Outcome.WRONG_NUMBERS),
+        ("3*(6-2)=13", UNPARSABLE),
+        ("12=3*(6-2)", UNPARSABLE),
+        ("3(6-2)", UNPARSABLE),  # every operator is written
+        ("6 2 3", UNPARSABLE),
+        ("6^2*3", UNPARSABLE),
+        ("6**2*3", UNPARSABLE),
+        ("6//2*3", UNPARSABLE),
+        ("3*(6-2", UNPARSABLE),
+        ("3*(6-2),12", UNPARSABLE),
+        ("06-2*3", UNPARSABLE),
+        ("__import__('os')", UNPARSABLE),
+        ("(" * 400 + "6-2" + ")" * 400 + "*3", UNPARSABLE),
+    ],
+)
+def test_countdown(expression: str, outcome: Outcome):
+    assert judge(rf"\boxed{{{expression}}}", "12", "countdown", (2, 3, 6)).outcome is outcome
+
+
+@pytest.mark.parametrize(
+    ("expression", "target", "numbers", "outcome"),
+    [
+        (r"\frac{8}{\frac{4}{2}}", "4", (2, 4, 8), RIGHT),
+        (r"\dfrac{8}{2}\div 4", "1", (2, 4, 8), RIGHT),
+        ("8÷2÷4", "1", (8, 4, 2), RIGHT),
+        ("1/3*3", "1", (1, 3, 3), RIGHT),  # exact, not in floating point
+        ("-(2-5)", "3", (5, 2), RIGHT),
+        ("1--2", "3", (1, 2), RIGHT),
+        ("1-4", "-3", (1, 4), RIGHT),
+        ("1−4", "-3", (1, 4), RIGHT),
+        ("5+5", "10", (5,), Outcome.WRONG_NUMBERS),
+        ("5/(3-3)", "5", (3, 3, 5), WRONG),
+        ("1000000*1000000+1", "1000000000000", (1, 1000000, 1000000), WRONG),  # no tolerance
+    ],
+)
+def test_countdown_values(expression: str, target: str, numbers: tuple[int, ...], outcome: Outcome):
+    assert judge(rf"\boxed{{{expression}}}", target, "countdown", numbers).outcome is outcome
+
+
+def test_worker_imports_neither_torch_nor_the_package_and_no_gmpy():
+    code = (
+        f"import runpy, sys; verify = runpy.run_path({str(Path(verify.__file__))!r}, run_name='worker')\n"
+        "assert verify['judge'](r'\\boxed{1}', '1').correct\n"
+        "import sympy.external.gmpy as ground\n"
+        "assert ground.GROUND_TYPES == 'python', ground.GROUND_TYPES\n"
+        "print([name for name in ('torch', 'megatron_ext', 'pydantic', 'gmpy2') if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], env=verify.WORKER_ENVIRONMENT, capture_output=True, text=True)
+    assert (ran.stdout.strip(), ran.returncode) == ("[]", 0), ran.stderr
