@@ -73,6 +73,7 @@ def test_a_broken_line_in_the_middle_is_named_and_nothing_is_removed(tmp_path: P
         with pytest.raises(ValueError, match="line 2.*move the file away"):
             MetricsWriter(tmp_path, tensorboard=False, total_steps=9, resume_step=3)
         assert (tmp_path / METRICS).read_bytes() == damaged
+    (tmp_path / METRICS).write_bytes(b"garbage\n" + lines[1])
     run(tmp_path, 1, 1)  # a start from 0 needs nothing of the old file
     for tail in (b"garbage\n", lines[1][:-1]):  # as the last line they are what a crash leaves
         (tmp_path / METRICS).write_bytes(lines[0] + tail)
