@@ -105,6 +105,7 @@ class PackedSequences:
     starts: Tensor  # [sequences + 1] int32, cumulative lengths
     rows: Tensor  # [T] int64
     targets: Tensor  # [T] int64
+    response_lengths: tuple[int, ...]  # one per sequence, without the padding
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,12 @@ class Batch:
 
     def rows(self, index: list[int]) -> tuple[Batch, Tensor]:
         """The given sequences, in the given order, and the positions ``[T']`` of their tokens here."""
-        position = torch.cat([torch.nonzero(self.sequence == row)[:, 0] for row in index])
-        order = torch.tensor(index)
-        renumber = torch.empty(len(self.reward), dtype=torch.int64)
-        renumber[order] = torch.arange(len(index))
+        device = self.reward.device
+        order = torch.tensor(index, dtype=torch.int64, device=device)
+        places = [torch.nonzero(self.sequence == row)[:, 0] for row in index]
+        position = torch.cat([self.sequence.new_empty(0), *places])
+        renumber = torch.empty(len(self.reward), dtype=torch.int64, device=device)
+        renumber[order] = torch.arange(len(index), device=device)
         token = {
             name: None if value is None else value[position]
             for name in ("mask", "weight", "old_logprob", "rollout_logprob", "ref_logprob")

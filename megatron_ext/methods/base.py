@@ -10,7 +10,7 @@ returns. Everything that depends on more than one token (counts, quantiles, mean
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -19,7 +19,18 @@ from torch import Tensor
 from megatron_ext.types import Batch, TokenStats
 
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
-Plan = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``prepare`` fixes for one mini-batch: ``[T]`` vectors for ``loss``, and numbers to report."""
+
+    token: dict[str, Tensor] = field(default_factory=dict)
+    report: dict[str, float] = field(default_factory=dict)
+
+    def select(self, position: Tensor) -> Plan:
+        """The part of a micro-batch whose tokens stand at ``position`` in the mini-batch."""
+        return Plan({name: value[position] for name, value in self.token.items()}, self.report)
 
 
 @dataclass(frozen=True)
@@ -71,27 +82,30 @@ class Method:
         """Advantage per sequence, ``[B]``. All members of a group are on one data-parallel rank."""
         raise NotImplementedError
 
+    def observe(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> dict[str, float]:
+        """See the whole step's batch under the policy that sampled it, before its first update.
+
+        Here anchors are measured and controllers advance; what is returned goes into the step's metrics.
+        """
+        return {}
+
     def prepare(self, batch: Batch, current: TokenStats | None, reduce: Reducer) -> Plan:
-        """Fix what depends on the whole mini-batch: ``[T]`` vectors that ``loss`` gets back per split.
+        """Fix what depends on the whole mini-batch, before it is split into micro-batches.
 
         ``current`` holds the needed statistics of the current policy without gradient when
         ``needs.current`` is set, for the same tokens as ``batch``.
         """
-        return {}
+        return Plan()
 
     def loss(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
         """Loss per token ``[T]``, already weighted: the mini-batch's loss is its sum."""
         raise NotImplementedError
 
     def metrics(self, batch: Batch, stats: TokenStats, plan: Plan) -> dict[str, Tensor]:
-        """Sums over the tokens of this split, without gradient, to be added over splits and ranks.
+        """Sums over the tokens of this split, to be added over splits and ranks.
 
-        The loop divides every value by ``num_tokens`` unless its name ends in ``_sum``.
+        Names under ``loss/`` stay sums; all others are divided by the mini-batch's number of tokens.
         """
-        return {}
-
-    def after_step(self) -> dict[str, float]:
-        """Advance controllers once per training step; returns their values for the step's metrics."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,3 +138,21 @@ def group_statistics(reward_B: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor,
     deviation = torch.where(valid, value - mean[index], 0.0)
     variance = zeros.index_add(0, index, deviation**2) / (size - 1).clamp(min=1)
     return mean[index].float(), variance.sqrt()[index].float(), size[index]
+
+
+def quantile_by_sequence(value: Tensor, sequence: Tensor, mask: Tensor, q: float, num_sequences: int) -> Tensor:
+    """The q-quantile (linear interpolation) of each sequence's valid values: ``[T] -> [B]``, 0 where none is valid."""
+    value, sequence = value[mask], sequence[mask]
+    by_value = value.argsort(stable=True)
+    order = by_value[sequence[by_value].argsort(stable=True)]  # sorted within each sequence
+    value = value[order]
+    count = torch.bincount(sequence, minlength=num_sequences)
+    start = count.cumsum(0) - count
+    place = q * (count - 1).clamp(min=0).double()
+    low = place.floor().long()
+    high = (low + 1).minimum((count - 1).clamp(min=0))
+    if not len(value):
+        return value.new_zeros(num_sequences)
+    at = lambda index: value[(start + index).clamp(max=len(value) - 1)]  # noqa: E731
+    quantile = torch.lerp(at(low).double(), at(high).double(), place - low).to(value.dtype)
+    return torch.where(count > 0, quantile, 0.0)

@@ -26,14 +26,11 @@ from megatron_ext.ops.shard import VocabShard
 
 @dataclass(frozen=True)
 class Policy:
-    """This rank's part of the trained model. ``chunks`` are what Megatron's schedules take."""
+    """This rank's part of a model. ``chunks`` are what Megatron's schedules take: ``modules``, wrapped if trained."""
 
     architecture: Architecture
-    chunks: list[DistributedDataParallel]
-
-    @property
-    def modules(self) -> list[GPTModel]:
-        return [chunk.module for chunk in self.chunks]  # pyright: ignore[reportReturnType]
+    modules: list[GPTModel]
+    chunks: list[Any]
 
     @property
     def vocab_shard(self) -> VocabShard:
@@ -78,7 +75,16 @@ def build_policy(
     )
     chunk = DistributedDataParallel(config=module.config, ddp_config=ddp, module=module)
     module.config.finalize_model_grads_func = _finalize
-    return Policy(architecture, [chunk])
+    return Policy(architecture, [module], [chunk])
+
+
+def build_reference(
+    architecture: Architecture, *, tensor: int, pipeline: int, sequence: bool, dtype: torch.dtype
+) -> Policy:
+    """A frozen model under the same layout: no gradients, no wrapper."""
+    module = build_module(architecture, tensor=tensor, pipeline=pipeline, sequence=sequence, dtype=dtype)
+    module.requires_grad_(False)
+    return Policy(architecture, [module], [module])
 
 
 def _finalize(model: list, num_tokens: Any = None, **kwargs: Any) -> None:

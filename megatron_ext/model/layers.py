@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -94,7 +95,7 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
     )
-    layer = spec.submodules
+    layer: Any = spec.submodules
     attention = dataclasses.replace(layer.self_attention.submodules, core_attention=PackedAttention)
     if config.qk_layernorm:
         attention = dataclasses.replace(attention, q_layernorm=RMSNorm, k_layernorm=RMSNorm)
@@ -112,4 +113,4 @@ def block_spec(config: TransformerConfig, num_layers: int) -> ModuleSpec | Trans
     layer = layer_spec(config)
     if have_transformer_engine():
         return layer
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)  # pyright: ignore[reportArgumentType]

@@ -38,6 +38,7 @@ class DataConfig(Section):
     prompt_suffix: str = ""
     max_prompt_tokens: Positive = 1024
     strict: bool = False  # fail on a bad row instead of leaving it out with a report
+    skip_unparsable_gold: bool = False  # leave such rows out too; by default they stop the run
 
 
 class RolloutConfig(Section):

@@ -59,4 +59,5 @@ def pack(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], *, multiple: 
         starts=torch.tensor(starts, dtype=torch.int32),
         rows=torch.tensor(rows, dtype=torch.int64),
         targets=torch.tensor(targets, dtype=torch.int64),
+        response_lengths=tuple(len(response) for _, response in sequences),
     )

@@ -47,6 +47,13 @@ class DataReducer:
         return torch.cat(parts).to(value.device)
 
 
+def largest(value: int) -> int:
+    """The largest of the data-parallel ranks' values."""
+    box = torch.tensor([value], device=host.device())
+    dist.all_reduce(box, op=dist.ReduceOp.MAX, group=groups.data())
+    return int(box)
+
+
 def from_last_stage(tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
     """Give every pipeline stage what the last one computed (the others pass None)."""
     group = groups.pipeline()

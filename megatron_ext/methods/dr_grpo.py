@@ -1,0 +1,28 @@
+"""Dr.GRPO: GRPO without its two normalisations (arXiv 2503.20783; eq. 4 of SIREN, arXiv 2509.25133).
+
+    A_i = R_i - mean(R of the group)
+    L   = mean_i (1/C) sum_t max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)),  C = max_response_tokens
+
+The clip range .2 / .28 is SIREN's. verl's mode of the same name adds up rows where it should average;
+here it is the mean over the sequences of the mini-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_ext.methods.base import Aggregation, group_statistics
+from megatron_ext.methods.grpo import GRPO
+
+
+@dataclass(kw_only=True)
+class DrGRPO(GRPO):
+    aggregation: Aggregation = "seq-mean-token-sum-norm"
+    clip_high: float = 0.28
+
+    def advantages(self, reward_B: Tensor, group_B: Tensor) -> Tensor:
+        mean, _, size = group_statistics(reward_B, group_B)
+        return torch.where((size < 2) | reward_B.isnan(), 0.0, reward_B - mean)

@@ -1,0 +1,53 @@
+"""Reproducible sampling: Gumbel noise from a counter-based hash of (seed, position, token).
+
+The largest of ``log p + Gumbel noise`` is an exact draw from p. Because the noise of a response depends on
+its own seed only, the draw does not depend on what else is in the batch or which rank serves it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def seed_of(*parts: int) -> int:
+    """A 63-bit seed from integers (run seed, step, prompt, sample): far apart for neighbours."""
+    digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64 on int64 tensors (multiplication wraps)."""
+    x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift (the tensor's own is arithmetic)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def gumbel(seeds: Tensor, position: int, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise ``[B, V]`` in fp32 for token ``position`` of the responses with ``seeds [B]`` int64."""
+    row = _mix(seeds + torch.tensor(position + 1, device=seeds.device) * -0x61C8864680B583EB)
+    key = _mix(row[:, None] + torch.arange(1, vocab_size + 1, device=seeds.device) * -0x61C8864680B583EB)
+    uniform = (_shift(key, 11).double() + 0.5) * 2.0**-53
+    return -(-uniform.log()).log().float()
+
+
+def nucleus_logprobs(logits: Tensor, *, temperature: float, top_p: float) -> Tensor:
+    """Log-probabilities ``[B, V]`` fp32 of the sampling distribution: temperature, then top-p, renormalised.
+
+    The nucleus keeps the token at which the cumulative mass reaches ``top_p``, and every token tied with it.
+    """
+    logprob = (logits.float() / temperature).log_softmax(-1)
+    if top_p >= 1.0:
+        return logprob
+    ordered = logprob.sort(-1, descending=True).values
+    before = ordered.exp().cumsum(-1) - ordered.exp()
+    kept = (before < top_p).sum(-1, keepdim=True)
+    threshold = ordered.gather(-1, kept - 1)
+    return torch.where(logprob >= threshold, logprob, -torch.inf).log_softmax(-1)

@@ -1,0 +1,250 @@
+"""A run from its configuration to its last checkpoint: rollout, reward, train, sync, save, again."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer
+
+from megatron_ext import host, methods
+from megatron_ext.model.build import Policy, build_optimizer, build_policy, build_reference, build_scheduler
+from megatron_ext.model.hf_config import read_architecture
+from megatron_ext.model.hf_weights import load_weights, stream_weights
+from megatron_ext.rollout.hf import HFEngine
+from megatron_ext.rollout.rewards import RewardPool
+from megatron_ext.train import checkpoint, parallel, rollouts
+from megatron_ext.train.config import Config, ConfigError, hf_config
+from megatron_ext.train.data import DataOrder, encode_problems, load_problems
+from megatron_ext.train.metrics import MetricsWriter, Watch, sample_record, token_texts, write_config
+from megatron_ext.train.rollouts import EncodedProblem
+from megatron_ext.train.step import Learner
+from megatron_ext.types import Episode, TokenStats
+
+DONE, REQUEUE = 0, 75  # exit codes: finished; stopped by a signal with its state saved
+
+
+@dataclass
+class Run:
+    """Everything a step needs, built once."""
+
+    config: Config
+    learner: Learner
+    engine: HFEngine
+    pool: RewardPool
+    problems: list[EncodedProblem]
+    order: DataOrder
+    step: int = 0  # training steps done
+    stop: StopSignal = field(default_factory=lambda: StopSignal())
+
+    def sync(self) -> None:
+        """Stream the policy's weights to the engine, stamped with the number of steps they have seen."""
+        policy = self.learner.policy
+        self.engine.update_weights(stream_weights(policy.modules[0], policy.architecture), self.step)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "method": self.learner.method.state_dict(),
+            "order": self.order.state_dict(),
+            "bad_steps": self.learner.bad_steps,
+        }
+
+    def load_state(self, step: int, state: dict[str, Any]) -> None:
+        self.step = step
+        self.learner.method.load_state_dict(state["method"])
+        self.order.load_state_dict(state["order"])
+        self.learner.bad_steps = state["bad_steps"]
+
+    def save(self) -> None:
+        checkpoint.save(
+            self.config.run_dir / "checkpoints",
+            self.step,
+            model=self.learner.policy.chunks,
+            optimizer=self.learner.optimizer,
+            scheduler=self.learner.scheduler,
+            state=self.state(),
+            config=self.config.model_dump(),
+            layout=self.config.parallel.model_dump(),
+            keep=self.config.checkpoint.keep,
+        )
+
+
+def run(config: Config) -> int:
+    """Train until ``train.steps`` or a signal; returns the exit code. Continues from the newest valid checkpoint.
+
+    Raises ConfigError (data or configuration), VerifierError, CheckpointError or TrainingError.
+    """
+    host.enter()
+    parallel.initialize(config.parallel)
+    chief = dist.get_rank() == 0
+    with _reward_pool(config) as pool:
+        state = build(config, pool)
+        steps = config.train.steps
+        if chief:
+            write_config(config.run_dir, config.model_dump())
+        writer = _writer(config, state.step) if chief else None
+        with Watch(steps, resume_step=state.step, title=config.name, show=chief) as watch:
+            while state.step < steps and not state.stop.requested():
+                metrics, samples = train_step(state, watch)
+                metrics |= watch.times()
+                if writer is not None:
+                    writer.write(state.step, metrics, samples)
+                if state.step == steps or (config.checkpoint.every and state.step % config.checkpoint.every == 0):
+                    state.save()
+                watch.step(state.step, metrics)
+        if state.step < steps:
+            state.save()
+        if writer is not None:
+            writer.close()
+    dist.barrier()
+    return DONE if state.step == steps else REQUEUE
+
+
+def train_step(run: Run, watch: Watch) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """One rollout step: sample, judge, update, sync."""
+    problems = [run.problems[i] for i in run.order.next_indices()]
+    episodes = rollouts.collect(run.config, run.engine, run.pool, problems, step=run.step, watch=watch)
+    stale = {e.sample.weight_version for e in episodes} - {run.step}
+    if stale:
+        raise RuntimeError(f"rollout: samples of weight versions {sorted(stale)}, expected {run.step} only")
+    metrics, old = run.learner.step(episodes, watch)
+    run.step += 1
+    with watch.phase("sync"):
+        run.sync()
+    return metrics, _samples(run, episodes, old)
+
+
+def build(config: Config, pool: RewardPool) -> Run:
+    """Data first (a fault stops here), then model, optimizer, engine, and the newest checkpoint's state."""
+    torch.manual_seed(config.train.seed)
+    random.seed(config.train.seed)
+    method = methods.create(config.method)
+    problems = _load_data(config, pool)
+    dtype = getattr(torch, config.model.dtype)
+    layout = {
+        "tensor": config.parallel.tensor,
+        "pipeline": config.parallel.pipeline,
+        "sequence": config.parallel.sequence,
+    }
+    architecture = read_architecture(hf_config(config.model.path))
+    policy = build_policy(architecture, dtype=dtype, **layout)
+    load_weights(policy.modules[0], architecture, config.model.path)
+    reference: Policy | None = None
+    if method.needs.reference:
+        reference = build_reference(architecture, dtype=dtype, **layout)
+        load_weights(reference.modules[0], architecture, config.model.path)
+    o = config.optimizer
+    optimizer = build_optimizer(
+        policy, lr=o.lr, weight_decay=o.weight_decay, beta1=o.beta1, beta2=o.beta2, eps=o.eps, clip_grad=o.clip_grad
+    )
+    optimizer.reload_model_params()
+    scheduler = build_scheduler(optimizer, lr=o.lr, warmup_steps=o.warmup_steps, weight_decay=o.weight_decay)
+    engine = HFEngine(config.model.path, batch_size=config.rollout.batch_size)
+    run = Run(
+        config=config,
+        learner=Learner(config, method, policy, optimizer, scheduler, reference),
+        engine=engine,
+        pool=pool,
+        problems=problems,
+        order=DataOrder(len(problems), config.rollout.prompts, config.train.seed),
+    )
+    loaded = checkpoint.load(
+        config.run_dir / "checkpoints",
+        model=policy.chunks,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        layout=config.parallel.model_dump(),
+    )
+    if loaded is not None:
+        run.load_state(loaded.step, loaded.state)
+        for line in loaded.refused:
+            _tell(f"checkpoint: {line}")
+        _tell(f"resuming after step {loaded.step} of {config.train.steps}")
+    run.sync()
+    return run
+
+
+class StopSignal:
+    """SIGTERM and SIGUSR1 (what Slurm sends before the time limit) ask for a checkpoint and an end."""
+
+    def __init__(self) -> None:
+        self._received = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._receive)
+
+    def _receive(self, *_: object) -> None:
+        self._received = True
+
+    def requested(self) -> bool:
+        """Whether any rank has been asked; the same answer on every rank."""
+        flag = torch.tensor([int(self._received)], device=host.device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+
+def _load_data(config: Config, pool: RewardPool) -> list[EncodedProblem]:
+    """Rank 0 reads, verifies and encodes the data and tells the others; a fault is raised on every rank."""
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            data = config.data
+            problems, report = load_problems(
+                data.train, score=pool.score, strict=data.strict, skip_unparsable_gold=data.skip_unparsable_gold
+            )
+            _tell(f"data: {data.train}: {report.summary()}")
+            box[0], report = encode_problems(
+                AutoTokenizer.from_pretrained(config.model.path),
+                problems,
+                max_prompt_tokens=data.max_prompt_tokens,
+                prompt_suffix=data.prompt_suffix,
+                strict=data.strict,
+            )
+            _tell(f"data: prompts of at most {data.max_prompt_tokens} tokens: {report.summary()}")
+        except ConfigError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise ConfigError(box[1])
+    return box[0]
+
+
+def _reward_pool(config: Config) -> RewardPool:
+    cores = len(os.sched_getaffinity(0))
+    reward = config.reward
+    return RewardPool(
+        reward.workers or min(16, max(1, cores // config.parallel.ranks_per_node)),
+        deadline_s=reward.deadline_s,
+        max_timeout_share=reward.max_timeout_share,
+        correct=reward.correct,
+        wrong=reward.wrong,
+    )
+
+
+def _writer(config: Config, step: int) -> MetricsWriter:
+    return MetricsWriter(
+        config.run_dir, tensorboard=config.log.tensorboard, total_steps=config.train.steps, resume_step=step
+    )
+
+
+def _samples(run: Run, episodes: Sequence[Episode], old: TokenStats) -> list[dict[str, Any]]:
+    """The first responses of different prompts, token by token, for the report."""
+    chosen = range(0, len(episodes), run.config.rollout.samples)[: run.config.log.samples]
+    assert old.entropy is not None
+    ends = torch.tensor([len(e.sample.response_ids) for e in episodes]).cumsum(0).tolist()
+    records = []
+    for i in chosen:
+        span = slice(ends[i] - len(episodes[i].sample.response_ids), ends[i])
+        texts = token_texts(run.engine.tokenizer.decode, episodes[i].sample.response_ids)
+        records.append(sample_record(episodes[i], texts, old.entropy[span].tolist(), old.logprob[span].tolist()))
+    return records
+
+
+def _tell(message: str) -> None:
+    if dist.get_rank() == 0:
+        print(message, flush=True)
