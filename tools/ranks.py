@@ -34,6 +34,7 @@ def run_ranks(module: str, arguments: Sequence[str], world: int) -> int:
         "MASTER_PORT": str(_free_port()),
     }
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // world)))
+    environment.setdefault("PYTHONWARNINGS", "ignore::UserWarning,ignore::FutureWarning")  # Megatron's, once per rank
     command = [sys.executable, "-m", module, *arguments]
     ranks = [
         subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})

@@ -10,7 +10,7 @@ knows how the tensors are cut over the tensor-parallel ranks. Everything else is
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -203,13 +203,17 @@ def open_safetensors(path: str | Path) -> tuple[Callable[[str], Tensor], set[str
 
 
 def stream_weights(module: GPTModel, a: Architecture) -> Iterator[tuple[str, Tensor]]:
-    """Whole HF tensors one after the other, on the CPU, on every rank of the model-parallel group.
+    """The model's weights as whole HF tensors (see ``stream``)."""
+    return stream({name: parameter.detach() for name, parameter in module.named_parameters()}, a)
 
-    Collective over the tensor- and pipeline-parallel groups: all their ranks must consume the iterator.
+
+def stream(parameters: Mapping[str, Tensor], a: Architecture) -> Iterator[tuple[str, Tensor]]:
+    """Tensors laid out like this rank's parameters (weights, gradients) as whole HF tensors, one by one, on the CPU.
+
+    Every rank of the model-parallel group gets every tensor. Collective over the tensor- and pipeline-parallel groups: all their ranks must consume the iterator.
     """
     stage, num_stages = groups.pipeline().rank(), groups.pipeline().size()
     tensor = groups.tensor()
-    parameters = dict(module.named_parameters())
     dtype = next(iter(parameters.values())).dtype
     for source in range(num_stages):
         for rule in stage_rules(a, source, num_stages):
@@ -217,7 +221,7 @@ def stream_weights(module: GPTModel, a: Architecture) -> Iterator[tuple[str, Ten
                 continue
             whole = None
             if source == stage:
-                own = parameters[rule.megatron].detach().contiguous()
+                own = parameters[rule.megatron].contiguous()
                 parts = [torch.empty_like(own) for _ in range(tensor.size())]
                 dist.all_gather(parts, own, group=tensor)
                 whole = rule.layout.join(parts)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
+from transformers.utils import logging
 
 from megatron_ext import host
 from megatron_ext.rollout.base import Request, Sampling
@@ -26,6 +27,7 @@ class HFEngine:
     def __init__(
         self, model_path: str | Path, *, batch_size: int = 256, on_tokens: Callable[[int], None] | None = None
     ) -> None:
+        logging.disable_progress_bar()
         self.tokenizer = AutoTokenizer.from_pretrained(model_path)
         self.model: Any = AutoModelForCausalLM.from_pretrained(model_path).to(host.device()).eval()
         self.batch_size = batch_size

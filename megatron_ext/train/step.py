@@ -54,19 +54,19 @@ class Learner:
         """Train on this rank's episodes; metrics over all ranks and the old policy's statistics ``[T]``."""
         per_mini = len(episodes) * self.config.train.mini_batch_prompts // self.config.rollout.prompts
         minis = [list(range(i, i + per_mini)) for i in range(0, len(episodes), per_mini)]
-        packed = [self._pack([episodes[i] for i in rows]) for rows in minis]
+        packed = [self.pack([episodes[i] for i in rows]) for rows in minis]
         with watch.phase("old_logprob", total=len(minis)) as phase:
             needs = self.method.needs
             observed = replace(needs, entropy=True, nucleus_p=needs.nucleus_p or 0.8)
             parts = []
             for rows, micros in zip(minis, packed, strict=True):
-                parts.append(self._statistics(self.policy, micros, observed))
+                parts.append(self.statistics(self.policy, micros, observed))
                 phase.advance(tokens=sum(len(episodes[i].sample.response_ids) for i in rows))
             old = TokenStats(**{n: torch.cat([p.present()[n] for p in parts]) for n in parts[0].present()})
             ref = None
             if self.reference is not None:
-                ref = torch.cat([self._statistics(self.reference, micros, Needs()).logprob for micros in packed])
-        whole = self._weigh(self._batch(episodes, old, ref))
+                ref = torch.cat([self.statistics(self.reference, micros, Needs()).logprob for micros in packed])
+        whole = self.weigh(self.batch(episodes, old, ref))
         metrics = summarise(whole, old, episodes, self.reduce)
         metrics |= self.method.observe(whole, old, self.reduce)
         updates: Counter[str] = Counter()
@@ -75,8 +75,8 @@ class Learner:
                 batch, position = whole.rows(rows)
                 current = old.map(lambda value, position=position: value[position])
                 if number > 0:
-                    current = self._statistics(self.policy, micros, needs) if needs.current else None
-                updates.update(self.update(self._weigh(batch), current, micros))
+                    current = self.statistics(self.policy, micros, needs) if needs.current else None
+                updates.update(self.update(self.weigh(batch), current, micros))
                 phase.advance(tokens=len(batch.mask))
         return metrics | {name: value / len(minis) for name, value in updates.items()}, old
 
@@ -138,7 +138,7 @@ class Learner:
             )
         return math.nan
 
-    def _pack(self, episodes: Sequence[Episode]) -> list[tuple[list[int], PackedSequences]]:
+    def pack(self, episodes: Sequence[Episode]) -> list[tuple[list[int], PackedSequences]]:
         """Micro-batches of a mini-batch: the rows of each and its packed tokens; as many on every rank."""
         sequences = [(e.sample.prompt_ids, e.sample.response_ids) for e in episodes]
         lengths = [len(prompt) + len(response) for prompt, response in sequences]
@@ -148,7 +148,7 @@ class Learner:
         multiple = self.config.parallel.tensor if self.config.parallel.sequence else 1
         return [(rows, packing.pack([sequences[i] for i in rows], multiple=multiple)) for rows in bins]
 
-    def _statistics(self, policy: Policy, micros: list[tuple[list[int], PackedSequences]], needs: Needs) -> TokenStats:
+    def statistics(self, policy: Policy, micros: list[tuple[list[int], PackedSequences]], needs: Needs) -> TokenStats:
         """Statistics of a mini-batch without gradient, in the order of its tokens, on every stage."""
         results = forward(policy, [packed for _, packed in micros], needs, self.config.rollout.temperature)
         joined = None
@@ -159,7 +159,7 @@ class Learner:
             }
         return TokenStats(**parallel.from_last_stage(joined))
 
-    def _batch(self, episodes: Sequence[Episode], old: TokenStats, ref: Tensor | None) -> Batch:
+    def batch(self, episodes: Sequence[Episode], old: TokenStats, ref: Tensor | None) -> Batch:
         """The whole step on this rank, not yet weighed."""
         to = host.device()
         lengths = torch.tensor([len(e.sample.response_ids) for e in episodes], device=to)
@@ -182,7 +182,7 @@ class Learner:
             num_tokens=0,
         )
 
-    def _weigh(self, batch: Batch) -> Batch:
+    def weigh(self, batch: Batch) -> Batch:
         """Count valid sequences and tokens over all ranks and fix the token weights."""
         valid = torch.bincount(batch.sequence[batch.mask], minlength=len(batch.reward)) > 0
         num_sequences, num_tokens = self.reduce.sum(torch.stack([valid.sum(), batch.mask.sum()])).tolist()

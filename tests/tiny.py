@@ -1,0 +1,62 @@
+"""Tiny random models and episodes that tests share."""
+
+from __future__ import annotations
+
+import functools
+import random
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from megatron_ext.types import Episode, Problem, Reward, Sample
+
+VOCAB = 61  # divisible by no tensor-parallel size in use
+
+
+@functools.cache
+def hf_model(kind: str = "qwen2", tied: bool = False) -> tuple[PreTrainedModel, Path]:
+    """A random 4-layer model in fp32 and the directory it is saved in."""
+    config_class, model_class = {
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    }[kind]
+    torch.manual_seed(0)
+    config = config_class(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=8,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        eos_token_id=1,
+    )
+    model = model_class(config)
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.2)
+    folder = Path(tempfile.mkdtemp(prefix="tiny-"))
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def episodes(num_prompts: int = 4, num_samples: int = 4, seed: int = 0) -> list[Episode]:
+    """Random prompts and responses of 1 to 11 tokens with random 0/1 rewards."""
+    draw = random.Random(seed)
+
+    def tokens() -> tuple[int, ...]:
+        return tuple(draw.randrange(VOCAB) for _ in range(draw.randint(1, 11)))
+
+    result = []
+    for group in range(num_prompts):
+        prompt = tokens()
+        for _ in range(num_samples):
+            response = tokens()
+            logprobs = tuple(-draw.random() * 4 for _ in response)
+            sample = Sample(prompt, response, logprobs, "", False, 0)
+            reward = float(draw.random() < 0.5)
+            result.append(Episode(Problem(str(group), "", ""), group, sample, Reward(reward, "correct")))
+    return result
