@@ -203,13 +203,14 @@ def main() -> None:
     """
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # parsers print: their words must not reach the replies
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which closes the pool
+    for notice in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # a scheduler sends them to all:
+        signal.signal(notice, signal.SIG_IGN)  # they are for the trainer, which closes the pool when it ends
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     limit = MAX_WORKER_BYTES if hard == resource.RLIM_INFINITY else min(hard, MAX_WORKER_BYTES)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     logging.disable(logging.WARNING)  # math-verify warns that its timeouts are off
-    if not judge(r"\boxed{\frac{2}{4}}", "0.5").correct:  # imports, and builds the parser's tables
-        raise SystemExit("the verifier does not know that 2/4 is 0.5")
+    if not judge(r"\boxed{x^2+2x+1}", "(x+1)^2").correct:  # imports, and builds tables, before any deadline runs
+        raise SystemExit("the verifier does not know that x^2+2x+1 is (x+1)^2")
     print(READY, file=replies)
     for line in sys.stdin:
         signal.alarm(int(sys.argv[1]))

@@ -1,0 +1,247 @@
+"""The pool: bombs cost themselves only, a broken pool repairs itself, a wrong verifier stops the run."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.rollout import rewards, verify
+from megatron_ext.rollout.rewards import Question, RewardPool, VerifierError, outcome_counts
+from megatron_ext.rollout.verify import Outcome
+from megatron_ext.types import Problem, Reward
+
+START_S = 30  # a worker's imports on a machine that does other things as well
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RewardPool]:
+    with RewardPool(2, deadline_s=20) as pool:
+        yield pool
+
+
+def integers(count: int, *, start: int = 0) -> list[tuple[Problem, str]]:
+    """Right answers to different problems."""
+    return [(Problem(str(n), "", str(n)), rf"It is \boxed{{{n}}}.") for n in range(start, start + count)]
+
+
+def bombs(*answers: str) -> list[tuple[Problem, str]]:
+    return [(Problem("bomb", "", "4"), rf"\boxed{{{answer}}}") for answer in answers]
+
+
+def all_right(scored: list[Reward]) -> bool:
+    return all(reward.value == 1.0 and reward.outcome == Outcome.CORRECT for reward in scored)
+
+
+def test_rewards_come_in_order_with_their_reason():
+    countdown = Problem("c", "", "9", "countdown", (1, 2, 3))
+    cases = [
+        (Problem("a", "", "7"), r"\boxed{7}", Reward(1.5, "correct", "7")),
+        (Problem("a", "", "7"), r"\boxed{8}", Reward(-1.0, "wrong", "8")),
+        (Problem("a", "", "7"), "seven", Reward(-1.0, "no_answer", None)),
+        (Problem("b", "", "8"), r"\boxed{8}", Reward(1.5, "correct", "8")),
+        (Problem("b", "", "8"), r"\boxed{7=8}", Reward(-1.0, "contradiction", "7=8")),
+        (countdown, r"\boxed{(1+2)*3}", Reward(1.5, "correct", "(1+2)*3")),
+        (countdown, r"\boxed{9}", Reward(-1.0, "wrong_numbers", "9")),
+        (Problem("a", "", "7"), r"\boxed{7}", Reward(1.5, "correct", "7")),
+        (Problem("a", "", "7"), '\\boxed{\n"\ud800\\frac{14}{2}}', Reward(-1.0, "wrong", '"\ud800\\frac{14}{2}')),
+    ]
+    with RewardPool(2, deadline_s=20, correct=1.5, wrong=-1.0) as pool:
+        scored = pool.score([(problem, response) for problem, response, _ in cases])
+    assert scored[:-1] == [expected for *_, expected in cases][:-1]
+    assert scored[-1].value == -1.0  # any text at all gets through the pipe
+    counts = outcome_counts(scored[:-1])
+    assert counts["correct"] == 4 and counts["no_answer"] == 1 and counts["timeout"] == 0
+    assert set(counts) == set(Outcome) and sum(counts.values()) == len(cases) - 1
+
+
+def test_bombs_cost_themselves_and_nothing_else():
+    answers = (
+        "(2^{31})!",
+        r"\sin(7^{e^{e^{e^{10e}}}}+1)",
+        r"(1+\sqrt2)^{10^7}",
+        "(" * 3000 + "4" + ")" * 3000,
+        "(" * 450 + "4" + ")" * 450,
+    )
+    good = integers(500)
+    with RewardPool(2, deadline_s=3, max_timeout_share=0.05) as pool:
+        pool.check_canaries()
+        started = time.monotonic()
+        scored = pool.score(good[:250] + bombs(*answers) + good[250:])
+        elapsed = time.monotonic() - started
+        assert all_right(pool.score(good[:20]))  # with the replaced workers
+    assert all_right(scored[:250] + scored[255:])
+    bad = scored[250:255]
+    assert [reward.value for reward in bad] == [0.0] * 5
+    assert bad[0].outcome == Outcome.TIMEOUT
+    assert bad[3].outcome == Outcome.TOO_LONG
+    # how far the others get before the deadline depends on the machine, that they are never right does not
+    assert {bad[1].outcome, bad[2].outcome, bad[4].outcome} <= {"timeout", "wrong", "unparsable", "crashed"}
+    assert elapsed < 4 * 3 + START_S
+
+
+def test_identical_answers_are_judged_once(monkeypatch: pytest.MonkeyPatch):
+    asked: list[Question] = []
+    judge = rewards._Worker.judge
+
+    def count(worker: rewards._Worker, question: Question, deadline_s: float) -> Outcome:
+        asked.append(question)
+        return judge(worker, question, deadline_s)
+
+    monkeypatch.setattr(rewards._Worker, "judge", count)
+    with RewardPool(1, deadline_s=20) as pool:
+        assert all_right(pool.score(integers(3) * 8))
+    assert len(asked) == 3 + len(rewards.CANARIES)
+
+
+def test_from_threads_and_asyncio(pool: RewardPool):
+    """math-verify's own timeouts would raise here: signals belong to the main thread."""
+    results: dict[int, list[Reward]] = {}
+
+    def score(start: int) -> None:
+        results[start] = pool.score(integers(30, start=start))
+
+    threads = [threading.Thread(target=score, args=(start,)) for start in (100, 200)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [[reward.extracted for reward in results[start]] for start in (100, 200)] == [
+        [str(n) for n in range(start, start + 30)] for start in (100, 200)
+    ]
+    assert all_right(results[100] + results[200])
+
+    async def gather() -> list[list[Reward]]:
+        inside = pool.score(integers(5))  # called straight from the event loop's thread
+        beside = await asyncio.gather(*(asyncio.to_thread(pool.score, integers(30, start=n)) for n in (300, 400)))
+        return [inside, *beside]
+
+    assert all(all_right(scored) for scored in asyncio.run(gather()))
+
+
+def test_a_pool_whose_workers_were_killed_scores_right(pool: RewardPool):
+    for worker in pool._workers:
+        os.kill(worker._process.pid, signal.SIGKILL)
+    assert all_right(pool.score(integers(100)))
+
+
+def test_a_worker_killed_in_the_middle_of_an_answer_costs_no_answer():
+    with RewardPool(1, deadline_s=60) as pool:
+        pool.check_canaries()
+        victim = pool._workers[0]._process.pid
+        os.kill(victim, signal.SIGSTOP)  # whatever it is asked now, it does not finish
+        killer = threading.Timer(0.5, os.kill, (victim, signal.SIGKILL))
+        killer.start()
+        assert all_right(pool.score(integers(10)))
+        killer.join()
+
+
+@pytest.mark.parametrize("notice", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_notice_to_the_whole_job_leaves_the_workers_at_work(pool: RewardPool, notice: signal.Signals):
+    pool.check_canaries()
+    before = [worker._process.pid for worker in pool._workers]
+    for pid in before:
+        os.kill(pid, notice)
+    assert all_right(pool.score(integers(20)))
+    assert [worker._process.pid for worker in pool._workers] == before
+
+
+def test_workers_that_cannot_start_stop_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    script = tmp_path / "broken.py"
+    script.write_text("raise ImportError\n")
+    monkeypatch.setattr(rewards, "WORKER_SCRIPT", script)
+    with RewardPool(2) as pool, pytest.raises(VerifierError, match="did not start, twice"):
+        pool.score(integers(3))
+
+
+FAKE = """import json, os, sys
+print({ready!r}, flush=True)
+for line in sys.stdin:
+    {body}
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        ("print('wrong', flush=True)", "found wrong, expected correct"),  # what a stdlib pool does once it is broken
+        ("print('correct', flush=True)", "found correct, expected wrong"),
+        ("os._exit(1)", "found crashed, expected correct"),
+    ],
+)
+def test_a_verifier_gone_wrong_stops_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str, found: str):
+    script = tmp_path / "fake.py"
+    script.write_text(FAKE.format(ready=verify.READY, body=body))
+    monkeypatch.setattr(rewards, "WORKER_SCRIPT", script)
+    with RewardPool(2, deadline_s=20) as pool, pytest.raises(VerifierError, match=found):
+        pool.score(integers(3))
+
+
+@pytest.fixture
+def trusted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A verifier that finds every answer right, but never returns from 13 and dies of 17."""
+    script = tmp_path / "fake.py"
+    body = "a = json.loads(line)[0]; a == '13' and __import__('time').sleep(60); a == '17' and os._exit(1); "
+    script.write_text(FAKE.format(ready=verify.READY, body=body + "print('correct', flush=True)"))
+    monkeypatch.setattr(rewards, "WORKER_SCRIPT", script)
+    monkeypatch.setattr(rewards, "CANARIES", rewards.CANARIES[:1])
+
+
+@pytest.mark.usefixtures("trusted")
+def test_the_answer_that_kills_its_worker_twice_is_the_one_to_blame():
+    with RewardPool(2, deadline_s=20) as pool:
+        scored = pool.score(integers(10, start=14))
+    assert [reward.outcome for reward in scored] == ["correct"] * 3 + ["crashed"] + ["correct"] * 6
+    assert scored[3].value == 0.0
+
+
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize("deadly", [13, 17])
+def test_breaker(deadly: int):
+    """The share counts answers, copies included, and only batches of at least 20."""
+    with RewardPool(2, deadline_s=0.5, max_timeout_share=0.1) as pool:
+        few = integers(17, start=18) + integers(1, start=deadly) * 2
+        assert [reward.value for reward in pool.score(few)] == [1.0] * 17 + [0.0] * 2
+        at_the_limit = integers(18, start=18) + integers(1, start=deadly) * 2
+        assert [reward.value for reward in pool.score(at_the_limit)] == [1.0] * 18 + [0.0] * 2
+        above = integers(17, start=18) + integers(1, start=deadly) * 3
+        with pytest.raises(VerifierError, match=r"at least 3 of 20 answers got no verdict.*max_timeout_share = 0.1"):
+            pool.score(above)
+        assert all_right(pool.score(integers(5, start=18)))  # the pool itself is not harmed
+
+
+@pytest.mark.usefixtures("trusted")
+def test_breaker_does_not_wait_for_the_rest():
+    different = [(Problem(str(n), "", str(n)), r"\boxed{13}") for n in range(40)]
+    with RewardPool(2, deadline_s=0.5, max_timeout_share=0.1) as pool:
+        pool.check_canaries()
+        started = time.monotonic()
+        with pytest.raises(VerifierError):
+            pool.score(different)
+        assert time.monotonic() - started < 8  # three rounds of two, not the twenty of the whole batch
+
+
+def test_a_closed_pool_leaves_no_process_and_says_so():
+    with RewardPool(2) as pool:
+        processes = [worker._process for worker in pool._workers]
+        assert all(process.poll() is None for process in processes)
+    assert all(process.returncode is not None for process in processes)
+    with pytest.raises(ValueError, match="the pool is closed"):
+        pool.score(integers(1))
+
+
+def test_an_orphan_ends_itself():
+    """The trainer may be killed while a worker is inside a bomb: the worker must not run for ever."""
+    worker = rewards._Worker(orphan_s=1)
+    try:
+        worker._wait_until_ready()
+        worker._stdin.write(b'["(2^{31})!", "4", "math", []]\n')
+        assert worker._process.wait(20) == -signal.SIGALRM
+    finally:
+        worker.stop()
