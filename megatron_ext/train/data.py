@@ -1,0 +1,289 @@
+"""Problems to train on: load and check a JSON Lines file, encode prompts, decide the order.
+
+A row has ``prompt``, ``answer`` and optionally ``id``, ``verifier``, ``numbers``; other keys are ignored. A row
+with a fault is left out and reported by row and field, or stops the run with ``strict``. A gold answer that the
+verifier cannot read, or does not accept as an answer to itself, always stops the run unless told otherwise:
+every response to it would be scored wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_ext.rollout.verify import VERIFIERS, Outcome
+from megatron_ext.train.config import ConfigError
+from megatron_ext.types import Problem, Reward
+
+SCHEMA = '{"prompt": "What is 2+2?", "answer": "4"}'
+NUM_LISTED = 5  # faults spelt out in a message
+
+FaultKind = Literal[
+    "not_json", "missing", "wrong_type", "empty", "invalid", "duplicate", "unparsable_gold", "overlong_prompt"
+]
+Score = Callable[[Sequence[tuple[Problem, str]]], list[Reward]]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with one row. ``where`` is ``row 17`` (counted from 1) or ``problem <id>``."""
+
+    where: str
+    field: str
+    kind: FaultKind
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.where}, field {self.field}: {self.message}"
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """How many rows were read and kept, and why the others were not."""
+
+    num_rows: int
+    num_kept: int
+    faults: tuple[Fault, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return dict(Counter(fault.kind for fault in self.faults))
+
+    def summary(self) -> str:
+        """A line with the counts and one for each of the first faults of every kind."""
+        counts = ", ".join(f"{kind} {count}" for kind, count in sorted(self.counts.items()))
+        lines = [f"{self.num_kept} of {self.num_rows} rows kept" + (f"; left out: {counts}" if counts else "")]
+        for kind in self.counts:
+            lines += _listed([fault for fault in self.faults if fault.kind == kind])
+        return "\n".join(lines)
+
+
+def load_problems(
+    path: str | Path, *, score: Score, strict: bool = False, skip_unparsable_gold: bool = False
+) -> tuple[list[Problem], DataReport]:
+    """The problems of a JSON Lines file and a report on the rows left out.
+
+    ``score`` judges ``(problem, response)`` pairs, for example ``RewardPool.score``; every gold answer is judged
+    against itself. Raises ``ConfigError`` for a file that cannot be read, for an unparsable gold answer unless
+    ``skip_unparsable_gold``, for any fault when ``strict``, and when no row is left.
+    """
+    rows = _read_rows(Path(path))
+    problems, faults = _check_rows(rows)
+    bad_gold = _check_gold(problems, score)
+    faults += bad_gold.values()
+    kept = [problem for row, problem in problems.items() if row not in bad_gold]
+    report = DataReport(len(rows), len(kept), tuple(faults))
+    if strict and faults:
+        raise ConfigError(
+            f"data.train: {path} has {len(faults)} faults in {len(rows)} rows and data.strict is on; "
+            "correct or remove the rows, or set data.strict = false to leave them out\n" + "\n".join(_listed(faults))
+        )
+    if bad_gold and not skip_unparsable_gold:
+        raise ConfigError(
+            f"data.train: {path} has {len(bad_gold)} gold answers that are not right when judged against themselves; "
+            "every response to them would be scored wrong. Correct or remove the rows, or choose to leave them out\n"
+            + "\n".join(_listed(list(bad_gold.values())))
+        )
+    if not kept:
+        raise ConfigError(
+            f"data.train: no usable row in {path}: {len(rows)} rows, 0 kept; expected one JSON object a line, "
+            f"like {SCHEMA}. Write such rows or point data.train to another file\n" + "\n".join(_listed(faults))
+        )
+    return kept, report
+
+
+def encode_prompt(tokenizer: Any, problem: Problem, prompt_suffix: str = "") -> tuple[int, ...]:
+    """Token ids of the prompt: a user turn of the chat template and the opening of the answer, else plain text."""
+    text = problem.prompt + prompt_suffix
+    if getattr(tokenizer, "chat_template", None):
+        turns = [{"role": "user", "content": text}]
+        return tuple(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False))
+    return tuple(tokenizer.encode(text))
+
+
+def encode_problems(
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    *,
+    max_prompt_tokens: int,
+    prompt_suffix: str = "",
+    strict: bool = False,
+) -> tuple[list[tuple[Problem, tuple[int, ...]]], DataReport]:
+    """The problems with their prompt ids, and a report on those whose prompt exceeds ``max_prompt_tokens``.
+
+    Raises ``ConfigError`` for an overlong prompt when ``strict``, and when no problem is left.
+    """
+    encoded = [(problem, encode_prompt(tokenizer, problem, prompt_suffix)) for problem in problems]
+    kept = [(problem, ids) for problem, ids in encoded if len(ids) <= max_prompt_tokens]
+    expected = f"tokens, expected at most data.max_prompt_tokens = {max_prompt_tokens}"
+    faults = tuple(
+        Fault(f"problem {problem.problem_id}", "prompt", "overlong_prompt", f"{len(ids)} {expected}")
+        for problem, ids in encoded
+        if len(ids) > max_prompt_tokens
+    )
+    if faults and (strict or not kept):
+        raise ConfigError(
+            f"data.max_prompt_tokens: {len(faults)} of {len(problems)} prompts are too long, {len(kept)} are left; "
+            f"the longest has {max(len(ids) for _, ids in encoded)} tokens. Raise data.max_prompt_tokens or remove "
+            "the rows\n" + "\n".join(_listed(faults))
+        )
+    return kept, DataReport(len(problems), len(kept), faults)
+
+
+class DataOrder:
+    """Which problems each step takes: every epoch is a permutation of all problems, seeded by seed and epoch.
+
+    A step that reaches the end of an epoch goes on with the next one, so every problem comes once per epoch and
+    none is dropped; only such a step, or one with more prompts than there are problems, can hold a problem twice.
+    """
+
+    def __init__(self, num_problems: int, prompts_per_step: int, seed: int) -> None:
+        if min(num_problems, prompts_per_step) < 1:
+            raise ValueError(
+                f"DataOrder: expected at least one problem and one prompt per step, found {num_problems} and "
+                f"{prompts_per_step}"
+            )
+        self.num_problems, self.prompts_per_step, self.seed = num_problems, prompts_per_step, seed
+        self._enter(epoch=0, position=0)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next problem, counted from 0."""
+        return self._epoch
+
+    def next_indices(self) -> list[int]:
+        """The problems of the next step."""
+        taken: list[int] = []
+        while len(taken) < self.prompts_per_step:
+            end = self._position + self.prompts_per_step - len(taken)
+            taken += self._order[self._position : end]
+            if end < self.num_problems:
+                self._position = end
+            else:
+                self._enter(self._epoch + 1, 0)
+        return taken
+
+    def state_dict(self) -> dict[str, int]:
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "num_problems": self.num_problems,
+            "seed": self.seed,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where ``state`` was taken. Raises ``ConfigError`` if it belongs to other data or another seed."""
+        for key, name in (("num_problems", "number of usable problems in data.train"), ("seed", "train.seed")):
+            if state[key] != getattr(self, key):
+                raise ConfigError(
+                    f"resume: the {name} is {getattr(self, key)}, the checkpoint's is {state[key]}: the order of the "
+                    "data would not continue. Resume with the checkpoint's data and seed, or start a new run"
+                )
+        self._enter(state["epoch"], state["position"])
+
+    def _enter(self, epoch: int, position: int) -> None:
+        self._epoch, self._position = epoch, position
+        self._order = list(range(self.num_problems))
+        random.Random(f"{self.seed}/{epoch}").shuffle(self._order)
+
+
+def _read_rows(path: Path) -> dict[int, str]:
+    """``row number -> line`` of the lines that are not blank."""
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            return {number: line for number, line in enumerate(lines, 1) if line.strip()}
+    except OSError as error:
+        raise ConfigError(
+            f"data.train: cannot read {path}: {error.strerror}; give an existing JSON Lines file"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"data.train: {path} is not UTF-8: {error}; write it again as UTF-8") from None
+
+
+def _check_rows(rows: dict[int, str]) -> tuple[dict[int, Problem], list[Fault]]:
+    """``row number -> problem`` of the rows without a fault. Of equal prompts the first stays."""
+    problems: dict[int, Problem] = {}
+    faults: list[Fault] = []
+    first_with: dict[str, int] = {}
+    for number, line in rows.items():
+        checked = _check_row(f"row {number}", line)
+        if isinstance(checked, Fault):
+            faults.append(checked)
+            continue
+        first = first_with.setdefault(checked.prompt, number)
+        if first == number:
+            problems[number] = checked
+            continue
+        same = "the same answer" if checked.answer == problems[first].answer else "another answer"
+        faults.append(Fault(f"row {number}", "prompt", "duplicate", f"the prompt of row {first}, with {same}"))
+    return problems, faults
+
+
+def _check_row(where: str, line: str) -> Problem | Fault:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:  # also numbers and nesting beyond what Python reads
+        return Fault(where, "(all)", "not_json", f"not JSON: {error}; found {line.strip()[:60]!r}")
+    if not isinstance(row, dict):
+        return _wrong_type(where, "(all)", f"a JSON object like {SCHEMA}", row)
+    for field in ("prompt", "answer"):
+        if row.get(field) is None:
+            return Fault(where, field, "missing", f"missing; the row has {sorted(row)}")
+    prompt, answer, numbers = row["prompt"], row["answer"], row.get("numbers") or []
+    problem_id, verifier = row.get("id"), row.get("verifier", "math")
+    if not isinstance(prompt, str):
+        return _wrong_type(where, "prompt", "a string", prompt)
+    if not isinstance(answer, str) and not _is_int(answer):
+        return _wrong_type(where, "answer", "a string or an integer (one answer, exact)", answer)
+    for field, text in (("prompt", prompt), ("answer", str(answer))):
+        if not text.strip():
+            return Fault(where, field, "empty", "empty")
+    if not isinstance(problem_id, str | None) and not _is_int(problem_id):
+        return _wrong_type(where, "id", "a string", problem_id)
+    if not isinstance(verifier, str) or verifier not in VERIFIERS:
+        return Fault(where, "verifier", "invalid", f"expected one of {', '.join(VERIFIERS)}, found {verifier!r}")
+    if not isinstance(numbers, list) or not all(_is_int(number) and number >= 0 for number in numbers):
+        return _wrong_type(where, "numbers", "a list of integers, none negative", numbers)
+    if verifier == "countdown":
+        if not numbers:
+            return Fault(where, "numbers", "missing", "missing; countdown needs the numbers to use")
+        if not re.fullmatch(r"-?[0-9]+", str(answer).strip()):
+            return Fault(where, "answer", "invalid", f"expected an integer target of countdown, found {answer!r}")
+    name = where.removeprefix("row ") if problem_id is None else str(problem_id)
+    return Problem(name, prompt, str(answer).strip(), verifier, tuple(numbers))
+
+
+def _check_gold(problems: dict[int, Problem], score: Score) -> dict[int, Fault]:
+    """``row number -> fault`` of the gold answers that are not right as a response. Countdown targets are integers."""
+    asked = {row: problem for row, problem in problems.items() if problem.verifier == "math"}
+    rewards = score([(problem, rf"\boxed{{{problem.answer}}}") for problem in asked.values()])
+    return {
+        row: Fault(
+            f"row {row}",
+            "answer",
+            "unparsable_gold",
+            f"gold {problem.answer[:100]!r} judged against itself is {reward.outcome}, expected correct",
+        )
+        for (row, problem), reward in zip(asked.items(), rewards, strict=True)
+        if reward.outcome != Outcome.CORRECT
+    }
+
+
+def _wrong_type(where: str, field: str, expected: str, found: object) -> Fault:
+    message = f"expected {expected}, found {type(found).__name__} {str(found)[:60]!r}"
+    return Fault(where, field, "wrong_type", message)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _listed(faults: Sequence[Fault]) -> list[str]:
+    lines = [f"  {fault}" for fault in faults[:NUM_LISTED]]
+    return lines + ([f"  ... and {len(faults) - NUM_LISTED} more"] if len(faults) > NUM_LISTED else [])

@@ -1,0 +1,256 @@
+"""Data files: every fault is named by row and field, prompts are encoded, the order resumes bitwise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from megatron_ext.rollout.rewards import RewardPool
+from megatron_ext.train.config import ConfigError
+from megatron_ext.train.data import DataOrder, encode_problems, encode_prompt, load_problems
+from megatron_ext.types import Problem, Reward
+
+GOOD = {"prompt": "What is 2+2?", "answer": "4"}
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RewardPool]:
+    with RewardPool(2, deadline_s=20) as pool:
+        yield pool
+
+
+def trusting(answers: Sequence[tuple[Problem, str]]) -> list[Reward]:
+    """A score for tests that are not about gold answers."""
+    return [Reward(1.0, "correct") for _ in answers]
+
+
+def write(folder: Path, *rows: Any) -> Path:
+    """A JSON Lines file; a string is written as it is."""
+    path = folder / "train.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def test_rows_become_problems(tmp_path: Path, pool: RewardPool):
+    path = write(
+        tmp_path,
+        {"prompt": "a", "answer": r"\frac{1}{2}", "id": "first", "source": "ignored"},
+        "",
+        {"prompt": "b", "answer": 12, "id": 7, "numbers": None},
+        {"prompt": "c", "answer": "9\n", "verifier": "countdown", "numbers": [3, 2, 1]},
+    )
+    problems, report = load_problems(path, score=pool.score, strict=True)
+    assert problems == [
+        Problem("first", "a", r"\frac{1}{2}"),
+        Problem("7", "b", "12"),
+        Problem("4", "c", "9", "countdown", (3, 2, 1)),
+    ]
+    assert (report.num_rows, report.num_kept, report.counts) == (3, 3, {})
+    assert report.summary() == "3 of 3 rows kept"
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "kind", "words"),
+    [
+        ("{'prompt': 1}", "(all)", "not_json", "not JSON"),
+        ("[" * 100_000, "(all)", "not_json", "not JSON"),
+        ('{"prompt": "p", "answer": ' + "9" * 5000 + "}", "(all)", "not_json", "not JSON"),
+        (["a", "b"], "(all)", "wrong_type", "found list"),
+        ({"answer": "4"}, "prompt", "missing", "the row has ['answer']"),
+        ({"prompt": "p"}, "answer", "missing", "the row has ['prompt']"),
+        ({"prompt": "p", "answer": None}, "answer", "missing", "missing"),
+        ({"prompt": [{"role": "user", "content": "p"}], "answer": "4"}, "prompt", "wrong_type", "found list"),
+        ({"prompt": "p", "answer": 4.0}, "answer", "wrong_type", "found float '4.0'"),
+        ({"prompt": "p", "answer": ["4", "5"]}, "answer", "wrong_type", "found list"),
+        ({"prompt": "p", "answer": True}, "answer", "wrong_type", "found bool"),
+        ({"prompt": " ", "answer": "4"}, "prompt", "empty", "empty"),
+        ({"prompt": "p", "answer": "\n"}, "answer", "empty", "empty"),
+        ({"prompt": "p", "answer": "4", "id": 1.5}, "id", "wrong_type", "found float"),
+        ({"prompt": "p", "answer": "4", "verifier": "maths"}, "verifier", "invalid", "math, countdown, found 'maths'"),
+        ({"prompt": "p", "answer": "4", "verifier": ["math"]}, "verifier", "invalid", "found ['math']"),
+        ({"prompt": "p", "answer": "4", "verifier": "countdown"}, "numbers", "missing", "numbers to use"),
+        ({"prompt": "p", "answer": "4", "verifier": "countdown", "numbers": "1 3"}, "numbers", "wrong_type", "str"),
+        ({"prompt": "p", "answer": "4", "verifier": "countdown", "numbers": [1, 3.0]}, "numbers", "wrong_type", "3.0"),
+        ({"prompt": "p", "answer": "4", "verifier": "countdown", "numbers": [-1, 5]}, "numbers", "wrong_type", "-1"),
+        ({"prompt": "p", "answer": "4/1", "verifier": "countdown", "numbers": [4, 1]}, "answer", "invalid", "'4/1'"),
+        ({"prompt": "p", "answer": "4.0", "verifier": "countdown", "numbers": [4, 1]}, "answer", "invalid", "'4.0'"),
+        (GOOD, "prompt", "duplicate", "the prompt of row 1, with the same answer"),
+        (GOOD | {"answer": "5"}, "prompt", "duplicate", "the prompt of row 1, with another answer"),
+    ],
+)
+def test_faults_are_left_out_and_named(tmp_path: Path, row: Any, field: str, kind: str, words: str):
+    path = write(tmp_path, GOOD, row, {"prompt": "What is 3+3?", "answer": "6"})
+    problems, report = load_problems(path, score=trusting)
+    assert [problem.answer for problem in problems] == ["4", "6"]
+    assert (report.num_rows, report.num_kept, report.counts) == (3, 2, {kind: 1})
+    (fault,) = report.faults
+    assert (fault.where, fault.field) == ("row 2", field)
+    assert words in fault.message
+    assert str(fault) in report.summary() and f"left out: {kind} 1" in report.summary()
+    with pytest.raises(ConfigError, match="1 faults in 3 rows and data.strict is on") as caught:
+        load_problems(path, score=trusting, strict=True)
+    assert str(fault) in str(caught.value)
+
+
+def test_a_hundred_copies_of_every_row(tmp_path: Path):
+    rows = [{"prompt": f"What is {n}+1?", "answer": str(n + 1)} for n in range(30)]
+    problems, report = load_problems(write(tmp_path, *rows * 100), score=trusting)
+    assert [problem.answer for problem in problems] == [str(n + 1) for n in range(30)]
+    assert report.counts == {"duplicate": 2970}
+    assert len(report.summary().splitlines()) == 7 and "and 2965 more" in report.summary()
+
+
+def test_an_unparsable_gold_answer_stops_the_run(tmp_path: Path, pool: RewardPool):
+    path = write(
+        tmp_path,
+        GOOD,
+        {"prompt": "p", "answer": "@@"},
+        {"prompt": "q", "answer": r"\frac{1}{2"},
+        {"prompt": "r", "answer": "1=2"},  # readable, and yet no response could be right
+        {"prompt": "s", "answer": "x" * 2000},
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_problems(path, score=pool.score)
+    message = str(caught.value)
+    assert "4 gold answers" in message and "remove the rows" in message
+    assert "row 2, field answer: gold '@@' judged against itself is bad_gold" in message
+    assert r"row 3, field answer: gold '\\frac{1}{2' judged against itself is no_answer" in message
+    assert "row 4, field answer: gold '1=2' judged against itself is contradiction" in message
+    assert "row 5, field answer: gold 'xxx" in message and "is too_long" in message
+    assert len(message) < 1500
+
+    problems, report = load_problems(path, score=pool.score, skip_unparsable_gold=True)
+    assert [problem.answer for problem in problems] == ["4"]
+    assert report.counts == {"unparsable_gold": 4}
+    with pytest.raises(ConfigError, match="data.strict"):
+        load_problems(path, score=pool.score, skip_unparsable_gold=True, strict=True)
+
+
+@pytest.mark.parametrize("gold", ["$42$", r"\boxed{42}", r"\(42\)", "10,000", r"50\%", "(1,2]", r"x=\frac{1}{2}", "C"])
+def test_golds_in_every_dress_are_right_against_themselves(tmp_path: Path, pool: RewardPool, gold: str):
+    (problem,), report = load_problems(write(tmp_path, {"prompt": "p", "answer": gold}), score=pool.score, strict=True)
+    assert (problem.answer, report.faults) == (gold, ())
+
+
+def test_thousands_of_integer_golds_are_checked_once_each(tmp_path: Path, pool: RewardPool):
+    """AIME golds are integers below 1000: equal ones are judged once, so the whole file takes seconds."""
+    rows = [{"prompt": f"problem {n}", "answer": str(n % 1000)} for n in range(5000)]
+    problems, report = load_problems(write(tmp_path, *rows), score=pool.score, strict=True)
+    assert len(problems) == 5000 and not report.faults
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "0 rows, 0 kept"),
+        (b"\n \n", "0 rows, 0 kept"),
+        (b'{"question": "p", "answer": "4"}\n', r"1 rows, 0 kept(.|\n)*row 1, field prompt: missing"),
+        (b'{"prompt": "\xff", "answer": "4"}\n', "not UTF-8"),
+    ],
+)
+def test_a_file_without_problems_stops_the_run(tmp_path: Path, content: bytes, words: str):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=words):
+        load_problems(path, score=trusting)
+
+
+def test_a_file_that_cannot_be_read_stops_the_run(tmp_path: Path):
+    with pytest.raises(ConfigError, match="No such file"):
+        load_problems(tmp_path / "none.jsonl", score=trusting)
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load_problems(tmp_path, score=trusting)
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path: Path):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
+    assert len(load_problems(path, score=trusting, strict=True)[0]) == 1
+
+
+VOCABULARY = ["<unk>", "<s>", "user", ":", "bot", "What", "is", "2", "+", "?", "Box", "it", "."]
+
+
+def tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", unk_token="<unk>")
+    fast.chat_template = chat_template
+    return fast
+
+
+def test_prompt_without_a_chat_template_is_plain_text():
+    ids = encode_prompt(tokenizer(), Problem("0", "What is 2+2?", "4"), " Box it.")
+    assert [VOCABULARY[i] for i in ids] == ["<s>", "What", "is", "2", "+", "2", "?", "Box", "it", "."]
+
+
+def test_prompt_with_a_chat_template_is_a_turn_and_the_opening_of_the_answer():
+    template = (
+        "{% for turn in messages %}{{ turn.role }} : {{ turn.content }} {% endfor %}"
+        "{% if add_generation_prompt %}bot :{% endif %}"
+    )
+    ids = encode_prompt(tokenizer(template), Problem("0", "What is 2?", "4"), " Box it.")
+    assert isinstance(ids, tuple)
+    assert [VOCABULARY[i] for i in ids] == ["user", ":", "What", "is", "2", "?", "Box", "it", ".", "bot", ":"]
+
+
+def test_overlong_prompts_are_left_out_and_named():
+    problems = [Problem("short", "What is 2?", "2"), Problem("long", "What is 2+2+2?", "6")]
+    kept, report = encode_problems(tokenizer(), problems, max_prompt_tokens=5)
+    assert kept == [(problems[0], (1, 5, 6, 7, 9))]
+    assert (report.num_rows, report.num_kept, report.counts) == (2, 1, {"overlong_prompt": 1})
+    assert "problem long, field prompt: 9 tokens, expected at most data.max_prompt_tokens = 5" in report.summary()
+    with pytest.raises(ConfigError, match=r"1 of 2 prompts are too long, 1 are left; the longest has 9 tokens"):
+        encode_problems(tokenizer(), problems, max_prompt_tokens=5, strict=True)
+    with pytest.raises(ConfigError, match=r"2 of 2 prompts are too long, 0 are left"):
+        encode_problems(tokenizer(), problems, max_prompt_tokens=4)
+    assert len(encode_problems(tokenizer(), problems, max_prompt_tokens=9, strict=True)[0]) == 2
+
+
+@pytest.mark.parametrize(("num_problems", "prompts_per_step"), [(10, 2), (10, 3), (7, 7), (5, 12), (1, 3)])
+def test_every_epoch_is_a_permutation(num_problems: int, prompts_per_step: int):
+    order = DataOrder(num_problems, prompts_per_step, seed=3)
+    steps = [order.next_indices() for _ in range(4 * num_problems)]
+    assert {len(step) for step in steps} == {prompts_per_step}
+    stream = [index for step in steps for index in step]
+    epochs = [stream[start : start + num_problems] for start in range(0, len(stream), num_problems)]
+    assert all(sorted(epoch) == list(range(num_problems)) for epoch in epochs)
+    assert order.epoch == 4 * prompts_per_step
+    if num_problems >= 7:
+        assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_order_depends_on_the_seed_alone():
+    def stream(seed: int) -> list[list[int]]:
+        order = DataOrder(100, 30, seed)
+        return [order.next_indices() for _ in range(10)]
+
+    assert stream(1) == stream(1) != stream(2)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 10, 11])
+def test_order_resumes_where_it_was(steps: int):
+    order = DataOrder(20, 6, seed=5)
+    for _ in range(steps):
+        order.next_indices()
+    state = json.loads(json.dumps(order.state_dict()))
+    resumed = DataOrder(20, 6, seed=5)
+    resumed.load_state_dict(state)
+    assert [resumed.next_indices() for _ in range(20)] == [order.next_indices() for _ in range(20)]
+
+
+def test_order_refuses_another_run():
+    state = DataOrder(20, 6, seed=5).state_dict()
+    with pytest.raises(ConfigError, match="data.train is 21, the checkpoint's is 20"):
+        DataOrder(21, 6, seed=5).load_state_dict(state)
+    with pytest.raises(ConfigError, match="train.seed is 6, the checkpoint's is 5"):
+        DataOrder(20, 6, seed=6).load_state_dict(state)
+    with pytest.raises(ValueError, match="at least one problem"):
+        DataOrder(0, 6, seed=5)
