@@ -1,0 +1,93 @@
+"""The import arrows of the repository, read from the source without running it.
+
+tools -> train -> {model -> ops -> ops.kernels, methods, rollout};  {train, model, methods, rollout} -> types -> torch
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = {  # room -> what it may import of this project
+    "megatron_ext.types": set(),
+    "megatron_ext.host": set(),
+    "megatron_ext.evaluation": set(),
+    "megatron_ext.ops": {"megatron_ext.ops"},
+    "megatron_ext.methods": {"megatron_ext.methods", "megatron_ext.types"},
+    "megatron_ext.model": {
+        "megatron_ext.model",
+        "megatron_ext.ops",
+        "megatron_ext.methods.base",
+        "megatron_ext.types",
+        "megatron_ext.host",
+    },
+    "megatron_ext.rollout": {"megatron_ext.rollout", "megatron_ext.types", "megatron_ext.host"},
+    "megatron_ext.train": {"megatron_ext"},
+    "tools": {"megatron_ext", "tools"},
+}
+ONLY_IN = {  # package -> the rooms that may import it
+    "megatron": ("megatron_ext.model", "megatron_ext.train", "megatron_ext.host", "tools.bench"),
+    "triton": ("megatron_ext.ops.kernels",),
+    "vllm": ("megatron_ext.rollout",),
+}
+NO_PROCESS_GROUPS = ("megatron_ext.methods", "megatron_ext.types", "megatron_ext.evaluation")
+
+
+def modules() -> list[tuple[str, Path]]:
+    files = [path for room in ("megatron_ext", "tools") for path in sorted((ROOT / room).rglob("*.py"))]
+    return [(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), path) for path in files]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module named by an import statement, wherever it stands; ``from a import b`` also gives ``a.b``."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(name: str, rooms) -> bool:
+    return any(name == room or name.startswith(room + ".") for room in rooms)
+
+
+@pytest.mark.parametrize(("name", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")
+def test_imports_follow_the_arrows(name: str, path: Path) -> None:
+    room = max((room for room in ROOMS if within(name, [room])), key=len, default=None)
+    for imported in imports(path):
+        if within(imported, ["megatron_ext", "tools"]) and room is not None:
+            assert imported == "megatron_ext" or within(imported, ROOMS[room]), f"{name} imports {imported}"
+        assert not imported.startswith("tests"), f"{name} imports {imported}"
+        for package, allowed in ONLY_IN.items():
+            if within(imported, [package]):
+                assert within(name, allowed), f"{name} imports {imported}"
+        if within(name, NO_PROCESS_GROUPS):
+            assert not within(imported, ["torch.distributed"]), f"{name} imports {imported}"
+
+
+def test_only_collectives_talks_to_other_ranks_in_ops() -> None:
+    for name, path in modules():
+        if within(name, ["megatron_ext.ops"]) and name != "megatron_ext.ops.collectives":
+            talk = [line for line in path.read_text().splitlines() if "dist.all_" in line or "dist.broadcast" in line]
+            assert not talk, f"{name}: {talk}"
+
+
+def test_a_recipe_loads_without_torch() -> None:
+    code = (
+        "import sys; from megatron_ext.train.config import load_config; "
+        "load_config('recipes/siren/siren-tiny-cpu.toml'); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_reward_worker_starts_without_torch() -> None:
+    code = "import sys; import megatron_ext.rollout.verify; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
