@@ -1,0 +1,217 @@
+"""Which tokens form the nucleus, decided once for all ranks from the windows, and the sums inside it.
+
+Exchange, forward only: one all-to-all brings a row's sums and windows to one owner rank, which merges them, walks down
+to the crossing and certifies that nothing above it was missing from any window; one all-gather returns the result.
+Rows it cannot certify (flat rows, top_p near 1) are decided exactly by ``search``: local sort, then a search for the
+crossing's key with all ranks' masses, four bits a round. Masses are fp64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_ext.ops.collectives import all_gather, all_to_all, group_rank, group_size
+from megatron_ext.ops.shard import VocabShard
+from megatron_ext.ops.window import Window, from_order_key, highest, merge_windows, order_key
+
+PIVOTS = 15  # keys weighed in one round: four bits of the crossing's key
+BLOCK = 1 << 20  # window entries, or logits, handled at once
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Where the nucleus ends. ``limit`` is infinite for top_p 1: the crossing is then the lowest finite logit."""
+
+    top_p: float
+    nucleus: str  # reach | below
+    ties: str  # all | by_id
+
+    @property
+    def limit(self) -> float:
+        return self.top_p if self.top_p < 1 else float("inf")
+
+    @property
+    def keep_equal(self) -> bool:
+        return self.nucleus == "reach"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What every rank knows of every row after the exchange, ``[T, 1]`` each; the last six only with a nucleus.
+
+    ``total`` and ``mass`` are relative to ``maximum``: sums of e^((x - maximum) * scale). ``size`` is -1 for a row that
+    was not certified. ``cut_rank`` and ``cut_count`` (ties by id): ranks before keep all their tokens equal to theta,
+    that rank the first ``cut_count``, ranks after it none.
+    """
+
+    maximum: Tensor
+    total: Tensor
+    entropy: Tensor
+    target: Tensor  # the target's logit, minus infinity where no rank has it
+    theta: Tensor | None = None
+    mass: Tensor | None = None
+    nucleus_entropy: Tensor | None = None
+    size: Tensor | None = None
+    cut_rank: Tensor | None = None
+    cut_count: Tensor | None = None
+
+
+def merge(sums: Tensor, scale: Tensor) -> Rows:
+    """``[world, T, 4]`` sums of the shards (rows.summarise) to the whole vocabulary's, in fp64."""
+    sums, scale = sums.double(), scale.double()
+    shard_maximum, total, moment, target = sums.split(1, dim=-1)
+    maximum = shard_maximum.amax(0)
+    shift = ((shard_maximum - maximum) * scale).clamp_min(-1e30)
+    weight = shift.exp()
+    S = (total * weight).sum(0)
+    return Rows(maximum, S, S.log() - ((moment + total * shift) * weight).sum(0) / S, target.amax(0))
+
+
+def exchange(sums: Tensor, scale: Tensor, shard: VocabShard) -> Rows:
+    """Without a nucleus: one all-gather of 16 B a row (32 in fp64)."""
+    return merge(all_gather(sums, shard.group), scale)
+
+
+def exchange_windows(sums: Tensor, window: Window, scale: Tensor, shard: VocabShard, rule: Rule) -> Rows:
+    """With a nucleus: windows to the owners, results to everybody."""
+    T, world = len(sums), group_size(shard.group)
+    own = -(-T // world)
+    payload = torch.cat([_words(sums), _words(window.floor), _words(window.entries)], 1)
+    payload = torch.nn.functional.pad(payload, (0, 0, 0, own * world - T))
+    payload = all_to_all(payload.unflatten(0, (world, own)), shard.group)
+    first = group_rank(shard.group) * own
+    scale = torch.nn.functional.pad(scale, (0, 0, 0, own * world - T), value=1)[first : first + own]
+    step = max(1, BLOCK // (window.entries.shape[1] * world))
+    results = [
+        _decide(*_unpacked(payload[:, i : i + step], sums.dtype, window.entries.dtype), scale[i : i + step], rule)
+        for i in range(0, own, step)
+    ]
+    result = torch.cat(results) if results else torch.empty((0, 10), dtype=torch.float64, device=sums.device)
+    columns = 10 if rule.ties == "by_id" else 8
+    result = all_gather(result[:, :columns].to(sums.dtype), shard.group).flatten(0, 1)[:T]
+    return Rows(*result.split(1, dim=1))
+
+
+def _words(value: Tensor) -> Tensor:
+    return value.contiguous().view(torch.int32)
+
+
+def _unpacked(payload: Tensor, dtype: torch.dtype, entries: torch.dtype) -> tuple[Tensor, list[Window]]:
+    """Sums ``[world, n, 4]`` and the ranks' windows from the words ``[world, n, ...]``."""
+    words = 2 if dtype == torch.float64 else 1
+    sums = payload[..., : 4 * words].contiguous().view(dtype)
+    floor = payload[..., 4 * words : 5 * words].contiguous().view(dtype)
+    window = payload[..., 5 * words :].contiguous().view(entries)
+    return sums, [Window(window[r], floor[r]) for r in range(len(payload))]
+
+
+def _decide(sums: Tensor, windows: list[Window], scale: Tensor, rule: Rule) -> Tensor:
+    """The columns of ``Rows`` for the owner's rows ``[n, 10]``, in fp64."""
+    rows, scale = merge(sums, scale), scale.double()
+    maxima = [part[:, :1] for part in sums]
+    logit, count = merge_windows(windows, maxima)
+    d = ((logit - rows.maximum) * scale).clamp_min(-1e30)
+    mass = count * d.exp()
+    before = (mass.cumsum(-1) < rule.limit * rows.total).sum(-1, keepdim=True)
+    theta = logit.gather(1, before.clamp_max(logit.shape[1] - 1))
+    floor = torch.stack([part.floor for part in windows]).amax(0)
+    certified = (before < logit.shape[1]) & (theta > floor)
+    above = logit > theta
+    sums_above = torch.stack([torch.where(above, v, 0).sum(-1) for v in (mass, mass * d, count)], -1)
+    if rule.ties == "by_id":
+        parts = [part.unpack(maximum) for part, maximum in zip(windows, maxima, strict=True)]
+    else:
+        parts = [(logit, count)]
+    equal = torch.cat([torch.where(v == theta, n, 0).sum(-1, keepdim=True) for v, n in parts], 1)
+    inside = close(rows, theta, sums_above, equal.double(), scale, rule)
+    size = torch.where(certified | rows.total.isnan(), inside[:, 2:3], -1)
+    closed = [theta.double(), inside[:, :2], size, inside[:, 3:]]
+    return torch.cat([rows.maximum, rows.total, rows.entropy, rows.target, *closed], 1)
+
+
+def close(rows: Rows, theta: Tensor, above: Tensor, equal: Tensor, scale: Tensor, rule: Rule) -> Tensor:
+    """Apply the rule at theta: ``[n, 5]`` of (mass, entropy, size, cut_rank, cut_count).
+
+    ``above`` ``[n, 3]``: mass, sum of mass * d and tokens above theta; ``equal`` ``[n, world]``: tokens equal to it.
+    """
+    d = ((theta.double() - rows.maximum) * scale).clamp_min(-1e30)
+    one, ties = d.exp(), equal.sum(-1, keepdim=True)
+    if rule.ties == "by_id":
+        needed = ((rule.limit * rows.total - above[:, :1]) / one).ceil()
+        needed = torch.minimum(needed.nan_to_num(torch.inf).clamp_min(1), ties)
+        keep = needed if rule.keep_equal else needed - 1
+    else:
+        keep = ties if rule.keep_equal else torch.zeros_like(ties)
+    mass = above[:, :1] + keep * one
+    moment = above[:, 1:2] + keep * one * d
+    size = above[:, 2:3] + keep
+    some = (size > 0) & ~rows.total.isnan()
+    safe = torch.where(some, mass, 1)
+    entropy = torch.where(some, safe.log() - moment / safe, torch.where(rows.total.isnan(), rows.total, 0))
+    through = equal.cumsum(-1)
+    cut_rank = (through < keep).sum(-1, keepdim=True).clamp_max(equal.shape[1] - 1)
+    cut_count = keep - (through - equal).gather(1, cut_rank)
+    return torch.cat([mass, entropy, size, cut_rank.double(), cut_count], 1)
+
+
+def search(
+    logits_of: Callable[[Tensor], Tensor], slow: Tensor, rows: Rows, scale: Tensor, shard: VocabShard, rule: Rule
+) -> Rows:
+    """``rows`` with the uncertified rows ``slow`` ``[n]`` decided by the search for their crossing's key.
+
+    ``logits_of(index)`` gives raw logits ``[len(index), shard.real]`` of any rows. Collectives: per block of rows, one
+    for the range, one a round (4 for bf16, 8 for fp32) and one for the sums.
+    """
+    assert rows.theta is not None and rows.mass is not None and rows.nucleus_entropy is not None
+    assert rows.size is not None
+    theta, mass, entropy, size = (v.clone() for v in (rows.theta, rows.mass, rows.nucleus_entropy, rows.size))
+    cuts = [v.clone() for v in (rows.cut_rank, rows.cut_count) if v is not None]
+    for index in slow.split(max(1, BLOCK // shard.width)):
+        x = logits_of(index)
+        part = Rows(*(v[index].double() for v in (rows.maximum, rows.total, rows.entropy, rows.target)))
+        found, closed = _search_block(x, part, scale[index].double(), shard, rule)
+        theta[index] = found.to(theta.dtype)
+        for value, column in zip((mass, entropy, size, *cuts), closed.split(1, dim=1), strict=False):
+            value[index] = column.to(value.dtype)
+    return Rows(rows.maximum, rows.total, rows.entropy, rows.target, theta, mass, entropy, size, *cuts)
+
+
+def _search_block(x: Tensor, rows: Rows, scale: Tensor, shard: VocabShard, rule: Rule) -> tuple[Tensor, Tensor]:
+    dtype, group = (torch.float64 if x.dtype == torch.float64 else torch.float32), shard.group
+    unit, rounds = (1 << 16, 4) if x.dtype == torch.bfloat16 else (1, 16 if x.dtype == torch.float64 else 8)
+    V = x.shape[1]
+    x = highest(x.to(dtype), V).flip(1)
+    d = (x - rows.maximum.to(dtype)).mul_(scale.to(dtype)).clamp_min_(-1e30)
+    e = d.exp()
+    prefix = e.cumsum(1, dtype=torch.float64)
+
+    def from_position(position: Tensor) -> Tensor:
+        """The mass at and after positions ``[n, k]`` of the sorted row."""
+        if not V:
+            return torch.zeros_like(position, dtype=torch.float64)
+        before = prefix.gather(1, (position - 1).clamp_min(0))
+        return prefix[:, -1:] - torch.where(position > 0, before, 0)
+
+    first = (x == -torch.inf).sum(-1, keepdim=True).clamp_max(max(V - 1, 0))
+    lowest = x.gather(1, first) if V else torch.full_like(rows.total, torch.inf, dtype=dtype)
+    lowest = torch.where(lowest > -torch.inf, lowest, torch.inf)
+    low = torch.div(order_key(all_gather(lowest, group).amin(0)), unit, rounding_mode="floor")
+    high = torch.div(order_key(torch.full_like(lowest, torch.inf)), unit, rounding_mode="floor")
+    for _ in range(rounds if rule.top_p < 1 else 0):
+        step = (high >> 4) - (low >> 4) + ((high & 15) - (low & 15) + 15 >> 4)  # (high - low) / 16 rounded up
+        pivots = from_order_key(torch.cat([low + step * i for i in range(1, PIVOTS + 1)], 1) * unit, dtype)
+        above = from_position(torch.searchsorted(x, pivots))
+        reached = all_gather(above, group).sum(0) >= rule.limit * rows.total
+        reached = reached.sum(-1, keepdim=True)
+        low, high = low + step * reached, torch.where(reached < PIVOTS, low + step * (reached + 1), high)
+    theta = from_order_key(low * unit, dtype)
+    start, end = torch.searchsorted(x, theta), torch.searchsorted(x, theta, right=True)
+    e = torch.where(x > theta, e, 0)
+    sums = e.sum(-1, keepdim=True, dtype=torch.float64), e.mul_(d).sum(-1, keepdim=True, dtype=torch.float64)
+    local = torch.cat([*sums, V - end, end - start], 1)
+    merged = all_gather(local, group)  # [world, n, 4]
+    return theta, close(rows, theta, merged[..., :3].sum(0), merged[..., 3].movedim(0, 1), scale, rule)
