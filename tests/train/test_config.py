@@ -1,0 +1,104 @@
+"""Recipes: one parent, overrides, and every fault named with what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.train.config import ConfigError, load_config
+
+BASE = """
+[model]
+path = "model"
+[data]
+train = "train.jsonl"
+max_prompt_tokens = 8
+[rollout]
+prompts = 16
+samples = 4
+max_response_tokens = 8
+[train]
+mini_batch_prompts = 8
+micro_batch_tokens = 64
+[parallel]
+ranks_per_node = 4
+tensor = 2
+[method]
+name = "siren"
+coef = 0.01
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps({"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 6})
+    )
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    (tmp_path / "base.toml").write_text(BASE)
+    (tmp_path / "own").mkdir()
+    path = tmp_path / "own" / "recipe.toml"
+    path.write_text('parent = "../base.toml"\nname = "mine"\n[method]\ntau = 0.5\n')
+    return path
+
+
+def fault(recipe: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe, list(overrides))
+    return str(caught.value)
+
+
+def test_a_recipe_is_its_parent_with_its_own_values_over_it(recipe: Path) -> None:
+    config = load_config(recipe, ["train.steps=7", "optimizer.lr=1e-4", "name=other"])
+    assert config.method == {"name": "siren", "coef": 0.01, "tau": 0.5}
+    assert (config.name, config.train.steps, config.optimizer.lr) == ("other", 7, 1e-4)
+    assert (config.parallel.world, config.parallel.data) == (4, 2)
+    assert Path(config.model.path).samefile(recipe.parent.parent / "model")
+
+
+def test_another_method_does_not_inherit_options(recipe: Path) -> None:
+    recipe.write_text('parent = "../base.toml"\n[method]\nname = "grpo"\nbeta = 0.1\n')
+    assert load_config(recipe).method == {"name": "grpo", "beta": 0.1}
+
+
+def test_a_typo_names_the_key_and_a_near_one(recipe: Path) -> None:
+    assert "train.micro_batch_token: unknown key; did you mean micro_batch_tokens?" in fault(
+        recipe, "train.micro_batch_token=1"
+    )
+    assert "optimiser: unknown key; did you mean optimizer?" in fault(recipe, "optimiser.lr=1")
+
+
+def test_a_wrong_value_is_shown(recipe: Path) -> None:
+    assert "optimizer.lr" in fault(recipe, "optimizer.lr=-1") and "found -1" in fault(recipe, "optimizer.lr=-1")
+    assert "model.dtype" in fault(recipe, "model.dtype=float8")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["parallel.tensor=3"], "tensor 3 x pipeline 1 = 3 does not divide the world"),
+        (["parallel.tensor=8", "parallel.ranks_per_node=8"], "8 does not divide the model's 4 key-value heads"),
+        (["parallel.pipeline=4", "parallel.tensor=1"], "4 does not divide the model's 6 layers; nearest valid is 3"),
+        (["parallel.tensor=1", "parallel.sequence=true"], "needs parallel.tensor > 1"),
+        (["train.mini_batch_prompts=5"], "5 does not divide rollout.prompts 16; nearest valid is 4"),
+        (["rollout.prompts=15", "train.mini_batch_prompts=15"], "not divisible by the data-parallel size 2"),
+        (["train.micro_batch_tokens=15"], "raise it to at least 16"),
+        (["data.train=nowhere.jsonl"], "no such file: nowhere.jsonl"),
+        (["model.path=nowhere"], "nowhere holds no config.json"),
+        (["steps"], "not of the form key=value"),
+        (["train.steps=3", "train.steps.more=1"], "goes below steps"),
+    ],
+)
+def test_a_rule_between_fields_is_explained(recipe: Path, overrides: list[str], message: str) -> None:
+    assert message in fault(recipe, *overrides)
+
+
+def test_a_missing_or_broken_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("[train\n")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_config(tmp_path / "bad.toml")
