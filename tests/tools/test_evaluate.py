@@ -1,0 +1,227 @@
+"""An evaluation from responses to numbers by hand, and a real model through the real engine and verifier."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from megatron_ext.rollout.base import Request, Sampling
+from megatron_ext.train.config import ConfigError
+from megatron_ext.types import Problem, Reward, Sample
+from tools import evaluate as tool
+from tools.evaluate import Settings, equivalent_answers, evaluate, exact_value, load_evaluations, measure
+
+SILENT = Console(quiet=True)
+
+
+class FakeEngine:
+    """Answers prompt ``(p,)`` with the p-th script in the order of the samples' seeds."""
+
+    def __init__(self, scripts: dict[int, list[str]]):
+        self.scripts, self.batches, self.seeds = scripts, [], []
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
+        self.batches.append(len(requests))
+        self.seeds += [request.seed for request in requests]
+        texts = [self.scripts[request.prompt_ids[0]].pop(0) for request in requests]
+        return [
+            Sample(request.prompt_ids, tuple(range(len(text))), (0.0,) * len(text), text, text.endswith("..."), 0)
+            for request, text in zip(requests, texts, strict=True)
+        ]
+
+
+class FakePool:
+    """``A=x`` answers x, correct when it has the value of the problem's answer; everything else says nothing."""
+
+    def __init__(self):
+        self.asked: list[tuple[str, str]] = []
+
+    def score(self, answers: Sequence[tuple[Problem, str]]) -> list[Reward]:
+        return [self.judge(problem, text) for problem, text in answers]
+
+    def judge(self, problem: Problem, text: str) -> Reward:
+        if text.startswith("A="):
+            text = text.removeprefix("A=")
+        elif text.startswith(r"\boxed{"):
+            text = text.removeprefix(r"\boxed{").removesuffix("}")
+            self.asked.append((problem.answer, text))
+        else:
+            return Reward(0.0, "no_answer")
+        if text == "bomb":
+            return Reward(0.0, "timeout", text)
+        correct = text.strip("$") == problem.answer.strip("$")
+        return Reward(float(correct), "correct" if correct else "wrong", text)
+
+
+def problems(*answers: str) -> list[tuple[Problem, tuple[int, ...]]]:
+    return [(Problem(f"p{i}", f"prompt {i}", answer), (i,)) for i, answer in enumerate(answers)]
+
+
+def test_numbers_by_hand():
+    engine = FakeEngine(
+        {
+            0: ["A=7", "A=3", "A=7", "A=7"],  # c 3, majority 7 right
+            1: ["A=$x", "A=2", "A=x", "A=5"],  # c 2 of gold x: "$x" and "x" together win over 2 and 5
+            2: ["A=9", "A=9", "A=8", "hm..."],  # c 1 of gold 8: the majority is wrong
+            3: ["hm", "hm", "A=bomb", "hm"],  # nobody votes
+        }
+    )
+    result = measure(
+        engine, FakePool(), problems("7", "x", "8", "0"), Settings(samples=4), batch_size=3, console=SILENT
+    )
+    rows = result["problems"]
+    assert [(row["id"], row["n"], row["c"], row["majority"]) for row in rows] == [
+        ("p0", 4, 3, True),
+        ("p1", 4, 2, True),
+        ("p2", 4, 1, False),
+        ("p3", 4, 0, False),
+    ]
+    assert [row["majority_answer"] for row in rows] == ["7", "$x", "9", None]
+    means = {name: value["mean"] for name, value in result["metrics"].items()}
+    # pass@2 by hand: 1 - C(n-c,2)/6 = 1, 5/6, 3/6, 0
+    assert means == pytest.approx({"avg@4": 6 / 16, "pass@1": 6 / 16, "pass@2": 14 / 24, "pass@4": 0.75, "maj@4": 0.5})
+    assert result["metrics"]["maj@4"]["low"] == 0 and result["metrics"]["maj@4"]["high"] == 1
+    assert result["response"]["truncated"]["mean"] == 1 / 16
+    assert rows[0]["length"] == 3 and rows[3]["length"] == (2 + 2 + 6 + 2) / 4
+    assert result["outcomes"] == {"correct": 6 / 16, "wrong": 5 / 16, "no_answer": 4 / 16, "timeout": 1 / 16}
+    assert engine.batches == [3, 3, 3, 3, 3, 1] and len(set(engine.seeds)) == 16
+    assert result["decoding"]["ks"] == [1, 2, 4]
+    json.dumps(result, allow_nan=False)
+
+
+def test_seeds_do_not_depend_on_batching_or_on_later_problems():
+    def seeds(count: int, batch_size: int) -> list[int]:
+        engine = FakeEngine({i: ["A=1"] * 2 for i in range(count)})
+        measure(engine, FakePool(), problems(*"1" * count), Settings(samples=2), batch_size=batch_size, console=SILENT)
+        return engine.seeds
+
+    assert seeds(3, 2) == seeds(3, 100) == seeds(5, 7)[:6]
+
+
+def test_answers_are_compared_to_the_earliest_and_numbers_without_the_verifier():
+    pool = FakePool()
+    votes = [["a", "$a", "b", "1", "2/2", "3-2", None, "$b", "a"], ["5", "6", "5"], [None], []]
+    assert equivalent_answers(pool, votes) == [
+        {("a", "$a"), ("b", "$b"), ("1", "2/2"), ("1", "3-2")},
+        set(),
+        set(),
+        set(),
+    ]
+    assert ("1", "2/2") not in pool.asked and ("a", "1") in pool.asked and ("$a", "b") not in pool.asked
+
+
+def test_exact_value_is_arithmetic_only():
+    assert exact_value("9*5-1") == 44 == exact_value("-(1-45)")
+    assert exact_value("1/3") == exact_value("2/6") != exact_value("1/2")
+    for other in ("0.5", "x", "2**3", "1/0", "", r"\frac12", "1=1", "2 3", "(" * 59, "1" * 61):
+        assert exact_value(other) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"samples": 4, "ks": (1, 8)}, "--k: pass@8 .* --samples 4"),
+        ({"samples": 4, "ks": (0,)}, "--k"),
+        ({"samples": 0}, "--samples: expected at least 1"),
+        ({"temperature": 0.0}, "use --samples 1"),
+        ({"temperature": -1.0}, "--temperature"),
+        ({"top_p": 0.0}, "--top-p"),
+        ({"limit": 0}, "--limit"),
+    ],
+)
+def test_settings_that_contradict_each_other(values: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        Settings(**values)
+    assert Settings(samples=1, temperature=0.0).reported_ks() == [1]
+    assert Settings(samples=12).reported_ks() == [1, 2, 4, 8]
+
+
+def test_bad_input_is_told_with_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "1+1?", "answer": "2"}\n')
+    model = tmp_path / "model"
+    model.mkdir()
+
+    def told(*arguments: str) -> str:
+        assert tool.main([*arguments]) == 2
+        return capsys.readouterr().err
+
+    assert "MODEL: " in told(str(model), "--data", str(data))
+    (model / "config.json").write_text("{}")
+    assert "no such file" in told(str(model), "--data", str(tmp_path / "none.jsonl"))
+    assert "--samples 2" in told(str(model), "--data", str(data), "--samples", "2", "--k", "4")
+    (tmp_path / "out.json").write_text('{"before": 3}')
+    assert "out.json" in told(str(model), "--data", str(data), "--out", str(tmp_path / "out.json"))
+    assert "cannot be loaded" in told(str(model), "--data", str(data), "--workers", "1")
+
+
+def test_labels_share_a_file(tmp_path: Path):
+    path = tmp_path / "run" / "evaluation.json"
+    for label, mean in (("before", 1), ("after", 2), ("before", 3)):
+        tool.save_evaluation(path, label, {"metrics": {"avg@1": mean}, "problems": []})
+    found = load_evaluations(path)
+    assert [(label, item["metrics"]["avg@1"]) for label, item in found.items()] == [("before", 3), ("after", 2)]
+    assert list(path.parent.iterdir()) == [path]
+    for text in ("", "[1]", '{"a": 1}', '{"a": {"metrics": {}}}', '"x"'):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="evaluation.json"):
+            load_evaluations(path)
+
+
+def overfit(folder: Path, pairs: list[tuple[Problem, str]]) -> None:
+    """A tiny model that has learnt exactly these responses."""
+    from tools.make_tiny_base import build_model, build_tokenizer, encode
+
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    ids, labels = encode(tokenizer, pairs)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    loss = torch.tensor(0.0)
+    for _ in range(100):
+        loss = model(input_ids=ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.01  # sure of every token
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # transformers rebuilds the pre-tokenizer of a Qwen2 model's tokenizer unless the class is named like this
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+
+
+def test_a_real_model_through_the_real_engine_and_verifier(tmp_path: Path):
+    pairs = [
+        (Problem("a", "1+1=?", "2"), r"\boxed{2}"),
+        (Problem("b", "3/4-1/4=?", "1/2"), r"\boxed{2/4}"),
+        (Problem("c", "3 2 1 > 9?", "9", "countdown", (3, 2, 1)), r"\boxed{3*(1+2)}"),
+        (Problem("d", "2+2=?", "4"), r"\boxed{5}"),
+        (Problem("e", "5+5=?", "10"), "10 10 10 10 10 10 10"),
+    ]
+    overfit(tmp_path / "model", pairs)
+    data = tmp_path / "eval.jsonl"
+    rows = [{"id": p.problem_id, "prompt": p.prompt, "answer": p.answer, "verifier": p.verifier} for p, _ in pairs]
+    rows[2]["numbers"] = [3, 2, 1]  # type: ignore[assignment]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "evaluation.json"
+    arguments = [str(tmp_path / "model"), "--data", str(data), "--samples", "2", "--temperature", "0.2"]
+    assert tool.main([*arguments, "--max-response-tokens", "14", "--workers", "1", "--out", str(out)]) == 0
+    result = load_evaluations(out)["evaluation"]
+    assert [(row["id"], row["c"]) for row in result["problems"]] == [("a", 2), ("b", 2), ("c", 2), ("d", 0), ("e", 0)]
+    assert result["metrics"]["maj@2"]["mean"] == result["metrics"]["pass@2"]["mean"] == 0.6
+    assert result["response"]["truncated"]["mean"] == 0.2
+    assert result["outcomes"] == {"correct": 0.6, "wrong": 0.2, "no_answer": 0.2}
+    assert len(result["chat_template_sha256"]) == 64 and result["versions"]["math-verify"] == "0.9.0"
+    again = evaluate(
+        tmp_path / "model",
+        data,
+        Settings(samples=2, temperature=0.2, max_response_tokens=14, limit=2),
+        workers=1,
+    )
+    assert again["problems"] == result["problems"][:2]

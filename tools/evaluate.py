@@ -1,0 +1,380 @@
+"""Evaluate a Hugging Face model directory on a file of verifiable problems: avg@n, pass@k, maj@n with intervals.
+
+    python -m tools.evaluate MODEL --data eval.jsonl --samples 8 --out runs/siren/evaluation.json --label after
+
+The output file maps labels to evaluations, so that one file holds ``before`` and ``after``; writing a label
+leaves the others. Each evaluation keeps n and c per problem, with which tools/compare_runs.py pairs two of
+them. Exit codes: 0 done, 2 bad input, 3 the verifier is not to be trusted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from megatron_ext.evaluation import CONFIDENCE, avg_at_k, bootstrap, majority, pass_at_k
+from megatron_ext.train.config import ConfigError, hf_config
+
+if TYPE_CHECKING:
+    from megatron_ext.rollout.base import Request, Sampling
+    from megatron_ext.types import Problem, Reward, Sample
+
+JUDGED_AT_ONCE = 1024
+VOTING = ("correct", "wrong")  # other outcomes have no readable answer to the question asked
+OTHER_NAMES = {"data.train": "--data", "data.max_prompt_tokens": "--max-prompt-tokens", "model.path": "MODEL"}
+
+
+class Engine(Protocol):
+    """What is used of a rollout engine."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]: ...
+
+
+class Pool(Protocol):
+    """What is used of a reward pool."""
+
+    def score(self, answers: Sequence[tuple[Problem, str]]) -> list[Reward]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to decode and what to report. Raises ConfigError for values that contradict each other."""
+
+    samples: int = 8
+    ks: tuple[int, ...] = ()  # pass@k; empty: the powers of two up to ``samples``
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_prompt_tokens: int = 4096
+    max_response_tokens: int = 1024
+    prompt_suffix: str = ""
+    seed: int = 0
+    limit: int | None = None  # only the first problems of the file
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "max_prompt_tokens", "max_response_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(self, name)}")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"--limit: expected at least 1, found {self.limit}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"--top-p: expected a share in (0, 1], found {self.top_p}")
+        if self.temperature < 0:
+            raise ConfigError(f"--temperature: expected 0 (greedy) or more, found {self.temperature}")
+        if self.temperature == 0 and self.samples > 1:
+            raise ConfigError(f"--temperature 0 draws the same response {self.samples} times: use --samples 1")
+        bad = [k for k in self.ks if not 1 <= k <= self.samples]
+        if bad:
+            raise ConfigError(
+                f"--k: pass@{max(bad)} cannot be estimated from --samples {self.samples}; expected values from 1 to "
+                f"{self.samples}: raise --samples or leave out {', '.join(map(str, bad))}"
+            )
+
+    def reported_ks(self) -> list[int]:
+        powers = [2**i for i in range(self.samples.bit_length()) if 2**i <= self.samples]
+        return sorted(set(self.ks or powers))
+
+
+def evaluate(
+    model: str | Path,
+    data: str | Path,
+    settings: Settings,
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Evaluate the model directory ``model`` on the JSON Lines file ``data``; the result is plain JSON.
+
+    ``workers`` judge (0: one per core). Progress goes to ``console`` (None: silent). Raises ConfigError for a
+    missing model or file and for faulty data, VerifierError when judgements cannot be trusted.
+    """
+    hf_config(model)
+    if not Path(data).is_file():
+        raise ConfigError(f"--data: no such file: {data}; give a JSON Lines file with prompt and answer")
+    from megatron_ext.rollout.hf import HFEngine
+    from megatron_ext.rollout.rewards import RewardPool
+    from megatron_ext.train.data import encode_problems, load_problems
+
+    console = console or Console(quiet=True)
+    with RewardPool(workers) as pool:
+        problems, report = load_problems(data, score=pool.score)
+        console.print(report.summary(), markup=False, highlight=False)
+        try:
+            engine = HFEngine(model, batch_size=batch_size)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"MODEL: {model} cannot be loaded: {error}") from None
+        encoded, report = encode_problems(
+            engine.tokenizer,
+            problems[: settings.limit],
+            max_prompt_tokens=settings.max_prompt_tokens,
+            prompt_suffix=settings.prompt_suffix,
+        )
+        if report.faults:
+            console.print(report.summary(), markup=False, highlight=False)
+        result = measure(engine, pool, encoded, settings, batch_size=batch_size, console=console)
+        template = getattr(engine.tokenizer, "chat_template", None)
+        engine.close()
+    return {
+        "model": str(model),
+        "data": {"path": str(data), "sha256": hashlib.sha256(Path(data).read_bytes()).hexdigest()},
+        "chat_template_sha256": hashlib.sha256(str(template).encode()).hexdigest() if template else None,
+        "versions": {name: version(name) for name in ("megatron-entropy", "math-verify", "transformers", "torch")},
+        **result,
+    }
+
+
+def measure(
+    engine: Engine,
+    pool: Pool,
+    problems: Sequence[tuple[Problem, tuple[int, ...]]],
+    settings: Settings,
+    *,
+    batch_size: int,
+    console: Console,
+) -> dict[str, Any]:
+    """Sample every problem ``settings.samples`` times, judge, and reduce to metrics with 95 % intervals.
+
+    A response depends on the seed, its problem's place in the file and its own number, not on the batching.
+    """
+    start = time.perf_counter()
+    columns = (TextColumn("{task.description:<10}"), BarColumn(bar_width=None), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+        samples = _generate(engine, [ids for _, ids in problems], settings, batch_size, progress)
+        seconds = time.perf_counter() - start
+        answers = [
+            (problem, sample.text) for (problem, _), row in zip(problems, samples, strict=True) for sample in row
+        ]
+        judged: list[Reward] = []
+        task = progress.add_task("judging", total=len(answers))
+        for first in range(0, len(answers), JUDGED_AT_ONCE):
+            part = answers[first : first + JUDGED_AT_ONCE]
+            judged += pool.score(part)
+            progress.advance(task, len(part))
+        n = settings.samples
+        rewards = [judged[first : first + n] for first in range(0, len(judged), n)]
+        votes = [[reward.extracted if reward.outcome in VOTING else None for reward in row] for row in rewards]
+        winners = [
+            majority(row, lambda key, answer, known=known: (key, answer) in known)
+            for row, known in zip(votes, equivalent_answers(pool, votes), strict=True)
+        ]
+    rows = [
+        {
+            "id": problem.problem_id,
+            "n": n,
+            "c": sum(reward.outcome == "correct" for reward in judged_row),
+            "majority": winner is not None and judged_row[winner].outcome == "correct",
+            "majority_answer": None if winner is None else judged_row[winner].extracted,
+            "length": sum(len(sample.response_ids) for sample in sampled) / n,
+            "truncated": sum(sample.truncated for sample in sampled) / n,
+        }
+        for (problem, _), sampled, judged_row, winner in zip(problems, samples, rewards, winners, strict=True)
+    ]
+    num_tokens = sum(len(sample.response_ids) for row in samples for sample in row)
+    outcomes = Counter(str(reward.outcome) for reward in judged)
+    return {
+        "decoding": asdict(settings) | {"ks": settings.reported_ks()},
+        "num_problems": len(rows),
+        "confidence": CONFIDENCE,
+        **summary(rows, settings.reported_ks()),
+        "outcomes": {name: count / len(judged) for name, count in outcomes.most_common()},
+        "time": {"rollout_s": seconds, "rollout_tokens_per_s": num_tokens / max(seconds, 1e-9)},
+        "problems": rows,
+    }
+
+
+def summary(rows: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, Any]:
+    """``metrics`` and ``response`` with intervals from the rows per problem: also what a reader can recompute."""
+    n = rows[0]["n"]
+    columns = {f"avg@{n}": [avg_at_k(row["n"], row["c"]) for row in rows]}
+    columns |= {f"pass@{k}": [pass_at_k(row["n"], row["c"], k) for row in rows] for k in ks}
+    columns |= {f"maj@{n}": [float(row["majority"]) for row in rows]}
+    response = {name: [row[name] for row in rows] for name in ("length", "truncated")}
+    everything = {**columns, **response}
+    intervals = bootstrap(np.array(list(everything.values())).T)
+    found = {name: asdict(interval) for name, interval in zip(everything, intervals, strict=True)}
+    return {"metrics": {name: found[name] for name in columns}, "response": {name: found[name] for name in response}}
+
+
+def equivalent_answers(pool: Pool, votes: Sequence[Sequence[str | None]]) -> list[set[tuple[str, str]]]:
+    """For each problem the pairs ``(key, answer)`` that the clustering of evaluation.clusters finds equal.
+
+    The verifier lives in killable processes, so it is asked in rounds, all problems at once: everything still
+    alone against the earliest of them. Plain integer arithmetic is compared here, exactly.
+    """
+    from megatron_ext.types import Problem
+
+    equal: list[set[tuple[str, str]]] = [set() for _ in votes]
+    alone = [list(dict.fromkeys(answer for answer in row if answer is not None)) for row in votes]
+    while any(len(answers) > 1 for answers in alone):
+        asked: list[tuple[int, str, str]] = []
+        for row, answers in enumerate(alone):
+            if not answers:
+                continue
+            key, *others = answers
+            for other in others:
+                values = exact_value(key), exact_value(other)
+                if None in values:
+                    asked.append((row, key, other))
+                elif values[0] == values[1]:
+                    equal[row].add((key, other))
+        questions = [(Problem("", "", key), rf"\boxed{{{other}}}") for _, key, other in asked]
+        for (row, key, other), reward in zip(asked, pool.score(questions) if questions else [], strict=True):
+            if reward.outcome == "correct":
+                equal[row].add((key, other))
+        alone = [
+            [answer for answer in answers[1:] if (answers[0], answer) not in known]
+            for answers, known in zip(alone, equal, strict=True)
+        ]
+    return equal
+
+
+def exact_value(answer: str) -> Fraction | None:
+    """The value of integers joined by ``+ - * /`` and brackets, None for anything else."""
+    from tools.tiny_task import evaluate as value_of
+
+    try:
+        return value_of(answer) if len(answer) <= 60 else None
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def load_evaluations(path: str | Path) -> dict[str, dict[str, Any]]:
+    """``label -> evaluation`` of a file written by this tool. Raises ConfigError for any other file."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    evaluations = list(found.values()) if isinstance(found, dict) else [None]
+    if not all(isinstance(item, dict) and {"metrics", "problems"} <= item.keys() for item in evaluations):
+        raise ConfigError(
+            f"{path}: expected labels with evaluations as written by python -m tools.evaluate; remove or rename it"
+        )
+    return found  # type: ignore[return-value]
+
+
+def save_evaluation(path: str | Path, label: str, evaluation: dict[str, Any]) -> None:
+    """Add or replace one label; the file is always whole."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    found = load_evaluations(target) if target.exists() else {}
+    temporary = target.with_name(f"{target.name}.tmp")
+    temporary.write_text(json.dumps(found | {label: evaluation}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, target)
+
+
+def table(evaluation: dict[str, Any]) -> Table:
+    """The metrics with their intervals, for the terminal."""
+    decoding = evaluation["decoding"]
+    found = Table(
+        title=f"{evaluation['num_problems']} problems x {decoding['samples']} responses, "
+        f"T {decoding['temperature']:g}, top-p {decoding['top_p']:g}"
+    )
+    for name, justify in (("metric", "left"), ("mean", "right"), ("95 % interval", "right")):
+        found.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name, value in evaluation["metrics"].items():
+        found.add_row(name, f"{value['mean']:.1%}", f"{value['low']:.1%} .. {value['high']:.1%}")
+    length, cut = evaluation["response"]["length"], evaluation["response"]["truncated"]
+    found.add_section()
+    found.add_row("length", f"{length['mean']:.1f}", f"{length['low']:.1f} .. {length['high']:.1f}")
+    found.add_row("truncated", f"{cut['mean']:.1%}", f"{cut['low']:.1%} .. {cut['high']:.1%}")
+    for name, share in evaluation["outcomes"].items():
+        found.add_row(f"outcome {name}", f"{share:.1%}", "")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    console = Console()
+    from megatron_ext.rollout.rewards import VerifierError
+
+    try:
+        values = {name: getattr(options, name) for name in Settings.__dataclass_fields__}
+        if options.out is not None and options.out.exists():
+            load_evaluations(options.out)  # a file that cannot be extended is found now, not after the evaluation
+        evaluation = evaluate(
+            options.model,
+            options.data,
+            Settings(**values),
+            batch_size=options.batch_size,
+            workers=options.workers,
+            console=console,
+        )
+        if options.out is not None:
+            save_evaluation(options.out, options.label, evaluation)
+    except ConfigError as error:
+        message = str(error)
+        for name, here in OTHER_NAMES.items():
+            message = message.replace(name, here)
+        print(f"evaluate: {message}", file=sys.stderr)
+        return 2
+    except VerifierError as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 3
+    console.print(table(evaluation))
+    return 0
+
+
+def _generate(
+    engine: Engine, prompts: Sequence[tuple[int, ...]], settings: Settings, batch_size: int, progress: Progress
+) -> list[list[Sample]]:
+    """``samples`` responses per prompt; prompts of similar length are decoded together."""
+    from megatron_ext.rollout.base import Request, Sampling
+    from megatron_ext.rollout.sampling import seed_of
+
+    sampling = Sampling(settings.temperature, settings.top_p, settings.max_response_tokens)
+    places = [(row, number) for row in range(len(prompts)) for number in range(settings.samples)]
+    places.sort(key=lambda place: len(prompts[place[0]]))
+    drawn: dict[tuple[int, int], Sample] = {}
+    task = progress.add_task("sampling", total=len(places))
+    for first in range(0, len(places), batch_size):
+        part = places[first : first + batch_size]
+        requests = [Request(prompts[row], seed_of(settings.seed, row, number)) for row, number in part]
+        drawn.update(zip(part, engine.generate(requests, sampling), strict=True))
+        progress.advance(task, len(part))
+    return [[drawn[row, number] for number in range(settings.samples)] for row in range(len(prompts))]
+
+
+def _parser() -> argparse.ArgumentParser:
+    default = Settings()
+    parser = argparse.ArgumentParser(prog="python -m tools.evaluate", description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("model", type=Path, metavar="MODEL", help="directory with config.json, safetensors and tokenizer")
+    add("--data", type=Path, required=True, help="JSON Lines: prompt, answer [, id, verifier, numbers]")
+    add("--samples", type=int, default=default.samples, help="responses per problem (%(default)s)")
+    add("--k", dest="ks", type=_integers, default=(), help="pass@k to report, such as 1,2,4 (powers of two)")
+    add("--temperature", type=float, default=default.temperature, help="0 is greedy (%(default)s)")
+    add("--top-p", type=float, default=default.top_p, help="(%(default)s)")
+    add("--max-prompt-tokens", type=int, default=default.max_prompt_tokens, help="longer are left out (%(default)s)")
+    add("--max-response-tokens", type=int, default=default.max_response_tokens, help="(%(default)s)")
+    add("--prompt-suffix", default="", help="text after every prompt, as in the recipe")
+    add("--seed", type=int, default=default.seed, help="(%(default)s)")
+    add("--limit", type=int, help="only the first problems of the file")
+    add("--batch-size", type=int, default=256, help="responses decoded at once (%(default)s)")
+    add("--workers", type=int, default=0, help="processes that judge; 0: one per core, at most 16")
+    add("--out", type=Path, help="JSON file to add the evaluation to")
+    add("--label", default="evaluation", help="its name in the file, such as before or after (%(default)s)")
+    return parser
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
