@@ -111,6 +111,7 @@ def load(root: Path, *, model: list, optimizer: Any, scheduler: Any, layout: dic
         _check_index(path / ".metadata")
         payload = torch.load(path / _STATE, map_location="cpu", weights_only=True)
         dist_checkpointing.load_common_state_dict(str(path))
+        _check_schedule(payload["scheduler"], scheduler.state_dict())
     _restore(path, model, optimizer)
     with _together(f"restoring the schedule of {path.name}"):
         scheduler.num_steps = 0  # its load_state_dict adds the saved steps to those already made
@@ -240,9 +241,11 @@ def _restore(path: Path, model: list, optimizer: Any) -> None:
 
 
 def _load_optimizer(optimizer: Any, saved: dict[str, Any]) -> None:
-    """Megatron-core 0.16.1 looks for torch AdamW's ``step`` among the loaded tensors, where it never put it.
+    """Two faults of megatron-core 0.16.1 with torch's AdamW, which keeps a ``step`` for each parameter:
 
-    Each parameter's loaded state is therefore laid over the state it has, whose step is already the saved one.
+    It looks for ``step`` among the loaded tensors, where it never put it: each parameter's loaded state is laid
+    over the state it has. And all parameters get one and the same step tensor, which every one of them would
+    count up at each update: they get their own.
     """
 
     def completed(each: Any, original: Callable) -> Callable:
@@ -256,6 +259,8 @@ def _load_optimizer(optimizer: Any, saved: dict[str, Any]) -> None:
     finally:
         for each in torch_adam:
             del each._set_main_param_and_optimizer_states
+            for moments in each.optimizer.state.values():
+                moments["step"] = moments["step"].clone()
 
 
 def _parts(optimizer: Any) -> list[Any]:
@@ -277,6 +282,14 @@ class _IndexReader(pickle.Unpickler):
         if found is None or (module in self._MODULES and not isinstance(found, type)):
             raise CheckpointError(f".metadata names {module}.{name}: not a checkpoint index of this project")
         return found
+
+
+def _check_schedule(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Megatron's scheduler would silently go on with the saved rates, whatever this run's recipe says."""
+    differing = manifest.differing_keys({**saved, "num_steps": 0}, {**current, "num_steps": 0})
+    if differing:
+        lines = [f"schedule: {key}: saved with {old}, this run has {new}" for key, (old, new) in differing.items()]
+        raise CheckpointError("\n".join(lines) + "\nresume with the saved values, or start a new run")
 
 
 def _check_index(path: Path) -> None:

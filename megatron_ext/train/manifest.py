@@ -124,8 +124,15 @@ def publish(
 ) -> Path:
     """Seal a filled partial directory with its manifest, give it its final name and commit it.
 
-    Returns the checkpoint's path. An OSError leaves what was committed before as it is.
+    Returns the checkpoint's path. An OSError leaves what was committed before as it is. CheckpointError if
+    ``files`` and the directory disagree, as they do when a rank writes to a disk that others do not see.
     """
+    astray = sorted(files.keys() ^ set(payload_names(partial)))
+    if astray:
+        raise CheckpointError(
+            f"{partial}: expected the files written by all ranks, but {', '.join(astray[:5])} is not among them or "
+            f"belongs to none; is the directory shared by all nodes?"
+        )
     manifest = Manifest(step, files, layout, config, config_hash(config), _versions())
     content = json.loads(_canonical(asdict(manifest)))
     content["digest"] = hashlib.sha256(_canonical(content)).hexdigest()

@@ -187,6 +187,16 @@ def test_a_flipped_bit_of_the_manifest_is_seen(tmp_path):
         newest_valid(tmp_path)
 
 
+def test_a_file_written_where_this_rank_cannot_see_it_fails_the_save(tmp_path):
+    partial = manifest.open_partial(tmp_path, 10)
+    (partial / "__0_0.distcp").write_bytes(b"here")
+    files = manifest.record_files(partial, ["__0_0.distcp"])
+    elsewhere = {"__1_0.distcp": manifest.Record("0" * 64, 4)}
+    with pytest.raises(CheckpointError, match="__1_0.distcp.*shared by all nodes"):
+        manifest.publish(partial, step=10, files=files | elsewhere, layout={}, config={})
+    assert newest_valid(tmp_path) is None
+
+
 def test_mixed_steps_and_foreign_files_are_refused(tmp_path):
     save(tmp_path, 10)
     save(tmp_path, 20)
