@@ -19,14 +19,21 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AddedToken,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
 
 from megatron_ext.types import Problem
 from tools.tiny_task import canonical, draw, expressions, is_right, read, solutions
 
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>"]
+BOX = "\\boxed{"
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz +-*/()=<>?!.,:;\\{}^_\n"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -40,14 +47,16 @@ MAX_RESPONSE_TOKENS = 24
 IGNORED = -100  # a label that no loss is taken of
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character, ``\\boxed{`` as one token, 64 in all."""
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL, "\\boxed{", *CHARACTERS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+def build_tokenizer() -> Qwen2Tokenizer:
+    """One token per character, ``\\boxed{`` as one token, 64 in all; unknown characters are dropped.
+
+    AutoTokenizer loads every model of type qwen2 with Qwen2Tokenizer, whatever the files say, so this is one:
+    byte-level with no merges, which spells the blank and the line break its own way.
+    """
+    characters = [{" ": "Ġ", "\n": "Ċ"}.get(character, character) for character in CHARACTERS]
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: index for index, token in enumerate([*SPECIAL, BOX, *characters])},
+        merges=[],
         pad_token="<pad>",
         eos_token="<eos>",
         unk_token="<unk>",
@@ -57,6 +66,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=256,
         chat_template=CHAT_TEMPLATE,
     )
+    tokenizer.add_tokens([AddedToken(BOX, normalized=False)])
+    return tokenizer
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
@@ -129,7 +140,7 @@ def train(
     wrong_share: float = 0.5,
 ) -> float:
     """Imitate demonstrations of problems that are not held out. Returns the mean loss of the last 50 steps."""
-    rng = random.Random(seed)
+    rng = random.Random(f"demonstrations {seed}")  # not the stream that the held-out problems came from
     excluded = {canonical(problem) for problem in held_out}
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     # Warm-up over the first twentieth, then linearly to zero.
@@ -202,7 +213,7 @@ def measure(
         num_tokens += int(written.sum())
         texts = tokenizer.batch_decode(response, skip_special_tokens=True)
         right += [is_right(problem, text) for problem, text in zip(part, texts, strict=True)]
-        boxed += sum(bool(end) and "\\boxed{" in text for end, text in zip(ended[:, -1], texts, strict=True))
+        boxed += sum(bool(end) and BOX in text for end, text in zip(ended[:, -1], texts, strict=True))
     return _summary(asked, right, samples, boxed, num_tokens, entropy_sum)
 
 
@@ -235,7 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="held-out problems (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1200, help="training steps (default: %(default)s)")
     parser.add_argument("--wrong-share", type=float, default=0.5, help="of the demonstrations (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=8, help="responses per problem when measuring (default: 8)")
     options = parser.parse_args(arguments)
