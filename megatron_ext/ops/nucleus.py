@@ -16,10 +16,10 @@ from torch import Tensor
 
 from megatron_ext.ops.collectives import all_gather, all_to_all, group_rank, group_size
 from megatron_ext.ops.shard import VocabShard
-from megatron_ext.ops.window import Window, from_order_key, highest, merge_windows, order_key
+from megatron_ext.ops.window import Window, ascending, from_order_key, merge_windows, order_key
 
 PIVOTS = 15  # keys weighed in one round: four bits of the crossing's key
-BLOCK = 1 << 20  # window entries, or logits, handled at once
+BLOCK = 1 << 19  # window entries, or logits, handled at once
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,8 @@ def search(
 ) -> Rows:
     """``rows`` with the uncertified rows ``slow`` ``[n]`` decided by the search for their crossing's key.
 
-    ``logits_of(index)`` gives raw logits ``[len(index), shard.real]`` of any rows. Collectives: per block of rows, one
-    for the range, one a round (4 for bf16, 8 for fp32) and one for the sums.
+    ``logits_of(index)`` gives a copy of the raw logits ``[len(index), shard.real]`` of any rows. Collectives: per
+    block of rows, one for the range, one a round (4 for bf16, 8 for fp32) and one for the sums.
     """
     assert rows.theta is not None and rows.mass is not None and rows.nucleus_entropy is not None
     assert rows.size is not None
@@ -184,7 +184,7 @@ def _search_block(x: Tensor, rows: Rows, scale: Tensor, shard: VocabShard, rule:
     dtype, group = (torch.float64 if x.dtype == torch.float64 else torch.float32), shard.group
     unit, rounds = (1 << 16, 4) if x.dtype == torch.bfloat16 else (1, 16 if x.dtype == torch.float64 else 8)
     V = x.shape[1]
-    x = highest(x.to(dtype), V).flip(1)
+    x = ascending(x.to(dtype))
     d = (x - rows.maximum.to(dtype)).mul_(scale.to(dtype)).clamp_min_(-1e30)
     e = d.exp()
     prefix = e.cumsum(1, dtype=torch.float64)
@@ -210,7 +210,7 @@ def _search_block(x: Tensor, rows: Rows, scale: Tensor, shard: VocabShard, rule:
         low, high = low + step * reached, torch.where(reached < PIVOTS, low + step * (reached + 1), high)
     theta = from_order_key(low * unit, dtype)
     start, end = torch.searchsorted(x, theta), torch.searchsorted(x, theta, right=True)
-    e = torch.where(x > theta, e, 0)
+    e.mul_(x > theta)
     sums = e.sum(-1, keepdim=True, dtype=torch.float64), e.mul_(d).sum(-1, keepdim=True, dtype=torch.float64)
     local = torch.cat([*sums, V - end, end - start], 1)
     merged = all_gather(local, group)  # [world, n, 4]

@@ -39,6 +39,12 @@ class RowGradient(NamedTuple):
     cut: Tensor | None  # int64: the last local column equal to theta that belongs to the nucleus
     size: Tensor | None  # tokens in the nucleus over all ranks
 
+    def active(self) -> Tensor:
+        """The rows with a gradient through the nucleus."""
+        if self.nucleus is None:
+            return torch.empty(0, dtype=torch.int64)
+        return ((self.nucleus[0] != 0) | (self.nucleus[1] != 0)).nonzero()[:, 0]
+
     def rows(self, rows: slice) -> RowGradient:
         nucleus = None if self.nucleus is None else (self.nucleus[0][rows], self.nucleus[1][rows])
         part = [None if v is None else v[rows] for v in (self.b, self.theta, self.cut, self.size)]
@@ -94,12 +100,14 @@ def gradient(logits: Tensor, column: Tensor, scale: Tensor, real: int, row: RowG
     scratch = _scratch(logits, scale.dtype)
     for group in _slices(0, len(out), GROUP // real):
         part = row.rows(group)
-        sparse = part.nucleus is not None and part.size is not None and bool(part.size.mean() < SPARSE * real)
-        few = _few(logits[group], column[group], scale[group], part) if sparse else None
+        index = part.active()
+        dense = part.size is not None and bool(part.size[index].sum() > SPARSE * real * len(part.size))
+        few = None if dense or not len(index) else _few(logits[group], index, column[group], scale[group], part)
         for rows in _slices(group.start, group.stop, BLOCK // real):
-            _dense(logits[rows], column[rows], scale[rows], row.rows(rows), out[rows], scratch, nucleus=not sparse)
+            _dense(logits[rows], column[rows], scale[rows], row.rows(rows), out[rows], scratch, nucleus=dense)
         if few is not None:
-            out[group][few[0]] = few[1].to(out.dtype)
+            at, value = few
+            out[group][at[0], at[1]] = value.to(out.dtype)
 
 
 def _dense(
@@ -129,16 +137,16 @@ def _dense(
         out.copy_(d)
 
 
-def _few(logits: Tensor, column: Tensor, scale: Tensor, row: RowGradient) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def _few(logits: Tensor, index: Tensor, column: Tensor, scale: Tensor, row: RowGradient) -> tuple[Tensor, Tensor]:
     """Rows and columns of the nucleus' entries, and the whole gradient at each: it replaces the dense part's."""
     assert row.theta is not None and row.nucleus is not None
-    at = positions_above(logits, row.theta, row.keep_equal, row.cut)
+    at = positions_above(logits, index, row.theta, row.keep_equal, row.cut)
     which = at[0]
     numbers = torch.cat([row.maximum, scale, row.a + row.nucleus[0], row.nucleus[1], row.at_target], 1)
     if row.b is not None:
         numbers[:, 3:4] += row.b
     maximum, factor, a, b, at_target = numbers[which].unbind(1)
-    d = (logits[at].to(scale.dtype) - maximum) * factor
+    d = (logits[which, at[1]].to(scale.dtype) - maximum) * factor
     return at, d.exp() * (a + b * d) + torch.where(at[1] == column[which, 0], at_target, 0)
 
 

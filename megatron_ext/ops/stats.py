@@ -147,10 +147,10 @@ def row_gradient(
     if nucleus and ("nucleus_entropy" in g or "nucleus_logprob" in g):
         theta, mass, nucleus_entropy, size, hit = nucleus
         zero = torch.zeros_like(total)
-        some = size != 0
+        some = size > 1  # an empty nucleus has no gradient, and that of a certain token vanishes
         weight = torch.where(some, -scale / torch.where(some, mass, 1), 0)
         g_entropy = g.get("nucleus_entropy", zero)
-        g_logprob = torch.where(hit > 0, g.get("nucleus_logprob", zero), 0)
+        g_logprob = torch.where((hit > 0) & some, g.get("nucleus_logprob", zero), 0)
         log_mass = torch.where(some, mass, 1).log()
         through_nucleus = (weight * (g_logprob + g_entropy * (nucleus_entropy - log_mass)), weight * g_entropy)
         at_target = at_target + g_logprob

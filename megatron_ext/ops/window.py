@@ -158,6 +158,15 @@ def highest(x: Tensor, k: int) -> Tensor:
     return torch.from_numpy(numpy.sort(value, axis=-1)).flip(1)
 
 
+def ascending(x: Tensor) -> Tensor:
+    """``[R, n]`` sorted along the rows; ``x`` may be overwritten."""
+    if x.is_cuda:
+        return x.sort(dim=-1).values
+    x = x.contiguous()
+    x.numpy().sort(axis=-1)
+    return x
+
+
 def _members(x: Tensor, block: Tensor, n: int) -> Tensor:
     """``[R, k] -> [R, k * stride]``: the logits of the chosen blocks, minus infinity past the row's end."""
     if n == x.shape[1]:
@@ -176,14 +185,17 @@ def in_nucleus(x: Tensor, theta: Tensor, keep_equal: bool, column: Tensor, cut: 
     return (x > theta) | ((x == theta) & (column <= cut))
 
 
-def positions_above(x: Tensor, theta: Tensor, keep_equal: bool, cut: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the entries of ``x`` ``[R, V]`` that :func:`in_nucleus` marks, found by their blocks."""
-    V, maxima = x.shape[1], block_maxima(x)
-    n = maxima.shape[1]
-    row, column = (maxima >= theta).nonzero(as_tuple=True)
+def positions_above(x: Tensor, index: Tensor, theta: Tensor, keep_equal: bool, cut: Tensor | None) -> Tensor:
+    """``[2, n]``: row and column of the entries of ``x`` ``[R, V]``, in the rows ``index``, that are in the nucleus."""
+    V, n = x.shape[1], num_blocks(x.shape[1])
+    maxima = torch.empty((len(index), n), dtype=x.dtype, device=x.device)
+    for i, row in enumerate(index.tolist()):
+        block_maxima(x[row : row + 1], maxima[i : i + 1])
+    row, column = (maxima >= theta[index]).nonzero(as_tuple=True)
+    row = index[row]
     if n < V:
         column = (column[:, None] + torch.arange(0, STRIDE * n, n, device=x.device)).flatten()
         row = row[:, None].expand(-1, STRIDE).flatten()
         row, column = row[column < V], column[column < V]
     kept = in_nucleus(x[row, column], theta[row, 0], keep_equal, column, None if cut is None else cut[row, 0])
-    return row[kept], column[kept]
+    return torch.stack([row[kept], column[kept]])
