@@ -79,9 +79,11 @@ def policy_stats(
     Raises:
         ValueError: shapes, dtypes, names or numbers that do not fit.
     """
-    check(logits, targets, shard, top_p, nucleus, ties, want, grad)
+    if logits.ndim != 2 or logits.shape[1] != shard.width:
+        raise ValueError(f"policy_stats: logits are {list(logits.shape)}, expected [rows, {shard.width}] for {shard}")
     rule = Rule(top_p, nucleus, ties) if top_p is not None and any(name in NUCLEUS for name in want) else None
     options = Options(shard, rule, tuple(want), tuple(grad), window)
+    check(len(logits), logits.dtype, targets, temperature, options, top_p, nucleus, ties)
     scale = row_scale(temperature, len(logits), logits)
     return PolicyStats(*_PolicyStatsFunction.apply(logits, targets, scale, options, inplace_backward))
 

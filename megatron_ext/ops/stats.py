@@ -162,31 +162,34 @@ def row_gradient(
 
 
 def check(
-    logits: Tensor,
+    rows: int,
+    dtype: torch.dtype,
     targets: Tensor,
-    shard: VocabShard,
+    temperature: float | Tensor,
+    options: Options,
     top_p: float | None,
     nucleus: str,
     ties: str,
-    want: Sequence[str],
-    grad: Sequence[str],
 ) -> None:
-    if logits.ndim != 2 or logits.shape[1] != shard.width:
-        raise ValueError(f"policy_stats: logits are {list(logits.shape)}, expected [rows, {shard.width}] for {shard}")
-    if logits.dtype not in (torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(f"policy_stats: logits are {logits.dtype}, expected bfloat16, float32 or float64")
-    if targets.shape != logits.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(
-            f"policy_stats: targets are {targets.dtype} {list(targets.shape)}, expected int64 [{len(logits)}]"
-        )
+    """Raise ValueError for arguments that do not fit together."""
     known = [name for name in OUTPUTS if name != "slow_rows"]
-    if unknown := [name for name in want if name not in known]:
+    if dtype not in (torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"policy_stats: logits are {dtype}, expected bfloat16, float32 or float64")
+    if targets.shape != (rows,) or targets.dtype != torch.int64:
+        raise ValueError(f"policy_stats: targets are {targets.dtype} {list(targets.shape)}, expected int64 [{rows}]")
+    if isinstance(temperature, Tensor) and temperature.shape not in ((), (rows,)):
+        raise ValueError(f"policy_stats: temperature is {list(temperature.shape)}, expected a number or [{rows}]")
+    if not isinstance(temperature, Tensor) and not temperature > 0:
+        raise ValueError(f"policy_stats: temperature is {temperature}, expected more than 0")
+    if unknown := [name for name in options.want if name not in known]:
         raise ValueError(f"policy_stats: want has unknown outputs {unknown}; known are {known}")
-    if wrong := [name for name in grad if name not in want or name not in DIFFERENTIABLE]:
+    if wrong := [name for name in options.grad if name not in options.want or name not in DIFFERENTIABLE]:
         raise ValueError(f"policy_stats: grad names {wrong}; expected wanted outputs among {list(DIFFERENTIABLE)}")
-    if any(name in NUCLEUS for name in want) and (top_p is None or not 0 < top_p <= 1):
+    if any(name in NUCLEUS for name in options.want) and (top_p is None or not 0 < top_p <= 1):
         raise ValueError(f"policy_stats: nucleus outputs need top_p in (0, 1], found {top_p}")
     if nucleus not in ("reach", "below"):
         raise ValueError(f"policy_stats: nucleus is {nucleus!r}, expected 'reach' or 'below'")
     if ties not in ("all", "by_id"):
         raise ValueError(f"policy_stats: ties is {ties!r}, expected 'all' or 'by_id'")
+    if options.window < 1:
+        raise ValueError(f"policy_stats: window is {options.window}, expected at least 1")

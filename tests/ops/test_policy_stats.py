@@ -6,115 +6,93 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ext.ops import VocabShard, policy_stats, reference
+from megatron_ext.ops import VocabShard, policy_stats
 from megatron_ext.ops.policy_stats import DIFFERENTIABLE, NUCLEUS
 from tests import gloo
+from tests.ops.cases import ALL, assert_values, language_like, padded_shard, reference_stats, truth, weighted
 
-ALL = ("logprob", "entropy", *NUCLEUS)
-
-
-def reference_stats(logits: Tensor, targets: Tensor, temperature, top_p: float, nucleus: str) -> dict[str, Tensor]:
-    logits = logits.double() if not logits.requires_grad else logits
-    mask = reference.nucleus_mask(logits, top_p, temperature, nucleus)
-    return {
-        "logprob": reference.logprob(logits, targets, temperature),
-        "entropy": reference.entropy(logits, temperature),
-        "nucleus_entropy": reference.nucleus_entropy(logits, mask, temperature),
-        "nucleus_mass": reference.nucleus_mass(logits, mask, temperature),
-        "nucleus_size": mask.sum(-1).double(),
-        "nucleus_logprob": reference.nucleus_logprob(logits, targets, mask, temperature),
-        "target_in_nucleus": mask.gather(-1, targets[:, None])[:, 0],
-    }
+ROWS, VOCAB = 12, 101
+GRADS = (*[(name,) for name in DIFFERENTIABLE], DIFFERENTIABLE)
+CASES = [
+    {"nucleus": nucleus, "ties": ties, "window": window}
+    for nucleus in ("reach", "below")
+    for ties, window in (("all", 256), ("all", 8), ("by_id", 256), ("by_id", 8))
+]
 
 
-def language_like(rows: int, vocab: int, dtype=torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Logits with a heavy head and a long tail, of every sharpness; the likeliest or a random token as target."""
-    torch.manual_seed(seed)
-    tail = torch.randn(rows, vocab)
-    head = torch.linspace(0, 12, rows)[:, None] * torch.rand(rows, vocab).pow(8)
-    logits = (3 * tail + head).to(dtype)
-    targets = torch.where(torch.arange(rows) % 2 == 0, logits.float().argmax(-1), torch.randint(vocab, (rows,)))
-    return logits, targets
+def world_group(world: int):
+    return torch.distributed.group.WORLD if world > 1 else None
 
 
-def padded_shard(logits: Tensor, rank: int, world: int, group) -> tuple[Tensor, VocabShard]:
-    """This rank's columns; the vocabulary is padded with large logits that must not count."""
-    vocab = logits.shape[1]
-    width = -(-vocab // world) + 3
-    full = torch.full((len(logits), width * world), 50.0, dtype=logits.dtype)
-    full[:, :vocab] = logits
-    start = rank * width
-    return full[:, start : start + width].clone(), VocabShard(start, start + width, vocab, group)
-
-
-def run_rank(rank: int, world: int, dtype, top_p, nucleus, temperature, grad) -> dict:
-    logits, targets = language_like(12, 101, dtype)
-    local, shard = padded_shard(logits, rank, world, torch.distributed.group.WORLD if world > 1 else None)
+def run_cases(rank: int, world: int, dtype: torch.dtype, temperature: Tensor, spread: float = 1.0) -> list[dict]:
+    """Every case with every choice of gradients: values, gradients, the second backward, the caller's tensors."""
+    logits, targets = language_like(ROWS, VOCAB, dtype)
+    logits = (logits * spread).round() if spread != 1 else logits
+    local, shard = padded_shard(logits, rank, world, world_group(world))
     kept = local.clone()
     local.requires_grad_()
-    out = policy_stats(
-        local, targets, shard, temperature=temperature, top_p=top_p, nucleus=nucleus, want=ALL, grad=grad
-    )
-    values = {name: out[name].detach().clone() for name in ALL}
-    loss = weighted({name: out[name] for name in grad}, out["target_in_nucleus"])
-    (gradient,) = torch.autograd.grad(loss, local, retain_graph=True)
-    (again,) = torch.autograd.grad(loss, local)
-    assert torch.equal(gradient, again)
-    assert torch.equal(local.detach(), kept)
-    return {"values": values, "gradient": gradient, "start": shard.start}
-
-
-def weighted(outputs: dict[str, Tensor], inside: Tensor) -> Tensor:
-    """A loss with a random upstream gradient for every row of every output; outside the nucleus there is none."""
-    loss = torch.zeros((), dtype=torch.float64)
-    for name, value in outputs.items():
-        upstream = torch.randn(len(value), generator=torch.Generator().manual_seed(len(name)), dtype=torch.float64)
-        loss = loss + (upstream * torch.where(inside | (name != "nucleus_logprob"), value, 0)).sum()
-    return loss
+    results = []
+    for case in CASES:
+        gradients, out = [], None
+        for grad in GRADS:
+            out = policy_stats(local, targets, shard, temperature=temperature, top_p=0.8, want=ALL, grad=grad, **case)
+            loss = weighted({name: out[name] for name in grad}, out["target_in_nucleus"])
+            (gradient,) = torch.autograd.grad(loss, local, retain_graph=True)
+            (again,) = torch.autograd.grad(loss, local)
+            assert torch.equal(gradient, again)
+            assert torch.equal(local.detach(), kept)
+            gradients.append(gradient)
+        assert out is not None
+        values = {name: out[name].detach().clone() for name in ALL}
+        results.append({"values": values, "gradients": gradients, "slow": int(out["slow_rows"])})
+    return results
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("nucleus", ["reach", "below"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_values_and_gradients_equal_the_reference_on_every_shard(world, nucleus, dtype):
-    temperature = torch.linspace(0.6, 1.5, 12)
-    for grad in (*[(name,) for name in DIFFERENTIABLE], DIFFERENTIABLE):
-        arguments = (dtype, 0.8, nucleus, temperature, grad)
-        ranks = gloo.run(run_rank, world, *arguments) if world > 1 else [run_rank(0, 1, *arguments)]
-        logits, targets = language_like(12, 101, dtype)
-        truth = logits.double().requires_grad_()
-        expected = reference_stats(truth, targets, temperature.double(), 0.8, nucleus)
+@pytest.mark.parametrize("spread", [1.0, 0.3], ids=["distinct", "tied"])
+def test_values_and_gradients_equal_the_reference_on_every_shard(world, dtype, spread):
+    temperature = torch.linspace(1.5, 0.6, ROWS)
+    arguments = (dtype, temperature, spread)
+    ranks = gloo.run(run_cases, world, *arguments) if world > 1 else [run_cases(0, 1, *arguments)]
+    logits, targets = language_like(ROWS, VOCAB, dtype)
+    logits = (logits * spread).round() if spread != 1 else logits
+    for i, case in enumerate(CASES):
+        rule = (0.8, case["nucleus"], case["ties"])
+        values = ranks[0][i]["values"]
         for name in ALL:
-            got = ranks[0]["values"][name]
-            assert all(torch.equal(got, other["values"][name]) for other in ranks), name
-            torch.testing.assert_close(got.double(), expected[name].detach().double(), rtol=1e-6, atol=2e-6, msg=name)
-        loss = weighted({name: expected[name] for name in grad}, expected["target_in_nucleus"])
-        (gradient,) = torch.autograd.grad(loss, truth)
-        got = torch.cat([rank["gradient"] for rank in ranks], dim=1)
-        assert not got[:, 101:].any()
-        tolerance = 2e-6 if dtype == torch.float32 else 2**-8
-        torch.testing.assert_close(got[:, :101].double(), gradient, rtol=tolerance, atol=1e-6)
+            assert all(torch.equal(values[name], rank[i]["values"][name]) for rank in ranks), name
+        assert_values(values, logits, targets, temperature, *rule)
+        for g, grad in enumerate(GRADS):
+            _, expected = truth(logits.double(), targets, temperature.double(), *rule, grad=grad)
+            _, in_fp32 = truth(logits.float(), targets, temperature, *rule, grad=grad)
+            assert expected is not None and in_fp32 is not None
+            got = torch.cat([rank[i]["gradients"][g] for rank in ranks], dim=1)
+            assert not got[:, VOCAB:].any()
+            error = (got[:, :VOCAB].double() - expected).abs()
+            rounding = (2**-8 if dtype == torch.bfloat16 else 2**-23) * expected.abs()
+            assert bool((error <= 2 * (in_fp32 - expected).abs().amax() + rounding + 1e-7).all()), (case, grad)
+    assert ranks[0][1]["slow"] > 0  # a window of 8 logits or 16 keys cannot certify the flatter rows
+    if dtype == torch.float32:
+        assert ranks[0][0]["slow"] == 0  # the default window holds every column
 
 
-@pytest.mark.parametrize("nucleus", ["reach", "below"])
-def test_gradcheck(nucleus):
+@pytest.mark.parametrize("case", CASES[1::2], ids=lambda case: "-".join(map(str, case.values())))
+def test_gradcheck(case):
     logits, targets = language_like(3, 7, torch.float64)
     logits.requires_grad_()
 
     def outputs(x: Tensor):
-        out = policy_stats(
-            x, targets, VocabShard(0, 7, 7), temperature=0.7, top_p=0.9, nucleus=nucleus, want=ALL, grad=DIFFERENTIABLE
-        )
+        shard = VocabShard(0, 7, 7)
+        out = policy_stats(x, targets, shard, temperature=0.7, top_p=0.9, want=ALL, grad=DIFFERENTIABLE, **case)
         nucleus_logprob = torch.where(out["target_in_nucleus"], out["nucleus_logprob"], 0)
         return out["logprob"], out["entropy"], out["nucleus_entropy"], nucleus_logprob
 
     assert torch.autograd.gradcheck(outputs, logits)
 
 
-@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.8, 0.999, 1.0])
-@pytest.mark.parametrize("nucleus", ["reach", "below"])
-def test_ties_infinities_and_extremes(top_p, nucleus):
-    logits, targets = language_like(8, 40)
+def extreme_rows() -> tuple[Tensor, Tensor]:
+    logits, targets = language_like(9, 40)
     logits[0] = logits[0].round()  # ties
     logits[1] = 0.0
     logits[1, ::2] = -0.0
@@ -122,11 +100,54 @@ def test_ties_infinities_and_extremes(top_p, nucleus):
     logits[3] = logits[3] * 1000
     logits[4] -= 1e4
     logits[5] = torch.tensor([1e4, -1e4]).repeat(20)
-    targets[2] = 0
-    out = policy_stats(logits, targets, VocabShard(0, 40, 40), top_p=top_p, nucleus=nucleus, want=ALL)
-    expected = reference_stats(logits, targets, 1.0, top_p, nucleus)
-    for name in ALL:
-        torch.testing.assert_close(getattr(out, name).double(), expected[name].double(), rtol=1e-6, atol=2e-6, msg=name)
+    logits[6, :10] = -torch.inf  # the first shard of four
+    logits[7, 10:] = -torch.inf  # all others
+    logits[8] = 3.0  # every token ties
+    targets[2], targets[7] = 0, 12
+    return logits, targets
+
+
+def run_extremes(rank: int, world: int, top_p: float, dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    logits, targets = extreme_rows()
+    width = 40 // world
+    local = logits.to(dtype)[:, rank * width : (rank + 1) * width].clone()
+    shard = VocabShard(rank * width, (rank + 1) * width, 40, world_group(world))
+    results = []
+    for case in CASES:
+        out = policy_stats(local, targets, shard, top_p=top_p, want=ALL, grad=(), **case)
+        results.append({name: out[name] for name in ALL})
+    return results
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.8, 0.999, 1.0])
+@pytest.mark.parametrize(("world", "dtype"), [(1, torch.float32), (1, torch.bfloat16), (4, torch.float32)])
+def test_ties_infinities_and_extremes(top_p, world, dtype):
+    ranks = gloo.run(run_extremes, world, top_p, dtype) if world > 1 else [run_extremes(0, 1, top_p, dtype)]
+    logits, targets = extreme_rows()
+    for i, case in enumerate(CASES):
+        for rank in ranks:
+            assert_values(rank[i], logits.to(dtype), targets, 1.0, top_p, case["nucleus"], case["ties"])
+
+
+def test_gradients_of_rows_with_infinities_are_finite():
+    logits, targets = extreme_rows()
+    targets[7] = 3
+    logits.requires_grad_()
+    out = policy_stats(logits, targets, VocabShard(0, 40, 40), top_p=0.8, want=ALL, grad=DIFFERENTIABLE)
+    loss = weighted({name: out[name] for name in DIFFERENTIABLE}, out["target_in_nucleus"])
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.isfinite().all() and gradient.any()
+
+
+def test_a_nan_stays_in_its_row():
+    logits, targets = language_like(4, 300)
+    clean = policy_stats(logits, targets, VocabShard(0, 300, 300), top_p=0.8, want=ALL, grad=())
+    logits[2, 7] = torch.nan
+    out = policy_stats(logits, targets, VocabShard(0, 300, 300), top_p=0.8, want=ALL, grad=())
+    others = torch.tensor([0, 1, 3])
+    for name in ("logprob", "entropy", "nucleus_entropy", "nucleus_mass"):
+        assert out[name][2].isnan(), name
+        assert torch.equal(out[name][others], clean[name][others]), name
 
 
 def test_only_what_is_wanted_is_returned_and_only_grad_carries_a_gradient():
@@ -136,14 +157,71 @@ def test_only_what_is_wanted_is_returned_and_only_grad_carries_a_gradient():
     assert out["logprob"].requires_grad and not out["entropy"].requires_grad
     assert out.nucleus_entropy is None and out.slow_rows is None
     assert policy_stats(logits, targets, VocabShard(0, 30, 30), want=("logprob",)).entropy is None
+    with pytest.raises(KeyError, match="name it in want"):
+        out["nucleus_entropy"]
 
 
-def test_no_rows_and_an_empty_shard():
-    shard = VocabShard(0, 30, 30)
+def run_empty_shard(rank: int, world: int) -> dict[str, Tensor]:
+    """A vocabulary of 5 in shards of 4: the last ranks hold nothing but padding."""
+    logits, targets = language_like(3, 5)
+    local, shard = torch.full((3, 4), 50.0), VocabShard(rank * 4, rank * 4 + 4, 5, world_group(world))
+    local[:, : shard.real] = logits[:, shard.start : shard.start + shard.real]
+    local.requires_grad_()
+    out = {}
+    for ties in ("all", "by_id"):
+        stats = policy_stats(local, targets, shard, top_p=0.8, want=ALL, grad=("logprob",), ties=ties, window=1)
+        (gradient,) = torch.autograd.grad(stats["logprob"].sum(), local)
+        assert not gradient[:, shard.real :].any()
+        out = {name: stats[name].detach() for name in ALL}
+    return out
+
+
+def test_shards_of_padding_only():
+    logits, targets = language_like(3, 5)
+    for out in gloo.run(run_empty_shard, 4):
+        assert_values(out, logits, targets, 1.0, 0.8, "reach")
+
+
+def test_no_rows():
     logits = torch.empty(0, 30, requires_grad=True)
-    out = policy_stats(logits, torch.empty(0, dtype=torch.int64), shard, top_p=0.8, want=ALL, grad=("logprob",))
-    (gradient,) = torch.autograd.grad(out["logprob"].sum(), logits)
-    assert out["nucleus_entropy"].shape == (0,) and gradient.shape == (0, 30)
+    for ties in ("all", "by_id"):
+        targets = torch.empty(0, dtype=torch.int64)
+        out = policy_stats(logits, targets, VocabShard(0, 30, 30), top_p=0.8, want=ALL, ties=ties)
+        (gradient,) = torch.autograd.grad(out["logprob"].sum(), logits)
+        assert out["nucleus_entropy"].shape == (0,) and gradient.shape == (0, 30)
+
+
+def test_the_backward_in_place_writes_over_the_logits_and_cannot_run_twice():
+    logits, targets = language_like(6, 5000)
+    shard = VocabShard(0, 5000, 5000)
+    expected = torch.autograd.grad(nucleus_loss(logits.requires_grad_(), targets, shard), logits)[0]
+    buffer = logits.detach().clone().requires_grad_()
+    loss = nucleus_loss(buffer * 1, targets, shard, inplace_backward=True)
+    (gradient,) = torch.autograd.grad(loss, buffer, retain_graph=True)
+    assert torch.equal(gradient, expected)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, buffer)
+
+
+def nucleus_loss(logits: Tensor, targets: Tensor, shard: VocabShard, **options) -> Tensor:
+    names = ("logprob", "entropy", "nucleus_entropy")
+    out = policy_stats(logits, targets, shard, top_p=0.8, want=names, grad=names, **options)
+    return out["logprob"].sum() + 2 * out["entropy"].sum() - 3 * out["nucleus_entropy"].sum()
+
+
+def test_the_backward_of_large_rows_in_many_blocks(monkeypatch):
+    monkeypatch.setattr("megatron_ext.ops.rows.BLOCK", 1 << 14)
+    monkeypatch.setattr("megatron_ext.ops.rows.GROUP", 1 << 15)
+    logits, targets = language_like(16, 5003)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = logits.to(dtype).requires_grad_()
+        (got,) = torch.autograd.grad(nucleus_loss(x, targets, VocabShard(0, 5003, 5003)), x)
+        wide = x.detach().double().requires_grad_()
+        stats = reference_stats(wide, targets, 1.0, 0.8, "reach")
+        loss = stats["logprob"].sum() + 2 * stats["entropy"].sum() - 3 * stats["nucleus_entropy"].sum()
+        (expected,) = torch.autograd.grad(loss, wide)
+        rounding = 2**-8 if dtype == torch.bfloat16 else 2**-20
+        torch.testing.assert_close(got.double(), expected, rtol=rounding, atol=4e-6)
 
 
 @pytest.mark.parametrize(
@@ -156,13 +234,13 @@ def test_no_rows_and_an_empty_shard():
         ({"grad": ("entropy",), "want": ("logprob",)}, "expected wanted outputs"),
         ({"want": NUCLEUS}, "top_p in"),
         ({"nucleus": "above"}, "'reach' or 'below'"),
+        ({"ties": "by_value"}, "'all' or 'by_id'"),
+        ({"window": 0}, "window"),
+        ({"temperature": torch.ones(3)}, r"temperature"),
+        ({"temperature": 0.0}, r"temperature"),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):
-    arguments = {
-        "logits": torch.zeros(2, 8),
-        "targets": torch.zeros(2, dtype=torch.int64),
-        "shard": VocabShard(0, 8, 8),
-    }
+    arguments: dict = {"logits": torch.zeros(2, 8), "targets": torch.zeros(2, dtype=torch.int64), "grad": ()}
     with pytest.raises(ValueError, match=message):
-        policy_stats(**({"grad": ()} | arguments | change))
+        policy_stats(**(arguments | {"shard": VocabShard(0, 8, 8)} | change))

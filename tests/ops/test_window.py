@@ -1,0 +1,143 @@
+"""The window of the highest logits: what it holds, what it promises, and that the promise decides the fast path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_ext.ops import VocabShard, policy_stats
+from megatron_ext.ops import window as windows
+from megatron_ext.ops.nucleus import exchange
+from tests import gloo
+from tests.ops.cases import ALL, assert_values, language_like
+
+WIDE = 2 * windows.SMALL + 5  # wide enough for block maxima, and no multiple of their stride
+
+
+def window_of(logits: torch.Tensor, K: int) -> tuple[windows.Window, torch.Tensor]:
+    wide = logits.float()
+    maxima = windows.block_maxima(wide)
+    top = maxima.amax(-1, keepdim=True)
+    return windows.make_window(logits, maxima, top, K), top
+
+
+@pytest.mark.parametrize("V", [7, 300, windows.SMALL, WIDE])
+def test_block_maxima_cover_every_column(V):
+    x = torch.randn(3, V)
+    maxima = windows.block_maxima(x)
+    assert maxima.shape == (3, windows.num_blocks(V))
+    for column in (0, V // 2, V - 1):
+        raised = x.clone()
+        raised[:, column] = 99.0
+        assert (windows.block_maxima(raised).amax(-1) == 99).all()
+
+
+@pytest.mark.parametrize("V", [7, 300, WIDE])
+def test_a_list_is_the_highest_values_and_misses_none_above_its_floor(V):
+    logits, _ = language_like(4, V)
+    window, _ = window_of(logits, 16)
+    expected = logits.sort(-1, descending=True).values[:, :16]
+    assert torch.equal(window.entries[:, : expected.shape[1]], expected)
+    assert torch.equal(window.entries[:, V:], torch.full((4, max(0, 16 - V)), -torch.inf))
+    assert ((logits > window.floor).sum(-1) <= 16).all()
+    assert (window.floor > -torch.inf).all() == (V > 16)
+
+
+@pytest.mark.parametrize("V", [7, 300, WIDE])
+def test_keys_count_every_token_above_their_floor(V):
+    logits, _ = language_like(6, V, torch.bfloat16)
+    logits[0, :3] = torch.tensor([0.0, -0.0, 0.0])
+    window, top = window_of(logits, 16)
+    value, count = window.unpack(top)
+    for row in range(6):
+        floor = window.floor[row]
+        for v in logits[row].float().unique():
+            if v > floor:
+                assert count[row][value[row] == v] == (logits[row].float() == v).sum()
+    assert (window.floor < top).all()
+
+
+def test_a_count_that_does_not_fit_the_exchange_is_not_promised():
+    logits = torch.zeros(1, 40_000, dtype=torch.bfloat16)
+    window, _ = window_of(logits, 4096)
+    assert window.floor == torch.inf
+    targets, shard = torch.zeros(1, dtype=torch.int64), VocabShard(0, 40_000, 40_000)
+    out = policy_stats(logits, targets, shard, top_p=0.5, want=ALL, window=4096)
+    assert out["nucleus_size"] == 40_000 and out["slow_rows"] == 1
+
+
+def test_order_keys_are_the_order_of_the_floats():
+    x = torch.tensor([-torch.inf, -3e38, -1.5, -1e-45, -0.0, 0.0, 1e-45, 1.5, 3e38, torch.inf])
+    for value in (x, x.double()):
+        key = windows.order_key(value)
+        assert (key[1:] - key[:-1] > 0).tolist() == [True] * 4 + [False] + [True] * 4
+        assert torch.equal(windows.from_order_key(key, value.dtype), value)
+
+
+def wide_rows(rank: int, world: int, dtype: torch.dtype, V: int) -> tuple[dict, int]:
+    logits, targets = language_like(8, V, dtype)
+    width = -(-V // world)
+    local = torch.full((8, width), 50.0, dtype=dtype)
+    part = logits[:, rank * width : (rank + 1) * width]
+    local[:, : part.shape[1]] = part
+    group = torch.distributed.group.WORLD if world > 1 else None
+    shard = VocabShard(rank * width, (rank + 1) * width, V, group)
+    out = policy_stats(local, targets, shard, top_p=0.8, want=ALL, grad=())
+    return {name: out[name] for name in ALL}, int(out["slow_rows"])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_full_vocabulary(world, dtype, record_property):
+    V = 151_936
+    ranks = gloo.run(wide_rows, world, dtype, V) if world > 1 else [wide_rows(0, 1, dtype, V)]
+    logits, targets = language_like(8, V, dtype)
+    for values, slow in ranks:
+        assert_values(values, logits, targets, 1.0, 0.8, "reach")
+        record_property("certified_share", 1 - slow / 8)
+        assert slow <= 1
+        assert torch.equal(values["nucleus_entropy"], ranks[0][0]["nucleus_entropy"])
+
+
+def count_collectives(rank: int, world: int, want: tuple[str, ...], V: int) -> list[tuple[str, int]]:
+    """Names and bytes sent a row of every collective of one forward and backward."""
+    seen: list[tuple[str, int]] = []
+    originals = {name: getattr(torch.distributed, name) for name in ("all_gather_into_tensor", "all_to_all_single")}
+
+    def counted(name):
+        def call(output, value, group=None):
+            seen.append((name, value.numel() * value.element_size() // 8))
+            return originals[name](output, value, group=group)
+
+        return call
+
+    for name in originals:
+        setattr(torch.distributed, name, counted(name))
+    logits, targets = language_like(8, V)
+    width = V // world
+    local = logits[:, rank * width : (rank + 1) * width].clone().requires_grad_()
+    shard = VocabShard(rank * width, (rank + 1) * width, V, torch.distributed.group.WORLD)
+    out = policy_stats(local, targets, shard, top_p=0.5, want=want, grad=("logprob",))
+    out["logprob"].sum().backward()
+    return seen
+
+
+def test_the_exchange_is_two_collectives_whatever_the_vocabulary_and_one_without_a_nucleus():
+    plain = gloo.run(count_collectives, 2, ("logprob", "entropy"), 1024)[0]
+    assert plain == [("all_gather_into_tensor", 16)]
+    small, large = (gloo.run(count_collectives, 2, ALL, V)[0] for V in (1024, 65536))
+    assert small == large == [("all_to_all_single", 20 + 4 * 256), ("all_gather_into_tensor", 32 // 2)]
+
+
+def test_no_window_and_no_moment_unless_asked(monkeypatch):
+    from megatron_ext.ops import rows
+
+    calls = []
+    monkeypatch.setattr(rows, "make_window", lambda *arguments: calls.append("window"))
+    logits, targets = language_like(2, 50)
+    shard = VocabShard(0, 50, 50)
+    policy_stats(logits, targets, shard, want=("logprob", "entropy"), grad=())
+    assert not calls
+    sums, window = rows.summarise(logits, targets[:, None], torch.ones(2, 1), 50, moment=False, window=None)
+    assert window is None and not sums[:, 2].any()
+    assert exchange(sums, torch.ones(2, 1), shard).theta is None
