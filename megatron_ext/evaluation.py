@@ -9,8 +9,9 @@ Axes: ``P`` problems, ``M`` metrics, ``R`` resamples.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -124,6 +125,32 @@ def paired_bootstrap(
     means_R = _resampled_means(difference_P1, seed, resamples)[:, 0]
     below, above = int((means_R <= 0).sum()), int((means_R >= 0).sum())
     return Difference(interval, min(1.0, 2 * (min(below, above) + 1) / (resamples + 1)))
+
+
+def per_problem(rows: Sequence[Mapping[str, Any]], ks: Sequence[int]) -> dict[str, list[float]]:
+    """``avg@n``, ``pass@k`` and ``maj@n`` of each problem, from rows with ``n``, ``c`` and ``majority``."""
+    n = rows[0]["n"]
+    return {
+        f"avg@{n}": [avg_at_k(row["n"], row["c"]) for row in rows],
+        **{f"pass@{k}": [pass_at_k(row["n"], row["c"], k) for row in rows] for k in ks},
+        f"maj@{n}": [float(row["majority"]) for row in rows],
+    }
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Difference]:
+    """``b - a`` for every metric that both evaluations (as tools/evaluate.py writes them) report.
+
+    Raises ValueError when they are of different data or problems: only the same problems can be paired.
+    """
+    if a["data"]["sha256"] != b["data"]["sha256"]:
+        raise ValueError(f"the evaluations are of different data: {a['data']['path']} and {b['data']['path']}")
+    if [row["id"] for row in a["problems"]] != [row["id"] for row in b["problems"]]:
+        raise ValueError(
+            f"the evaluations are of different problems ({len(a['problems'])} and {len(b['problems'])} of "
+            f"{a['data']['path']}): repeat one of them with the same --limit and --max-prompt-tokens"
+        )
+    first, second = (per_problem(item["problems"], item["decoding"]["ks"]) for item in (a, b))
+    return {name: paired_bootstrap(first[name], second[name]) for name in first if name in second}
 
 
 def _resampled_means(values_PM: np.ndarray, seed: int, resamples: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_ext import evaluation
-from megatron_ext.evaluation import avg_at_k, bootstrap, clusters, majority, paired_bootstrap, pass_at_k
+from megatron_ext.evaluation import avg_at_k, bootstrap, clusters, differences, majority, paired_bootstrap, pass_at_k
 
 
 def same(a: str, b: str) -> bool:
@@ -115,3 +115,26 @@ def test_paired_difference_of_nothing_and_of_different_problems():
     assert not flipped.significant and flipped.interval.mean == 0
     with pytest.raises(ValueError, match="3 and 2 problems"):
         paired_bootstrap([0, 0, 0], [0, 0])
+
+
+def evaluated(counts: list[int], n: int, ks: list[int], sha256: str = "s") -> dict:
+    rows = [{"id": str(i), "n": n, "c": c, "majority": 2 * c > n} for i, c in enumerate(counts)]
+    return {"data": {"path": "eval.jsonl", "sha256": sha256}, "decoding": {"ks": ks}, "problems": rows}
+
+
+def test_differences_of_what_both_evaluations_report():
+    a, b = evaluated([0, 1, 4, 2], 4, [1, 2]), evaluated([2, 3, 4, 2], 4, [2, 4])
+    found = differences(a, b)
+    assert list(found) == ["avg@4", "pass@2", "maj@4"]
+    assert found["avg@4"].interval.mean == pytest.approx((11 - 7) / 16)
+    assert found["pass@2"].interval.mean == pytest.approx((5 / 6 + (1 - 3 / 6)) / 4)  # from 0 and 3/6 to 5/6 and 1
+    assert found["maj@4"].interval.mean == 0.25
+    assert list(differences(a, evaluated([0, 1, 4, 2], 8, [1, 2]))) == ["pass@1", "pass@2"]
+
+
+def test_differences_need_the_same_problems():
+    a = evaluated([0, 1], 4, [1])
+    with pytest.raises(ValueError, match="different data"):
+        differences(a, evaluated([0, 1], 4, [1], "other"))
+    with pytest.raises(ValueError, match=r"different problems \(2 and 3"):
+        differences(a, evaluated([0, 1, 2], 4, [1]))

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from megatron_ext.evaluation import CONFIDENCE, avg_at_k, bootstrap, majority, pass_at_k
+from megatron_ext.evaluation import CONFIDENCE, bootstrap, majority, per_problem
 from megatron_ext.train.config import ConfigError, hf_config
 
 if TYPE_CHECKING:
@@ -199,11 +199,8 @@ def measure(
 
 
 def summary(rows: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, Any]:
-    """``metrics`` and ``response`` with intervals from the rows per problem: also what a reader can recompute."""
-    n = rows[0]["n"]
-    columns = {f"avg@{n}": [avg_at_k(row["n"], row["c"]) for row in rows]}
-    columns |= {f"pass@{k}": [pass_at_k(row["n"], row["c"], k) for row in rows] for k in ks}
-    columns |= {f"maj@{n}": [float(row["majority"]) for row in rows]}
+    """``metrics`` and ``response`` with intervals over problems, from the rows per problem."""
+    columns = per_problem(rows, ks)
     response = {name: [row[name] for row in rows] for name in ("length", "truncated")}
     everything = {**columns, **response}
     intervals = bootstrap(np.array(list(everything.values())).T)
