@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.ops import rows as torch_rows
-from megatron_ext.ops.nucleus import Rule, exchange, exchange_windows
+from megatron_ext.ops.nucleus import Rule
 from megatron_ext.ops.shard import VocabShard
 from megatron_ext.ops.stats import (
     DIFFERENTIABLE,
@@ -31,13 +31,10 @@ from megatron_ext.ops.stats import (
     Options,
     PolicyStats,
     check,
-    cut_ids,
+    finish,
     local_columns,
     row_gradient,
-    row_outputs,
     row_scale,
-    saved_rows,
-    search_uncertified,
 )
 
 __all__ = ["DIFFERENTIABLE", "NUCLEUS", "PolicyStats", "policy_stats"]
@@ -93,32 +90,17 @@ class _PolicyStatsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, scale: Tensor, options: Options, inplace: bool) -> tuple:
-        shard, rule = options.shard, options.rule
-        sums, window = torch_rows.summarise(
-            logits,
-            local_columns(targets, shard),
-            scale,
-            shard.real,
-            moment="entropy" in options.want,
-            window=options.window if rule else None,
-        )
+        shard = options.shard
+        column = local_columns(targets, shard)
+        sums, window = torch_rows.summarise(logits, column, scale, shard.real, **options.summary)
 
         def logits_of(index: Tensor) -> Tensor:
             return logits[index, : shard.real]
 
-        slow = cut = None
-        if rule is None or window is None:
-            rows = exchange(sums, scale, shard)
-        else:
-            rows = exchange_windows(sums, window, scale, shard, rule)
-            rows, slow = search_uncertified(rows, logits_of, scale, options)
-            cut = cut_ids(rows, logits_of, shard) if rule.ties == "by_id" else None
-        outputs = row_outputs(rows, targets, scale, cut, slow, options)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*[o for name, o in outputs.items() if o is not None and name not in options.grad])
-        ctx.options, ctx.inplace = options, inplace
-        ctx.save_for_backward(logits, targets, scale, cut, saved_rows(rows, targets, cut, options, scale.dtype))
-        return tuple(outputs.values())
+        outputs, saved, cut = finish(ctx, sums, window, logits_of, targets, scale, options)
+        ctx.inplace = inplace
+        ctx.save_for_backward(logits, targets, scale, cut, saved)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]

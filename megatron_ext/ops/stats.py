@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_ext.ops.collectives import all_gather
-from megatron_ext.ops.nucleus import BLOCK, Rows, Rule, search
+from megatron_ext.ops.nucleus import BLOCK, Rows, Rule, exchange, exchange_windows, search
 from megatron_ext.ops.rows import RowGradient
 from megatron_ext.ops.shard import VocabShard
-from megatron_ext.ops.window import in_nucleus
+from megatron_ext.ops.window import Window, in_nucleus
 
 NUCLEUS = ("nucleus_entropy", "nucleus_mass", "nucleus_size", "nucleus_logprob", "target_in_nucleus")
 DIFFERENTIABLE = ("logprob", "entropy", "nucleus_entropy", "nucleus_logprob")
@@ -56,6 +56,11 @@ class Options(NamedTuple):
     grad: tuple[str, ...]
     window: int
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What the row work must compute: nothing that nobody asked for."""
+        return {"moment": "entropy" in self.want, "window": self.window if self.rule else None}
+
 
 def row_scale(temperature: float | Tensor, rows: int, like: Tensor) -> Tensor:
     """1 / temperature ``[rows, 1]`` in the dtype of the arithmetic: fp32, or fp64 for fp64 logits."""
@@ -68,6 +73,33 @@ def local_columns(targets: Tensor, shard: VocabShard) -> Tensor:
     """``[rows, 1]``: the target's column in this shard, -1 where it has none."""
     column = targets[:, None] - shard.start
     return torch.where((column >= 0) & (column < shard.real), column, -1)
+
+
+def finish(
+    ctx: Any,
+    sums: Tensor,
+    window: Window | None,
+    logits_of: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    scale: Tensor,
+    options: Options,
+) -> tuple[tuple[Tensor | None, ...], Tensor, Tensor | None]:
+    """From the row work to the outputs of a forward, the numbers its backward needs, and the tie cut.
+
+    ``logits_of(index)`` gives a copy of the raw logits ``[len(index), shard.real]`` of any rows.
+    """
+    slow = cut = None
+    if options.rule is None or window is None:
+        rows = exchange(sums, scale, options.shard)
+    else:
+        rows = exchange_windows(sums, window, scale, options.shard, options.rule)
+        rows, slow = search_uncertified(rows, logits_of, scale, options)
+        cut = cut_ids(rows, logits_of, options.shard) if options.rule.ties == "by_id" else None
+    outputs = row_outputs(rows, targets, scale, cut, slow, options)
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*[o for name, o in outputs.items() if o is not None and name not in options.grad])
+    return tuple(outputs.values()), saved_rows(rows, targets, cut, options, scale.dtype), cut
 
 
 def search_uncertified(
@@ -176,7 +208,9 @@ def check(
     if dtype not in (torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"policy_stats: logits are {dtype}, expected bfloat16, float32 or float64")
     if targets.shape != (rows,) or targets.dtype != torch.int64:
-        raise ValueError(f"policy_stats: targets are {targets.dtype} {list(targets.shape)}, expected int64 [{rows}]")
+        raise ValueError(
+            f"policy statistics: targets are {targets.dtype} {list(targets.shape)}, expected int64 [{rows}]"
+        )
     if isinstance(temperature, Tensor) and temperature.shape not in ((), (rows,)):
         raise ValueError(f"policy_stats: temperature is {list(temperature.shape)}, expected a number or [{rows}]")
     if not isinstance(temperature, Tensor) and not temperature > 0:
