@@ -1,13 +1,16 @@
-"""Start the ranks of a run on this machine and see them through.
+"""Start the ranks of one node and see them through.
 
-A laptop or a single node needs no launcher of its own: the parent starts one process per rank with the usual
-environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), passes signals on, and ends the others
-when one fails. The exit code is the first failing rank's, so 2 (configuration), 3 (reward health) and 75
-(requeue) reach the caller.
+    python -m tools.ranks --nodes 2 --ranks-per-node 8 --master HOST:PORT tools.train RECIPE [key=value ...]
+
+The parent starts one process per rank with the usual environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,
+MASTER_PORT), passes signals on, and ends the others when one fails. The exit code is the first failing rank's,
+so 2 (configuration), 3 (reward health) and 75 (requeue) reach the caller. On a laptop tools.train does this by
+itself; under Slurm one such launcher runs per node and takes its number from SLURM_NODEID.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import socket
@@ -16,6 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+REQUEUE = 75  # a rank that saved its state on a signal: the others do the same
 GRACE_S = 20.0  # between asking the remaining ranks to end and killing them
 
 
@@ -24,21 +28,30 @@ def launched() -> bool:
     return "RANK" in os.environ
 
 
-def run_ranks(module: str, arguments: Sequence[str], world: int) -> int:
-    """``python -m module arguments`` on ``world`` local ranks; returns the exit code."""
+def run_ranks(
+    module: str, arguments: Sequence[str], ranks_per_node: int, *, nodes: int = 1, node: int = 0, master: str = ""
+) -> int:
+    """``python -m module arguments`` on this node's ranks; returns the exit code.
+
+    ``master`` is ``host:port`` of node 0; on a single node a free local port serves.
+    """
+    host, _, port = (master or f"127.0.0.1:{_free_port()}").rpartition(":")
     environment = {
         **os.environ,
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(nodes * ranks_per_node),
+        "LOCAL_WORLD_SIZE": str(ranks_per_node),
+        "MASTER_ADDR": host,
+        "MASTER_PORT": port,
     }
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // world)))
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks_per_node)
+    environment.setdefault("OMP_NUM_THREADS", str(threads))
     environment.setdefault("PYTHONWARNINGS", "ignore::UserWarning,ignore::FutureWarning")  # Megatron's, once per rank
     command = [sys.executable, "-m", module, *arguments]
     ranks = [
-        subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(world)
+        subprocess.Popen(
+            command, env={**environment, "RANK": str(node * ranks_per_node + rank), "LOCAL_RANK": str(rank)}
+        )
+        for rank in range(ranks_per_node)
     ]
 
     def forward(number: int, _frame: object) -> None:
@@ -53,7 +66,7 @@ def run_ranks(module: str, arguments: Sequence[str], world: int) -> int:
 
 def _wait(ranks: list[subprocess.Popen]) -> int:
     while any(rank.poll() is None for rank in ranks):
-        failed = [rank for rank in ranks if rank.poll() not in (None, 0)]
+        failed = [rank for rank in ranks if rank.poll() not in (None, 0, REQUEUE)]
         if failed:
             time.sleep(1.0)  # ranks that fail together end together
             _end(ranks)
@@ -79,3 +92,23 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.ranks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--ranks-per-node", type=int, required=True)
+    parser.add_argument("--master", default="", help="host:port of node 0 (default: a free port of this machine)")
+    parser.add_argument("--node", type=int, default=int(os.environ.get("SLURM_NODEID", "0")))
+    parser.add_argument("module", help="for example tools.train")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    o = parser.parse_args(arguments)
+    if o.nodes > 1 and not o.master:
+        parser.error(f"--nodes {o.nodes} needs --master HOST:PORT, an address that every node reaches")
+    return run_ranks(o.module, o.arguments, o.ranks_per_node, nodes=o.nodes, node=o.node, master=o.master)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

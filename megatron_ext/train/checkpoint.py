@@ -126,6 +126,40 @@ def load(root: Path, *, model: list, optimizer: Any, scheduler: Any, layout: dic
     return LoadedState(found.manifest.step, payload["state"], path, found.manifest, tuple(refused))
 
 
+def save_model(root: Path, *, model: list, config: dict[str, Any], layout: dict[str, int]) -> Path:
+    """Write the weights alone as the checkpoint of step 0 below ``root``; ``load_model`` reads it."""
+    partial = _on_first_rank("opening a checkpoint", lambda: manifest.open_partial(root, 0))
+    with _together("planning the shards"):
+        shards, common = save_preprocess(_sharded_model(model))
+    with _together("writing the shards"):
+        _write_shards(partial, shards)
+        if dist.get_rank() == 0:
+            TorchCommonSaveStrategy("torch", 1).save_common(common, partial)
+            save_config(CheckpointingConfig("torch_dist", 1), str(partial))
+    files = _record(partial)
+    return _on_first_rank(
+        "publishing the checkpoint",
+        lambda: manifest.publish(partial, step=0, files=files, layout=layout, config=config),
+    )
+
+
+def load_model(path: Path, *, model: list) -> None:
+    """Fill the model alone from the checkpoint ``path``, which the caller has verified, of any layout.
+
+    Raises CheckpointError naming every tensor of the model that the checkpoint does not hold in that shape.
+    """
+    with _together(f"reading {path.name}"):
+        _check_index(path / ".metadata")
+    with _together(f"loading {path.name}"):
+        result: Any = dist_checkpointing.load(
+            _sharded_model(model), str(path), validate_access_integrity=False, strict=StrictHandling.RETURN_ALL
+        )
+        loaded, _, absent = result
+        if absent:
+            raise CheckpointError("\n".join(f"{path.name} does not hold {name}" for name in sorted(absent)))
+        _fill_modules(model, loaded)
+
+
 def _fill(partial: Path, *, model: list, optimizer: Any, scheduler: Any, state: dict[str, Any]) -> None:
     with _together("collecting model and optimizer"):
         tree = _sharded(model, optimizer, is_loading=False)
@@ -146,13 +180,26 @@ def _fill(partial: Path, *, model: list, optimizer: Any, scheduler: Any, state: 
 def _sharded(model: list, optimizer: Any, *, is_loading: bool) -> ShardedStateDict:
     """Model and optimizer as Megatron's sharded state: what this rank holds of each global tensor."""
     _allocate(optimizer)
+    tree = _sharded_model(model)
+    with _padding_counted(optimizer):
+        tree["optimizer"] = optimizer.sharded_state_dict(dict(tree), is_loading=is_loading, metadata=_SHARDING)
+    return tree
+
+
+def _sharded_model(model: list) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for index, chunk in enumerate(model):
         tensors = chunk.module.sharded_state_dict(metadata=_SHARDING)
         tree[f"model{index}"] = {name: value for name, value in tensors.items() if not _is_extra(name)}
-    with _padding_counted(optimizer):
-        tree["optimizer"] = optimizer.sharded_state_dict(dict(tree), is_loading=is_loading, metadata=_SHARDING)
     return tree
+
+
+def _fill_modules(model: list, loaded: dict[str, Any]) -> None:
+    for index, chunk in enumerate(model):
+        result = chunk.module.load_state_dict(loaded[f"model{index}"], strict=False)
+        absent = [name for name in result.missing_keys if not _is_extra(name)]
+        if absent or result.unexpected_keys:
+            raise CheckpointError(f"model{index}: missing {absent}, unexpected {result.unexpected_keys}")
 
 
 @contextmanager
@@ -232,11 +279,7 @@ def _restore(path: Path, model: list, optimizer: Any) -> None:
         if faults:
             raise CheckpointError("\n".join(faults))
     with _together(f"restoring model and optimizer of {path.name}"):
-        for index, chunk in enumerate(model):
-            result = chunk.module.load_state_dict(loaded[f"model{index}"], strict=False)
-            absent = [name for name in result.missing_keys if not _is_extra(name)]
-            if absent or result.unexpected_keys:
-                raise CheckpointError(f"model{index}: missing {absent}, unexpected {result.unexpected_keys}")
+        _fill_modules(model, loaded)
         _load_optimizer(optimizer, loaded["optimizer"])
 
 

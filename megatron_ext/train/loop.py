@@ -22,11 +22,16 @@ from megatron_ext.rollout.rewards import RewardPool
 from megatron_ext.train import checkpoint, parallel, rollouts
 from megatron_ext.train.config import Config, ConfigError, hf_config
 from megatron_ext.train.data import DataOrder, encode_problems, load_problems
+from megatron_ext.train.manifest import differing_keys
 from megatron_ext.train.metrics import MetricsWriter, Watch, sample_record, token_texts, write_config
 from megatron_ext.train.rollouts import EncodedProblem
 from megatron_ext.train.step import Learner
 from megatron_ext.types import Episode, TokenStats
 
+FREE = (  # keys a resumed run may change one by one, besides whole sections (see check_resume)
+    *("train.steps", "train.micro_batch_tokens", "train.max_bad_steps", "rollout.batch_size", "name"),
+    *("reward.workers", "reward.deadline_s", "reward.max_timeout_share"),
+)
 DONE, REQUEUE = 0, 75  # exit codes: finished; stopped by a signal with its state saved
 
 
@@ -162,12 +167,28 @@ def build(config: Config, pool: RewardPool) -> Run:
         layout=config.parallel.model_dump(),
     )
     if loaded is not None:
+        check_resume(loaded.manifest.config, config.model_dump())
         run.load_state(loaded.step, loaded.state)
         for line in loaded.refused:
             _tell(f"checkpoint: {line}")
         _tell(f"resuming after step {loaded.step} of {config.train.steps}")
     run.sync()
     return run
+
+
+def check_resume(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Refuse to continue a run whose results would no longer be one run's. Layout, length and speed may change."""
+    changed = {
+        key: values
+        for key, values in differing_keys(saved, current).items()
+        if not key.startswith(("parallel.", "checkpoint.", "log.", "data.train", "model.path")) and key not in FREE
+    }
+    if changed:
+        lines = [f"  {key}: checkpoint {old!r}, now {new!r}" for key, (old, new) in changed.items()]
+        raise ConfigError(
+            "resume: the configuration differs from the checkpoint's; restore these keys, or start a new run "
+            "with another name\n" + "\n".join(lines)
+        )
 
 
 class StopSignal:
