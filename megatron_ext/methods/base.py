@@ -10,7 +10,7 @@ returns. Everything that depends on more than one token (counts, quantiles, mean
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_ext.types import Batch, TokenStats
 
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+Scope = Literal["mini_batch", "micro_batch"]  # what a statistic over tokens is taken over; mini_batch is over all ranks
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class Plan:
     def select(self, position: Tensor) -> Plan:
         """The part of a micro-batch whose tokens stand at ``position`` in the mini-batch."""
         return Plan({name: value[position] for name, value in self.token.items()}, self.report)
+
+    def __or__(self, other: Plan) -> Plan:
+        return Plan(self.token | other.token, self.report | other.report)
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class OneRank:
 
 @dataclass(kw_only=True)
 class Method:
-    """Base of all methods: options are dataclass fields, state goes through ``state_dict``."""
+    """Base of all methods. Options are dataclass fields; fields with ``init=False`` are state, and are checkpointed."""
 
     aggregation: Aggregation = "token-mean"
 
@@ -109,19 +113,45 @@ class Method:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return {state.name: getattr(self, state.name) for state in fields(self) if not state.init}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
+        """Raises ValueError when another method, or another version of this one, wrote ``state``."""
+        own = sorted(self.state_dict())
+        if sorted(state) != own:
             raise ValueError(
-                f"{type(self).__name__} keeps no state but the checkpoint holds {sorted(state)}: "
+                f"{type(self).__name__} keeps {own or 'no state'} but the checkpoint holds {sorted(state) or 'none'}: "
                 "resume with the method that wrote it"
             )
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def check(self, name: str, valid: bool, expected: str) -> None:
+        """Raises ValueError, naming the option, unless its value is valid."""
+        if not valid:
+            raise ValueError(f"{name}: found {getattr(self, name)!r}, expected {expected}")
 
 
 def log_ratio(logprob: Tensor, old_logprob: Tensor) -> Tensor:
     """``log(pi / pi_old)``, clamped to +-20 so that one token cannot overflow the exponential."""
     return (logprob - old_logprob).clamp(-20.0, 20.0)
+
+
+def token_mean(value: Tensor, mask: Tensor, reduce: Reducer) -> float:
+    """Mean over the masked tokens of all ranks; 0 where there is none."""
+    sums = torch.stack([torch.where(mask, value, 0.0).double().sum(), mask.double().sum()])
+    total, count = reduce.sum(sums).tolist()
+    return total / max(count, 1.0)
+
+
+def sequence_lengths(sequence: Tensor, mask: Tensor, num_sequences: int) -> Tensor:
+    """Masked tokens of each sequence, ``[B]``."""
+    return torch.bincount(sequence[mask], minlength=num_sequences)
+
+
+def num_valid(batch: Batch) -> int:
+    """Sequences of this batch or micro-batch that train."""
+    return int((sequence_lengths(batch.sequence, batch.mask, len(batch.reward)) > 0).sum())
 
 
 def group_statistics(reward_B: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,18 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from megatron_ext.methods.base import Aggregation, group_statistics
+from megatron_ext.methods.base import Aggregation
 from megatron_ext.methods.grpo import GRPO
 
 
 @dataclass(kw_only=True)
 class DrGRPO(GRPO):
     aggregation: Aggregation = "seq-mean-token-sum-norm"
+    normalise: bool = False
     clip_high: float = 0.28
-
-    def advantages(self, reward_B: Tensor, group_B: Tensor) -> Tensor:
-        mean, _, size = group_statistics(reward_B, group_B)
-        return torch.where((size < 2) | reward_B.isnan(), 0.0, reward_B - mean)

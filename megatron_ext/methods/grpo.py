@@ -6,8 +6,12 @@
     k3  = exp(ref - logp) - (ref - logp) - 1,  clamped to +-10
 
 A group of one and a group with equal rewards have A = 0. ``aggregation = "token-mean"`` divides by all
-tokens of the mini-batch instead (verl's default). ``dual_clip = c`` bounds the loss of negative advantages
-by -c A (off by default; verl has it silently on with c = 3).
+tokens of the mini-batch instead (verl's default), ``normalise = false`` leaves the standard deviation out.
+``dual_clip = c`` bounds the loss of negative advantages by -c A (off by default; verl has it silently on
+with c = 3). The only statistics are those of the groups, which are never split.
+
+Every other method is this one with a part replaced: its advantage, its token weight, its loss per token,
+or a regulariser added to it.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from megatron_ext.types import Batch, TokenStats
 @dataclass(kw_only=True)
 class GRPO(Method):
     aggregation: Aggregation = "seq-mean-token-mean"
+    normalise: bool = True
     clip_low: float = 0.2
     clip_high: float = 0.2
     beta: float = 0.0  # coefficient of the KL to the reference model
@@ -31,10 +36,8 @@ class GRPO(Method):
 
     def __post_init__(self) -> None:
         for name in ("clip_low", "clip_high", "beta"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: found {getattr(self, name)}, expected a number of at least 0")
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ValueError(f"dual_clip: found {self.dual_clip}, expected a number above 1, or leave it out")
+            self.check(name, getattr(self, name) >= 0, "a number of at least 0")
+        self.check("dual_clip", self.dual_clip is None or self.dual_clip > 1, "a number above 1, or leave it out")
 
     @property
     def needs(self) -> Needs:
@@ -42,30 +45,42 @@ class GRPO(Method):
 
     def advantages(self, reward_B: Tensor, group_B: Tensor) -> Tensor:
         mean, std, _ = group_statistics(reward_B, group_B)
-        advantage = (reward_B - mean) / (std + 1e-6)
+        advantage = (reward_B - mean) / (std + 1e-6) if self.normalise else reward_B - mean
         return torch.where((std == 0) | reward_B.isnan(), 0.0, advantage)
 
     def loss(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
-        loss = self.policy_loss(batch, stats)
+        loss = self.policy_loss(batch, stats, plan)
         if self.beta > 0:
             assert batch.ref_logprob is not None
             loss = loss + self.beta * k3(stats.logprob, batch.ref_logprob)
-        return batch.weight * loss
+        return self.weight(batch, plan) * loss + self.regulariser(batch, stats, plan)
 
-    def policy_loss(self, batch: Batch, stats: TokenStats) -> Tensor:
+    def weight(self, batch: Batch, plan: Plan) -> Tensor:
+        """The aggregation per token, ``[T]``; ``prepare`` may replace it."""
+        return plan.token.get("weight", batch.weight)
+
+    def advantage(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
+        """The advantage per token, ``[T]``, a constant; ``prepare`` may replace it."""
+        return plan.token.get("advantage", batch.token(batch.advantage))
+
+    def policy_loss(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
         """The clipped objective per token, unweighted, ``[T]``."""
-        advantage = batch.token(batch.advantage)
+        advantage = self.advantage(batch, stats, plan)
         ratio = log_ratio(stats.logprob, batch.old_logprob).exp()
         loss = torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - self.clip_low, 1 + self.clip_high))
         if self.dual_clip is not None:
             loss = torch.where(advantage < 0, torch.min(loss, -advantage * self.dual_clip), loss)
         return loss
 
+    def regulariser(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor | float:
+        """What a method adds to the objective, per token and weighted, ``[T]``."""
+        return 0.0
+
     def metrics(self, batch: Batch, stats: TokenStats, plan: Plan) -> dict[str, Tensor]:
-        advantage = batch.token(batch.advantage)
+        advantage = self.advantage(batch, stats, plan)
         ratio = log_ratio(stats.logprob, batch.old_logprob).exp()
         return {
-            "loss/policy": (batch.weight * self.policy_loss(batch, stats)).sum(),
+            "loss/policy": (self.weight(batch, plan) * self.policy_loss(batch, stats, plan)).sum(),
             "clip/low": (batch.mask & (advantage < 0) & (ratio < 1 - self.clip_low)).sum(),
             "clip/high": (batch.mask & (advantage > 0) & (ratio > 1 + self.clip_high)).sum(),
             "kl/old": torch.where(batch.mask, k3(stats.logprob, batch.old_logprob), 0.0).sum(),
