@@ -8,6 +8,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_ext.methods.base import Method
+from megatron_ext.methods.clip_higher import ClipHigher
 from megatron_ext.methods.dr_grpo import DrGRPO
 from megatron_ext.methods.grpo import GRPO
 from megatron_ext.methods.siren import SIREN
@@ -15,6 +16,7 @@ from megatron_ext.methods.siren import SIREN
 METHODS: dict[str, type[Method]] = {
     "grpo": GRPO,
     "dr_grpo": DrGRPO,
+    "clip_higher": ClipHigher,
     "siren": SIREN,
 }
 

@@ -1,0 +1,52 @@
+"""Clip-Higher, and overlong shaping: the parts of DAPO that live in the loss (arXiv 2503.14476).
+
+    L = (1/N) sum_t max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)),  clip_low .2 < clip_high .28
+
+The wider upper bound lets unlikely tokens with a positive advantage grow; with equal bounds this is GRPO.
+N counts the tokens of the mini-batch over all ranks (token-mean). DAPO's rewards are +-1.
+
+Overlong shaping (an option: set ``overlong_max``, Lmax, to the longest response, 20480 in the paper) lowers the
+reward of a response of more than Lmax - Lbuf tokens before its group is normalised, Lbuf = ``overlong_buffer``:
+
+    R_i <- R_i + min(-(|o_i| - (Lmax - Lbuf)) / Lbuf, 0)
+
+Its only statistics are those of the groups.
+
+Differs from the authors' code: there a micro-batch's loss is the mean over its own tokens; here a token counts
+the same in every split. Dynamic sampling is not part of the loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_ext.methods.base import Aggregation, Plan, Reducer
+from megatron_ext.methods.grpo import GRPO
+from megatron_ext.types import Batch, TokenStats
+
+
+@dataclass(kw_only=True)
+class ClipHigher(GRPO):
+    aggregation: Aggregation = "token-mean"
+    clip_high: float = 0.28
+    overlong_max: int | None = None
+    overlong_buffer: int = 4096
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("overlong_buffer", self.overlong_buffer >= 1, "a number of tokens of at least 1")
+        if self.overlong_max is not None:
+            at_least = f"at least overlong_buffer = {self.overlong_buffer}, or leave it out"
+            self.check("overlong_max", self.overlong_max >= self.overlong_buffer, at_least)
+
+    def prepare(self, batch: Batch, current: TokenStats | None, reduce: Reducer) -> Plan:
+        plan = super().prepare(batch, current, reduce)
+        if self.overlong_max is None:
+            return plan
+        length = torch.bincount(batch.sequence, minlength=len(batch.reward))
+        excess = length - (self.overlong_max - self.overlong_buffer)
+        penalty = (-excess / self.overlong_buffer).clamp(max=0.0)
+        shaped = self.advantages(batch.reward + penalty, batch.group)
+        return plan | Plan({"advantage": batch.token(shaped)}, {"overlong/share": float((penalty < 0).double().mean())})
