@@ -10,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from megatron_ext.methods.base import Method
 from megatron_ext.methods.clip_higher import ClipHigher
 from megatron_ext.methods.dr_grpo import DrGRPO
+from megatron_ext.methods.entropy_bonus import EntropyBonus
 from megatron_ext.methods.grpo import GRPO
 from megatron_ext.methods.siren import SIREN
 
@@ -17,6 +18,7 @@ METHODS: dict[str, type[Method]] = {
     "grpo": GRPO,
     "dr_grpo": DrGRPO,
     "clip_higher": ClipHigher,
+    "entropy_bonus": EntropyBonus,
     "siren": SIREN,
 }
 
