@@ -12,6 +12,7 @@ from megatron_ext.methods.clip_higher import ClipHigher
 from megatron_ext.methods.dr_grpo import DrGRPO
 from megatron_ext.methods.entropy_bonus import EntropyBonus
 from megatron_ext.methods.grpo import GRPO
+from megatron_ext.methods.high_entropy_reward import HighEntropyReward
 from megatron_ext.methods.siren import SIREN
 
 METHODS: dict[str, type[Method]] = {
@@ -19,6 +20,7 @@ METHODS: dict[str, type[Method]] = {
     "dr_grpo": DrGRPO,
     "clip_higher": ClipHigher,
     "entropy_bonus": EntropyBonus,
+    "high_entropy_reward": HighEntropyReward,
     "siren": SIREN,
 }
 

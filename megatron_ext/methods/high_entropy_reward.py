@@ -1,0 +1,45 @@
+"""An entropy bonus on high-entropy tokens only ("w/ High_En", a baseline of SENT, arXiv 2512.04359).
+
+    S = the rho N tokens of highest entropy,  N = all tokens
+    L = L_GRPO - coef * (1/|S|) sum_{t in S} H_t
+
+H_t is the full-vocabulary entropy of the current policy, with gradient; S is a constant.
+
+Scope. S is chosen from the whole mini-batch over all ranks, ties by the token's key (selection.py).
+``scope = "micro_batch"`` chooses from and averages over each micro-batch, as verl-based codes do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from megatron_ext.methods.base import Needs, Plan, Reducer
+from megatron_ext.methods.selection import Selective, count_of, largest, num_selected, token_keys
+from megatron_ext.types import Batch, TokenStats
+
+
+@dataclass(kw_only=True)
+class HighEntropyReward(Selective):
+    coef: float = 0.001
+    rho: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("coef", self.coef >= 0, "a number of at least 0")
+        self.check("rho", 0 < self.rho <= 1, "a share of the tokens above 0 and at most 1")
+
+    @property
+    def needs(self) -> Needs:
+        return replace(super().needs, entropy=True, entropy_grad=True)
+
+    def select(self, batch: Batch, stats: TokenStats, plan: Plan, reduce: Reducer) -> Plan:
+        assert stats.entropy is not None
+        count = count_of(self.rho, num_selected(batch.mask, reduce))
+        selected = largest(stats.entropy, batch.mask, count, token_keys(batch), reduce)
+        return Plan({"bonus": selected * (self.coef * self.share(batch) / count)})
+
+    def regulariser(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
+        assert stats.entropy is not None
+        return -plan.token["bonus"] * stats.entropy
