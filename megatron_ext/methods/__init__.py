@@ -8,6 +8,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_ext.methods.base import Method
+from megatron_ext.methods.clip_cov import ClipCov
 from megatron_ext.methods.clip_higher import ClipHigher
 from megatron_ext.methods.dr_grpo import DrGRPO
 from megatron_ext.methods.entropy_bonus import EntropyBonus
@@ -21,6 +22,7 @@ METHODS: dict[str, type[Method]] = {
     "clip_higher": ClipHigher,
     "entropy_bonus": EntropyBonus,
     "high_entropy_reward": HighEntropyReward,
+    "clip_cov": ClipCov,
     "siren": SIREN,
 }
 

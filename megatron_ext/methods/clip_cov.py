@@ -1,0 +1,64 @@
+"""Clip-Cov: stop the gradient of a few tokens of high covariance (arXiv 2505.22617, section 4).
+
+    Cov_t = (logp_t - mean logp)(A_t - mean A)             means over all N valid tokens
+    E     = tokens with w_low < Cov_t < w_high that the clip range does not already clip
+    C     = max(int(r N), 1) tokens drawn from E at random
+    L     = (1/N) sum_{t not in C} max(-A r_t, -A clip(r_t, 1 - clip_low, 1 + clip_high))
+
+logp is the current policy's. The denominator stays N. Clip range 1 / 1, and no dual clip, as in the paper's runs.
+
+Scope. Means, N and the draw are over the whole mini-batch on all ranks. The draw goes by a hash of ``seed``, the
+number of updates so far (in the checkpoint) and the token's own place in its group, so that it is the same on
+every rank and under every layout. ``scope = "micro_batch"``, as in the authors' code: each micro-batch its own
+means and its own draw of at least one token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_ext.methods.base import Aggregation, Plan, Reducer, log_ratio
+from megatron_ext.methods.selection import Selective, count_of, covariance, largest, num_selected, token_keys
+from megatron_ext.types import Batch, TokenStats
+
+
+@dataclass(kw_only=True)
+class ClipCov(Selective):
+    aggregation: Aggregation = "token-mean"
+    clip_low: float = 1.0
+    clip_high: float = 1.0
+    r: float = 2e-4
+    w_low: float = 1.0
+    w_high: float = 5.0
+    seed: int = 0
+    updates: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("r", 0 < self.r <= 1, "a share of the tokens above 0 and at most 1")
+        self.check("w_high", self.w_low < self.w_high, f"more than w_low = {self.w_low}")
+
+    def prepare(self, batch: Batch, current: TokenStats | None, reduce: Reducer) -> Plan:
+        self.updates += 1
+        return super().prepare(batch, current, reduce)
+
+    def select(self, batch: Batch, stats: TokenStats, plan: Plan, reduce: Reducer) -> Plan:
+        advantage = self.advantage(batch, stats, plan)
+        ratio = log_ratio(stats.logprob, batch.old_logprob).exp()
+        clipped = -advantage * ratio.clamp(1 - self.clip_low, 1 + self.clip_high) > -advantage * ratio
+        cov = covariance(stats.logprob, advantage, batch.mask, reduce)
+        eligible = batch.mask & ~clipped & (cov > self.w_low) & (cov < self.w_high)
+        count = count_of(self.r, num_selected(batch.mask, reduce))
+        key = token_keys(batch, (self.seed << 32) + self.updates)
+        chosen = largest(torch.zeros_like(cov), eligible, count, key, reduce)
+        return Plan({"stopped": chosen})
+
+    def policy_loss(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
+        return torch.where(plan.token["stopped"], 0.0, super().policy_loss(batch, stats, plan))
+
+    def metrics(self, batch: Batch, stats: TokenStats, plan: Plan) -> dict[str, Tensor]:
+        stopped = self.complete(batch, stats, plan).token["stopped"]
+        return super().metrics(batch, stats, plan) | {"clip_cov/stopped": stopped.sum()}
