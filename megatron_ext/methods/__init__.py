@@ -14,6 +14,7 @@ from megatron_ext.methods.dr_grpo import DrGRPO
 from megatron_ext.methods.entropy_bonus import EntropyBonus
 from megatron_ext.methods.grpo import GRPO
 from megatron_ext.methods.high_entropy_reward import HighEntropyReward
+from megatron_ext.methods.kl_cov import KLCov
 from megatron_ext.methods.siren import SIREN
 
 METHODS: dict[str, type[Method]] = {
@@ -23,6 +24,7 @@ METHODS: dict[str, type[Method]] = {
     "entropy_bonus": EntropyBonus,
     "high_entropy_reward": HighEntropyReward,
     "clip_cov": ClipCov,
+    "kl_cov": KLCov,
     "siren": SIREN,
 }
 

@@ -1,0 +1,45 @@
+"""KL-Cov: a penalty on the tokens of highest covariance (arXiv 2505.22617, section 4).
+
+    Cov_t = (logp_t - mean logp)(A_t - mean A)             means over all N valid tokens
+    K     = the max(int(k N), 1) tokens of highest Cov
+    L     = (1/N) [ sum_t -A r_t  +  kl_coef * sum_{t in K} |logp_t - logp_old_t| ]
+
+logp is the current policy's. Nothing is clipped. At the first update of a step r == 1: there the penalty has no
+gradient, so KL-Cov acts only from the second update on. k is .002 for 7B and .0002 for 32B in the paper.
+
+Scope. Means, N and K are over the whole mini-batch on all ranks; ``scope = "micro_batch"``, as in the authors'
+code: each micro-batch its own, at least one token each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_ext.methods.base import Aggregation, Plan, Reducer, log_ratio
+from megatron_ext.methods.selection import Selective, count_of, covariance, largest, num_selected, token_keys
+from megatron_ext.types import Batch, TokenStats
+
+
+@dataclass(kw_only=True)
+class KLCov(Selective):
+    aggregation: Aggregation = "token-mean"
+    k: float = 2e-3
+    kl_coef: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("k", 0 < self.k <= 1, "a share of the tokens above 0 and at most 1")
+        self.check("kl_coef", self.kl_coef >= 0, "a number of at least 0")
+
+    def select(self, batch: Batch, stats: TokenStats, plan: Plan, reduce: Reducer) -> Plan:
+        cov = covariance(stats.logprob, self.advantage(batch, stats, plan), batch.mask, reduce)
+        count = count_of(self.k, num_selected(batch.mask, reduce))
+        return Plan({"penalised": largest(cov, batch.mask, count, token_keys(batch), reduce)})
+
+    def policy_loss(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
+        log_r = log_ratio(stats.logprob, batch.old_logprob)
+        penalty = torch.where(plan.token["penalised"], self.kl_coef * log_r.abs(), 0.0)
+        return -self.advantage(batch, stats, plan) * log_r.exp() + penalty
