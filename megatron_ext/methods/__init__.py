@@ -12,6 +12,7 @@ from megatron_ext.methods.clip_cov import ClipCov
 from megatron_ext.methods.clip_higher import ClipHigher
 from megatron_ext.methods.dr_grpo import DrGRPO
 from megatron_ext.methods.entropy_bonus import EntropyBonus
+from megatron_ext.methods.forking_tokens import ForkingTokens
 from megatron_ext.methods.grpo import GRPO
 from megatron_ext.methods.high_entropy_reward import HighEntropyReward
 from megatron_ext.methods.kl_cov import KLCov
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
     "high_entropy_reward": HighEntropyReward,
     "clip_cov": ClipCov,
     "kl_cov": KLCov,
+    "forking_tokens": ForkingTokens,
     "siren": SIREN,
 }
 
