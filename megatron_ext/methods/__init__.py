@@ -17,6 +17,7 @@ from megatron_ext.methods.grpo import GRPO
 from megatron_ext.methods.high_entropy_reward import HighEntropyReward
 from megatron_ext.methods.kl_cov import KLCov
 from megatron_ext.methods.siren import SIREN
+from megatron_ext.methods.w_reinforce import NSR, PSR, WReinforce
 
 METHODS: dict[str, type[Method]] = {
     "grpo": GRPO,
@@ -27,6 +28,9 @@ METHODS: dict[str, type[Method]] = {
     "clip_cov": ClipCov,
     "kl_cov": KLCov,
     "forking_tokens": ForkingTokens,
+    "nsr": NSR,
+    "psr": PSR,
+    "w_reinforce": WReinforce,
     "siren": SIREN,
 }
 

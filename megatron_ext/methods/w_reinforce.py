@@ -1,0 +1,60 @@
+"""NSR, PSR and W-REINFORCE: learning from wrong, from correct, or from weighted responses (arXiv 2506.01347).
+
+    A_i = positive  if R_i > 0 (correct)        L = (1/N_kept) sum_{t kept} max(-A r, -A clip(r, 1 -+ .2))
+         -negative  otherwise (wrong)           kept: the tokens of rows with A_i != 0
+
+    W-REINFORCE  positive .1, negative 1        PSR  positive 1, negative 0        NSR  positive 0, negative 1
+
+No baseline and no standard deviation: a group of one, or of equal rewards, trains too. Dropped rows leave the
+denominator. N_kept is counted over the whole mini-batch on all ranks, so there is no smaller scope to offer.
+
+Differs from the authors' scripts, which carry an entropy bonus of .001 that the paper does not mention: not
+mirrored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_ext.methods.base import Aggregation, Plan, Reducer
+from megatron_ext.methods.grpo import GRPO
+from megatron_ext.methods.selection import num_selected
+from megatron_ext.types import Batch, TokenStats
+
+
+@dataclass(kw_only=True)
+class WReinforce(GRPO):
+    aggregation: Aggregation = "token-mean"
+    positive: float = 0.1
+    negative: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("positive", "negative"):
+            self.check(name, getattr(self, name) >= 0, "a number of at least 0")
+        self.check("negative", self.positive + self.negative > 0, "a number above 0, since positive is 0")
+        self.check("aggregation", self.aggregation == "token-mean", "'token-mean': the mean is over the tokens kept")
+
+    def advantages(self, reward_B: Tensor, group_B: Tensor) -> Tensor:
+        advantage = torch.where(reward_B > 0, self.positive, -self.negative)
+        return torch.where(reward_B.isnan(), 0.0, advantage)
+
+    def prepare(self, batch: Batch, current: TokenStats | None, reduce: Reducer) -> Plan:
+        kept = batch.mask & (batch.token(batch.advantage) != 0)
+        count = num_selected(kept, reduce)
+        return Plan({"weight": kept / max(count, 1)}, {"reinforce/kept_share": count / max(batch.num_tokens, 1)})
+
+
+@dataclass(kw_only=True)
+class PSR(WReinforce):
+    positive: float = 1.0
+    negative: float = 0.0
+
+
+@dataclass(kw_only=True)
+class NSR(WReinforce):
+    positive: float = 0.0
+    negative: float = 1.0

@@ -1,0 +1,33 @@
+"""NSR, PSR and W-REINFORCE against the equations, including what they drop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_ext.methods.w_reinforce import WReinforce
+from tests.methods.cases import OPTIONS, Case, clipped, close, run
+
+
+@pytest.mark.parametrize(("name", "correct", "wrong"), [("nsr", 0, -1), ("psr", 1, 0), ("w_reinforce", 0.1, -1)])
+@pytest.mark.parametrize("low_reward", [0.0, -1.0])  # rewards 0/1 and +-1
+def test_the_loss_is_the_mean_over_the_rows_kept(name: str, correct: float, wrong: float, low_reward: float) -> None:
+    case = Case()
+    case.reward = torch.where(case.reward == 0, low_reward, case.reward)
+    advantage = torch.tensor([correct if float(r) > 0 else wrong for r in case.reward], dtype=torch.float64)
+    kept = [t for t in case.tokens if advantage[case.sequence[t]] != 0]
+    loss = clipped(case.ratio, advantage[case.sequence], 0.2, 0.2)[kept].mean()
+    found = run(case, OPTIONS[name])
+    assert close(found, loss, case)
+    assert found.plans[0].report["reinforce/kept_share"] == pytest.approx(len(kept) / len(case.tokens))
+
+
+def test_a_batch_with_nothing_to_keep_has_no_loss() -> None:
+    case = Case(rewards=([1.0, 1.0], [1.0]))
+    found = run(case, OPTIONS["nsr"])
+    assert found.loss == 0 and not found.gradient.any()
+
+
+def test_both_weights_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match="negative: found 0.0, expected a number above 0"):
+        WReinforce(positive=0.0, negative=0.0)
