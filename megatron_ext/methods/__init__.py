@@ -7,6 +7,7 @@ from dataclasses import fields
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from megatron_ext.methods.aec import AEC
 from megatron_ext.methods.base import Method
 from megatron_ext.methods.clip_cov import ClipCov
 from megatron_ext.methods.clip_higher import ClipHigher
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
     "nsr": NSR,
     "psr": PSR,
     "w_reinforce": WReinforce,
+    "aec": AEC,
     "siren": SIREN,
 }
 

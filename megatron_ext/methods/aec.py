@@ -1,0 +1,60 @@
+"""AEC: adaptive entropy control of Skywork-OR1 (arXiv 2505.22312, section on MAGIC).
+
+    L       = L_GRPO - c_k I_k agg_t(H_t)                          I_k = [e_k < target]
+    c_{k+1} = clip(c_k + delta if e_k < target else c_k - delta,  0, c_max)
+
+e_k is the token-mean entropy of step k's whole batch under the policy that sampled it, over all ranks. H_t is the
+full-vocabulary entropy of the current policy, with gradient; ``agg`` is the policy loss's aggregation, token-mean
+as in the paper. The coefficient moves once per step, and only c_k with e_k < target is ever applied: the control
+pushes up, never down. c_{k+1} and what was applied are in the checkpoint.
+
+Differs from the authors' code, which measures e_k as -mean(logp_old) of the sampled tokens:
+``measure = "logprob"`` (equal in expectation, noisier).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from torch import Tensor
+
+from megatron_ext.methods.base import Aggregation, Needs, Plan, Reducer, token_mean
+from megatron_ext.methods.grpo import GRPO
+from megatron_ext.types import Batch, TokenStats
+
+
+@dataclass(kw_only=True)
+class AEC(GRPO):
+    aggregation: Aggregation = "token-mean"
+    target: float = 0.2  # nats
+    delta: float = 1e-4
+    c_max: float = 0.005
+    c_0: float = 0.0
+    measure: Literal["entropy", "logprob"] = "entropy"
+    c: float = field(default=0.0, init=False)  # c_{k+1}
+    applied: float = field(default=0.0, init=False)  # c_k I_k
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("target", self.target > 0, "an entropy above 0, in nats")
+        self.check("delta", self.delta > 0, "a number above 0")
+        self.check("c_0", 0 <= self.c_0 <= self.c_max, f"a number from 0 to c_max = {self.c_max}")
+        self.c = self.c_0
+
+    @property
+    def needs(self) -> Needs:
+        return replace(super().needs, entropy=True, entropy_grad=True)
+
+    def observe(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> dict[str, float]:
+        assert stats.entropy is not None
+        value = stats.entropy if self.measure == "entropy" else -stats.logprob
+        entropy = token_mean(value, batch.mask, reduce)
+        below = entropy < self.target
+        self.applied = self.c if below else 0.0
+        self.c = min(max(self.c + (self.delta if below else -self.delta), 0.0), self.c_max)
+        return {"aec/entropy": entropy, "aec/applied": self.applied, "aec/next": self.c}
+
+    def regulariser(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
+        assert stats.entropy is not None
+        return -self.applied * self.weight(batch, plan) * stats.entropy
