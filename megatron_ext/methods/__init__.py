@@ -11,6 +11,7 @@ from megatron_ext.methods.aec import AEC
 from megatron_ext.methods.base import Method
 from megatron_ext.methods.clip_cov import ClipCov
 from megatron_ext.methods.clip_higher import ClipHigher
+from megatron_ext.methods.dmmpt import DMMPT
 from megatron_ext.methods.dr_grpo import DrGRPO
 from megatron_ext.methods.entropy_bonus import EntropyBonus
 from megatron_ext.methods.forking_tokens import ForkingTokens
@@ -33,6 +34,7 @@ METHODS: dict[str, type[Method]] = {
     "psr": PSR,
     "w_reinforce": WReinforce,
     "aec": AEC,
+    "dmmpt": DMMPT,
     "siren": SIREN,
 }
 
