@@ -8,6 +8,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_ext.methods.aec import AEC
+from megatron_ext.methods.aer import AER
 from megatron_ext.methods.base import Method
 from megatron_ext.methods.clip_cov import ClipCov
 from megatron_ext.methods.clip_higher import ClipHigher
@@ -36,6 +37,7 @@ METHODS: dict[str, type[Method]] = {
     "aec": AEC,
     "dmmpt": DMMPT,
     "siren": SIREN,
+    "aer": AER,
 }
 
 

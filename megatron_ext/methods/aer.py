@@ -1,0 +1,85 @@
+"""AER: adaptive entropy regularisation (arXiv 2510.10959, section 4).
+
+    L         = L_GRPO - mean_i [ lambda(q_i) (1/|o_i|) sum_t H_t ]
+    lambda(q) = alpha max(0, rho - g) / (rho + 1e-8) + alpha [rho == 0 and g == 0]     C1, g = accuracy of q's group
+    H*        = tau H_0                                                                C2
+    alpha    <- max(0, alpha + eta sgn(H* - H)),  sgn(0) = 0, after each step          C3
+
+H_t is the full-vocabulary entropy of the current policy, with gradient. Responses with lambda 0 count in the
+mean. H is the token-mean entropy of the step's whole batch under the policy that sampled it, over all ranks, H_0 that
+of the first step. alpha moves once per step; alpha and H_0 are in the checkpoint. The paper does not state the first
+alpha: ``alpha_0 = 0``.
+
+With 8 responses and rho .2 only g = 0 and g = 1/8 have a bonus, and a group with g = 0 has no advantage: its only
+gradient is the bonus. From alpha of about .1 on entropy explodes in the paper's own trials.
+
+Ablations: ``allocate = false`` leaves C1 out (lambda = alpha everywhere), ``adapt = false`` leaves C2 and C3 out
+(alpha = alpha_0). Both: a fixed coefficient.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from megatron_ext.methods.base import Needs, Plan, Reducer, group_statistics, sequence_lengths, token_mean
+from megatron_ext.methods.grpo import GRPO
+from megatron_ext.types import Batch, TokenStats
+
+
+@dataclass(kw_only=True)
+class AER(GRPO):
+    tau: float = 0.4
+    rho: float = 0.2
+    eta: float = 0.005
+    alpha_0: float = 0.0
+    allocate: bool = True
+    adapt: bool = True
+    alpha: float = field(default=0.0, init=False)  # in force
+    next_alpha: float = field(default=0.0, init=False)
+    h_0: float | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("tau", 0 < self.tau <= 1, "a ratio above 0 and at most 1")
+        self.check("rho", 0 <= self.rho <= 1, "an accuracy from 0 to 1")
+        self.check("eta", self.eta > 0, "a step above 0")
+        self.check("alpha_0", self.alpha_0 >= 0, "a coefficient of at least 0")
+        self.alpha = self.next_alpha = self.alpha_0
+
+    @property
+    def needs(self) -> Needs:
+        return replace(super().needs, entropy=True, entropy_grad=True)
+
+    def observe(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> dict[str, float]:
+        assert stats.entropy is not None
+        entropy = token_mean(stats.entropy, batch.mask, reduce)
+        if self.h_0 is None:
+            self.h_0 = entropy
+        self.alpha = self.next_alpha
+        error = self.tau * self.h_0 - entropy
+        if self.adapt and error:
+            self.next_alpha = max(0.0, self.alpha + math.copysign(self.eta, error))
+        return {"aer/entropy": entropy, "aer/target": self.tau * self.h_0, "aer/alpha": self.alpha}
+
+    def prepare(self, batch: Batch, current: TokenStats | None, reduce: Reducer) -> Plan:
+        length = sequence_lengths(batch.sequence, batch.mask, len(batch.reward)).clamp(min=1)
+        per_token = self.coefficient(batch) / (length * max(batch.num_sequences, 1))
+        return Plan({"bonus": batch.mask * batch.token(per_token)})
+
+    def coefficient(self, batch: Batch) -> Tensor:
+        """lambda of each response, ``[B]``."""
+        if not self.allocate:
+            return torch.full_like(batch.reward, self.alpha)
+        correct = torch.where(batch.reward.isnan(), batch.reward, (batch.reward > 0).to(batch.reward.dtype))
+        accuracy, _, _ = group_statistics(correct, batch.group)
+        if self.rho == 0:
+            return self.alpha * (accuracy == 0)
+        return self.alpha * (self.rho - accuracy).clamp(min=0) / (self.rho + 1e-8)
+
+    def regulariser(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
+        assert stats.entropy is not None
+        return -plan.token["bonus"] * stats.entropy
