@@ -14,6 +14,7 @@ from megatron_ext.methods.clip_cov import ClipCov
 from megatron_ext.methods.clip_higher import ClipHigher
 from megatron_ext.methods.dmmpt import DMMPT
 from megatron_ext.methods.dr_grpo import DrGRPO
+from megatron_ext.methods.entropy_advantage import EntropyAdvantage
 from megatron_ext.methods.entropy_bonus import EntropyBonus
 from megatron_ext.methods.forking_tokens import ForkingTokens
 from megatron_ext.methods.grpo import GRPO
@@ -38,6 +39,7 @@ METHODS: dict[str, type[Method]] = {
     "dmmpt": DMMPT,
     "siren": SIREN,
     "aer": AER,
+    "entropy_advantage": EntropyAdvantage,
 }
 
 
