@@ -14,6 +14,7 @@ from megatron_ext.methods.clip_cov import ClipCov
 from megatron_ext.methods.clip_higher import ClipHigher
 from megatron_ext.methods.dmmpt import DMMPT
 from megatron_ext.methods.dr_grpo import DrGRPO
+from megatron_ext.methods.entropic import EntroPIC
 from megatron_ext.methods.entropy_advantage import EntropyAdvantage
 from megatron_ext.methods.entropy_bonus import EntropyBonus
 from megatron_ext.methods.forking_tokens import ForkingTokens
@@ -40,6 +41,7 @@ METHODS: dict[str, type[Method]] = {
     "siren": SIREN,
     "aer": AER,
     "entropy_advantage": EntropyAdvantage,
+    "entropic": EntroPIC,
 }
 
 

@@ -1,0 +1,108 @@
+"""EntroPIC: entropy stabilisation with proportional-integral control (arXiv 2511.15248, section 4).
+
+    alpha = clip( k_p (H - target) + k_i sum_k (H_k - target), -1, 1 )          the sum includes the present H
+    full:              L = (1/N) sum_t (1 + alpha sgn A_t) l_t                  l = the clipped loss of GRPO
+    high_probability:  L = (1/N) sum_t [ l_t - alpha r_t |A_t| [pi(o_t) > threshold] ]
+
+Entropy below the target makes alpha negative: negative samples weigh more, entropy rises. The second form is the
+first one restricted to likely tokens, with r unclipped: -(1 +- alpha) A = -A - alpha |A|. The paper uses this form.
+(Its appendix D.7 describes the sign the other way round.)
+
+Scope. H is the token-mean entropy of the current policy over the mini-batch on all ranks: one alpha and one step of
+the integral per mini-batch. Anti-windup: while the output is clipped the integral does not follow an error that
+would push it further. Integral and alpha are in the checkpoint. N counts all tokens.
+
+Differs from the authors' code: ``normaliser = "high"`` divides the second form's control term by the number of
+high-probability tokens; ``scope = "micro_batch"`` recomputes alpha and moves the integral for every micro-batch on
+every rank, without anti-windup; then each rank has its own integral, and the checkpoint holds the first rank's.
+
+``k_i = 0`` is P control; ``k_p = k_i = 0`` switches the control off and leaves GRPO. The paper's targets: .1 at
+temperature .6, .3 at 1, .4 for reasoning models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_ext.methods.base import (
+    Aggregation,
+    Needs,
+    OneRank,
+    Plan,
+    Reducer,
+    Scope,
+    log_ratio,
+    num_valid,
+    token_mean,
+)
+from megatron_ext.methods.grpo import GRPO
+from megatron_ext.methods.selection import num_selected
+from megatron_ext.types import Batch, TokenStats
+
+
+@dataclass(kw_only=True)
+class EntroPIC(GRPO):
+    aggregation: Aggregation = "token-mean"
+    target: float = 0.1  # nats
+    k_p: float = 1.0
+    k_i: float = 0.01
+    form: Literal["high_probability", "full"] = "high_probability"
+    threshold: float = 0.95
+    normaliser: Literal["all", "high"] = "all"
+    scope: Scope = "mini_batch"
+    integral: float = field(default=0.0, init=False)
+    alpha: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("target", self.target > 0, "an entropy above 0, in nats")
+        self.check("threshold", 0 <= self.threshold < 1, "a probability from 0 to below 1")
+        for name in ("k_p", "k_i"):
+            self.check(name, getattr(self, name) >= 0, "a gain of at least 0")
+
+    @property
+    def needs(self) -> Needs:
+        return replace(super().needs, entropy=True, current=self.scope == "mini_batch")
+
+    def prepare(self, batch: Batch, current: TokenStats | None, reduce: Reducer) -> Plan:
+        if self.scope == "micro_batch":
+            return Plan()
+        assert current is not None
+        return self.control(batch, current, reduce)
+
+    def loss(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
+        if self.scope == "micro_batch":
+            plan = self.control(batch, stats.detach(), OneRank())
+        return super().loss(batch, stats, plan)
+
+    def control(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> Plan:
+        """Measure, move the controller by one step, and fix the control term's weight per token."""
+        assert stats.entropy is not None
+        entropy = token_mean(stats.entropy, batch.mask, reduce)
+        self.advance(entropy)
+        high = batch.mask & (stats.logprob.exp() > self.threshold)
+        weight = batch.weight * (high if self.form == "high_probability" else 1)
+        if self.form == "high_probability" and self.normaliser == "high":
+            share = 1.0 if self.scope == "mini_batch" else num_valid(batch) / max(batch.num_sequences, 1)
+            weight = high * (share / max(num_selected(high, reduce), 1))
+        return Plan(
+            {"control": self.alpha * weight},
+            {"entropic/entropy": entropy, "entropic/alpha": self.alpha, "entropic/integral": self.integral},
+        )
+
+    def advance(self, entropy: float) -> None:
+        error = entropy - self.target
+        output = self.k_p * error + self.k_i * (self.integral + error)
+        if self.scope == "micro_batch" or not (abs(output) > 1 and output * error > 0):
+            self.integral += error
+        self.alpha = min(max(output, -1.0), 1.0)
+
+    def regulariser(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
+        advantage = self.advantage(batch, stats, plan)
+        if self.form == "full":
+            return plan.token["control"] * torch.sign(advantage) * self.policy_loss(batch, stats, plan)
+        return -plan.token["control"] * log_ratio(stats.logprob, batch.old_logprob).exp() * advantage.abs()
