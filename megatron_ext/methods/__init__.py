@@ -21,6 +21,7 @@ from megatron_ext.methods.forking_tokens import ForkingTokens
 from megatron_ext.methods.grpo import GRPO
 from megatron_ext.methods.high_entropy_reward import HighEntropyReward
 from megatron_ext.methods.kl_cov import KLCov
+from megatron_ext.methods.sent import SENT
 from megatron_ext.methods.siren import SIREN
 from megatron_ext.methods.w_reinforce import NSR, PSR, WReinforce
 
@@ -42,6 +43,7 @@ METHODS: dict[str, type[Method]] = {
     "aer": AER,
     "entropy_advantage": EntropyAdvantage,
     "entropic": EntroPIC,
+    "sent": SENT,
 }
 
 

@@ -1,0 +1,82 @@
+"""SENT, the token part: KL on low-entropy tokens, stronger where covariance is high (arXiv 2512.04359, section IV-B).
+
+    T_low  = the low_ratio N tokens of lowest entropy, N = all tokens         "80 %" and "0.0002" are ratios, although
+    Cov_t  = (logp_t - mean logp)(A_t - mean A), means over T_low             the paper writes them as thresholds
+    T_high = the max(int(cov_ratio |T_low|), 1) tokens of highest Cov in T_low
+    b_t    = beta_high on T_high, beta_low on the rest of T_low, 0 elsewhere
+    L      = L_GRPO + mean_i mean_t b_t KL_t(pi || ref)                       KL_t: GRPO's k3 estimate
+
+Entropy and logp are the current policy's, full vocabulary, constants of the selection. The curriculum by semantic
+entropy, SENT's other part, is the data's order and not part of the loss.
+
+Scope. T_low, T_high and the means are over the whole mini-batch on all ranks, ties by the token's key
+(selection.py); ``scope = "micro_batch"``: over each micro-batch, as in the authors' code.
+
+Differs from the authors' code, whose intent ``variant = "authors"`` reproduces: the policy loss is not clipped,
+|logp - logp_old| stands in the place of the KL, and besides T_high only the k tokens of LOWEST Cov in T_low have
+beta_low, k = max(int(low_ratio N cov_ratio), 1) for both. Their run has ``beta_low = .05``, ``beta_high = .2`` and a
+KL to the reference of ``beta = .001`` on every token. (Their indexing gathers rows by an integer mask, so
+their covariances belong to other tokens: not reproduced.)
+
+Ablations: ``beta_high = beta_low`` removes the covariance tier, both 0 the token part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_ext.methods.base import Needs, Plan, Reducer, log_ratio
+from megatron_ext.methods.grpo import k3
+from megatron_ext.methods.selection import Selective, count_of, covariance, largest, num_selected, token_keys
+from megatron_ext.types import Batch, TokenStats
+
+
+@dataclass(kw_only=True)
+class SENT(Selective):
+    low_ratio: float = 0.8
+    cov_ratio: float = 2e-4
+    beta_low: float = 0.5
+    beta_high: float = 2.0
+    variant: Literal["paper", "authors"] = "paper"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("low_ratio", "cov_ratio"):
+            self.check(name, 0 < getattr(self, name) <= 1, "a share of the tokens above 0 and at most 1")
+        for name in ("beta_low", "beta_high"):
+            self.check(name, getattr(self, name) >= 0, "a number of at least 0")
+
+    @property
+    def needs(self) -> Needs:
+        return replace(super().needs, entropy=True, reference=self.variant == "paper" or self.beta > 0)
+
+    def select(self, batch: Batch, stats: TokenStats, plan: Plan, reduce: Reducer) -> Plan:
+        assert stats.entropy is not None
+        key, num_tokens = token_keys(batch), num_selected(batch.mask, reduce)
+        num_low = count_of(self.low_ratio, num_tokens)
+        low = largest(-stats.entropy, batch.mask, num_low, key, reduce)
+        cov = covariance(stats.logprob, self.advantage(batch, stats, plan), low, reduce)
+        if self.variant == "paper":
+            gentle, num_high = low, count_of(self.cov_ratio, num_low)
+        else:
+            num_high = count_of(self.low_ratio * self.cov_ratio, num_tokens)
+            gentle = largest(-cov, low, num_high, key, reduce)
+        high = largest(cov, low, num_high, key, reduce)
+        return Plan({"coefficient": torch.where(high, self.beta_high, self.beta_low * gentle)})
+
+    def policy_loss(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
+        if self.variant == "paper":
+            return super().policy_loss(batch, stats, plan)
+        return -self.advantage(batch, stats, plan) * log_ratio(stats.logprob, batch.old_logprob).exp()
+
+    def regulariser(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
+        if self.variant == "paper":
+            assert batch.ref_logprob is not None
+            distance = k3(stats.logprob, batch.ref_logprob)
+        else:
+            distance = log_ratio(stats.logprob, batch.old_logprob).abs()
+        return self.weight(batch, plan) * plan.token["coefficient"] * distance
