@@ -1,0 +1,163 @@
+"""Every method by name: creation and its messages, the papers' defaults, documentation, state, recipes."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ext import methods
+from megatron_ext.methods import METHODS
+from tests.methods.cases import OPTIONS, Case, run
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+# What the papers state: aggregation, clip range, and the method's own numbers.
+PAPER: dict[str, dict[str, Any]] = {
+    "grpo": {"aggregation": "seq-mean-token-mean", "clip_low": 0.2, "clip_high": 0.2, "beta": 0.0, "dual_clip": None},
+    "dr_grpo": {"aggregation": "seq-mean-token-sum-norm", "clip_low": 0.2, "clip_high": 0.28, "normalise": False},
+    "clip_higher": {"aggregation": "token-mean", "clip_low": 0.2, "clip_high": 0.28, "overlong_buffer": 4096},
+    "entropy_bonus": {"coef": 0.001},
+    "high_entropy_reward": {"coef": 0.001, "rho": 0.2},
+    "clip_cov": {"aggregation": "token-mean", "clip_low": 1, "clip_high": 1, "r": 2e-4, "w_low": 1, "w_high": 5},
+    "kl_cov": {"aggregation": "token-mean", "k": 2e-3, "kl_coef": 1.0},
+    "forking_tokens": {"aggregation": "token-mean", "clip_low": 0.2, "clip_high": 0.28, "rho": 0.2},
+    "nsr": {"aggregation": "token-mean", "clip_high": 0.2, "positive": 0.0, "negative": 1.0},
+    "psr": {"aggregation": "token-mean", "clip_high": 0.2, "positive": 1.0, "negative": 0.0},
+    "w_reinforce": {"aggregation": "token-mean", "clip_high": 0.2, "positive": 0.1, "negative": 1.0},
+    "aec": {"aggregation": "token-mean", "target": 0.2, "delta": 1e-4, "c_max": 0.005, "c_0": 0.0},
+    "dmmpt": {"aggregation": "token-mean", "tau": 0.99, "sigma": 0.2, "switch": "response"},
+    "siren": {
+        "aggregation": "seq-mean-token-sum-norm",
+        "normalise": False,
+        "clip_low": 0.2,
+        "clip_high": 0.28,
+        "p": 0.8,
+        "tau": 0.8,
+        "coef": 0.005,
+        "nucleus": "reach",
+    },
+    "aer": {"clip_high": 0.2, "tau": 0.4, "rho": 0.2, "eta": 0.005, "alpha_0": 0.0},
+    "entropy_advantage": {"aggregation": "token-mean", "clip_high": 0.28, "alpha": 0.4, "kappa": 2.0, "beta": 0.0},
+    "entropic": {"clip_high": 0.2, "k_p": 1.0, "k_i": 0.01, "threshold": 0.95, "target": 0.1, "normaliser": "all"},
+    "sent": {"clip_high": 0.2, "low_ratio": 0.8, "cov_ratio": 2e-4, "beta_low": 0.5, "beta_high": 2.0},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_defaults_are_the_papers_over_the_whole_mini_batch(name: str) -> None:
+    method = methods.create({"name": name})
+    assert {option: getattr(method, option) for option in PAPER[name]} == PAPER[name]
+    assert getattr(method, "scope", "mini_batch") == "mini_batch"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_page_names_its_paper_and_is_a_page(name: str) -> None:
+    module = inspect.getmodule(METHODS[name])
+    assert module is not None and module.__doc__ is not None
+    assert re.search(r"arXiv \d{4}\.\d{5}", module.__doc__)
+    assert len(inspect.getsource(module).splitlines()) <= 120
+
+
+def test_every_method_is_tested_and_has_a_recipe_of_its_own() -> None:
+    assert {options["name"] for options in OPTIONS.values()} == set(METHODS)
+    for name in METHODS:
+        recipe = tomllib.loads((RECIPES / name / f"{name}-tiny-cpu.toml").read_text())
+        assert recipe["name"] == f"{name}-tiny-cpu" and recipe["parent"] == "../tiny/tiny-cpu.toml"
+        assert recipe["method"]["name"] == name
+        methods.create(recipe["method"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "method.name: unknown method None; expected one of aec, aer,"),
+        ({"name": "sirn"}, "method.name: unknown method 'sirn'; did you mean siren?"),
+        ({"name": "siren", "coeff": 1.0}, "method.coeff: siren has no such option; did you mean coef?"),
+        ({"name": "siren", "h_anchor": 1.0}, "method.h_anchor: siren has no such option"),
+        ({"name": "siren", "tau": "high"}, "method.tau: found 'high', expected a value of type float"),
+        ({"name": "siren", "anchor": 1}, "method.anchor: found 1, expected a value of type bool"),
+        ({"name": "siren", "coef": True}, "method.coef: found True, expected a value of type float"),
+        ({"name": "siren", "nucleus": "top"}, "method.nucleus: found 'top', expected one of 'reach', 'below'"),
+        (
+            {"name": "grpo", "dual_clip": "no"},
+            "method.dual_clip: found 'no', expected a value of type float or nothing",
+        ),
+        ({"name": "siren", "p": 0.0}, "method.p: found 0.0, expected a mass above 0 and at most 1"),
+        ({"name": "siren", "p": 1.1}, "method.p: found 1.1"),
+        ({"name": "siren", "tau": 1.0}, "method.tau: found 1.0, expected a quantile from 0 to below 1"),
+        ({"name": "siren", "coef": -1}, "method.coef: found -1"),
+        ({"name": "grpo", "clip_low": -0.1}, "method.clip_low: found -0.1, expected a number of at least 0"),
+        ({"name": "grpo", "beta": float("nan")}, "method.beta: found nan"),
+        ({"name": "grpo", "dual_clip": 1.0}, "method.dual_clip: found 1.0, expected a number above 1, or leave it out"),
+        (
+            {"name": "clip_higher", "overlong_max": 99},
+            "method.overlong_max: found 99, expected at least overlong_buffer",
+        ),
+        ({"name": "clip_cov", "w_low": 5}, "method.w_high: found 5.0, expected more than w_low = 5"),
+        ({"name": "clip_cov", "r": 0.0}, "method.r: found 0.0"),
+        ({"name": "kl_cov", "k": 2}, "method.k: found 2"),
+        ({"name": "forking_tokens", "rho": 0.0}, "method.rho: found 0.0"),
+        (
+            {"name": "forking_tokens", "aggregation": "seq-mean-token-sum"},
+            "method.aggregation: found 'seq-mean-token-sum'",
+        ),
+        ({"name": "nsr", "negative": 0.0}, "method.negative: found 0.0"),
+        ({"name": "aec", "target": 0.0}, "method.target: found 0.0, expected an entropy above 0, in nats"),
+        ({"name": "aec", "c_0": 0.1}, "method.c_0: found 0.1, expected a number from 0 to c_max = 0.005"),
+        ({"name": "dmmpt", "sigma": 0.0}, "method.sigma: found 0.0"),
+        ({"name": "aer", "tau": 1.2}, "method.tau: found 1.2, expected a ratio above 0 and at most 1"),
+        ({"name": "aer", "tau": 0.0}, "method.tau: found 0.0"),
+        ({"name": "aer", "rho": -0.1}, "method.rho: found -0.1"),
+        ({"name": "entropy_advantage", "kappa": 0.5}, "method.kappa: found 0.5"),
+        ({"name": "entropic", "target": -0.1}, "method.target: found -0.1"),
+        ({"name": "entropic", "threshold": 1.0}, "method.threshold: found 1.0"),
+        ({"name": "entropic", "k_i": -1.0}, "method.k_i: found -1.0, expected a gain of at least 0"),
+        ({"name": "sent", "low_ratio": 80}, "method.low_ratio: found 80, expected a share"),
+    ],
+)
+def test_a_fault_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        methods.create(options)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_resumed_method_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
+    cases = [Case(seed) for seed in (3, 4, 5)]
+    straight = methods.create(OPTIONS[name])
+    for case in cases[:2]:
+        straight = run(case, straight).methods[0]
+    torch.save(straight.state_dict(), tmp_path / "state.pt")
+    resumed = methods.create(OPTIONS[name])
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    one, other = run(cases[2], straight), run(cases[2], resumed)
+    assert torch.equal(one.gradient, other.gradient) and one.loss == other.loss
+    assert one.methods[0].state_dict() == other.methods[0].state_dict()
+
+
+STATEFUL = ["aec", "aer", "clip_cov", "entropic", "siren"]
+
+
+def test_the_methods_with_state_are_known() -> None:
+    assert sorted(name for name in METHODS if methods.create({"name": name}).state_dict()) == STATEFUL
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_the_state_matters(name: str) -> None:
+    moved = methods.create(OPTIONS[name])
+    for seed in (3, 4):
+        moved = run(Case(seed), moved).methods[0]
+    fresh, resumed = run(Case(5), OPTIONS[name]), run(Case(5), moved)
+    assert not torch.equal(fresh.gradient, resumed.gradient)
+
+
+def test_the_state_of_another_method_is_refused() -> None:
+    with pytest.raises(ValueError, match=re.escape("GRPO keeps no state but the checkpoint holds ['h_anchor']")):
+        methods.create({"name": "grpo"}).load_state_dict({"h_anchor": 0.5})
+    with pytest.raises(ValueError, match=re.escape("SIREN keeps ['h_anchor'] but the checkpoint holds none")):
+        methods.create({"name": "siren"}).load_state_dict({})
