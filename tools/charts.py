@@ -137,7 +137,7 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     if 0 <= low < high / 2:
         low = 0.0
-    air = 0.06 * (high - low) or max(abs(high) * 0.1, 1e-6)
+    air = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
     return (low if low == 0.0 and high > 0 else low - air), high + air
 
 

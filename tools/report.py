@@ -25,13 +25,12 @@ from typing import Any
 
 from megatron_ext.evaluation import differences
 from megatron_ext.train.metrics import CONFIG, METRICS, SAMPLES, read_steps, redact
-from tools.charts import LEFT, RIGHT, WIDTH, Series, area_chart, interval_plot, legend, line_chart, short
+from tools.charts import LEFT, NUM_COLORS, RIGHT, WIDTH, Series, area_chart, interval_plot, legend, line_chart, short
 from tools.evaluate import load_evaluations
 from tools.report_style import SCRIPT, STYLE
+from tools.report_tokens import pick_samples, samples
 
 EVALUATION = "evaluation.json"
-NUM_HEATS = 10  # classes h0 .. h9 of the style sheet
-SHOWN_STEPS, SHOWN_PER_STEP = 4, 3
 Records = Sequence[Mapping[str, Any]]
 
 
@@ -57,7 +56,7 @@ CHARTS = (
         percent=True,
         stacked=True,
     ),
-    Chart("Learning", "Groups", "prompts whose responses were all alike teach nothing", ("group/*",), percent=True),
+    Chart("Learning", "Groups", "all responses alike: nothing to learn", ("group/*",), percent=True),
     Chart("Entropy", "Entropy", "nats per token, whole vocabulary and nucleus", ("entropy/full", "entropy/nucleus")),
     Chart(
         "Entropy",
@@ -79,7 +78,7 @@ CHARTS = (
     Chart("Machine", "Speed", "tokens per second", ("speed/*",)),
 )
 HIDDEN = ("step", "time/step_s")
-HUES = {"reward/outcome/correct": 2, "reward/outcome/wrong": 1, "siren/anchor": 1}
+OUTCOME_COLORS = {0: 2, 2: 0}  # correct is green, the others keep their place in the palette
 
 
 def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
@@ -220,9 +219,12 @@ def evaluations(found: Mapping[str, Mapping[str, Any]]) -> str:
         why = ""
     except ValueError as error:
         pairs, why = {}, f"No paired difference: {error}."
-    head = "".join(f'<th class="n">{escape(label)}</th>' for label in labels)
+    head = "".join(
+        f'<th class="n"><span class="key" style="--key:var(--c{number % NUM_COLORS})"></span>{escape(label)}</th>'
+        for number, label in enumerate(labels)
+    )
     if pairs:
-        head += f'<th class="n">{escape(labels[-1])} − {escape(labels[0])}</th>'
+        head += f'<th class="n">{escape(labels[-1])} − {escape(labels[0])}, points</th>'
     names = dict.fromkeys(name for item in found.values() for name in item["metrics"])
     rows = []
     for name in names:
@@ -246,34 +248,6 @@ def evaluations(found: Mapping[str, Mapping[str, Any]]) -> str:
         f'<h2>Evaluation</h2><div class="card"><table><tr><th></th>{head}<th>0 … 1</th></tr>{"".join(rows)}'
         f'</table></div><p class="sub">{escape(note)}</p>'
     )
-
-
-def pick_samples(path: Path, steps: Sequence[int]) -> dict[int, list[dict[str, Any]]]:
-    """Responses of a few steps spread over the run, the first and the last included."""
-    if not path.is_file():
-        return {}
-    wanted = {steps[round(i * (len(steps) - 1) / (SHOWN_STEPS - 1))] for i in range(SHOWN_STEPS)}
-    found: dict[int, list[dict[str, Any]]] = {}
-    for record in read_steps(path):
-        if record["step"] in wanted and len(found.setdefault(record["step"], [])) < SHOWN_PER_STEP:
-            found[record["step"]].append(record)
-    return found
-
-
-def samples(found: Mapping[int, Sequence[Mapping[str, Any]]]) -> str:
-    """Responses token by token, the colour scale shared by all of them."""
-    entropies = sorted(
-        value for rows in found.values() for row in rows for value in row["entropy"] if value is not None
-    )
-    if not entropies:
-        return ""
-    hottest = max(entropies[int(0.98 * (len(entropies) - 1))], 0.05)
-    parts = [f"<h2>Responses</h2>{_scale(entropies, hottest)}"]
-    for step, rows in found.items():
-        cards = "".join(_sample(row, hottest) for row in rows)
-        is_open = " open" if step in (min(found), max(found)) else ""
-        parts.append(f"<details{is_open}><summary>Step {step}</summary>{cards}</details>")
-    return "".join(parts)
 
 
 def configuration(config: Mapping[str, Any]) -> str:
@@ -314,7 +288,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _series(records: Records, key: str, number: int, count: int) -> Series:
     name = key if count == 1 else key.split("/", 1)[-1].removeprefix("outcome/")
-    return Series(name, [record.get(key) for record in records], HUES.get(key, number), key.endswith("anchor"))
+    color = OUTCOME_COLORS.get(number, number) if key.startswith("reward/outcome/") else number
+    return Series(name, [record.get(key) for record in records], color, key.endswith("anchor"))
 
 
 def _says_something(records: Records, name: str) -> bool:
@@ -336,65 +311,6 @@ def _difference(found: Any) -> str:
         f'<span class="{kind}">{100 * interval.mean:+.1f}</span> '
         f"<small>{100 * interval.low:+.1f} … {100 * interval.high:+.1f}</small>"
     )
-
-
-def _scale(entropies: Sequence[float], hottest: float) -> str:
-    """Legend: the ramp, how many tokens are where on it, and how concentrated the entropy is."""
-    counts = [0] * NUM_HEATS
-    for value in entropies:
-        counts[_heat(value, hottest)] += 1
-    tallest = max(counts)
-    bars = "".join(f'<span style="height:{100 * (count / tallest) ** 0.5:.0f}%"></span>' for count in counts)
-    half, total, num_tokens = 0.0, math.fsum(entropies), 0
-    while total > 0 and half < total / 2:
-        num_tokens += 1
-        half += entropies[-num_tokens]
-    return (
-        f'<div class="card scale"><div class="bar"><div class="hist">{bars}</div><div class="ramp"></div>'
-        f'<div class="ends"><span>0</span><span>{hottest / 2:.2f}</span><span>≥ {hottest:.2f} nats</span></div></div>'
-        "<p>Each token is coloured by the entropy of the distribution it was drawn from. Half of all the entropy "
-        f"below sits in <b>{num_tokens / len(entropies):.1%}</b> of the tokens. "
-        "Point at a token for its numbers.</p></div>"
-    )
-
-
-def _sample(row: Mapping[str, Any], hottest: float) -> str:
-    good = row["outcome"] == "correct"
-    known = [value for value in row["entropy"] if value is not None]
-    chips = [
-        f'<span class="chip {"good" if good else "bad"}">{escape(str(row["outcome"]))}</span>',
-        *(f'<span class="chip">{escape(text)}</span>' for text in _facts(row, known)),
-    ]
-    tokens = zip(row["tokens"], row["entropy"], row["logprob"], strict=True)
-    text = "".join(_token(token, entropy, logprob, hottest) for token, entropy, logprob in tokens)
-    return (
-        f'<div class="card sample">{"".join(chips)}<p class="prompt">{escape(row["prompt"])}</p>'
-        f'<div class="response">{text}</div></div>'
-    )
-
-
-def _facts(row: Mapping[str, Any], entropies: Sequence[float]) -> list[str]:
-    reward = "NaN" if row["reward"] is None else f"{row['reward']:g}"
-    facts = [f"problem {row['problem_id']}", f"reward {reward}", f"{len(row['tokens'])} tokens"]
-    if entropies:
-        facts.append(f"mean entropy {math.fsum(entropies) / len(entropies):.3f}")
-    facts.append(f"answer {row['answer']}")
-    facts += [f"found {row['extracted']}"] if row["extracted"] is not None else []
-    return facts + (["cut off"] if row["truncated"] else [])
-
-
-def _token(text: str, entropy: float | None, logprob: float | None, hottest: float) -> str:
-    heat = "" if entropy is None else f' class="h{_heat(entropy, hottest)}"'
-    numbers = f"{short(entropy)} {'-' if logprob is None else short(math.exp(logprob))}"
-    shown, original = escape(text), ""
-    if "\n" in text:
-        shown = shown.replace("\n", '<span class="nl">↵</span>\n')
-        original = f' data-s="{escape(text)}"'
-    return f'<i{heat} data-t="{numbers}"{original}>{shown}</i>'
-
-
-def _heat(entropy: float, hottest: float) -> int:
-    return min(NUM_HEATS - 1, int(NUM_HEATS * max(entropy, 0.0) / hottest))
 
 
 if __name__ == "__main__":

@@ -277,7 +277,7 @@ class Watch:
         self._paces: deque[float] = deque(maxlen=20)  # seconds of the last steps, for the ETA
         self._rows: deque[tuple[int, dict[str, float]]] = deque(maxlen=8)
         self._live: Live | None = None
-        bar = (TextColumn("{task.description:<14}"), BarColumn(bar_width=None), MofNCompleteColumn())
+        bar = (TextColumn("{task.description:<14}", markup=False), BarColumn(bar_width=None), MofNCompleteColumn())
         self._steps = Progress(*bar, TextColumn("ETA {task.fields[eta]}"), console=self._console, expand=True)
         self._phases = Progress(*bar, TimeElapsedColumn(), console=self._console, expand=True)
 
