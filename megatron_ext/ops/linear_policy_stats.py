@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ext.ops import rows as torch_rows
+from megatron_ext.ops.backend import row_work
 from megatron_ext.ops.collectives import all_gather, group_size, sum_over_ranks, sum_own_rows
 from megatron_ext.ops.nucleus import Rule
 from megatron_ext.ops.shard import VocabShard
@@ -102,7 +102,9 @@ class _LinearPolicyStatsFunction(torch.autograd.Function):
         columns, parts = local_columns(targets, shard), []
         for index in _chunks(len(targets), chunk):
             logits = everything[index] @ weight.T
-            parts.append(torch_rows.summarise(logits, columns[index], scale[index], shard.real, **options.summary))
+            parts.append(
+                row_work(logits).summarise(logits, columns[index], scale[index], shard.real, **options.summary)
+            )
         sums = torch.cat([part[0] for part in parts])
         windows = [part[1] for part in parts if part[1] is not None]
 
@@ -124,7 +126,7 @@ class _LinearPolicyStatsFunction(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=scale.dtype) if ctx.needs_input_grad[1] else None
         for index in _chunks(len(targets), ctx.chunk):
             logits = everything[index] @ weight.T
-            torch_rows.gradient(logits, columns[index], scale[index], shard.real, row.rows(index), logits)
+            row_work(logits).gradient(logits, columns[index], scale[index], shard.real, row.rows(index), logits)
             torch.mm(logits, weight, out=d_hidden[index])
             if d_weight is not None:
                 _accumulate(d_weight, logits, everything[index])

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ext.ops import rows as torch_rows
+from megatron_ext.ops.backend import row_work
 from megatron_ext.ops.nucleus import Rule
 from megatron_ext.ops.shard import VocabShard
 from megatron_ext.ops.stats import (
@@ -92,7 +92,7 @@ class _PolicyStatsFunction(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor, scale: Tensor, options: Options, inplace: bool) -> tuple:
         shard = options.shard
         column = local_columns(targets, shard)
-        sums, window = torch_rows.summarise(logits, column, scale, shard.real, **options.summary)
+        sums, window = row_work(logits).summarise(logits, column, scale, shard.real, **options.summary)
 
         def logits_of(index: Tensor) -> Tensor:
             return logits[index, : shard.real]
@@ -108,5 +108,5 @@ class _PolicyStatsFunction(torch.autograd.Function):
         shard = ctx.options.shard
         row = row_gradient(saved, scale, cut, upstream, ctx.options)
         out = logits.detach() if ctx.inplace else torch.empty_like(logits)
-        torch_rows.gradient(logits.detach(), local_columns(targets, shard), scale, shard.real, row, out)
+        row_work(logits).gradient(logits.detach(), local_columns(targets, shard), scale, shard.real, row, out)
         return out, None, None, None, None

@@ -54,13 +54,14 @@ class RowGradient(NamedTuple):
 
 
 def summarise(
-    logits: Tensor, column: Tensor, scale: Tensor, real: int, *, moment: bool, window: int | None
+    logits: Tensor, column: Tensor, scale: Tensor, real: int, *, moment: bool, window: int | None, least: float = 0.0
 ) -> tuple[Tensor, Window | None]:
     """``[T, 4]`` of (maximum, sum e^d, sum d e^d, logit of the target) and the highest logits of every row.
 
     ``column`` ``[T, 1]`` is the target's local column, -1 where it is another rank's; ``scale`` is 1 / temperature
     ``[T, 1]`` in the dtype of the arithmetic. Without ``moment`` the third number is 0; without ``window`` no highest
-    logits are returned.
+    logits are returned. ``least`` is the share of the mass below which a token cannot be the crossing: it spares the
+    kernels work, and is not needed here.
     """
     T, dtype = len(logits), scale.dtype
     sums = torch.zeros((T, 4), dtype=dtype, device=logits.device)

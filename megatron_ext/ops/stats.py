@@ -59,7 +59,9 @@ class Options(NamedTuple):
     @property
     def summary(self) -> dict[str, Any]:
         """What the row work must compute: nothing that nobody asked for."""
-        return {"moment": "entropy" in self.want, "window": self.window if self.rule else None}
+        # all tokens below the crossing together hold more than 1 - top_p, those of a share below least hold less
+        least = (1 - self.rule.top_p) / (2 * self.shard.vocab_size) if self.rule else 0.0
+        return {"moment": "entropy" in self.want, "window": self.window if self.rule else None, "least": least}
 
 
 def row_scale(temperature: float | Tensor, rows: int, like: Tensor) -> Tensor:

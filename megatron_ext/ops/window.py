@@ -128,13 +128,18 @@ def _list(candidates: Tensor, more: bool, K: int) -> Window:
 
 def _count(candidates: Tensor, reach: Tensor, top: Tensor, K: int) -> Window:
     """Tokens at each of 2K keys from the maximum down; ``reach`` is the highest value that may be missing."""
-    first, most = order_key(top), torch.iinfo(torch.int16).max
+    first = order_key(top)
     step = (first - order_key(candidates) >> 16).clamp_(0, 2 * K)
     step = torch.where(candidates > -torch.inf, step, 2 * K)
     count = torch.zeros((len(step), 2 * K + 1), dtype=torch.int32, device=step.device)
     count.scatter_add_(1, step, torch.ones_like(step, dtype=torch.int32))
-    count = count[:, :-1]
-    end = torch.maximum(first - (2 * K << 16), order_key(torch.full_like(top, -torch.inf)))
+    return counted_window(count[:, :-1], reach, top)
+
+
+def counted_window(count: Tensor, reach: Tensor, top: Tensor) -> Window:
+    """The window of int32 counts ``[T, 2K]`` from the maximum ``top`` down; ``reach`` as in :func:`_count`."""
+    first, most = order_key(top), torch.iinfo(torch.int16).max
+    end = torch.maximum(first - (count.shape[1] << 16), order_key(torch.full_like(top, -torch.inf)))
     floor = torch.maximum(from_order_key(end, top.dtype), reach)
     floor = torch.where((count > most).any(-1, keepdim=True), torch.inf, floor)  # does not fit: decided otherwise
     return Window(count.clamp_max(most).short(), floor)
