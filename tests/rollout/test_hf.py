@@ -1,0 +1,111 @@
+"""The embedded engine draws exactly, reproducibly, and takes new weights whole."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ext.rollout.base import Request, Sampling
+from megatron_ext.rollout.hf import HFEngine
+from megatron_ext.rollout.sampling import gumbel, nucleus_logprobs, seed_of
+from megatron_ext.types import Sample
+from tests import tiny
+
+SAMPLING = Sampling(temperature=0.7, max_response_tokens=9)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    """A tiny random model with the shipped tokenizer's files beside it."""
+    _, folder = tiny.hf_model()
+    base = Path(__file__).parents[2] / "recipes" / "tiny" / "base"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text((base / name).read_text())
+    return folder
+
+
+def requests(count: int) -> list[Request]:
+    draw = random.Random(3)
+    return [
+        Request(tuple(draw.randrange(2, tiny.VOCAB) for _ in range(draw.randint(1, 8))), seed_of(0, i))
+        for i in range(count)
+    ]
+
+
+def same(found: list[Sample], expected: list[Sample]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert (a.response_ids, a.truncated) == (b.response_ids, b.truncated)
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+
+
+def test_a_request_has_one_answer_whatever_it_is_batched_with(path: Path) -> None:
+    wanted = requests(24)
+    whole = HFEngine(path, batch_size=24).generate(wanted, SAMPLING)
+    same(HFEngine(path, batch_size=5).generate(wanted, SAMPLING), whole)
+    same(HFEngine(path, batch_size=24).generate(wanted[::-1], SAMPLING)[::-1], whole)
+    assert len({sample.response_ids for sample in whole}) > 12
+
+
+def test_log_probs_are_the_sampling_distributions(path: Path) -> None:
+    model, _ = tiny.hf_model()
+    for top_p in (1.0, 0.6):
+        for request, sample in zip(
+            requests(12), HFEngine(path).generate(requests(12), Sampling(0.7, top_p, 9)), strict=True
+        ):
+            ids = [*request.prompt_ids, *sample.response_ids]
+            logits = model(torch.tensor([ids])).logits[0, len(request.prompt_ids) - 1 : -1]
+            logp = nucleus_logprobs(logits, temperature=0.7, top_p=top_p)
+            expected = logp.gather(1, torch.tensor(sample.response_ids)[:, None])[:, 0]
+            assert sample.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_responses_end_at_eos_or_are_marked_truncated(path: Path) -> None:
+    for sample in HFEngine(path).generate(requests(64), SAMPLING):
+        assert sample.truncated == (sample.response_ids[-1] != 1)
+        assert 1 not in sample.response_ids[:-1]
+        assert not sample.truncated or len(sample.response_ids) == 9
+
+
+def test_new_weights_replace_the_old_and_raise_the_version(path: Path) -> None:
+    engine, other = HFEngine(path), HFEngine(path)
+    weights = {name: value * 1.5 for name, value in engine.model.state_dict().items()}
+    engine.update_weights(weights.items(), 7)
+    other.model.load_state_dict(weights)
+    found = engine.generate(requests(8), SAMPLING)
+    same(found, other.generate(requests(8), SAMPLING))
+    assert {sample.weight_version for sample in found} == {7}
+
+
+def test_a_stream_that_does_not_cover_the_model_is_refused(path: Path) -> None:
+    engine = HFEngine(path)
+    weights = dict(engine.model.state_dict())
+    weights.pop("model.norm.weight")
+    with pytest.raises(ValueError, match="left out model.norm.weight"):
+        engine.update_weights(weights.items(), 1)
+    with pytest.raises(ValueError, match="does not fit"):
+        engine.update_weights({"model.norm.weight": torch.zeros(3)}.items(), 1)
+
+
+def test_gumbel_noise_draws_from_the_distribution() -> None:
+    logits = torch.tensor([2.0, 0.0, -1.0, 1.0])
+    seeds = torch.arange(40000)
+    drawn = (logits.log_softmax(-1) + gumbel(seeds, 5, 4)).argmax(-1)
+    share = torch.bincount(drawn, minlength=4) / len(seeds)
+    torch.testing.assert_close(share, logits.softmax(-1), atol=0.01, rtol=0)
+
+
+def test_gumbel_noise_is_independent_over_positions_and_seeds() -> None:
+    seeds = torch.tensor([seed_of(0, i) for i in range(2000)])
+    first, second = gumbel(seeds, 0, 8), gumbel(seeds, 1, 8)
+    assert torch.equal(first[5:6], gumbel(seeds[5:6], 0, 8))
+    correlation = torch.corrcoef(torch.stack([first.flatten(), second.flatten(), gumbel(seeds + 1, 0, 8).flatten()]))
+    assert (correlation - torch.eye(3)).abs().max() < 0.03
+
+
+def test_the_nucleus_keeps_the_token_that_crosses() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    kept = nucleus_logprobs(logits, temperature=1.0, top_p=0.7).exp()
+    torch.testing.assert_close(kept, torch.tensor([[0.625, 0.375, 0.0, 0.0]]))

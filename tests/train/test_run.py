@@ -1,0 +1,172 @@
+"""Whole runs through the command line: killed and resumed, stopped by a signal, refused for bad input.
+
+The runs are real: two ranks over gloo, the shipped tiny model, rollouts, math-verify, checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RECIPE = "recipes/siren/siren-tiny-cpu.toml"
+SMALL = [
+    "rollout.prompts=4",
+    "rollout.samples=4",
+    "train.mini_batch_prompts=2",
+    "checkpoint.every=2",
+    "log.tensorboard=false",
+    "method.coef=1.0",
+    "optimizer.warmup_steps=3",
+]
+REPORTED = (
+    *("reward/mean", "reward/outcome/correct", "entropy/full", "entropy/nucleus", "response/length"),
+    *("siren/selected_share", "siren/anchor", "loss/policy", "clip/low", "clip/high", "kl/old", "grad/norm"),
+    *("response/truncated", "mismatch/mean", "mismatch/max"),
+)
+
+
+def command(folder: Path, *overrides: str) -> list[str]:
+    settings = [f'log.dir="{folder}"', *SMALL, *overrides]
+    return [sys.executable, "-m", "tools.train", RECIPE, *settings]
+
+
+def start(folder: Path, *overrides: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(folder, *overrides),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(folder: Path, *overrides: str) -> tuple[int, str]:
+    process = start(folder, *overrides)
+    output, _ = process.communicate(timeout=400)
+    return process.returncode, output
+
+
+def run_folder(folder: Path) -> Path:
+    return folder / "siren-tiny-cpu"
+
+
+def metrics(folder: Path) -> list[dict]:
+    """What a run reports, without what depends on the machine's speed."""
+    lines = (run_folder(folder) / "metrics.jsonl").read_text().splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if not key.startswith(("time/", "speed/"))}
+        for line in lines
+    ]
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    return run_folder(folder) / "checkpoints" / f"step_{step:06d}"
+
+
+def contents(folder: Path, step: int) -> dict:
+    """Every file of a checkpoint with its hash: weights, optimizer, schedule, order, method state, RNG."""
+    manifest = json.loads((checkpoint(folder, step) / "MANIFEST.json").read_text())
+    return {name: record["sha256"] for name, record in manifest["files"].items()}
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 300
+    while not path.exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    code, output = finish(folder, "train.steps=4")
+    assert code == 0, output
+    return folder
+
+
+def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(uninterrupted: Path, tmp_path: Path) -> None:
+    process = start(tmp_path, "train.steps=4")
+    wait_for(checkpoint(tmp_path, 2) / "MANIFEST.json", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not checkpoint(tmp_path, 4).exists()
+    code, output = finish(tmp_path, "train.steps=4")
+    assert code == 0 and "resuming after step 2 of 4" in output, output
+    assert metrics(tmp_path) == metrics(uninterrupted)
+    assert contents(tmp_path, 4) == contents(uninterrupted, 4)
+
+
+def test_what_a_run_reports(uninterrupted: Path) -> None:
+    last = metrics(uninterrupted)[-1]
+    assert last["step"] == 4
+    for key in REPORTED:
+        assert isinstance(last[key], float), key
+    assert last["mismatch/max"] < 1e-4
+    assert (run_folder(uninterrupted) / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_a_finished_run_ends_at_once(uninterrupted: Path) -> None:
+    before = metrics(uninterrupted)
+    code, output = finish(uninterrupted, "train.steps=4")
+    assert code == 0, output
+    assert metrics(uninterrupted) == before
+
+
+def test_a_damaged_checkpoint_is_named_and_the_older_one_used(uninterrupted: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", uninterrupted, copy], check=True)
+    shard = next(checkpoint(copy, 4).glob("*.distcp"))
+    damaged = bytearray(shard.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    shard.write_bytes(damaged)
+    code, output = finish(copy, "train.steps=4")
+    assert code == 0, output
+    assert f"step_000004: {shard.name}" in output and "resuming after step 2 of 4" in output
+    assert metrics(copy) == metrics(uninterrupted)
+
+
+def test_a_signal_saves_and_asks_to_be_run_again(uninterrupted: Path, tmp_path: Path) -> None:
+    process = start(tmp_path, "train.steps=4")
+    wait_for(checkpoint(tmp_path, 2) / "MANIFEST.json", process)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=300)
+    done = len(metrics(tmp_path))
+    assert (process.returncode, done < 4) == (75, True) or (process.returncode, done) == (0, 4), output
+    assert checkpoint(tmp_path, done).is_dir()
+    code, output = finish(tmp_path, "train.steps=4")
+    assert code == 0, output
+    assert metrics(tmp_path) == metrics(uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rows", "message"),
+    [
+        (["train.step=3"], None, "train.step: unknown key; did you mean steps?"),
+        (["parallel.tensor=3", "parallel.ranks_per_node=3"], None, "3 does not divide the model's 4 attention heads"),
+        (["method.cof=1"], None, "method.cof: siren has no such option; did you mean coef?"),
+        ([], [], "no usable row"),
+        ([], [{"prompt": "1 2 3 > 6?", "answer": "\\frac{1}{"}], "row 1, field answer"),
+    ],
+)
+def test_bad_input_exits_2_and_says_what_to_do(
+    overrides: list[str], rows: list | None, message: str, tmp_path: Path
+) -> None:
+    if rows is not None:
+        data = tmp_path / "train.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        overrides = [*overrides, f'data.train="{data}"']
+    code, output = finish(tmp_path, *overrides)
+    assert code == 2, output
+    assert message in output, output
+    assert not run_folder(tmp_path).exists()
