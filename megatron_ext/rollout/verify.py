@@ -186,13 +186,14 @@ def _arithmetic(text: str, target: str) -> ast.Expression | None:
     while count:  # from the innermost outwards
         text, count = fraction.subn(r"((\1)/(\2))", text)
     text = " ".join(text.split())
-    if not re.fullmatch(r"[0-9+\-*/() ]+", text) or "**" in text or "//" in text:
+    if not re.fullmatch(r"[0-9+\-*/() ]+", text):
         return None
     try:
         tree = ast.parse(text, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two: too many brackets
         return None
-    allowed = ast.Expression | ast.BinOp | ast.UnaryOp | ast.Constant | ast.operator | ast.unaryop
+    operators = ast.Add | ast.Sub | ast.Mult | ast.Div | ast.UAdd | ast.USub
+    allowed = ast.Expression | ast.BinOp | ast.UnaryOp | ast.Constant | operators
     return tree if all(isinstance(node, allowed) for node in ast.walk(tree)) else None
 
 

@@ -17,8 +17,6 @@ from megatron_ext.rollout.rewards import Question, RewardPool, VerifierError, ou
 from megatron_ext.rollout.verify import Outcome
 from megatron_ext.types import Problem, Reward
 
-START_S = 30  # a worker's imports on a machine that does other things as well
-
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RewardPool]:
@@ -83,21 +81,25 @@ def test_bombs_cost_themselves_and_nothing_else():
     assert bad[3].outcome == Outcome.TOO_LONG
     # how far the others get before the deadline depends on the machine, that they are never right does not
     assert {bad[1].outcome, bad[2].outcome, bad[4].outcome} <= {"timeout", "wrong", "unparsable", "crashed"}
-    assert elapsed < 4 * 3 + START_S
+    assert elapsed < 4 * 3 + 60  # four deadlines, and room for imports on a busy machine
+
+
+def record_questions(monkeypatch: pytest.MonkeyPatch, judged: list[Question]) -> None:
+    judge = rewards._Worker.judge
+
+    def record(worker: rewards._Worker, question: Question, deadline_s: float) -> Outcome:
+        judged.append(question)
+        return judge(worker, question, deadline_s)
+
+    monkeypatch.setattr(rewards._Worker, "judge", record)
 
 
 def test_identical_answers_are_judged_once(monkeypatch: pytest.MonkeyPatch):
-    asked: list[Question] = []
-    judge = rewards._Worker.judge
-
-    def count(worker: rewards._Worker, question: Question, deadline_s: float) -> Outcome:
-        asked.append(question)
-        return judge(worker, question, deadline_s)
-
-    monkeypatch.setattr(rewards._Worker, "judge", count)
+    judged: list[Question] = []
+    record_questions(monkeypatch, judged)
     with RewardPool(1, deadline_s=20) as pool:
         assert all_right(pool.score(integers(3) * 8))
-    assert len(asked) == 3 + len(rewards.CANARIES)
+    assert len(judged) == 3 + len(rewards.CANARIES)
 
 
 def test_from_threads_and_asyncio(pool: RewardPool):
@@ -183,6 +185,21 @@ def test_a_verifier_gone_wrong_stops_the_run(monkeypatch: pytest.MonkeyPatch, tm
         pool.score(integers(3))
 
 
+def test_one_worker_gone_wrong_ends_the_batch_of_the_others(monkeypatch: pytest.MonkeyPatch):
+    with RewardPool(2, deadline_s=20) as pool:
+        bad, judged = pool._workers[1], []
+        judge = rewards._Worker.judge
+
+        def record(worker: rewards._Worker, question: Question, deadline_s: float) -> Outcome:
+            judged.append(question)
+            return Outcome.TIMEOUT if worker is bad else judge(worker, question, deadline_s)
+
+        monkeypatch.setattr(rewards._Worker, "judge", record)
+        with pytest.raises(VerifierError, match="found timeout"):
+            pool.score(integers(500))
+    assert len(judged) < 100
+
+
 @pytest.fixture
 def trusted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A verifier that finds every answer right, but never returns from 13 and dies of 17."""
@@ -205,7 +222,7 @@ def test_the_answer_that_kills_its_worker_twice_is_the_one_to_blame():
 @pytest.mark.parametrize("deadly", [13, 17])
 def test_breaker(deadly: int):
     """The share counts answers, copies included, and only batches of at least 20."""
-    with RewardPool(2, deadline_s=0.5, max_timeout_share=0.1) as pool:
+    with RewardPool(2, deadline_s=2, max_timeout_share=0.1) as pool:
         few = integers(17, start=18) + integers(1, start=deadly) * 2
         assert [reward.value for reward in pool.score(few)] == [1.0] * 17 + [0.0] * 2
         at_the_limit = integers(18, start=18) + integers(1, start=deadly) * 2
@@ -217,14 +234,13 @@ def test_breaker(deadly: int):
 
 
 @pytest.mark.usefixtures("trusted")
-def test_breaker_does_not_wait_for_the_rest():
+def test_breaker_does_not_wait_for_the_rest(monkeypatch: pytest.MonkeyPatch):
+    judged: list[Question] = []
+    record_questions(monkeypatch, judged)
     different = [(Problem(str(n), "", str(n)), r"\boxed{13}") for n in range(40)]
-    with RewardPool(2, deadline_s=0.5, max_timeout_share=0.1) as pool:
-        pool.check_canaries()
-        started = time.monotonic()
-        with pytest.raises(VerifierError):
-            pool.score(different)
-        assert time.monotonic() - started < 8  # three rounds of two, not the twenty of the whole batch
+    with RewardPool(2, deadline_s=2, max_timeout_share=0.1) as pool, pytest.raises(VerifierError):
+        pool.score(different)
+    assert len([question for question in judged if question.extracted == "13"]) <= 6  # 5 are a share above 0.1
 
 
 def test_a_closed_pool_leaves_no_process_and_says_so():
@@ -242,6 +258,6 @@ def test_an_orphan_ends_itself():
     try:
         worker._wait_until_ready()
         worker._stdin.write(b'["(2^{31})!", "4", "math", []]\n')
-        assert worker._process.wait(20) == -signal.SIGALRM
+        assert worker._process.wait(60) == -signal.SIGALRM
     finally:
         worker.stop()
