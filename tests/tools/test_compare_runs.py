@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -81,18 +82,18 @@ def test_evaluations_are_paired_when_they_can_be(tmp_path: Path):
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    a = write_run(tmp_path / "a")
-    b = write_run(tmp_path / "b<b>", config={"name": "[/bold] <script>", "hub": {"token": "hunter2"}})
+    a, b = write_run(tmp_path / "a<u>"), write_run(tmp_path / "b<u>")
+    for folder, name in ((a, "<u>"), (b, "[/bold] <u>")):
+        (folder / "config.json").write_text(json.dumps({"name": name, "hub": {"token": f"hunter2 {name}"}}))
     save_evaluations(a, after=[0, 1, 2])
     save_evaluations(b, after=[4, 4, 4])
     page = tmp_path / "compare.html"
     assert tool.main([str(a), str(b), "--out", str(page)]) == 0
     said = capsys.readouterr().out
-    assert '"[/bold] <script>"' in said and "reward/mean, best step" in said and "+75.0" in said
+    assert '"[/bold] <u>"' in said and "reward/mean, best step" in said and "+75.0" in said
     html = page.read_text()
-    assert (
-        "&lt;script&gt;" in html and html.count("<script") == 2 and "<b>b" not in html and "hunter2" not in html + said
-    )
+    assert html.count("&lt;u&gt;") == 2 * 3 + 2 and "<u" not in html  # names in title, heading and path; two settings
+    assert "hunter2" not in html + said
     assert html.count("<figure") == len(step_metrics(1))
     assert tool.main([str(a), str(a)]) == 0
     assert "the configurations are the same" in capsys.readouterr().out
