@@ -1,0 +1,38 @@
+"""Benchmarks that check before they time.
+
+    python -m tools.bench ops [--device cpu|cuda] [--tp N] [--rows 256] [--vocab 151936 32000] [--dtype float32]
+
+Writes ``runs/bench/ops-<device>-tp<N>.json`` and ``.svg``. A result that is wrong ends the run before any speed is
+printed. Peers that are not installed are named as such: ``make bench`` runs this in an environment that has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from tools.ranks import launched, run_ranks
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__)
+    parser.add_argument("what", choices=["ops"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--tp", type=int, default=1, help="ranks that share the vocabulary, all on this machine")
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--vocab", type=int, nargs="+", default=[151_936, 32_000])
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--top-p", type=float, default=0.8)
+    parser.add_argument("--repeat", type=int, default=9, help="interleaved repetitions; medians are reported")
+    parser.add_argument("--out", default="runs/bench")
+    options = parser.parse_args(arguments)
+    if options.tp > 1 and not launched():
+        return run_ranks("tools.bench", arguments, options.tp)
+    from tools.bench_ops import run
+
+    return run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
