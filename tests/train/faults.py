@@ -57,6 +57,18 @@ def full_at(root: Path, index: int) -> None:
     on_event(root, react)
 
 
+def fail_once(root: Path, operation: str) -> None:
+    """The first ``operation`` fails as a flaky disk would; all others succeed."""
+    pending = [operation]
+
+    def react(seen: str) -> None:
+        if seen in pending:
+            pending.clear()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    on_event(root, react)
+
+
 def child(action: Callable[[], object]) -> int:
     """Run ``action`` in a forked process: its exit code, 0 after a normal return, -9 after SIGKILL."""
     pid = os.fork()
