@@ -144,6 +144,11 @@ def token_mean(value: Tensor, mask: Tensor, reduce: Reducer) -> float:
     return total / max(count, 1.0)
 
 
+def num_selected(mask: Tensor, reduce: Reducer) -> int:
+    """How many True ``mask`` holds on all ranks together."""
+    return int(reduce.sum(mask.sum()))
+
+
 def sequence_lengths(sequence: Tensor, mask: Tensor, num_sequences: int) -> Tensor:
     """Masked tokens of each sequence, ``[B]``."""
     return torch.bincount(sequence[mask], minlength=num_sequences)

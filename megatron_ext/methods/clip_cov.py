@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_ext.methods.base import Aggregation, Plan, Reducer, log_ratio
-from megatron_ext.methods.selection import Selective, count_of, covariance, largest, num_selected, token_keys
+from megatron_ext.methods.base import Aggregation, Plan, Reducer, log_ratio, num_selected
+from megatron_ext.methods.selection import Selective, count_of, covariance, largest, token_keys
 from megatron_ext.types import Batch, TokenStats
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_ext.methods.base import Aggregation, Plan, Reducer
+from megatron_ext.methods.base import Aggregation, Plan, Reducer, num_selected
 from megatron_ext.methods.grpo import GRPO
 from megatron_ext.types import Batch, TokenStats
 
@@ -49,4 +49,5 @@ class ClipHigher(GRPO):
         excess = length - (self.overlong_max - self.overlong_buffer)
         penalty = (-excess / self.overlong_buffer).clamp(max=0.0)
         shaped = self.advantages(batch.reward + penalty, batch.group)
-        return plan | Plan({"advantage": batch.token(shaped)}, {"overlong/share": float((penalty < 0).double().mean())})
+        share = num_selected((penalty < 0) & ~batch.reward.isnan(), reduce) / max(batch.num_sequences, 1)
+        return plan | Plan({"advantage": batch.token(shaped)}, {"overlong/share": share})

@@ -36,11 +36,11 @@ from megatron_ext.methods.base import (
     Reducer,
     Scope,
     log_ratio,
+    num_selected,
     num_valid,
     token_mean,
 )
 from megatron_ext.methods.grpo import GRPO
-from megatron_ext.methods.selection import num_selected
 from megatron_ext.types import Batch, TokenStats
 
 

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_ext.methods.base import Needs, Plan, Reducer
+from megatron_ext.methods.base import Needs, Plan, Reducer, num_selected
 from megatron_ext.methods.clip_higher import ClipHigher
-from megatron_ext.methods.selection import Selective, count_of, largest, num_selected, token_keys
+from megatron_ext.methods.selection import Selective, count_of, largest, token_keys
 from megatron_ext.types import Batch, TokenStats
 
 

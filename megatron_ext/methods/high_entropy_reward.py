@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from megatron_ext.methods.base import Needs, Plan, Reducer
-from megatron_ext.methods.selection import Selective, count_of, largest, num_selected, token_keys
+from megatron_ext.methods.base import Needs, Plan, Reducer, num_selected
+from megatron_ext.methods.selection import Selective, count_of, largest, token_keys
 from megatron_ext.types import Batch, TokenStats
 
 

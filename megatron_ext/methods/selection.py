@@ -66,11 +66,6 @@ def count_of(ratio: float, num_tokens: int) -> int:
     return max(int(ratio * num_tokens), 1)
 
 
-def num_selected(mask: Tensor, reduce: Reducer) -> int:
-    """How many tokens of all ranks ``mask`` holds."""
-    return int(reduce.sum(mask.sum()))
-
-
 def largest(value: Tensor, eligible: Tensor, count: int, key: Tensor, reduce: Reducer) -> Tensor:
     """Which tokens are among the ``count`` largest eligible ones over all ranks, ``[T]`` bool.
 

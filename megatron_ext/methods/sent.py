@@ -29,9 +29,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_ext.methods.base import Needs, Plan, Reducer, log_ratio
+from megatron_ext.methods.base import Needs, Plan, Reducer, log_ratio, num_selected
 from megatron_ext.methods.grpo import k3
-from megatron_ext.methods.selection import Selective, count_of, covariance, largest, num_selected, token_keys
+from megatron_ext.methods.selection import Selective, count_of, covariance, largest, token_keys
 from megatron_ext.types import Batch, TokenStats
 
 

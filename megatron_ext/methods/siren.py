@@ -33,9 +33,17 @@ from typing import Literal
 
 from torch import Tensor
 
-from megatron_ext.methods.base import Needs, Plan, Reducer, num_valid, quantile_by_sequence, sequence_lengths
+from megatron_ext.methods.base import (
+    Needs,
+    Plan,
+    Reducer,
+    num_selected,
+    num_valid,
+    quantile_by_sequence,
+    sequence_lengths,
+)
 from megatron_ext.methods.dr_grpo import DrGRPO
-from megatron_ext.methods.selection import Selective, num_selected
+from megatron_ext.methods.selection import Selective
 from megatron_ext.types import Batch, TokenStats
 
 

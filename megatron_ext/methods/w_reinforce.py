@@ -19,9 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_ext.methods.base import Aggregation, Plan, Reducer
+from megatron_ext.methods.base import Aggregation, Plan, Reducer, num_selected
 from megatron_ext.methods.grpo import GRPO
-from megatron_ext.methods.selection import num_selected
 from megatron_ext.types import Batch, TokenStats
 
 

@@ -1,0 +1,99 @@
+"""Every method through the real learner: the same gradients on one rank, under tensor and under data parallelism."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ext import host, methods
+from megatron_ext.methods.base import Needs
+from megatron_ext.model import build, hf_config, hf_weights
+from megatron_ext.train import config as train_config
+from megatron_ext.train import parallel
+from megatron_ext.train.config import Config, ParallelConfig, RolloutConfig, TrainConfig
+from megatron_ext.train.step import Learner
+from tests import gloo, tiny
+from tests.methods.cases import OPTIONS
+from tests.train.test_invariance import gathered_gradients, moved, worst
+
+# The tiny model is nearly uniform over 61 tokens: thresholds at which its tokens fall on both sides.
+TUNED: dict[str, dict[str, Any]] = {
+    "dmmpt": {"tau": 0.01, "sigma": 3.8},
+    "dmmpt, batch": {"tau": 0.01, "sigma": 3.9},
+    "clip_higher": {"overlong_max": 11, "overlong_buffer": 8},
+    "forking_tokens": {"overlong_max": 11, "overlong_buffer": 8},
+    "entropic": {"threshold": 0.01, "target": 3.2},
+    "entropic, authors": {"threshold": 0.01, "target": 3.2},
+    "entropic, full": {"target": 3.2},
+}
+NAMES = list(OPTIONS)
+LAYOUTS = {"one": (1, 1, 1000), "tensor": (2, 1, 130), "data": (1, 2, 80)}  # tensor, data, budget of a micro-batch
+
+
+def every_method(rank: int, world: int, path: str, layout: tuple[int, int, int]) -> dict[str, Any]:
+    """Metrics and whole gradients of one mini-batch of each method, as this rank sees them."""
+    tensor, data, budget = layout
+    host.enter()
+    config = Config(
+        parallel=ParallelConfig(ranks_per_node=world, tensor=tensor),
+        rollout=RolloutConfig(prompts=4, samples=4, max_response_tokens=12),
+        train=TrainConfig(mini_batch_prompts=4, micro_batch_tokens=budget),
+    )
+    parallel.initialize(config.parallel)
+    architecture = hf_config.read_architecture(train_config.hf_config(path))
+    policy = build.build_policy(architecture, tensor=tensor, pipeline=1, sequence=False, dtype=torch.float32)
+    hf_weights.load_weights(policy.modules[0], architecture, path)
+    optimizer = build.build_optimizer(policy, lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.99, eps=1e-8, clip_grad=1.0)
+    scheduler = build.build_scheduler(optimizer, lr=1e-3, warmup_steps=0, weight_decay=0.1)
+    episodes = tiny.episodes()
+    share = len(episodes) // data
+    own = episodes[parallel.groups.data().rank() * share :][:share]
+    learner = Learner(config, methods.create({"name": "grpo"}), policy, optimizer, scheduler)
+    micros = learner.pack(own)
+    rules = {
+        rule: learner.statistics(policy, micros, Needs(entropy=True, nucleus_p=0.8, nucleus=rule))
+        for rule in ("reach", "below")
+    }
+    found = {}
+    for name in NAMES:
+        method = learner.method = methods.create(OPTIONS[name] | TUNED.get(name, {}))
+        current = rules[method.needs.nucleus]
+        old = replace(current, logprob=moved(current.logprob, own))
+        batch = learner.weigh(learner.batch(own, old, current.logprob - 0.1))
+        method.observe(batch, current, learner.reduce)
+        if name.startswith("siren"):
+            method.load_state_dict({"h_anchor": 0.5})
+        plan, metrics = learner.gradients(batch, current, micros)
+        gradients = {n: g.clone() for n, g in hf_weights.stream(gathered_gradients(policy), architecture)}
+        found[name] = metrics, plan.report, gradients
+    return found
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, list[dict[str, Any]]]:
+    _, path = tiny.hf_model()
+    return {
+        name: gloo.run(every_method, t * d, str(path), (t, d, b), timeout=200) for name, (t, d, b) in LAYOUTS.items()
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layout_does_not_change_a_method(name: str, results: dict[str, list[dict[str, Any]]]) -> None:
+    metrics, report, gradients = results["one"][0][name]
+    for layout in ("tensor", "data"):
+        for rank in results[layout]:
+            other_metrics, other_report, other = rank[name]
+            assert worst(other, {n: g.double() for n, g in gradients.items()}) < 1e-5
+            assert other_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+            assert other_report == pytest.approx(report, rel=1e-4, abs=1e-6)
+
+
+def test_the_thresholds_are_at_work(results: dict[str, list[dict[str, Any]]]) -> None:
+    metrics = {name: values[0] for name, values in results["one"][0].items()}
+    assert metrics["clip_cov"]["clip_cov/stopped"] > 0
+    assert all(0 < metrics[name]["dmmpt/mastered"] < 0.5 for name in ("dmmpt", "dmmpt, batch"))
+    report = {name: values[1] for name, values in results["one"][0].items()}
+    assert 0 < abs(report["entropic"]["entropic/alpha"]) < 1 and 0 < report["clip_higher"]["overlong/share"] < 1
