@@ -1,8 +1,9 @@
 """Train the tiny base model from scratch on the CPU, or measure it as a starting policy.
 
-The demonstrations mix right answers with wrong ones, so the base model writes the right form nearly always
-and the right answer sometimes: low avg@8, high pass@8, and entropy in the tokens that decide the outcome.
-That is what reinforcement learning needs to begin with.
+Two stages. First all demonstrations are right: the model learns to compute. Then most are wrong, in the right
+form: it learns to guess, while what it can do stays within reach. The result writes the right form nearly
+always and the right answer sometimes: low avg@8, much higher pass@8, and entropy in the tokens that decide the
+outcome. That is what reinforcement learning needs to begin with.
 
     python -m tools.make_tiny_base --out recipes/tiny/base
     python -m tools.make_tiny_base --measure recipes/tiny/base
@@ -43,6 +44,18 @@ CHAT_TEMPLATE = (
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the imitation: ``wrong_share`` of its demonstrations are wrong."""
+
+    steps: int
+    lr: float
+    wrong_share: float
+
+
+STAGES = (Stage(steps=1500, lr=2e-3, wrong_share=0.0), Stage(steps=150, lr=3e-4, wrong_share=0.6))
 MAX_RESPONSE_TOKENS = 24
 IGNORED = -100  # a label that no loss is taken of
 
@@ -132,17 +145,15 @@ def train(
     model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     held_out: list[Problem],
+    stage: Stage,
     *,
-    seed: int,
-    steps: int,
+    rng: random.Random,
     batch_size: int = 256,
-    lr: float = 2e-3,
-    wrong_share: float = 0.5,
-) -> float:
-    """Imitate demonstrations of problems that are not held out. Returns the mean loss of the last 50 steps."""
-    rng = random.Random(f"demonstrations {seed}")  # not the stream that the held-out problems came from
+) -> None:
+    """Imitate demonstrations of problems that are not held out."""
+    steps = stage.steps
     excluded = {canonical(problem) for problem in held_out}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.01)
     # Warm-up over the first twentieth, then linearly to zero.
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (0.05 * steps), (steps - step) / (0.95 * steps))
@@ -155,7 +166,7 @@ def train(
             problems = [
                 problem for problem in (draw(rng) for _ in range(batch_size)) if canonical(problem) not in excluded
             ]
-            pairs = [(problem, demonstrate(problem, rng, wrong_share)) for problem in problems]
+            pairs = [(problem, demonstrate(problem, rng, stage.wrong_share)) for problem in problems]
             ids, labels = encode(tokenizer, pairs)
             loss = model(input_ids=ids, labels=labels).loss
             loss.backward()
@@ -166,7 +177,6 @@ def train(
             losses.append(loss.item())
             recent = losses[-50:]
             progress.update(bar, advance=1, description=f"loss {sum(recent) / len(recent):.3f}")
-    return sum(losses[-50:]) / len(losses[-50:])
 
 
 @dataclass(frozen=True)
@@ -246,8 +256,6 @@ def main(arguments: list[str] | None = None) -> None:
         help="held-out problems (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=1200, help="training steps (default: %(default)s)")
-    parser.add_argument("--wrong-share", type=float, default=0.5, help="of the demonstrations (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=8, help="responses per problem when measuring (default: 8)")
     options = parser.parse_args(arguments)
     held_out = read(options.eval)
@@ -255,7 +263,9 @@ def main(arguments: list[str] | None = None) -> None:
         torch.manual_seed(options.seed)
         tokenizer = build_tokenizer()
         model = build_model(tokenizer)
-        train(model, tokenizer, held_out, seed=options.seed, steps=options.steps, wrong_share=options.wrong_share)
+        rng = random.Random(f"demonstrations {options.seed}")  # not the stream that the held-out problems came from
+        for stage in STAGES:
+            train(model, tokenizer, held_out, stage, rng=rng)
         model.save_pretrained(options.out)
         tokenizer.save_pretrained(options.out, save_jinja_files=False)
     folder = options.out if options.measure is None else options.measure
