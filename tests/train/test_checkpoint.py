@@ -222,7 +222,7 @@ def _damaged(rank, world, root):
 
 
 def test_a_damaged_checkpoint_is_passed_over_on_all_ranks(tmp_path):
-    gloo.run(_damaged, 2, tmp_path)
+    gloo.run(_damaged, 2, tmp_path, timeout=240)
 
 
 class _Bomb:
