@@ -135,6 +135,8 @@ class _Axes:
 def _range(values: Sequence[float]) -> tuple[float, float]:
     """Limits with a little air; from 0 when the values are near it on that scale."""
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    if low == high == 0:
+        return 0.0, 1.0
     if 0 <= low < high / 2:
         low = 0.0
     air = 0.06 * (high - low) or abs(high) * 0.1 or 1.0

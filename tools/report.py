@@ -67,6 +67,7 @@ CHARTS = (
     Chart("Entropy", "Selected tokens", "share of tokens the method acts on", ("*/selected_share",), percent=True),
     Chart("Entropy", "Nucleus size", "tokens that hold the nucleus' mass", ("entropy/nucleus_size",)),
     Chart("Update", "Loss", "as minimised", ("loss/*",)),
+    Chart("Update", "Skipped updates", "the gradient was not finite", ("grad/skipped",)),
     Chart("Update", "Gradient norm", "before clipping", ("grad/norm",)),
     Chart("Update", "Clipped tokens", "probability ratio beyond its bounds", ("clip/*",), percent=True),
     Chart("Update", "KL", "divergence per token", ("kl/*",)),
@@ -78,6 +79,7 @@ CHARTS = (
     Chart("Machine", "Speed", "tokens per second", ("speed/*",)),
 )
 HIDDEN = ("step", "time/step_s")
+COUNTERS = ("reward/outcome/", "reward/nan", "grad/skipped", "group/single")
 OUTCOME_COLORS = {0: 2, 2: 0}  # correct is green, the others keep their place in the palette
 
 
@@ -293,9 +295,9 @@ def _series(records: Records, key: str, number: int, count: int) -> Series:
 
 
 def _says_something(records: Records, name: str) -> bool:
-    """A metric that is missing everywhere, or an outcome that never happened, gets no curve."""
+    """A metric that is missing everywhere, or counts something that never happened, gets no curve."""
     values = [record.get(name) for record in records]
-    return any(values) if name.startswith("reward/outcome/") else any(value is not None for value in values)
+    return any(values) if name.startswith(COUNTERS) else any(value is not None for value in values)
 
 
 def _interval(value: Mapping[str, float] | None) -> str:

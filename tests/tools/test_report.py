@@ -206,5 +206,12 @@ def test_moving_average_by_hand():
 
 
 def test_constant_and_empty_series_have_an_axis():
+    assert re.findall(r">([\d. %-]+)</text>", line_chart([1, 2], [Series("a", [0.0, 0.0], 0)], percent=True))[:5] == [
+        "0 %",
+        "25 %",
+        "50 %",
+        "75 %",
+        "100 %",
+    ]
     for values in ([0.0, 0.0], [3.0, 3.0], [-1e-9, -1e-9], [None, None]):
         assert "NaN" not in line_chart([1, 2], [Series("a", values, 0)])
