@@ -205,13 +205,22 @@ def test_demonstrations_are_right_unless_asked_to_be_wrong():
 
 
 def test_training_is_deterministic_and_learns(tokenizer, shipped):
-    def run(seed: int) -> tuple[float, float]:
+    unseen = [(problem, "\\boxed{1}") for problem in shipped["eval"][:8]]
+    ids, labels = make_tiny_base.encode(tokenizer, unseen)
+    stage = make_tiny_base.Stage(steps=8, lr=2e-3, wrong_share=0.5)
+
+    def losses(seed: int) -> tuple[float, float]:
         torch.manual_seed(seed)
         model = make_tiny_base.build_model(tokenizer)
-        loss = make_tiny_base.train(model, tokenizer, shipped["eval"], seed=seed, steps=4, batch_size=16)
-        return loss, float(sum(parameter.double().abs().sum() for parameter in model.parameters()))
+        with torch.no_grad():
+            before = model(input_ids=ids, labels=labels).loss.item()
+        make_tiny_base.train(model, tokenizer, shipped["eval"], stage, rng=random.Random(f"{seed}"), batch_size=16)
+        with torch.no_grad():
+            return before, model(input_ids=ids, labels=labels).loss.item()
 
-    assert run(0) == run(0) != run(1)
+    before, after = losses(0)
+    assert after < before - 0.5
+    assert losses(0) == (before, after) != losses(1)
 
 
 def test_base_model_is_within_its_limits(base, tokenizer):
