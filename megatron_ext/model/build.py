@@ -16,6 +16,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from megatron_ext import host
 from megatron_ext.model import groups
@@ -33,6 +34,14 @@ class Policy:
     chunks: list[Any]
 
     @property
+    def head_weight(self) -> Tensor | None:
+        """The output layer's rows of this rank when the model ends at hidden states, None when it gives logits."""
+        last = self.modules[-1]
+        if not isinstance(last, HiddenStateModel) or not last.post_process:
+            return None
+        return last.shared_embedding_or_output_weight() if self.architecture.tied else last.output_layer.weight
+
+    @property
     def vocab_shard(self) -> VocabShard:
         """The columns of the logits that this tensor-parallel rank holds."""
         group = groups.tensor()
@@ -45,12 +54,25 @@ class Policy:
         )
 
 
+class HiddenStateModel(GPTModel):
+    """A GPTModel whose last stage returns hidden states, before any upcast: the head is linear_policy_stats."""
+
+    def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+
 def build_module(
-    architecture: Architecture, *, tensor: int, pipeline: int, sequence: bool, dtype: torch.dtype
+    architecture: Architecture,
+    *,
+    tensor: int,
+    pipeline: int,
+    sequence: bool,
+    dtype: torch.dtype,
+    fused_head: bool = False,
 ) -> GPTModel:
     """This rank's GPTModel with uninitialised weights; Megatron's process groups must exist."""
     config = transformer_config(architecture, tensor=tensor, pipeline=pipeline, sequence=sequence, dtype=dtype)
-    module = GPTModel(
+    module = (HiddenStateModel if fused_head else GPTModel)(
         config=config,
         transformer_layer_spec=block_spec(config, architecture.num_layers // pipeline),  # pyright: ignore
         vocab_size=architecture.padded_vocab(tensor),
@@ -65,11 +87,9 @@ def build_module(
     return module.to(device=host.device(), dtype=dtype)
 
 
-def build_policy(
-    architecture: Architecture, *, tensor: int, pipeline: int, sequence: bool, dtype: torch.dtype
-) -> Policy:
-    """The module wrapped for data parallelism with a distributed-optimizer gradient buffer in fp32."""
-    module = build_module(architecture, tensor=tensor, pipeline=pipeline, sequence=sequence, dtype=dtype)
+def build_policy(architecture: Architecture, **layout: Any) -> Policy:
+    """``build_module`` wrapped for data parallelism with a distributed-optimizer gradient buffer in fp32."""
+    module = build_module(architecture, **layout)
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
     )
@@ -78,11 +98,9 @@ def build_policy(
     return Policy(architecture, [module], [chunk])
 
 
-def build_reference(
-    architecture: Architecture, *, tensor: int, pipeline: int, sequence: bool, dtype: torch.dtype
-) -> Policy:
-    """A frozen model under the same layout: no gradients, no wrapper."""
-    module = build_module(architecture, tensor=tensor, pipeline=pipeline, sequence=sequence, dtype=dtype)
+def build_reference(architecture: Architecture, **layout: Any) -> Policy:
+    """``build_module`` frozen, under the same layout: no gradients, no wrapper."""
+    module = build_module(architecture, **layout)
     module.requires_grad_(False)
     return Policy(architecture, [module], [module])
 

@@ -7,17 +7,19 @@ Both return the statistics of each micro-batch on the last pipeline stage and No
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_ext import host
 from megatron_ext.methods.base import Needs
 from megatron_ext.model import groups
 from megatron_ext.model.build import Policy
-from megatron_ext.ops.policy_stats import policy_stats
+from megatron_ext.ops import linear_policy_stats, policy_stats
 from megatron_ext.types import PackedSequences, TokenStats
 
 LossFunction = Callable[[int, TokenStats], Tensor]  # (number of the micro-batch, statistics) -> scalar
@@ -51,33 +53,34 @@ def _run(
     def step(numbered, model):
         number, micro = next(numbered)
         tokens = micro.tokens.to(host.device())[None]
-        logits = model(
+        output = model(
             input_ids=tokens,
             position_ids=micro.position.to(host.device())[None],
             attention_mask=None,
             packed_seq_params=_packed_params(micro),
         )
 
-        def statistics(logits: Tensor) -> TokenStats:  # [1, S, V/TP] -> [T]
-            rows = logits[0].index_select(0, micro.rows.to(logits.device))
-            outputs = policy_stats(
-                rows,
-                micro.targets.to(logits.device),
-                shard,
-                temperature=temperature,
-                top_p=needs.nucleus_p,
-                nucleus=needs.nucleus,
-                want=want,
-                grad=grad if loss else (),
-            )
-            return TokenStats(**{name: outputs[name] for name in want})
+        def statistics(output: Tensor) -> TokenStats:
+            targets, grad_of = micro.targets.to(output.device), grad if loss else ()
+            nucleus: Any = {"temperature": temperature, "top_p": needs.nucleus_p, "nucleus": needs.nucleus}
+            rows = micro.rows.to(output.device)
+            weight = policy.head_weight
+            if weight is None:  # output [1, S, V/TP]
+                found = policy_stats(
+                    output[0].index_select(0, rows), targets, shard, **nucleus, want=want, grad=grad_of
+                )
+            else:  # output [S, 1, D], with sequence parallelism [S/TP, 1, D]
+                hidden = _all_positions(output, policy.modules[-1].config.sequence_parallel)[:, 0]
+                hidden = hidden.index_select(0, rows)
+                found = linear_policy_stats(hidden, weight, targets, shard, **nucleus, want=want, grad=grad_of)
+            return TokenStats(**{name: found[name] for name in want})
 
         def finish(output: Tensor):
             stats = statistics(output)
             total = torch.zeros(()) if loss is None else loss(number, stats)
             return total, torch.tensor(0, dtype=torch.int), stats.detach()
 
-        return logits, finish
+        return output, finish
 
     results = get_forward_backward_func()(
         forward_step_func=step,
@@ -89,6 +92,13 @@ def _run(
         forward_only=loss is None,
     )
     return results if groups.is_last_stage() else None
+
+
+def _all_positions(hidden: Tensor, sequence_parallel: bool) -> Tensor:
+    """``[S, 1, D]``. The head hands back the whole gradient of its rows, so backward only takes this rank's part."""
+    if not sequence_parallel:
+        return hidden
+    return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
 
 
 def _outputs(needs: Needs) -> tuple[tuple[str, ...], tuple[str, ...]]:

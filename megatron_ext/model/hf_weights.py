@@ -210,7 +210,8 @@ def stream_weights(module: GPTModel, a: Architecture) -> Iterator[tuple[str, Ten
 def stream(parameters: Mapping[str, Tensor], a: Architecture) -> Iterator[tuple[str, Tensor]]:
     """Tensors laid out like this rank's parameters (weights, gradients) as whole HF tensors, one by one, on the CPU.
 
-    Every rank of the model-parallel group gets every tensor. Collective over the tensor- and pipeline-parallel groups: all their ranks must consume the iterator.
+    Every rank of the model-parallel group gets every tensor. Collective over the tensor- and pipeline-parallel
+    groups: all their ranks must consume the iterator.
     """
     stage, num_stages = groups.pipeline().rank(), groups.pipeline().size()
     tensor = groups.tensor()

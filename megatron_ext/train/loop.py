@@ -30,7 +30,7 @@ from megatron_ext.types import Episode, TokenStats
 
 FREE = (  # keys a resumed run may change one by one, besides whole sections (see check_resume)
     *("train.steps", "train.micro_batch_tokens", "train.max_bad_steps", "rollout.batch_size", "name"),
-    *("reward.workers", "reward.deadline_s", "reward.max_timeout_share"),
+    *("model.fused_head", "reward.workers", "reward.deadline_s", "reward.max_timeout_share"),
 )
 DONE, REQUEUE = 0, 75  # exit codes: finished; stopped by a signal with its state saved
 
@@ -131,18 +131,19 @@ def build(config: Config, pool: RewardPool) -> Run:
     random.seed(config.train.seed)
     method = methods.create(config.method)
     problems = _load_data(config, pool)
-    dtype = getattr(torch, config.model.dtype)
-    layout = {
+    layout: dict[str, Any] = {
+        "dtype": getattr(torch, config.model.dtype),
+        "fused_head": config.model.fused_head,
         "tensor": config.parallel.tensor,
         "pipeline": config.parallel.pipeline,
         "sequence": config.parallel.sequence,
     }
     architecture = read_architecture(hf_config(config.model.path))
-    policy = build_policy(architecture, dtype=dtype, **layout)
+    policy = build_policy(architecture, **layout)
     load_weights(policy.modules[0], architecture, config.model.path)
     reference: Policy | None = None
     if method.needs.reference:
-        reference = build_reference(architecture, dtype=dtype, **layout)
+        reference = build_reference(architecture, **layout)
         load_weights(reference.modules[0], architecture, config.model.path)
     o = config.optimizer
     optimizer = build_optimizer(

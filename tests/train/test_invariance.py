@@ -40,7 +40,9 @@ LAYOUTS = [  # tensor, pipeline, data, sequence, budget of a micro-batch
 ]
 
 
-def one_step(rank: int, world: int, path: str, layout: tuple, method: dict, break_sum: bool = False) -> Any:
+def one_step(
+    rank: int, world: int, path: str, layout: tuple, method: dict, break_sum: bool = False, fused_head: bool = False
+) -> Any:
     """Loss, metrics and whole gradients of one mini-batch, as this rank sees them."""
     tensor, pipeline, data, sequence, budget = layout
     host.enter()
@@ -52,7 +54,9 @@ def one_step(rank: int, world: int, path: str, layout: tuple, method: dict, brea
     )
     parallel.initialize(config.parallel)
     architecture = hf_config.read_architecture(train_config.hf_config(path))
-    policy = build.build_policy(architecture, tensor=tensor, pipeline=pipeline, sequence=sequence, dtype=torch.float32)
+    policy = build.build_policy(
+        architecture, tensor=tensor, pipeline=pipeline, sequence=sequence, dtype=torch.float32, fused_head=fused_head
+    )
     hf_weights.load_weights(policy.modules[0], architecture, path)
     optimizer = build.build_optimizer(policy, lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.99, eps=1e-8, clip_grad=1.0)
     scheduler = build.build_scheduler(optimizer, lr=1e-3, warmup_steps=0, weight_decay=0.1)
@@ -151,6 +155,15 @@ def test_every_layout_gives_the_gradient_of_the_formula(layout: tuple, expected:
     for metrics, found in gloo.run(one_step, tensor * pipeline * data, str(path), layout, SIREN):
         assert metrics["loss/policy"] == pytest.approx(loss, rel=1e-5)
         assert worst(found, gradients) < 1e-5
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[2], LAYOUTS[6], LAYOUTS[7]], ids=str)
+def test_the_fused_head_gives_the_gradient_of_the_formula(layout: tuple, expected: tuple) -> None:
+    tensor, pipeline, data, _, _ = layout
+    _, path = tiny.hf_model()
+    for metrics, found in gloo.run(one_step, tensor * pipeline * data, str(path), layout, SIREN, False, True):
+        assert metrics["loss/policy"] == pytest.approx(expected[0], rel=1e-5)
+        assert worst(found, expected[1]) < 1e-5
 
 
 def test_the_authors_nucleus_gives_the_gradient_of_the_formula() -> None:
