@@ -46,7 +46,7 @@ class GRPO(Method):
     def advantages(self, reward_B: Tensor, group_B: Tensor) -> Tensor:
         mean, std, _ = group_statistics(reward_B, group_B)
         advantage = (reward_B - mean) / (std + 1e-6) if self.normalise else reward_B - mean
-        return torch.where((std == 0) | reward_B.isnan(), 0.0, advantage)
+        return torch.where(reward_B.isnan(), 0.0, advantage)
 
     def loss(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
         loss = self.policy_loss(batch, stats, plan)
