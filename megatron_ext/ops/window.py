@@ -115,6 +115,9 @@ def make_window(logits: Tensor, maxima: Tensor, top: Tensor, K: int) -> Window:
     else:
         candidates = logits.to(top.dtype)
     if logits.dtype == torch.bfloat16:
+        if candidates.shape[1] > 4 * K:  # counting costs more than leaving out
+            candidates = highest(candidates, 4 * K)
+            reach = torch.maximum(reach, candidates[:, -1:])
         return _count(candidates, reach, top, K)
     return _list(candidates, logits.shape[1] > K, K)
 

@@ -58,11 +58,12 @@ def test_keys_count_every_token_above_their_floor(V):
 
 
 def test_a_count_that_does_not_fit_the_exchange_is_not_promised():
-    logits = torch.zeros(1, 40_000, dtype=torch.bfloat16)
-    window, _ = window_of(logits, 4096)
-    assert window.floor == torch.inf
-    targets, shard = torch.zeros(1, dtype=torch.int64), VocabShard(0, 40_000, 40_000)
-    out = policy_stats(logits, targets, shard, top_p=0.5, want=ALL, window=4096)
+    top, reach = torch.zeros(2, 1), torch.full((2, 1), -torch.inf)
+    count = torch.tensor([[40_000, 0], [4, 0]], dtype=torch.int32)
+    window = windows.counted_window(count, reach, top)
+    assert window.floor[0] == torch.inf and -torch.inf < window.floor[1] < 0
+    logits, targets = torch.zeros(1, 40_000, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64)
+    out = policy_stats(logits, targets, VocabShard(0, 40_000, 40_000), top_p=0.5, want=ALL)
     assert out["nucleus_size"] == 40_000 and out["slow_rows"] == 1
 
 

@@ -6,7 +6,7 @@ backward reads 2 and writes 2. Offsets of rows are int64: T * V passes 2^31 at T
 
 from __future__ import annotations
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
 # (triton is an optional package, and a kernel is launched by subscripting it)
 import torch
 import triton
