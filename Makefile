@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH := .venv-bench
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup quickstart test lint clean
+.PHONY: help setup quickstart test lint bench clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
@@ -26,6 +27,17 @@ lint: $(STAMP)  ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+bench: $(BENCH)/.installed  ## time the operators against their peers (verl, Megatron-Core, Liger, gather + sort)
+	$(BENCH)/bin/python -m tools.bench ops
+
+# verl wants other versions than training does, so it has an environment of its own; it compiles a helper (g++).
+$(BENCH)/.installed:
+	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet torch==2.13.0 ray tensordict==0.10.0 hydra-core codetiming \
+		'transformers==5.10.*' megatron-core==0.16.1 einops psutil liger-kernel triton==3.9.0
+	$(BENCH)/bin/python -m pip install --quiet --no-deps verl==0.9.1
+	touch $@
 
 clean:  ## remove what runs and tests wrote
 	rm -rf runs build .pytest_cache .ruff_cache

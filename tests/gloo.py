@@ -64,7 +64,7 @@ def _fork(function: Callable[..., Any], rank: int, world: int, args: tuple, fold
     code = 1
     try:
         torch.set_num_threads(1)
-        store = dist.FileStore(str(folder / "store"), world)
+        store = dist.FileStore(str(folder / "store"), world)  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
         result = pickle.dumps(function(rank, world, *args))
         (folder / f"{rank}.result").write_bytes(result)

@@ -122,7 +122,8 @@ def _one_rank_model(source: Path):
 
     host.enter()
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     parallel.initialize(ParallelConfig(ranks_per_node=1))
     config = hf_config(source)
     name = config.get("dtype") or config.get("torch_dtype") or "float32"

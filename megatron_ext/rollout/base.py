@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,8 +34,10 @@ class RolloutEngine(Protocol):
         """Take Hugging Face-named weights, streamed one tensor at a time."""
         ...
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
-        """One sample per request, in order."""
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, on_batch: Callable[[list[Sample]], None] | None = None
+    ) -> list[Sample]:
+        """One sample per request, in order. ``on_batch`` sees samples as they are finished, for progress."""
         ...
 
     def close(self) -> None: ...

@@ -24,14 +24,12 @@ class HFEngine:
     the model exactly.
     """
 
-    def __init__(
-        self, model_path: str | Path, *, batch_size: int = 256, on_tokens: Callable[[int], None] | None = None
-    ) -> None:
+    def __init__(self, model_path: str | Path, *, batch_size: int = 256) -> None:
         logging.disable_progress_bar()
         self.tokenizer = AutoTokenizer.from_pretrained(model_path)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(model_path).to(host.device()).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(model_path)
+        self.model = model.to(host.device()).eval()
         self.batch_size = batch_size
-        self.on_tokens = on_tokens
         self.version = 0
         self._eos = _eos_ids(self.model)
         if not self._eos:
@@ -51,7 +49,9 @@ class HFEngine:
             raise ValueError(f"update_weights: the stream left out {', '.join(sorted(missing.values()))}")
         self.version = version
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, on_batch: Callable[[list[Sample]], None] | None = None
+    ) -> list[Sample]:
         """One sample per request, in order; batches hold prompts of similar length."""
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
         samples: dict[int, Sample] = {}
@@ -59,8 +59,8 @@ class HFEngine:
             chosen = order[start : start + self.batch_size]
             batch = self._generate([requests[i] for i in chosen], sampling)
             samples.update(zip(chosen, batch, strict=True))
-            if self.on_tokens:
-                self.on_tokens(sum(len(sample.response_ids) for sample in batch))
+            if on_batch is not None:
+                on_batch(batch)
         return [samples[i] for i in range(len(requests))]
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -228,7 +229,7 @@ def _read_chain(path: Path) -> dict[str, Any]:
     for section, key in (("model", "path"), ("data", "train")):
         value = own.get(section, {}).get(key)
         if value and not Path(value).exists() and (path.parent / value).exists():
-            own[section][key] = str(path.parent / value)
+            own[section][key] = os.path.normpath(path.parent / value)
     parent = own.pop("parent", None)
     return own if parent is None else _merge(_read_chain(path.parent / parent), own)
 

@@ -56,8 +56,11 @@ def collect(
     ]
     sampling = Sampling(rollout.temperature, rollout.top_p, rollout.max_response_tokens)
     with watch.phase("rollout", total=len(own)) as phase:
-        samples = engine.generate(requests, sampling)
-        phase.advance(len(own), tokens=group.size() * sum(len(sample.response_ids) for sample in samples))
+        samples = engine.generate(
+            requests,
+            sampling,
+            lambda done: phase.advance(len(done), tokens=group.size() * sum(len(s.response_ids) for s in done)),
+        )
     with watch.phase("reward", total=len(own)) as phase:
         rewards = pool.score([(problems[prompt][0], s.text) for (prompt, _), s in zip(own, samples, strict=True)])
         phase.advance(len(own))

@@ -94,7 +94,7 @@ def gathered_gradients(policy: build.Policy) -> dict[str, Tensor]:
             parts = [torch.empty_like(shard) for _ in range(group.size())]
             dist.all_gather(parts, shard, group=group)
             bucket.grad_data.copy_(torch.cat(parts))
-    return {name: parameter.main_grad for name, parameter in policy.modules[0].named_parameters()}
+    return {name: vars(parameter)["main_grad"] for name, parameter in policy.modules[0].named_parameters()}
 
 
 def reference(nucleus: str) -> tuple[float, dict[str, Tensor]]:
