@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
@@ -129,6 +130,7 @@ def build(config: Config, pool: RewardPool) -> Run:
     """Data first (a fault stops here), then model, optimizer, engine, and the newest checkpoint's state."""
     torch.manual_seed(config.train.seed)
     random.seed(config.train.seed)
+    np.random.seed(config.train.seed)
     method = methods.create(config.method)
     problems = _load_data(config, pool)
     layout: dict[str, Any] = {

@@ -14,6 +14,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+from megatron_ext import host
+from megatron_ext.methods.base import Needs
+from megatron_ext.model.build import build_policy
+from megatron_ext.model.forward import forward
+from megatron_ext.model.hf_config import read_architecture
+from megatron_ext.train import packing, parallel
+from megatron_ext.train.checkpoint import load_model
+from megatron_ext.train.config import ParallelConfig, hf_config
+from tests import gloo
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "recipes/siren/siren-tiny-cpu.toml"
@@ -75,9 +86,12 @@ def checkpoint(folder: Path, step: int) -> Path:
 
 
 def contents(folder: Path, step: int) -> dict:
-    """Every file of a checkpoint with its hash: weights, optimizer, schedule, order, method state, RNG."""
+    """Every file of a checkpoint with its hash: weights, optimizer, schedule, order, method state, RNG.
+
+    torch's index ``.metadata`` is left out: it holds a random identifier and the path of the save.
+    """
     manifest = json.loads((checkpoint(folder, step) / "MANIFEST.json").read_text())
-    return {name: record["sha256"] for name, record in manifest["files"].items()}
+    return {name: record["sha256"] for name, record in manifest["files"].items() if name != ".metadata"}
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
@@ -113,7 +127,47 @@ def test_what_a_run_reports(uninterrupted: Path) -> None:
     for key in REPORTED:
         assert isinstance(last[key], float), key
     assert last["mismatch/max"] < 1e-4
-    assert (run_folder(uninterrupted) / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert (run_folder(uninterrupted) / "report.html").read_text().startswith("<!doctype html>")
+
+
+def megatron_log_probs(rank: int, world: int, source: str, path: str, sequences: list) -> list[float]:
+    """Log-probs and entropies of a checkpoint under TP 2, as the trainer computes them."""
+    host.enter()
+    parallel.initialize(ParallelConfig(ranks_per_node=2, tensor=2))
+    architecture = read_architecture(hf_config(source))
+    policy = build_policy(architecture, tensor=2, pipeline=1, sequence=False, dtype=torch.float32)
+    load_model(Path(path), model=policy.chunks)
+    stats = forward(policy, [packing.pack(sequences)], Needs(entropy=True), 1.0)
+    assert stats is not None and stats[0].entropy is not None
+    return [*stats[0].logprob.tolist(), *stats[0].entropy.tolist()]
+
+
+def test_transformers_alone_loads_the_export_and_matches_megatron(uninterrupted: Path, tmp_path: Path) -> None:
+    source, export = str(ROOT / "recipes/tiny/base"), tmp_path / "hf"
+    command = [sys.executable, "-m", "tools.convert", "to-hf", str(run_folder(uninterrupted)), str(export)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    script = (
+        "import sys, json, torch\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "logprob, entropy, sequences = [], [], []\n"
+        "for prompt, answer in (('9 5 1 > 44?', '9*5-1}'), ('3 4 7 > 5?', '3*4-7}'), ('12-7*3=?', '-9}')):\n"
+        "    p, r = tokenizer.encode(prompt), tokenizer.encode(answer)\n"
+        "    logp = model(torch.tensor([p + r])).logits[0, len(p) - 1 : -1].double().log_softmax(-1)\n"
+        "    logprob += logp.gather(1, torch.tensor(r)[:, None])[:, 0].tolist()\n"
+        "    entropy += (-(logp.exp() * logp).sum(-1)).tolist()\n"
+        "    sequences.append((p, r))\n"
+        "assert not any(name.startswith(('megatron', 'tools')) for name in sys.modules)\n"
+        "print(json.dumps([sequences, logprob + entropy]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(export)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    sequences, expected = json.loads(done.stdout.splitlines()[-1])
+    for found in gloo.run(megatron_log_probs, 2, source, str(checkpoint(uninterrupted, 4)), sequences):
+        assert found == pytest.approx(expected, abs=1e-5)
+    base = gloo.run(megatron_log_probs, 2, source, str(checkpoint(uninterrupted, 2)), sequences)[0]
+    assert max(abs(a - b) for a, b in zip(base, expected, strict=True)) > 1e-4  # another checkpoint is another model
 
 
 def test_a_finished_run_ends_at_once(uninterrupted: Path) -> None:
