@@ -1,0 +1,89 @@
+"""The launcher of one node: environments, exit codes, signals, and the Slurm scripts above it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(folder: Path, program: str, *options: str, **environment: str) -> subprocess.Popen:
+    (folder / "program.py").write_text(program)
+    command = [sys.executable, "-m", "tools.ranks", "--ranks-per-node", "2", *options, "program", str(folder)]
+    paths = os.pathsep.join([str(ROOT), str(folder)])
+    return subprocess.Popen(command, cwd=folder, env={**os.environ, "PYTHONPATH": paths, **environment})
+
+
+SAY = """
+import os, sys
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+open(f"{sys.argv[1]}/rank{os.environ['RANK']}", "w").write(" ".join(os.environ[name] for name in names))
+"""
+
+
+def test_each_node_starts_its_ranks_with_their_numbers(tmp_path: Path) -> None:
+    for node in ("0", "1"):
+        options = ("--nodes", "2", "--master", "head:1234")
+        assert launch(tmp_path, SAY, *options, SLURM_NODEID=node).wait() == 0
+    found = [(tmp_path / f"rank{rank}").read_text() for rank in range(4)]
+    assert found == [f"{rank} {rank % 2} 4 head 1234" for rank in range(4)]
+
+
+@pytest.mark.parametrize("code", [2, 3, 75])
+def test_the_exit_code_is_the_ranks(tmp_path: Path, code: int) -> None:
+    assert launch(tmp_path, f"raise SystemExit({code})").wait() == code
+
+
+def test_a_failing_rank_ends_the_others(tmp_path: Path) -> None:
+    start = time.monotonic()
+    program = "import os, time\nif os.environ['RANK'] == '1': raise SystemExit(7)\ntime.sleep(60)"
+    assert launch(tmp_path, program).wait() == 7
+    assert time.monotonic() - start < 30
+
+
+def test_a_signal_reaches_every_rank(tmp_path: Path) -> None:
+    program = """
+import os, signal, sys, time
+def stop(*_):
+    open(f"{sys.argv[1]}/stopped{os.environ['RANK']}", "w")
+    raise SystemExit(75)
+signal.signal(signal.SIGUSR1, stop)
+open(f"{sys.argv[1]}/ready{os.environ['RANK']}", "w")
+time.sleep(60)
+"""
+    process = launch(tmp_path, program)
+    deadline = time.monotonic() + 30
+    while len(list(tmp_path.glob("ready*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait() == 75
+    assert len(list(tmp_path.glob("stopped*"))) == 2
+
+
+def test_several_nodes_need_an_address(tmp_path: Path) -> None:
+    assert launch(tmp_path, "", "--nodes", "2").wait() == 2
+
+
+def test_the_slurm_script_prints_its_command() -> None:
+    environment = {**os.environ, "DRY_RUN": "1", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"}
+    command = ["bash", "slurm/siren_tiny.sh", "train.steps=3"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "srun --nodes=2 --ntasks=2 --ntasks-per-node=1" in done.stdout
+    assert "-m tools.ranks --nodes 2 --ranks-per-node 8" in done.stdout
+    assert done.stdout.strip().endswith("tools.train recipes/siren/siren-tiny-cpu.toml train.steps=3")
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_the_slurm_scripts_pass_shellcheck() -> None:
+    scripts = sorted(map(str, (ROOT / "slurm").glob("*.sh")))
+    done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
