@@ -24,7 +24,7 @@ from typing import Any
 from megatron_ext.train.config import Config, ConfigError, hf_config, load_config
 from tools import ranks
 
-CONFIGURATION, HEALTH = 2, 3
+CONFIGURATION, HEALTH, INTERRUPTED = 2, 3, 130
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -91,6 +91,8 @@ def _train(config: Config) -> int:
 
     try:
         return run(config)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except VerifierError as error:
         print(f"reward health\n{error}", file=sys.stderr)
         return HEALTH
