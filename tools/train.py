@@ -99,30 +99,19 @@ def _train(config: Config) -> int:
 
 
 def _dry_run(config: Config) -> int:
-    """Load and verify the data, pack one step's worst case, and say what the run would do."""
+    """Load and verify the data and say what the run would do."""
     from transformers import AutoTokenizer
 
     from megatron_ext.rollout.rewards import RewardPool
-    from megatron_ext.train.data import encode_problems, load_problems
+    from megatron_ext.train.data import load_training_data
 
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     with RewardPool(config.reward.workers) as pool:
-        problems, report = load_problems(
-            config.data.train,
-            score=pool.score,
-            strict=config.data.strict,
-            skip_unparsable_gold=config.data.skip_unparsable_gold,
-        )
-    print(f"data: {config.data.train}: {report.summary()}")
-    encoded, report = encode_problems(
-        AutoTokenizer.from_pretrained(config.model.path),
-        problems,
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        prompt_suffix=config.data.prompt_suffix,
-        strict=config.data.strict,
-    )
+        encoded, lines = load_training_data(config, score=pool.score, tokenizer=tokenizer)
+    print("\n".join(lines))
     p, r, t = config.parallel, config.rollout, config.train
     responses = r.prompts * r.samples
-    print(f"prompts: {report.summary()}; longest {max(len(ids) for _, ids in encoded)} tokens")
+    print(f"longest prompt: {max(len(ids) for _, ids in encoded)} tokens")
     print(f"model: {config.model.path}, {hf_config(config.model.path)['architectures'][0]}, {config.model.dtype}")
     print(f"layout: {p.world} ranks = data {p.data} x pipeline {p.pipeline} x tensor {p.tensor}, sequence {p.sequence}")
     print(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_ext.rollout.verify import VERIFIERS, Outcome
-from megatron_ext.train.config import ConfigError
+from megatron_ext.train.config import Config, ConfigError
 from megatron_ext.types import Problem, Reward
 
 SCHEMA = '{"prompt": "What is 2+2?", "answer": "4"}'
@@ -134,6 +134,27 @@ def encode_problems(
             "the rows\n" + "\n".join(_listed(faults))
         )
     return kept, DataReport(len(problems), len(kept), faults)
+
+
+def load_training_data(
+    config: Config, *, score: Score, tokenizer: Any
+) -> tuple[list[tuple[Problem, tuple[int, ...]]], list[str]]:
+    """What a run trains on, checked and encoded, and what to tell its user. Raises ``ConfigError`` as the parts do."""
+    data = config.data
+    problems, rows = load_problems(
+        data.train, score=score, strict=data.strict, skip_unparsable_gold=data.skip_unparsable_gold
+    )
+    encoded, prompts = encode_problems(
+        tokenizer,
+        problems,
+        max_prompt_tokens=data.max_prompt_tokens,
+        prompt_suffix=data.prompt_suffix,
+        strict=data.strict,
+    )
+    return encoded, [
+        f"data: {data.train}: {rows.summary()}",
+        f"data: prompts of at most {data.max_prompt_tokens} tokens: {prompts.summary()}",
+    ]
 
 
 class DataOrder:

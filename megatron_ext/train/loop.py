@@ -22,7 +22,7 @@ from megatron_ext.rollout.hf import HFEngine
 from megatron_ext.rollout.rewards import RewardPool
 from megatron_ext.train import checkpoint, parallel, rollouts
 from megatron_ext.train.config import Config, ConfigError, hf_config
-from megatron_ext.train.data import DataOrder, encode_problems, load_problems
+from megatron_ext.train.data import DataOrder, load_training_data
 from megatron_ext.train.manifest import differing_keys
 from megatron_ext.train.metrics import MetricsWriter, Watch, sample_record, token_texts, write_config
 from megatron_ext.train.rollouts import EncodedProblem
@@ -217,19 +217,10 @@ def _load_data(config: Config, pool: RewardPool) -> list[EncodedProblem]:
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            data = config.data
-            problems, report = load_problems(
-                data.train, score=pool.score, strict=data.strict, skip_unparsable_gold=data.skip_unparsable_gold
-            )
-            _tell(f"data: {data.train}: {report.summary()}")
-            box[0], report = encode_problems(
-                AutoTokenizer.from_pretrained(config.model.path),
-                problems,
-                max_prompt_tokens=data.max_prompt_tokens,
-                prompt_suffix=data.prompt_suffix,
-                strict=data.strict,
-            )
-            _tell(f"data: prompts of at most {data.max_prompt_tokens} tokens: {report.summary()}")
+            tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+            box[0], lines = load_training_data(config, score=pool.score, tokenizer=tokenizer)
+            for line in lines:
+                _tell(line)
         except ConfigError as error:
             box[1] = str(error)
     dist.broadcast_object_list(box, src=0)

@@ -22,7 +22,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_ext import host
-from megatron_ext.methods.base import Method, Needs, Plan
+from megatron_ext.methods.base import Method, Needs, Plan, num_valid
 from megatron_ext.model.build import Policy
 from megatron_ext.model.forward import forward, forward_backward
 from megatron_ext.train import packing, parallel
@@ -184,8 +184,8 @@ class Learner:
 
     def weigh(self, batch: Batch) -> Batch:
         """Count valid sequences and tokens over all ranks and fix the token weights."""
-        valid = torch.bincount(batch.sequence[batch.mask], minlength=len(batch.reward)) > 0
-        num_sequences, num_tokens = self.reduce.sum(torch.stack([valid.sum(), batch.mask.sum()])).tolist()
+        counts = torch.tensor([num_valid(batch), int(batch.mask.sum())], device=batch.mask.device)
+        num_sequences, num_tokens = self.reduce.sum(counts).tolist()
         weight = token_weights(
             self.method.aggregation,
             batch.sequence,
