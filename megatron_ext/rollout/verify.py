@@ -7,7 +7,7 @@ operation in C defeats.
 
 Verdicts are those of math-verify 0.9 on ``\\boxed{answer}`` against ``\\boxed{gold}`` (a bare LaTeX gold is
 often misread), except that an equation between numbers must hold: math-verify keeps the last side only and
-takes ``1=2=3=4`` for 4.
+takes ``1=2=3=4`` for 4. A countdown's expression, which is plain arithmetic, is computed exactly instead.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from __future__ import annotations
 import ast
 import json
 import logging
+import operator
 import os
 import re
 import resource
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -108,9 +110,22 @@ def _judge_countdown(extracted: str, target: str, numbers: tuple[int, ...]) -> O
     used = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     if Counter(used) != Counter(numbers):
         return Outcome.WRONG_NUMBERS
-    return _judge_math(ast.unparse(tree), target, ())
+    try:
+        wanted = Fraction(target)
+    except (ValueError, ZeroDivisionError):  # a target that is not a plain number: for math-verify
+        return _judge_math(ast.unparse(tree), target, ())
+    try:
+        return Outcome.CORRECT if _value(tree.body) == wanted else Outcome.WRONG
+    except ZeroDivisionError:
+        return Outcome.WRONG
+    except RecursionError:  # a thousand signs
+        return Outcome.UNPARSABLE
 
 
+OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
+    **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv},
+    **{ast.UAdd: operator.add, ast.USub: operator.sub},  # of 0 and the operand
+}
 VERIFIERS = {"math": _judge_math, "countdown": _judge_countdown}
 
 
@@ -195,6 +210,16 @@ def _arithmetic(text: str, target: str) -> ast.Expression | None:
     operators = ast.Add | ast.Sub | ast.Mult | ast.Div | ast.UAdd | ast.USub
     allowed = ast.Expression | ast.BinOp | ast.UnaryOp | ast.Constant | operators
     return tree if all(isinstance(node, allowed) for node in ast.walk(tree)) else None
+
+
+def _value(node: ast.expr) -> Fraction:
+    """The exact value of a tree that ``_arithmetic`` accepted: a hundred times faster than math-verify's."""
+    if isinstance(node, ast.UnaryOp):
+        return OPERATORS[type(node.op)](Fraction(0), _value(node.operand))
+    if isinstance(node, ast.BinOp):
+        return OPERATORS[type(node.op)](_value(node.left), _value(node.right))
+    assert isinstance(node, ast.Constant) and isinstance(node.value, int)
+    return Fraction(node.value)
 
 
 def main() -> None:

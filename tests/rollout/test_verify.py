@@ -209,6 +209,9 @@ def test_countdown(expression: str, outcome: Outcome):
         ("5+5", "10", (5,), Outcome.WRONG_NUMBERS),
         ("5/(3-3)", "5", (3, 3, 5), WRONG),
         ("1000000*1000000+1", "1000000000000", (1, 1000000, 1000000), WRONG),  # no tolerance
+        ("+7-2", "5", (2, 7), RIGHT),
+        ("-" * 998 + "1", "1", (1,), UNPARSABLE),
+        ("1/2+1/2", r"\frac{2}{2}", (1, 1, 2, 2), RIGHT),  # a target that is no plain number goes to math-verify
     ],
 )
 def test_countdown_values(expression: str, target: str, numbers: tuple[int, ...], outcome: Outcome):
