@@ -124,12 +124,14 @@ class Batch:
     old_logprob: Tensor  # [T] fp32, recomputed by the trainer before the first update
     rollout_logprob: Tensor  # [T] fp32, reported by the engine
     ref_logprob: Tensor | None  # [T] fp32, of the reference model, when the method needs it
+    advantage: Tensor  # [T] fp32
     reward: Tensor  # [B] fp32
-    advantage: Tensor  # [B] fp32
     group: Tensor  # [B] int64
     truncated: Tensor  # [B] bool
     num_sequences: int
     num_tokens: int
+    old_value: Tensor | None = None  # [T] fp32, of the critic before the first update, when the method needs it
+    returns: Tensor | None = None  # [T] fp32, what the critic learns
 
     def token(self, value_B: Tensor) -> Tensor:
         """``[B] -> [T]``: each token's value of its sequence."""
@@ -144,9 +146,13 @@ class Batch:
         renumber = torch.empty(len(self.reward), dtype=torch.int64, device=device)
         renumber[order] = torch.arange(len(index), device=device)
         token = {
-            name: None if value is None else value[position]
-            for name in ("mask", "weight", "old_logprob", "rollout_logprob", "ref_logprob")
-            for value in [getattr(self, name)]
+            name: None if value is None else value[position] for name in _PER_TOKEN for value in [getattr(self, name)]
         }
-        sequence = {name: getattr(self, name)[order] for name in ("reward", "advantage", "group", "truncated")}
+        sequence = {name: getattr(self, name)[order] for name in ("reward", "group", "truncated")}
         return replace(self, sequence=renumber[self.sequence[position]], **token, **sequence), position
+
+
+_PER_TOKEN = (  # fields of a Batch besides ``sequence``
+    *("mask", "weight", "old_logprob", "rollout_logprob", "ref_logprob"),
+    *("advantage", "old_value", "returns"),
+)

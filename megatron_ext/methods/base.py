@@ -10,7 +10,7 @@ returns. Everything that depends on more than one token (counts, quantiles, mean
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -48,6 +48,7 @@ class Needs:
     nucleus_grad: bool = False
     current: bool = False  # prepare() needs the statistics of the policy as it is before this mini-batch
     reference: bool = False  # log-probs of the reference model
+    value: bool = False  # a critic, trained beside the policy: its values before the step, value_loss() after it
 
 
 class Reducer(Protocol):
@@ -85,6 +86,14 @@ class Method:
     def advantages(self, reward_B: Tensor, group_B: Tensor) -> Tensor:
         """Advantage per sequence, ``[B]``. All members of a group are on one data-parallel rank."""
         raise NotImplementedError
+
+    def rewards(self, batch: Batch) -> Tensor:
+        """What each response is credited with, ``[B]``; NaN stays NaN."""
+        return batch.reward
+
+    def credit(self, batch: Batch, reduce: Reducer) -> Batch:
+        """The whole step's batch of this rank with the advantage of each token: here, that of its response."""
+        return replace(batch, advantage=batch.token(self.advantages(self.rewards(batch), batch.group)))
 
     def observe(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> dict[str, float]:
         """See the whole step's batch under the policy that sampled it, before its first update.

@@ -21,8 +21,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from megatron_ext.methods.base import Aggregation, Plan, Reducer, num_selected
+from megatron_ext.methods.base import Aggregation, Reducer, num_selected
 from megatron_ext.methods.grpo import GRPO
 from megatron_ext.types import Batch, TokenStats
 
@@ -41,13 +42,20 @@ class ClipHigher(GRPO):
             at_least = f"at least overlong_buffer = {self.overlong_buffer}, or leave it out"
             self.check("overlong_max", self.overlong_max >= self.overlong_buffer, at_least)
 
-    def prepare(self, batch: Batch, current: TokenStats | None, reduce: Reducer) -> Plan:
-        plan = super().prepare(batch, current, reduce)
+    def rewards(self, batch: Batch) -> Tensor:
+        return super().rewards(batch) + self.penalty(batch)
+
+    def penalty(self, batch: Batch) -> Tensor:
+        """What overlong shaping adds to each response's reward, ``[B]``, at most 0."""
         if self.overlong_max is None:
-            return plan
+            return torch.zeros_like(batch.reward)
         length = torch.bincount(batch.sequence, minlength=len(batch.reward))
         excess = length - (self.overlong_max - self.overlong_buffer)
-        penalty = (-excess / self.overlong_buffer).clamp(max=0.0)
-        shaped = self.advantages(batch.reward + penalty, batch.group)
-        share = num_selected((penalty < 0) & ~batch.reward.isnan(), reduce) / max(batch.num_sequences, 1)
-        return plan | Plan({"advantage": batch.token(shaped)}, {"overlong/share": share})
+        return (-excess / self.overlong_buffer).clamp(max=0.0)
+
+    def observe(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> dict[str, float]:
+        report = super().observe(batch, stats, reduce)
+        if self.overlong_max is None:
+            return report
+        shaped = num_selected((self.penalty(batch) < 0) & ~batch.reward.isnan(), reduce)
+        return report | {"overlong/share": shaped / max(batch.num_sequences, 1)}

@@ -60,8 +60,8 @@ class GRPO(Method):
         return plan.token.get("weight", batch.weight)
 
     def advantage(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
-        """The advantage per token, ``[T]``, a constant; ``prepare`` may replace it."""
-        return plan.token.get("advantage", batch.token(batch.advantage))
+        """The advantage per token, ``[T]``, a constant."""
+        return batch.advantage
 
     def policy_loss(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
         """The clipped objective per token, unweighted, ``[T]``."""

@@ -42,7 +42,7 @@ class WReinforce(GRPO):
         return torch.where(reward_B.isnan(), 0.0, advantage)
 
     def prepare(self, batch: Batch, current: TokenStats | None, reduce: Reducer) -> Plan:
-        kept = batch.mask & (batch.token(batch.advantage) != 0)
+        kept = batch.mask & (batch.advantage != 0)
         count = num_selected(kept, reduce)
         return Plan({"weight": kept / max(count, 1)}, {"reinforce/kept_share": count / max(batch.num_tokens, 1)})
 

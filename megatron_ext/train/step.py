@@ -160,14 +160,14 @@ class Learner:
         return TokenStats(**parallel.from_last_stage(joined))
 
     def batch(self, episodes: Sequence[Episode], old: TokenStats, ref: Tensor | None) -> Batch:
-        """The whole step on this rank, not yet weighed."""
+        """The whole step on this rank with its advantages, not yet weighed."""
         to = host.device()
         lengths = torch.tensor([len(e.sample.response_ids) for e in episodes], device=to)
         reward = torch.tensor([e.reward.value for e in episodes], dtype=torch.float32, device=to)
         group = torch.tensor([e.group for e in episodes], device=to)
         sequence = torch.repeat_interleave(torch.arange(len(episodes), device=to), lengths)
         rollout = torch.tensor([x for e in episodes for x in e.sample.logprobs], dtype=torch.float32, device=to)
-        return Batch(
+        batch = Batch(
             sequence=sequence,
             mask=~reward.isnan()[sequence],
             weight=torch.zeros_like(old.logprob),
@@ -175,12 +175,13 @@ class Learner:
             rollout_logprob=rollout,
             ref_logprob=ref,
             reward=reward,
-            advantage=self.method.advantages(reward, group),
+            advantage=torch.zeros_like(old.logprob),
             group=group,
             truncated=torch.tensor([e.sample.truncated for e in episodes], device=to),
             num_sequences=0,
             num_tokens=0,
         )
+        return self.method.credit(batch, self.reduce)
 
     def weigh(self, batch: Batch) -> Batch:
         """Count valid sequences and tokens over all ranks and fix the token weights."""

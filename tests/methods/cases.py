@@ -176,7 +176,7 @@ def batch(case: Case, method: Method) -> Batch:
         num_tokens=num_tokens,
         max_response_tokens=MAX_LENGTH,
     )
-    return Batch(
+    given = Batch(
         sequence=case.sequence,
         mask=mask,
         weight=weight.double(),
@@ -184,12 +184,13 @@ def batch(case: Case, method: Method) -> Batch:
         rollout_logprob=case.logp(case.old),
         ref_logprob=case.logp(case.ref) if method.needs.reference else None,
         reward=case.reward,
-        advantage=method.advantages(case.reward, case.group),
+        advantage=torch.zeros(len(case.sequence)),
         group=case.group,
         truncated=torch.zeros(len(case.reward), dtype=torch.bool),
         num_sequences=num_sequences,
         num_tokens=num_tokens,
     )
+    return method.credit(given, OneRank())
 
 
 @dataclass
@@ -249,6 +250,7 @@ class Result:
     plans: list[Plan]  # one per rank
     metrics: dict[str, float]
     methods: list[Method]  # one per rank, as they are after the step
+    observed: dict[str, float]
 
 
 def run(
@@ -262,10 +264,11 @@ def run(
     stats = statistics(case, case.logits, method.needs)
     everyone = [copy.deepcopy(method) for _ in shares]
 
-    def member(rank: int, reduce: Reducer) -> tuple[Tensor, Plan, list[dict[str, Tensor]]]:
+    def member(rank: int, reduce: Reducer) -> tuple[Tensor, Plan, list[dict[str, Tensor]], dict[str, float]]:
         own = everyone[rank]
         part, position = whole.rows([i for i in range(len(case.reward)) if int(case.group[i]) in shares[rank]])
-        own.observe(part, old.map(lambda value: value[position]), reduce)
+        part = own.credit(part, reduce)
+        observed = own.observe(part, old.map(lambda value: value[position]), reduce)
         needs = own.needs
         plan = own.prepare(part, stats.detach().map(lambda v: v[position]) if needs.current else None, reduce)
         losses, metrics = [], []
@@ -274,13 +277,13 @@ def run(
             given = stats.map(lambda value, at=at: value[position][at])
             losses.append(own.loss(small, given, plan.select(at)).sum())
             metrics.append(own.metrics(small, given.detach(), plan.select(at)))
-        return torch.stack(losses).sum(), plan, metrics
+        return torch.stack(losses).sum(), plan, metrics, observed
 
     results = Ranks(len(shares)).run(member)
     loss = torch.stack([r[0] for r in results]).sum()
     sums = [m for r in results for m in r[2]]
     metrics = {name: float(sum(m[name].double() for m in sums)) for name in sums[0]}
-    return Result(float(loss.detach()), case.gradient(loss), [r[1] for r in results], metrics, everyone)
+    return Result(float(loss.detach()), case.gradient(loss), [r[1] for r in results], metrics, everyone, results[0][3])
 
 
 def close(found: Result, loss: Tensor, case: Case, rel: float = 1e-6) -> bool:

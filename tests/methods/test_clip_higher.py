@@ -32,4 +32,4 @@ def test_overlong_shaping_changes_the_reward_before_the_group_is_normalised(case
     found = run(case, OPTIONS["clip_higher"])
     assert close(found, clipped(case.ratio, advantage, 0.2, 0.28)[case.tokens].mean(), case)
     long = sum(int(case.lengths[i]) > 3 for i in case.valid)
-    assert found.plans[0].report["overlong/share"] == pytest.approx(long / len(case.valid))
+    assert found.observed["overlong/share"] == pytest.approx(long / len(case.valid))

@@ -44,7 +44,7 @@ def test_a_nan_reward_is_left_out_of_its_group(method: GRPO) -> None:
 def losses(method: GRPO, ratios: list[float], advantage: float) -> list[float]:
     """Unweighted loss at the first tokens of the case, given their ratios and one advantage."""
     case = Case()
-    given = replace(batch(case, method), advantage=torch.full_like(case.reward, advantage))
+    given = replace(batch(case, method), advantage=torch.full((len(case.token),), advantage))
     shift = torch.zeros(len(case.token), dtype=torch.float64)
     shift[: len(ratios)] = torch.tensor(ratios, dtype=torch.float64).log()
     return method.policy_loss(given, TokenStats(given.old_logprob + shift), Plan()).tolist()[: len(ratios)]

@@ -63,12 +63,12 @@ def every_method(rank: int, world: int, path: str, layout: tuple[int, int, int])
         current = rules[method.needs.nucleus]
         old = replace(current, logprob=moved(current.logprob, own))
         batch = learner.weigh(learner.batch(own, old, current.logprob - 0.1))
-        method.observe(batch, current, learner.reduce)
+        report = method.observe(batch, current, learner.reduce)
         if name.startswith("siren"):
             method.load_state_dict({"h_anchor": 0.5})
         plan, metrics = learner.gradients(batch, current, micros)
         gradients = {n: g.clone() for n, g in hf_weights.stream(gathered_gradients(policy), architecture)}
-        found[name] = metrics, plan.report, gradients
+        found[name] = metrics, report | plan.report, gradients
     return found
 
 

@@ -33,7 +33,7 @@ def two_responses() -> Batch:
         rollout_logprob=-ones,
         ref_logprob=None,
         reward=torch.tensor([1.0, 0.0]),
-        advantage=torch.tensor([0.5, -0.5]),
+        advantage=torch.tensor([0.5] * 5 + [-0.5] * 3),
         group=torch.tensor([0, 0]),
         truncated=torch.tensor([False, False]),
         num_sequences=2,
