@@ -88,14 +88,19 @@ def build_module(
 
 
 def build_policy(architecture: Architecture, **layout: Any) -> Policy:
-    """``build_module`` wrapped for data parallelism with a distributed-optimizer gradient buffer in fp32."""
-    module = build_module(architecture, **layout)
+    """``build_module`` ready for training."""
+    return wrap(architecture, [build_module(architecture, **layout)])
+
+
+def wrap(architecture: Architecture, modules: list[GPTModel]) -> Policy:
+    """The modules wrapped for data parallelism with a distributed-optimizer gradient buffer in fp32."""
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
     )
-    chunk = DistributedDataParallel(config=module.config, ddp_config=ddp, module=module)
-    module.config.finalize_model_grads_func = _finalize
-    return Policy(architecture, [module], [chunk])
+    chunks = [DistributedDataParallel(config=module.config, ddp_config=ddp, module=module) for module in modules]
+    for module in modules:
+        module.config.finalize_model_grads_func = _finalize
+    return Policy(architecture, modules, chunks)
 
 
 def build_reference(architecture: Architecture, **layout: Any) -> Policy:

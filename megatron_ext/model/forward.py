@@ -7,7 +7,7 @@ Both return the statistics of each micro-batch on the last pipeline stage and No
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -25,12 +25,21 @@ from megatron_ext.types import PackedSequences, TokenStats
 LossFunction = Callable[[int, TokenStats], Tensor]  # (number of the micro-batch, statistics) -> scalar
 
 
+class Detachable(Protocol):
+    """What is read from the last stage's output: statistics, or a tensor."""
+
+    def detach(self) -> Self: ...
+
+
+Found = TypeVar("Found", bound=Detachable)
+
+
 def forward(
     policy: Policy, packed: Sequence[PackedSequences], needs: Needs, temperature: float
 ) -> list[TokenStats] | None:
     """Statistics without gradient of every micro-batch."""
     with torch.no_grad():
-        return _run(policy, packed, needs, temperature, loss=None)
+        return run_pipeline(policy, packed, _statistics(policy, needs, temperature, with_grad=False), loss=None)
 
 
 def forward_backward(
@@ -41,14 +50,16 @@ def forward_backward(
     Afterwards the gradient of the sum of all losses over micro-batches and data-parallel ranks is in the
     distributed optimizer's buffers.
     """
-    return _run(policy, packed, needs, temperature, loss)
+    return run_pipeline(policy, packed, _statistics(policy, needs, temperature, with_grad=True), loss)
 
 
-def _run(
-    policy: Policy, packed: Sequence[PackedSequences], needs: Needs, temperature: float, loss: LossFunction | None
-) -> list[TokenStats] | None:
-    shard = policy.vocab_shard
-    want, grad = _outputs(needs)
+def run_pipeline(
+    policy: Policy,
+    packed: Sequence[PackedSequences],
+    read: Callable[[Tensor, PackedSequences], Found],
+    loss: Callable[[int, Found], Tensor] | None,
+) -> list[Found] | None:
+    """What ``read`` finds in the last stage's output of each micro-batch; with a loss, its gradient too."""
 
     def step(numbered, model):
         number, micro = next(numbered)
@@ -60,25 +71,10 @@ def _run(
             packed_seq_params=_packed_params(micro),
         )
 
-        def statistics(output: Tensor) -> TokenStats:
-            targets, grad_of = micro.targets.to(output.device), grad if loss else ()
-            nucleus: Any = {"temperature": temperature, "top_p": needs.nucleus_p, "nucleus": needs.nucleus}
-            rows = micro.rows.to(output.device)
-            weight = policy.head_weight
-            if weight is None:  # output [1, S, V/TP]
-                found = policy_stats(
-                    output[0].index_select(0, rows), targets, shard, **nucleus, want=want, grad=grad_of
-                )
-            else:  # output [S, 1, D], with sequence parallelism [S/TP, 1, D]
-                hidden = _all_positions(output, policy.modules[-1].config.sequence_parallel)[:, 0]
-                hidden = hidden.index_select(0, rows)
-                found = linear_policy_stats(hidden, weight, targets, shard, **nucleus, want=want, grad=grad_of)
-            return TokenStats(**{name: found[name] for name in want})
-
         def finish(output: Tensor):
-            stats = statistics(output)
-            total = torch.zeros(()) if loss is None else loss(number, stats)
-            return total, torch.tensor(0, dtype=torch.int), stats.detach()
+            found = read(output, micro)
+            total = torch.zeros(()) if loss is None else loss(number, found)
+            return total, torch.tensor(0, dtype=torch.int), found.detach()
 
         return output, finish
 
@@ -94,11 +90,35 @@ def _run(
     return results if groups.is_last_stage() else None
 
 
-def _all_positions(hidden: Tensor, sequence_parallel: bool) -> Tensor:
-    """``[S, 1, D]``. The head hands back the whole gradient of its rows, so backward only takes this rank's part."""
-    if not sequence_parallel:
-        return hidden
-    return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+def _statistics(
+    policy: Policy, needs: Needs, temperature: float, *, with_grad: bool
+) -> Callable[[Tensor, PackedSequences], TokenStats]:
+    """Reads token statistics from logits, or from hidden states through the fused head."""
+    shard = policy.vocab_shard
+    want, grad = _outputs(needs)
+    options: Any = {"temperature": temperature, "top_p": needs.nucleus_p, "nucleus": needs.nucleus}
+    options |= {"want": want, "grad": grad if with_grad else ()}
+
+    def read(output: Tensor, micro: PackedSequences) -> TokenStats:
+        targets, weight = micro.targets.to(output.device), policy.head_weight
+        if weight is None:  # output [1, S, V/TP]
+            found = policy_stats(output[0].index_select(0, micro.rows.to(output.device)), targets, shard, **options)
+        else:
+            found = linear_policy_stats(hidden_rows(policy, output, micro), weight, targets, shard, **options)
+        return TokenStats(**{name: found[name] for name in want})
+
+    return read
+
+
+def hidden_rows(policy: Policy, output: Tensor, micro: PackedSequences) -> Tensor:
+    """``[S, 1, D]``, with sequence parallelism ``[S/TP, 1, D]``, to the rows that predict a response token, ``[T, D]``.
+
+    What follows must hand back the whole gradient of its rows on every tensor-parallel rank: backward only takes
+    this rank's part.
+    """
+    if policy.modules[-1].config.sequence_parallel:
+        output = gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False)
+    return output[:, 0].index_select(0, micro.rows.to(output.device))
 
 
 def _outputs(needs: Needs) -> tuple[tuple[str, ...], tuple[str, ...]]:
