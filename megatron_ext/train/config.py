@@ -106,6 +106,15 @@ class LogConfig(Section):
     samples: NonNegative = 4  # responses kept per step for the report, with their token entropies
 
 
+class AlarmsConfig(Section):
+    """When to warn (train/alarms.py). Entropies are relative to the first step's."""
+
+    entropy_floor: Annotated[float, Field(ge=0, lt=1)] = 0.2  # 0 = off
+    entropy_ceiling: Annotated[float, Field(gt=1)] = 3.0
+    zero_advantage_share: Fraction = 0.9  # of the responses; 1 = off
+    stop: bool = False  # save and end the run, exit code 3, while an alarm lasts
+
+
 class Config(Section):
     name: str = "run"
     model: ModelConfig = ModelConfig()
@@ -118,6 +127,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
 
     @property
     def run_dir(self) -> Path:

@@ -21,6 +21,7 @@ from megatron_ext.model.hf_weights import load_weights, stream_weights
 from megatron_ext.rollout.hf import HFEngine
 from megatron_ext.rollout.rewards import RewardPool
 from megatron_ext.train import checkpoint, parallel, rollouts
+from megatron_ext.train.alarms import Alarms
 from megatron_ext.train.config import Config, ConfigError, hf_config
 from megatron_ext.train.data import DataOrder, load_training_data
 from megatron_ext.train.manifest import differing_keys
@@ -33,6 +34,7 @@ FREE = (  # keys a resumed run may change one by one, besides whole sections (se
     *("train.steps", "train.micro_batch_tokens", "train.max_bad_steps", "rollout.batch_size", "name"),
     *("model.fused_head", "reward.workers", "reward.deadline_s", "reward.max_timeout_share"),
 )
+FREE_SECTIONS = ("parallel.", "checkpoint.", "log.", "alarms.", "data.train", "model.path")
 DONE, REQUEUE = 0, 75  # exit codes: finished; stopped by a signal with its state saved
 
 
@@ -46,6 +48,7 @@ class Run:
     pool: RewardPool
     problems: list[EncodedProblem]
     order: DataOrder
+    alarms: Alarms
     step: int = 0  # training steps done
     stop: StopSignal = field(default_factory=lambda: StopSignal())
 
@@ -59,6 +62,7 @@ class Run:
             "method": self.learner.method.state_dict(),
             "order": self.order.state_dict(),
             "bad_steps": self.learner.bad_steps,
+            "alarms": self.alarms.state_dict(),
         }
 
     def load_state(self, step: int, state: dict[str, Any]) -> None:
@@ -66,6 +70,7 @@ class Run:
         self.learner.method.load_state_dict(state["method"])
         self.order.load_state_dict(state["order"])
         self.learner.bad_steps = state["bad_steps"]
+        self.alarms.load_state_dict(state["alarms"])
 
     def save(self) -> None:
         checkpoint.save(
@@ -84,7 +89,7 @@ class Run:
 def run(config: Config) -> int:
     """Train until ``train.steps`` or a signal; returns the exit code. Continues from the newest valid checkpoint.
 
-    Raises ConfigError (data or configuration), VerifierError, CheckpointError or TrainingError.
+    Raises ConfigError (data or configuration), VerifierError, AlarmError, CheckpointError or TrainingError.
     """
     host.enter()
     parallel.initialize(config.parallel)
@@ -96,7 +101,7 @@ def run(config: Config) -> int:
             write_config(config.run_dir, config.model_dump())
         writer = _writer(config, state.step) if chief else None
         with Watch(steps, resume_step=state.step, title=config.name, show=chief) as watch:
-            while state.step < steps and not state.stop.requested():
+            while state.step < steps and not state.stop.requested() and not state.alarms.stopping:
                 metrics, samples = train_step(state, watch)
                 metrics |= watch.times()
                 if writer is not None:
@@ -109,6 +114,8 @@ def run(config: Config) -> int:
         if writer is not None:
             writer.close()
     dist.barrier()
+    if state.step < steps and state.alarms.stopping:
+        raise state.alarms.stopped()
     return DONE if state.step == steps else REQUEUE
 
 
@@ -120,7 +127,11 @@ def train_step(run: Run, watch: Watch) -> tuple[dict[str, float], list[dict[str,
     if stale:
         raise RuntimeError(f"rollout: samples of weight versions {sorted(stale)}, expected {run.step} only")
     metrics, old = run.learner.step(episodes, watch)
+    values, warnings = run.alarms.check(metrics)
+    metrics |= values
     run.step += 1
+    for line in warnings:
+        _tell(f"step {run.step}: {line}")
     with watch.phase("sync"):
         run.sync()
     return metrics, _samples(run, episodes, old)
@@ -161,6 +172,7 @@ def build(config: Config, pool: RewardPool) -> Run:
         pool=pool,
         problems=problems,
         order=DataOrder(len(problems), config.rollout.prompts, config.train.seed),
+        alarms=Alarms(config.alarms),
     )
     loaded = checkpoint.load(
         config.run_dir / "checkpoints",
@@ -184,7 +196,7 @@ def check_resume(saved: dict[str, Any], current: dict[str, Any]) -> None:
     changed = {
         key: values
         for key, values in differing_keys(saved, current).items()
-        if not key.startswith(("parallel.", "checkpoint.", "log.", "data.train", "model.path")) and key not in FREE
+        if not key.startswith(FREE_SECTIONS) and key not in FREE
     }
     if changed:
         lines = [f"  {key}: checkpoint {old!r}, now {new!r}" for key, (old, new) in changed.items()]

@@ -22,11 +22,13 @@ def summarise(batch: Batch, old: TokenStats, episodes: Sequence[Episode], reduce
     gap = (batch.rollout_logprob - batch.old_logprob).double()
     ids = list(Outcome)
     judged = torch.tensor([ids.index(Outcome(e.reward.outcome)) for e in episodes])
+    credited = torch.bincount(batch.sequence[batch.advantage != 0], minlength=len(batch.reward)) > 0
     per_sequence = {
         "reward/mean": torch.where(valid, batch.reward, 0.0),
         "response/length": torch.bincount(batch.sequence, minlength=len(batch.reward)),
         "response/truncated": batch.truncated,
         "reward/nan": ~valid,
+        "advantage/zero": ~credited,
         **{f"reward/outcome/{outcome.value}": judged == i for i, outcome in enumerate(ids)},
     }
     per_group = {

@@ -1,0 +1,100 @@
+"""Whole runs of the training loop in forked ranks of this process: a second each, nothing to start.
+
+The tiny model, real rollouts and updates; the answers are judged here, by exact arithmetic, without the pool of
+verifier processes. What a run leaves behind is compared by ``metrics`` and ``contents``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.rollout.verify import VERIFIERS, extract
+from megatron_ext.train import loop
+from megatron_ext.train.config import load_config
+from megatron_ext.types import Problem, Reward
+from tests import gloo
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SMALL = (
+    *("rollout.prompts=4", "rollout.samples=4", "train.mini_batch_prompts=2", "train.steps=2", "checkpoint.every=1"),
+    *("log.tensorboard=false", "log.samples=0", "parallel.tensor=1", "parallel.ranks_per_node=1"),
+)
+
+
+class Judge:
+    """In the place of the reward pool: countdowns exactly, everything else is its gold answer or wrong."""
+
+    def __init__(self, *_: Any, correct: float = 1.0, wrong: float = 0.0, **__: Any) -> None:
+        self.correct, self.wrong = correct, wrong
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def score(self, answers: Sequence[tuple[Problem, str]]) -> list[Reward]:
+        return [self.reward(problem, response) for problem, response in answers]
+
+    def reward(self, problem: Problem, response: str) -> Reward:
+        boxed = extract(response)
+        if boxed is None:
+            return Reward(self.wrong, "no_answer")
+        if problem.verifier == "countdown":
+            outcome = VERIFIERS["countdown"](boxed, problem.answer, problem.numbers).value
+        else:
+            outcome = "correct" if boxed == problem.answer else "wrong"
+        return Reward(self.correct if outcome == "correct" else self.wrong, outcome, boxed)
+
+
+def train(folder: Path, recipe: str, *overrides: str, world: int = 1) -> int:
+    """Run (or resume) ``recipe`` below ``folder`` on ``world`` ranks; the exit code, or the first rank's exception."""
+    return gloo.run(_rank, world, folder, recipe, overrides, None)[0]
+
+
+def train_and_die(folder: Path, recipe: str, *overrides: str, after: int, world: int = 1) -> None:
+    """The same, but every rank gets SIGKILL when it begins the step after step ``after``."""
+    try:
+        gloo.run(_rank, world, folder, recipe, overrides, after)
+    except AssertionError as error:
+        if "died without a report" in str(error):
+            return
+        raise
+    raise AssertionError(f"the run ended before step {after + 1}")
+
+
+def _rank(rank: int, world: int, folder: Path, recipe: str, overrides: Sequence[str], die_after: int | None) -> int:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    module: Any = loop
+    module.RewardPool = Judge
+    real = loop.train_step
+
+    def train_step(run: loop.Run, watch: Any) -> Any:
+        if run.step == die_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(run, watch)
+
+    module.train_step = train_step
+    settings = [*SMALL, f'log.dir="{folder}"', 'name="run"', f"parallel.ranks_per_node={world}", *overrides]
+    return loop.run(load_config(RECIPES / recipe, settings))
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """What the run reported, without what depends on the machine's speed."""
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if not key.startswith(("time/", "speed/"))}
+        for line in lines
+    ]
+
+
+def contents(folder: Path, step: int) -> dict[str, str]:
+    """Every file of a checkpoint with its hash; torch's index holds a random identifier and is left out."""
+    manifest = folder / "run" / "checkpoints" / f"step_{step:06d}" / "MANIFEST.json"
+    files = json.loads(manifest.read_text())["files"]
+    return {name: record["sha256"] for name, record in files.items() if name != ".metadata"}
