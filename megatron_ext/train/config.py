@@ -51,6 +51,8 @@ class RolloutConfig(Section):
     top_p: Fraction = 1.0
     max_response_tokens: Positive = 3072
     batch_size: Positive = 256  # sequences decoded at once by one rank
+    dynamic_sampling: bool = False  # drop groups whose rewards are all equal and draw others in their place (DAPO)
+    max_generations: Positive = 10  # rounds of it in one step; then dropped groups fill the batch
 
 
 class RewardConfig(Section):
@@ -179,6 +181,11 @@ def check_layout(config: Config) -> None:
         faults.append(
             f"train.micro_batch_tokens: {config.train.micro_batch_tokens} cannot hold one sequence of "
             f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}; raise it to at least {longest}"
+        )
+    if config.rollout.dynamic_sampling and config.rollout.samples == 1:
+        faults.append(
+            "rollout.dynamic_sampling: keeps groups whose rewards differ, but rollout.samples is 1: raise "
+            "rollout.samples, or set rollout.dynamic_sampling = false"
         )
     if not config.data.train:
         faults.append("data.train: no training file is named; set data.train to a JSON Lines file")

@@ -1,4 +1,4 @@
-"""Problems to train on: load and check a JSON Lines file, encode prompts, decide the order.
+"""Problems to train on: load and check a JSON Lines file, encode prompts.
 
 A row has ``prompt``, ``answer`` and optionally ``id``, ``verifier``, ``numbers``; other keys are ignored. A row
 with a fault is left out and reported by row and field, or stops the run with ``strict``. A gold answer that the
@@ -9,7 +9,6 @@ every response to it would be scored wrong.
 from __future__ import annotations
 
 import json
-import random
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -155,63 +154,6 @@ def load_training_data(
         f"data: {data.train}: {rows.summary()}",
         f"data: prompts of at most {data.max_prompt_tokens} tokens: {prompts.summary()}",
     ]
-
-
-class DataOrder:
-    """Which problems each step takes: every epoch is a permutation of all problems, seeded by seed and epoch.
-
-    A step that reaches the end of an epoch goes on with the next one, so every problem comes once per epoch and
-    none is dropped; only such a step, or one with more prompts than there are problems, can hold a problem twice.
-    """
-
-    def __init__(self, num_problems: int, prompts_per_step: int, seed: int) -> None:
-        if min(num_problems, prompts_per_step) < 1:
-            raise ValueError(
-                f"DataOrder: expected at least one problem and one prompt per step, found {num_problems} and "
-                f"{prompts_per_step}"
-            )
-        self.num_problems, self.prompts_per_step, self.seed = num_problems, prompts_per_step, seed
-        self._enter(epoch=0, position=0)
-
-    @property
-    def epoch(self) -> int:
-        """The epoch of the next problem, counted from 0."""
-        return self._epoch
-
-    def next_indices(self) -> list[int]:
-        """The problems of the next step."""
-        taken: list[int] = []
-        while len(taken) < self.prompts_per_step:
-            end = self._position + self.prompts_per_step - len(taken)
-            taken += self._order[self._position : end]
-            if end < self.num_problems:
-                self._position = end
-            else:
-                self._enter(self._epoch + 1, 0)
-        return taken
-
-    def state_dict(self) -> dict[str, int]:
-        return {
-            "epoch": self._epoch,
-            "position": self._position,
-            "num_problems": self.num_problems,
-            "seed": self.seed,
-        }
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where ``state`` was taken. Raises ``ConfigError`` if it belongs to other data or another seed."""
-        for key, name in (("num_problems", "number of usable problems in data.train"), ("seed", "train.seed")):
-            if state[key] != getattr(self, key):
-                raise ConfigError(
-                    f"resume: the {name} is {getattr(self, key)}, the checkpoint's is {state[key]}: the order of the "
-                    "data would not continue. Resume with the checkpoint's data and seed, or start a new run"
-                )
-        self._enter(state["epoch"], state["position"])
-
-    def _enter(self, epoch: int, position: int) -> None:
-        self._epoch, self._position = epoch, position
-        self._order = list(range(self.num_problems))
-        random.Random(f"{self.seed}/{epoch}").shuffle(self._order)
 
 
 def _read_rows(path: Path) -> dict[int, str]:

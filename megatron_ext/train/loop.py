@@ -20,13 +20,14 @@ from megatron_ext.model.hf_config import read_architecture
 from megatron_ext.model.hf_weights import load_weights, stream_weights
 from megatron_ext.rollout.hf import HFEngine
 from megatron_ext.rollout.rewards import RewardPool
-from megatron_ext.train import checkpoint, parallel, rollouts
+from megatron_ext.train import checkpoint, parallel
 from megatron_ext.train.alarms import Alarms
 from megatron_ext.train.config import Config, ConfigError, hf_config
-from megatron_ext.train.data import DataOrder, load_training_data
+from megatron_ext.train.data import load_training_data
 from megatron_ext.train.manifest import differing_keys
 from megatron_ext.train.metrics import MetricsWriter, Watch, sample_record, token_texts, write_config
-from megatron_ext.train.rollouts import EncodedProblem
+from megatron_ext.train.order import DataOrder
+from megatron_ext.train.rollouts import EncodedProblem, Rollouts
 from megatron_ext.train.step import Learner
 from megatron_ext.types import Episode, TokenStats
 
@@ -56,6 +57,10 @@ class Run:
         """Stream the policy's weights to the engine, stamped with the number of steps they have seen."""
         policy = self.learner.policy
         self.engine.update_weights(stream_weights(policy.modules[0], policy.architecture), self.step)
+
+    def draw(self, count: int) -> list[EncodedProblem]:
+        """The next ``count`` problems."""
+        return [self.problems[i] for i in self.order.take(count, step=self.step)]
 
     def state(self) -> dict[str, Any]:
         return {
@@ -121,14 +126,14 @@ def run(config: Config) -> int:
 
 def train_step(run: Run, watch: Watch) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """One rollout step: sample, judge, update, sync."""
-    problems = [run.problems[i] for i in run.order.next_indices()]
-    episodes = rollouts.collect(run.config, run.engine, run.pool, problems, step=run.step, watch=watch)
+    rollouts = Rollouts(run.config, run.engine, run.pool, run.step, watch)
+    episodes, sampled = rollouts.collect(run.draw)
     stale = {e.sample.weight_version for e in episodes} - {run.step}
     if stale:
         raise RuntimeError(f"rollout: samples of weight versions {sorted(stale)}, expected {run.step} only")
     metrics, old = run.learner.step(episodes, watch)
     values, warnings = run.alarms.check(metrics)
-    metrics |= values
+    metrics |= sampled | values
     run.step += 1
     for line in warnings:
         _tell(f"step {run.step}: {line}")
@@ -171,7 +176,7 @@ def build(config: Config, pool: RewardPool) -> Run:
         engine=engine,
         pool=pool,
         problems=problems,
-        order=DataOrder(len(problems), config.rollout.prompts, config.train.seed),
+        order=DataOrder([range(len(problems))], seed=config.train.seed),
         alarms=Alarms(config.alarms),
     )
     loaded = checkpoint.load(

@@ -1,13 +1,25 @@
 """One step's prompts -> judged episodes of this data-parallel rank.
 
-The prompts of a mini-batch are dealt to the data-parallel ranks in equal contiguous shares. Within one copy
-of the model its tensor- and pipeline-parallel ranks sample and judge a part each and exchange the episodes,
-so that all of them train on the same ones.
+A prompt's place is its number in the step's order of data. Places are dealt to the data-parallel ranks in turn, so
+that a mini-batch (the next ``train.mini_batch_prompts`` places) has as many groups on each. Within one copy of the
+model its tensor- and pipeline-parallel ranks sample and judge a part each and exchange the episodes, so that all of
+them train on the same ones.
+
+Dynamic sampling (DAPO, arXiv 2503.14476): a group whose rewards are all equal has no advantage. It is dropped, and
+further prompts are drawn until ``rollout.prompts`` groups are left, in at most ``rollout.max_generations`` rounds. A
+round after the first draws as many prompts as the share of useful groups so far makes necessary. The step trains on
+the first useful groups in order of place, so the choice depends on seeds and rewards alone, not on the layout; those
+beyond the last one needed are lost, with their prompts. When the rounds are used up, the step's first dropped groups
+fill the gap (DAPO's code ends the run there): they add tokens without an advantage, and are counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch.distributed as dist
 
@@ -15,60 +27,143 @@ from megatron_ext.model import groups
 from megatron_ext.rollout.base import Request, RolloutEngine, Sampling
 from megatron_ext.rollout.rewards import RewardPool
 from megatron_ext.rollout.sampling import seed_of
-from megatron_ext.train.config import Config
+from megatron_ext.rollout.verify import Outcome
+from megatron_ext.train.config import Config, RolloutConfig
 from megatron_ext.train.metrics import Watch
 from megatron_ext.types import Episode, Problem
 
 EncodedProblem = tuple[Problem, tuple[int, ...]]
+Draw = Callable[[int], Sequence[EncodedProblem]]  # the next so many problems in the order of the data
+Verdict = Literal["useful", "right", "wrong"]  # right, wrong: rewards all equal
 
 
-def local_prompts(config: Config) -> list[int]:
-    """Positions in the step of this rank's prompts: its share of the first mini-batch, of the second, ..."""
-    share = config.train.mini_batch_prompts // config.parallel.data
-    first = groups.data().rank() * share
-    return [
-        start + first + i
-        for start in range(0, config.rollout.prompts, config.train.mini_batch_prompts)
-        for i in range(share)
-    ]
+@dataclass(frozen=True)
+class Rollouts:
+    """Where the responses of step ``step`` (counted from 0) come from and who judges them."""
+
+    config: Config
+    engine: RolloutEngine
+    pool: RewardPool
+    step: int
+    watch: Watch
+
+    def collect(self, draw: Draw) -> tuple[list[Episode], dict[str, float]]:
+        """The episodes this data-parallel rank trains on, in order of place and sample, and ``dynamic/*`` metrics.
+
+        A response's seed depends on the run's seed, the step and its place, not on the layout. Groups are numbered
+        from 0 in the order of the whole step's batch.
+        """
+        rollout = self.config.rollout
+        episodes = self.generate(draw(rollout.prompts), first=0)
+        if not rollout.dynamic_sampling:
+            return [episode for group in episodes.values() for episode in group], {}
+        verdicts = share_verdicts(episodes)
+        generations = 1
+        while verdicts.count("useful") < rollout.prompts and generations < rollout.max_generations:
+            more = self.generate(draw(num_to_draw(verdicts, rollout.prompts)), first=len(verdicts))
+            episodes |= more
+            verdicts += share_verdicts(more)
+            generations += 1
+        chosen = choose(verdicts, rollout.prompts)
+        own = exchange(episodes, chosen, self.config.train.mini_batch_prompts)
+        return own, {"dynamic/generations": float(generations)} | report(verdicts, rollout)
+
+    def generate(self, problems: Sequence[EncodedProblem], *, first: int) -> dict[int, list[Episode]]:
+        """``place -> group`` of this data-parallel rank's part of ``problems``, whose places begin at ``first``."""
+        data, group, rollout = groups.data(), groups.model(), self.config.rollout
+        mine = [place for place in range(first, first + len(problems)) if place % data.size() == data.rank()]
+        spots = [(place, sample) for place in mine for sample in range(rollout.samples)]
+        own = spots[group.rank() :: group.size()]
+        encoded = dict(enumerate(problems, first))
+        seed = self.config.train.seed
+        requests = [Request(encoded[place][1], seed_of(seed, self.step, place, sample)) for place, sample in own]
+        sampling = Sampling(rollout.temperature, rollout.top_p, rollout.max_response_tokens)
+        with self.watch.phase("rollout", total=len(own)) as phase:
+            samples = self.engine.generate(
+                requests,
+                sampling,
+                lambda done: phase.advance(len(done), tokens=group.size() * sum(len(s.response_ids) for s in done)),
+            )
+        with self.watch.phase("reward", total=len(own)) as phase:
+            answers = [(encoded[place][0], sample.text) for (place, _), sample in zip(own, samples, strict=True)]
+            rewards = self.pool.score(answers)
+            phase.advance(len(own))
+            judged = {
+                spot: Episode(encoded[spot[0]][0], spot[0], sample, reward)
+                for spot, sample, reward in zip(own, samples, rewards, strict=True)
+            }
+            everyone = gathered(judged, group)
+        return {place: [everyone[place, sample] for sample in range(rollout.samples)] for place in mine}
 
 
-def collect(
-    config: Config,
-    engine: RolloutEngine,
-    pool: RewardPool,
-    problems: Sequence[EncodedProblem],
-    *,
-    step: int,
-    watch: Watch,
-) -> list[Episode]:
-    """Sample and judge this data-parallel rank's responses, in order of prompt and sample.
+def verdict_of(group: Sequence[Episode]) -> Verdict:
+    """Whether a group's rewards, NaN left out, differ; if not, whether its responses are right."""
+    judged = [episode.reward for episode in group if not math.isnan(episode.reward.value)]
+    if len({reward.value for reward in judged}) > 1:
+        return "useful"
+    return "right" if judged and judged[0].outcome == Outcome.CORRECT else "wrong"
 
-    ``problems`` are all the prompts of the step. A response's seed depends on the run's seed, the step and its
-    place in the step, not on the layout.
-    """
-    group = groups.model()
-    rollout = config.rollout
-    places = [(prompt, sample) for prompt in local_prompts(config) for sample in range(rollout.samples)]
-    own = places[group.rank() :: group.size()]
-    requests = [
-        Request(problems[prompt][1], seed_of(config.train.seed, step, prompt, sample)) for prompt, sample in own
-    ]
-    sampling = Sampling(rollout.temperature, rollout.top_p, rollout.max_response_tokens)
-    with watch.phase("rollout", total=len(own)) as phase:
-        samples = engine.generate(
-            requests,
-            sampling,
-            lambda done: phase.advance(len(done), tokens=group.size() * sum(len(s.response_ids) for s in done)),
-        )
-    with watch.phase("reward", total=len(own)) as phase:
-        rewards = pool.score([(problems[prompt][0], s.text) for (prompt, _), s in zip(own, samples, strict=True)])
-        phase.advance(len(own))
-        episodes = {
-            place: Episode(problems[place[0]][0], place[0], sample, reward)
-            for place, sample, reward in zip(own, samples, rewards, strict=True)
-        }
-        parts: list[dict] = [{} for _ in range(group.size())]
-        dist.all_gather_object(parts, episodes, group=group)
-    everyone = {place: episode for part in parts for place, episode in part.items()}
-    return [everyone[place] for place in places]
+
+def share_verdicts(own: dict[int, list[Episode]]) -> list[Verdict]:
+    """The verdicts of one round's groups, all data-parallel ranks' together, in order of place."""
+    everyone = gathered({place: verdict_of(group) for place, group in own.items()}, groups.data())
+    return [everyone[place] for place in sorted(everyone)]
+
+
+def num_to_draw(verdicts: Sequence[Verdict], wanted: int) -> int:
+    """How many prompts should give the missing useful groups at the share so far, at most ``wanted``."""
+    useful = verdicts.count("useful")
+    return min(wanted, -(-(wanted - useful) * len(verdicts) // useful)) if useful else wanted
+
+
+def choose(verdicts: Sequence[Verdict], wanted: int) -> list[int]:
+    """The places of the first useful groups, then of the first others where those are too few, in order of place."""
+    by_use = sorted(range(len(verdicts)), key=lambda place: (verdicts[place] != "useful", place))
+    return sorted(by_use[:wanted])
+
+
+def deal(holders: Sequence[int], mini_batch: int, num_ranks: int) -> list[int]:
+    """Which rank trains on each chosen group: as many of each mini-batch on every rank, as few moved as possible."""
+    owners: list[int] = []
+    for start in range(0, len(holders), mini_batch):
+        part = holders[start : start + mini_batch]
+        room = Counter(dict.fromkeys(range(num_ranks), len(part) // num_ranks))
+        stays: list[int | None] = []
+        for rank in part:
+            stays.append(rank if room[rank] else None)
+            room[rank] -= room[rank] > 0
+        vacant = iter(sorted(room.elements()))
+        owners += [next(vacant) if rank is None else rank for rank in stays]
+    return owners
+
+
+def exchange(episodes: dict[int, list[Episode]], chosen: Sequence[int], mini_batch: int) -> list[Episode]:
+    """This rank's share of the ``chosen`` groups, numbered anew from 0; groups are whole on a rank."""
+    data = groups.data()
+    holders = [place % data.size() for place in chosen]
+    owners = deal(holders, mini_batch, data.size())
+    held = {number: episodes[place] for number, place in enumerate(chosen) if place in episodes}
+    leaving = {number: group for number, group in held.items() if owners[number] != data.rank()}
+    if owners != holders:
+        held |= gathered(leaving, data)
+    own = [number for number, owner in enumerate(owners) if owner == data.rank()]
+    return [replace(episode, group=number) for number in own for episode in held[number]]
+
+
+def report(verdicts: Sequence[Verdict], rollout: RolloutConfig) -> dict[str, float]:
+    """Shares of all the step's groups, and how many of the batch were dropped ones or were not needed."""
+    counts = Counter(verdicts)
+    return {
+        "dynamic/kept_share": counts["useful"] / len(verdicts),
+        "dynamic/all_right": counts["right"] / len(verdicts),
+        "dynamic/all_wrong": counts["wrong"] / len(verdicts),
+        "dynamic/filled": float(max(0, rollout.prompts - counts["useful"])),
+        "dynamic/surplus": float(max(0, counts["useful"] - rollout.prompts)),
+    }
+
+
+def gathered(own: dict[Any, Any], group: dist.ProcessGroup) -> dict[Any, Any]:
+    """The dictionaries of all ranks of ``group`` as one."""
+    parts: list[dict[Any, Any]] = [{} for _ in range(group.size())]
+    dist.all_gather_object(parts, own, group=group)
+    return {key: value for part in parts for key, value in part.items()}

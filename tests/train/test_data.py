@@ -1,4 +1,4 @@
-"""Data files: every fault is named by row and field, prompts are encoded, the order resumes bitwise."""
+"""Data files: every fault is named by row and field, prompts are encoded, golds are judged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_ext.rollout.rewards import RewardPool
 from megatron_ext.train.config import ConfigError
-from megatron_ext.train.data import DataOrder, encode_problems, encode_prompt, load_problems
+from megatron_ext.train.data import encode_problems, encode_prompt, load_problems
 from megatron_ext.types import Problem, Reward
 
 GOOD = {"prompt": "What is 2+2?", "answer": "4"}
@@ -212,45 +212,3 @@ def test_overlong_prompts_are_left_out_and_named():
     with pytest.raises(ConfigError, match=r"2 of 2 prompts are too long, 0 are left"):
         encode_problems(tokenizer(), problems, max_prompt_tokens=4)
     assert len(encode_problems(tokenizer(), problems, max_prompt_tokens=9, strict=True)[0]) == 2
-
-
-@pytest.mark.parametrize(("num_problems", "prompts_per_step"), [(10, 2), (10, 3), (7, 7), (5, 12), (1, 3)])
-def test_every_epoch_is_a_permutation(num_problems: int, prompts_per_step: int):
-    order = DataOrder(num_problems, prompts_per_step, seed=3)
-    steps = [order.next_indices() for _ in range(4 * num_problems)]
-    assert {len(step) for step in steps} == {prompts_per_step}
-    stream = [index for step in steps for index in step]
-    epochs = [stream[start : start + num_problems] for start in range(0, len(stream), num_problems)]
-    assert all(sorted(epoch) == list(range(num_problems)) for epoch in epochs)
-    assert order.epoch == 4 * prompts_per_step
-    if num_problems >= 7:
-        assert len({tuple(epoch) for epoch in epochs}) > 1
-
-
-def test_order_depends_on_the_seed_alone():
-    def stream(seed: int) -> list[list[int]]:
-        order = DataOrder(100, 30, seed)
-        return [order.next_indices() for _ in range(10)]
-
-    assert stream(1) == stream(1) != stream(2)
-
-
-@pytest.mark.parametrize("steps", [0, 1, 3, 10, 11])
-def test_order_resumes_where_it_was(steps: int):
-    order = DataOrder(20, 6, seed=5)
-    for _ in range(steps):
-        order.next_indices()
-    state = json.loads(json.dumps(order.state_dict()))
-    resumed = DataOrder(20, 6, seed=5)
-    resumed.load_state_dict(state)
-    assert [resumed.next_indices() for _ in range(20)] == [order.next_indices() for _ in range(20)]
-
-
-def test_order_refuses_another_run():
-    state = DataOrder(20, 6, seed=5).state_dict()
-    with pytest.raises(ConfigError, match="data.train is 21, the checkpoint's is 20"):
-        DataOrder(21, 6, seed=5).load_state_dict(state)
-    with pytest.raises(ConfigError, match="train.seed is 6, the checkpoint's is 5"):
-        DataOrder(20, 6, seed=6).load_state_dict(state)
-    with pytest.raises(ValueError, match="at least one problem"):
-        DataOrder(0, 6, seed=5)

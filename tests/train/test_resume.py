@@ -1,0 +1,56 @@
+"""A run that ends early and goes on leaves the bits of an uninterrupted one, whatever state its method keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ext import methods
+from megatron_ext.train.config import load_config
+from tests.train import whole_run
+
+CASES = {  # options at which the state of step 1 is not that of a new method
+    "aec": ["method.target=9.0", "method.c_max=0.5", "method.delta=0.05"],
+    "aer": ["method.alpha_0=0.05"],
+    "clip_cov": ["method.r=0.05", "method.w_low=0.01"],
+    "entropic": [],
+    "siren": ["method.coef=1.0"],
+}
+
+
+def recipe(name: str) -> str:
+    return f"{name}/{name}-tiny-cpu.toml"
+
+
+def test_every_method_with_state_is_here() -> None:
+    """Those with a critic beside their state have a test of their own."""
+    found = {name: methods.create({"name": name}) for name in methods.METHODS}
+    assert set(CASES) == {name for name, method in found.items() if method.state_dict() and not method.needs.value}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_method_goes_on_with_its_state(name: str, tmp_path: Path) -> None:
+    """As after a kill before the second checkpoint was sealed."""
+    assert whole_run.train(tmp_path, recipe(name), *CASES[name]) == 0
+    expected = whole_run.metrics(tmp_path), whole_run.contents(tmp_path, 2)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    saved = torch.load(checkpoints / "step_000001" / "state.pt", weights_only=True)["state"]["method"]
+    fresh = methods.create(load_config(whole_run.RECIPES / recipe(name), CASES[name]).method).state_dict()
+    assert saved.keys() == fresh.keys() and saved != fresh
+    (checkpoints / "step_000002" / "MANIFEST.json").unlink()
+    assert whole_run.train(tmp_path, recipe(name), *CASES[name]) == 0
+    assert (whole_run.metrics(tmp_path), whole_run.contents(tmp_path, 2)) == expected
+
+
+def test_dynamic_sampling_goes_on_where_it_drew_last(tmp_path: Path) -> None:
+    options = ("rollout.dynamic_sampling=true", "train.steps=3")
+    assert whole_run.train(tmp_path / "whole", recipe("clip_higher"), *options) == 0
+    whole_run.train_and_die(tmp_path / "killed", recipe("clip_higher"), *options, after=2)
+    assert whole_run.train(tmp_path / "killed", recipe("clip_higher"), *options) == 0
+    steps = whole_run.metrics(tmp_path / "whole")
+    assert all(step["group/equal_rewards"] == 0 or step["dynamic/filled"] > 0 for step in steps)
+    assert max(step["dynamic/generations"] for step in steps) > 1
+    assert whole_run.metrics(tmp_path / "killed") == steps
+    assert whole_run.contents(tmp_path / "killed", 3) == whole_run.contents(tmp_path / "whole", 3)
