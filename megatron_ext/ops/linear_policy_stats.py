@@ -109,16 +109,16 @@ class _LinearPolicyStatsFunction(torch.autograd.Function):
         windows = [part[1] for part in parts if part[1] is not None]
 
         window = Window.join(windows) if windows else None
-        outputs, saved, cut = finish(
+        outputs, cut, saved = finish(
             ctx, sums, window, _Recompute(everything, weight, shard, chunk), targets, scale, options
         )
         ctx.sequence_parallel, ctx.chunk = sequence_parallel, chunk
-        ctx.save_for_backward(hidden, weight, targets, scale, cut, saved)
+        ctx.save_for_backward(hidden, weight, targets, scale, cut, *saved)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden, weight, targets, scale, cut, saved = ctx.saved_tensors
+        hidden, weight, targets, scale, cut, *saved = ctx.saved_tensors
         options, shard = ctx.options, ctx.options.shard
         row, columns = row_gradient(saved, scale, cut, upstream, options), local_columns(targets, shard)
         everything = _all_rows(hidden, shard, ctx.sequence_parallel)

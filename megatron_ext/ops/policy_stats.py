@@ -97,14 +97,14 @@ class _PolicyStatsFunction(torch.autograd.Function):
         def logits_of(index: Tensor) -> Tensor:
             return logits[index, : shard.real]
 
-        outputs, saved, cut = finish(ctx, sums, window, logits_of, targets, scale, options)
+        outputs, cut, saved = finish(ctx, sums, window, logits_of, targets, scale, options)
         ctx.inplace = inplace
-        ctx.save_for_backward(logits, targets, scale, cut, saved)
+        ctx.save_for_backward(logits, targets, scale, cut, *saved)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
-        logits, targets, scale, cut, saved = ctx.saved_tensors
+        logits, targets, scale, cut, *saved = ctx.saved_tensors
         shard = ctx.options.shard
         row = row_gradient(saved, scale, cut, upstream, ctx.options)
         out = logits.detach() if ctx.inplace else torch.empty_like(logits)

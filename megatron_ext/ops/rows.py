@@ -18,12 +18,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_ext.ops.window import Window, block_maxima, in_nucleus, make_window, num_blocks, positions_above
+from megatron_ext.ops.window import (
+    Blocks,
+    Mass,
+    Window,
+    block_maxima,
+    in_nucleus,
+    make_window,
+    num_blocks,
+    positions_above,
+)
 
 BLOCK = 1 << 18  # elements worked on in cache: 1 MiB in fp32
-GROUP = 1 << 21  # elements whose few highest are then handled together
+GROUP = 1 << 21  # block maxima held at once: their rows share the search for the highest logits
 LOWEST = -1e30  # stands in for a minus infinity that would meet a zero
-SPARSE = 1 / 32  # share of a group's columns in the nucleus below which they are visited one by one
+SPARSE = 1 / 32  # share of a row's columns in the nucleus below which they are visited one by one
 
 
 class RowGradient(NamedTuple):
@@ -38,30 +47,38 @@ class RowGradient(NamedTuple):
     keep_equal: bool  # a logit equal to theta belongs to the nucleus
     cut: Tensor | None  # int64: the last local column equal to theta that belongs to the nucleus
     size: Tensor | None  # tokens in the nucleus over all ranks
+    blocks: Blocks | None  # where the forward found the highest logits of this shard, if it looked for them by blocks
 
-    def active(self) -> Tensor:
-        """The rows with a gradient through the nucleus."""
-        if self.nucleus is None:
-            return torch.empty(0, dtype=torch.int64)
-        return ((self.nucleus[0] != 0) | (self.nucleus[1] != 0)).nonzero()[:, 0]
+    def through_nucleus(self, columns: int) -> tuple[Tensor, Tensor]:
+        """``[T]`` twice: rows with a gradient through the nucleus whose nucleus is small and within the blocks at hand;
+        all the others with one."""
+        if self.nucleus is None or self.theta is None or self.size is None:
+            none = torch.zeros(len(self.a), dtype=torch.bool)
+            return none, none
+        active = ((self.nucleus[0] != 0) | (self.nucleus[1] != 0))[:, 0]
+        if self.blocks is None:
+            return torch.zeros_like(active), active
+        within = self.theta > self.blocks.maxima.amin(-1, keepdim=True)
+        few = active & (within & (self.size <= SPARSE * columns))[:, 0]
+        return few, active & ~few
 
     def rows(self, rows: slice) -> RowGradient:
         nucleus = None if self.nucleus is None else (self.nucleus[0][rows], self.nucleus[1][rows])
         part = [None if v is None else v[rows] for v in (self.b, self.theta, self.cut, self.size)]
         b, theta, cut, size = part
         fixed = self.maximum[rows], self.a[rows], b, self.at_target[rows]
-        return RowGradient(*fixed, nucleus, theta, self.keep_equal, cut, size)
+        blocks = None if self.blocks is None else self.blocks.rows(rows)
+        return RowGradient(*fixed, nucleus, theta, self.keep_equal, cut, size, blocks)
 
 
 def summarise(
-    logits: Tensor, column: Tensor, scale: Tensor, real: int, *, moment: bool, window: int | None, least: float = 0.0
+    logits: Tensor, column: Tensor, scale: Tensor, real: int, *, moment: bool, window: int | None, tail: float = 0.0
 ) -> tuple[Tensor, Window | None]:
     """``[T, 4]`` of (maximum, sum e^d, sum d e^d, logit of the target) and the highest logits of every row.
 
     ``column`` ``[T, 1]`` is the target's local column, -1 where it is another rank's; ``scale`` is 1 / temperature
     ``[T, 1]`` in the dtype of the arithmetic. Without ``moment`` the third number is 0; without ``window`` no highest
-    logits are returned. ``least`` is the share of the mass below which a token cannot be the crossing: it spares the
-    kernels work, and is not needed here.
+    logits are returned. ``tail`` is the share of the shard's mass that the window need not hold.
     """
     T, dtype = len(logits), scale.dtype
     sums = torch.zeros((T, 4), dtype=dtype, device=logits.device)
@@ -72,7 +89,7 @@ def summarise(
     at_target = logits.gather(1, column.clamp_min(0)).to(dtype)
     sums[:, 3:] = torch.where(column >= 0, at_target, -torch.inf)
     windows, scratch = [], _scratch(logits, dtype)
-    for group in _slices(0, T, GROUP // real):
+    for group in _slices(0, T, GROUP // num_blocks(real)):
         all_maxima = sums.new_empty((group.stop - group.start, num_blocks(real))) if window else None
         for rows in _slices(group.start, group.stop, BLOCK // real):
             x, d, e = _block(logits[rows], scratch)
@@ -88,7 +105,8 @@ def summarise(
             if moment:
                 sums[rows, 2] = e.mul_(d).sum(-1) * math.log(2)
         if all_maxima is not None and window:
-            windows.append(make_window(logits[group], all_maxima, sums[group, :1], window))
+            mass = Mass(sums[group, 1:2], scale[group], tail)
+            windows.append(make_window(logits[group], all_maxima, sums[group, :1], window, mass))
     return sums, Window.join(windows) if windows else None
 
 
@@ -99,15 +117,16 @@ def gradient(logits: Tensor, column: Tensor, scale: Tensor, real: int, row: RowG
         return
     logits, out = logits[:, :real], out[:, :real]
     scratch = _scratch(logits, scale.dtype)
-    for group in _slices(0, len(out), GROUP // real):
+    for group in _slices(0, len(out), GROUP // num_blocks(real)):
         part = row.rows(group)
-        index = part.active()
-        dense = part.size is not None and bool(part.size[index].sum() > SPARSE * real * len(part.size))
-        few = None if dense or not len(index) else _few(logits[group], index, column[group], scale[group], part)
-        for rows in _slices(group.start, group.stop, BLOCK // real):
-            _dense(logits[rows], column[rows], scale[rows], row.rows(rows), out[rows], scratch, nucleus=dense)
-        if few is not None:
-            at, value = few
+        few, many = part.through_nucleus(real)
+        for rows in _slices(0, len(few), BLOCK // real):
+            dense = bool(many[rows].any())
+            few[rows] &= not dense
+            at = slice(group.start + rows.start, group.start + rows.stop)
+            _dense(logits[at], column[at], scale[at], part.rows(rows), out[at], scratch, nucleus=dense)
+        if few.any():
+            at, value = _few(logits[group], few.nonzero()[:, 0], column[group], scale[group], part)
             out[group][at[0], at[1]] = value.to(out.dtype)
 
 
@@ -140,8 +159,8 @@ def _dense(
 
 def _few(logits: Tensor, index: Tensor, column: Tensor, scale: Tensor, row: RowGradient) -> tuple[Tensor, Tensor]:
     """Rows and columns of the nucleus' entries, and the whole gradient at each: it replaces the dense part's."""
-    assert row.theta is not None and row.nucleus is not None
-    at = positions_above(logits, index, row.theta, row.keep_equal, row.cut)
+    assert row.theta is not None and row.nucleus is not None and row.blocks is not None
+    at = positions_above(logits, index, row.blocks, row.theta, row.keep_equal, row.cut)
     which = at[0]
     numbers = torch.cat([row.maximum, scale, row.a + row.nucleus[0], row.nucleus[1], row.at_target], 1)
     if row.b is not None:

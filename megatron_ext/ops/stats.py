@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_ext.ops.collectives import all_gather
+from megatron_ext.ops.collectives import all_gather, group_size
 from megatron_ext.ops.nucleus import BLOCK, Rows, Rule, exchange, exchange_windows, search
 from megatron_ext.ops.rows import RowGradient
 from megatron_ext.ops.shard import VocabShard
-from megatron_ext.ops.window import Window, in_nucleus
+from megatron_ext.ops.window import Blocks, Window, in_nucleus
 
 NUCLEUS = ("nucleus_entropy", "nucleus_mass", "nucleus_size", "nucleus_logprob", "target_in_nucleus")
 DIFFERENTIABLE = ("logprob", "entropy", "nucleus_entropy", "nucleus_logprob")
@@ -59,9 +59,9 @@ class Options(NamedTuple):
     @property
     def summary(self) -> dict[str, Any]:
         """What the row work must compute: nothing that nobody asked for."""
-        # all tokens below the crossing together hold more than 1 - top_p, those of a share below least hold less
-        least = (1 - self.rule.top_p) / (2 * self.shard.vocab_size) if self.rule else 0.0
-        return {"moment": "entropy" in self.want, "window": self.window if self.rule else None, "least": least}
+        # what lies below the crossing holds about 1 - top_p of the whole mass: half of it is spread over the ranks
+        tail = (1 - self.rule.top_p) / (2 * group_size(self.shard.group)) if self.rule else 0.0
+        return {"moment": "entropy" in self.want, "window": self.window if self.rule else None, "tail": tail}
 
 
 def row_scale(temperature: float | Tensor, rows: int, like: Tensor) -> Tensor:
@@ -85,8 +85,8 @@ def finish(
     targets: Tensor,
     scale: Tensor,
     options: Options,
-) -> tuple[tuple[Tensor | None, ...], Tensor, Tensor | None]:
-    """From the row work to the outputs of a forward, the numbers its backward needs, and the tie cut.
+) -> tuple[tuple[Tensor | None, ...], Tensor | None, list[Tensor]]:
+    """From the row work to the outputs of a forward, the tie cut, and what its backward needs of every row.
 
     ``logits_of(index)`` gives a copy of the raw logits ``[len(index), shard.real]`` of any rows.
     """
@@ -101,7 +101,8 @@ def finish(
     ctx.options = options
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*[o for name, o in outputs.items() if o is not None and name not in options.grad])
-    return tuple(outputs.values()), saved_rows(rows, targets, cut, options, scale.dtype), cut
+    blocks = window.blocks if window is not None and any(name in NUCLEUS for name in options.grad) else None
+    return tuple(outputs.values()), cut, [saved_rows(rows, targets, cut, options, scale.dtype), *(blocks or ())]
 
 
 def search_uncertified(
@@ -154,7 +155,7 @@ def row_outputs(
 
 
 def saved_rows(rows: Rows, targets: Tensor, cut: Tensor | None, options: Options, dtype: torch.dtype) -> Tensor:
-    """``[T, 3 or 8]``: what :func:`row_gradient` needs."""
+    """``[T, 3 or 8]``: the numbers :func:`row_gradient` needs."""
     columns = [rows.maximum, rows.total, rows.entropy]
     if options.rule and any(name in NUCLEUS for name in options.grad):
         assert rows.theta is not None and rows.mass is not None
@@ -165,15 +166,16 @@ def saved_rows(rows: Rows, targets: Tensor, cut: Tensor | None, options: Options
 
 
 def row_gradient(
-    saved: Tensor, scale: Tensor, cut: Tensor | None, upstream: Sequence[Tensor | None], options: Options
+    saved: Sequence[Tensor], scale: Tensor, cut: Tensor | None, upstream: Sequence[Tensor | None], options: Options
 ) -> RowGradient:
-    """The backward's row numbers from the upstream gradients, in the order of :class:`PolicyStats`."""
+    """The backward's row numbers from what ``finish`` left and the upstream gradients, in the order of PolicyStats."""
     g = {
         name: value[:, None].to(scale.dtype)
         for name, value in zip(OUTPUTS, upstream, strict=True)
         if value is not None and name in options.grad
     }
-    maximum, total, entropy, *nucleus = saved.split(1, dim=1)
+    numbers, *places = saved
+    maximum, total, entropy, *nucleus = numbers.split(1, dim=1)
     a = at_target = g.get("logprob", torch.zeros_like(total))
     b = through_nucleus = theta = size = None
     if "entropy" in g:
@@ -190,9 +192,9 @@ def row_gradient(
         at_target = at_target + g_logprob
     local_cut = None if cut is None else cut - options.shard.start
     keep_equal = options.rule is not None and options.rule.keep_equal
-    return RowGradient(
-        maximum, -scale / total * a, b, scale * at_target, through_nucleus, theta, keep_equal, local_cut, size
-    )
+    blocks = Blocks(*places) if places else None
+    a, at_target = -scale / total * a, scale * at_target
+    return RowGradient(maximum, a, b, at_target, through_nucleus, theta, keep_equal, local_cut, size, blocks)
 
 
 def check(

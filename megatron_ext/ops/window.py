@@ -11,6 +11,7 @@ maxima, so no selection ever runs over the whole row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -20,12 +21,37 @@ STRIDE = 16  # columns of one block; block j of n holds columns j, j + n, j + 2n
 SMALL = 4096  # rows no wider than this are searched whole
 
 
+class Blocks(NamedTuple):
+    """The blocks of a row with the highest maxima, in any order: no other block has a higher one than the least here.
+
+    ``place`` ``[T, K]`` int32, which block; ``maxima`` ``[T, K]``.
+    """
+
+    place: Tensor
+    maxima: Tensor
+
+    def rows(self, rows: slice) -> Blocks:
+        return Blocks(self.place[rows], self.maxima[rows])
+
+
+class Mass(NamedTuple):
+    """What a window may leave out: ``tail`` of the shard's ``total`` ``[R, 1]``, masses being e^((x - max) * scale)."""
+
+    total: Tensor
+    scale: Tensor
+    tail: float
+
+
 @dataclass(frozen=True)
 class Window:
-    """``entries`` ``[T, K]`` logits descending, or ``[T, 2K]`` int16 counts of keys; ``floor`` ``[T, 1]``."""
+    """``entries`` ``[T, K]`` logits descending, or ``[T, 2K]`` int16 counts of keys; ``floor`` ``[T, 1]``.
+
+    ``blocks`` stay on this rank: where the window was found, for a backward that goes there again.
+    """
 
     entries: Tensor
     floor: Tensor
+    blocks: Blocks | None = None
 
     @property
     def keys(self) -> bool:
@@ -33,7 +59,9 @@ class Window:
 
     @staticmethod
     def join(parts: list[Window]) -> Window:
-        return Window(torch.cat([part.entries for part in parts]), torch.cat([part.floor for part in parts]))
+        chosen = [part.blocks for part in parts if part.blocks is not None]
+        blocks = Blocks(*(torch.cat(value) for value in zip(*chosen, strict=True))) if chosen else None
+        return Window(torch.cat([part.entries for part in parts]), torch.cat([part.floor for part in parts]), blocks)
 
     @staticmethod
     def empty(T: int, K: int, logits: torch.dtype, dtype: torch.dtype, device: torch.device) -> Window:
@@ -105,27 +133,51 @@ def block_maxima(x: Tensor, out: Tensor | None = None) -> Tensor:
     return maxima
 
 
-def make_window(logits: Tensor, maxima: Tensor, top: Tensor, K: int) -> Window:
-    """The window of rows ``[R, V]`` with their block maxima ``[R, n]`` and maximum ``[R, 1]``."""
-    reach = torch.full_like(top, -torch.inf)
-    if maxima.shape[1] > K:
-        block = _highest_blocks(maxima, K)
-        reach = maxima.gather(1, block).amin(-1, keepdim=True)
-        candidates = _members(logits, block, maxima.shape[1]).to(top.dtype)
-    else:
-        candidates = logits.to(top.dtype)
-    if logits.dtype == torch.bfloat16:
-        if candidates.shape[1] > 4 * K:  # counting costs more than leaving out
-            candidates = highest(candidates, 4 * K)
-            reach = torch.maximum(reach, candidates[:, -1:])
-        return _count(candidates, reach, top, K)
-    return _list(candidates, logits.shape[1] > K, K)
+def make_window(logits: Tensor, maxima: Tensor, top: Tensor, K: int, mass: Mass) -> Window:
+    """The window of rows ``[R, V]`` with their block maxima ``[R, n]`` and maximum ``[R, 1]``.
+
+    It ends where the mass of the highest maxima leaves no more than ``mass.tail``, or after K blocks.
+    """
+    V, n = logits.shape[1], maxima.shape[1]
+    if n <= K:
+        return _window(logits.to(top.dtype), torch.full_like(top, -torch.inf), top, K, logits.dtype)
+    index = _highest_blocks(maxima, K)
+    blocks = Blocks(index.int(), maxima.gather(1, index))
+    falling = highest(blocks.maxima, K)
+    held = ((falling - top) * mass.scale).exp_().cumsum(-1) < (1 - mass.tail) * mass.total
+    reach = falling.gather(1, (held.sum(-1, keepdim=True) + 1).clamp_max(K - 1))
+    row, place = (blocks.maxima >= reach).nonzero(as_tuple=True)
+    row, column = _members(row, index[row, place], n, V)
+    value = logits[row, column].to(top.dtype)
+    above = value > reach[row, 0]
+    return _window(_by_row(value[above], row[above], len(top)), reach, top, K, logits.dtype, blocks)
 
 
-def _list(candidates: Tensor, more: bool, K: int) -> Window:
+def _window(
+    candidates: Tensor, reach: Tensor, top: Tensor, K: int, logits: torch.dtype, blocks: Blocks | None = None
+) -> Window:
+    """The window from ``candidates`` ``[R, n]``; ``reach`` is the highest value that may be missing from them."""
+    if candidates.shape[1] > 2 * K:  # counting costs more than leaving out
+        candidates = highest(candidates, 2 * K, in_order=False)
+        reach = torch.maximum(reach, candidates.amin(-1, keepdim=True))
+    make = _count if logits == torch.bfloat16 else _list
+    window = make(candidates, reach, top, K)
+    return Window(window.entries, window.floor, blocks)
+
+
+def _by_row(value: Tensor, row: Tensor, R: int) -> Tensor:
+    """``[n] -> [R, longest]``: the values of every row (``row`` ascends), then minus infinity."""
+    count = torch.bincount(row, minlength=R)
+    place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+    rows = torch.full((R, int(count.max())), -torch.inf, dtype=value.dtype, device=value.device)
+    rows[row, place] = value
+    return rows
+
+
+def _list(candidates: Tensor, reach: Tensor, top: Tensor, K: int) -> Window:
     entries = highest(candidates, min(K, candidates.shape[1]))
     missing = entries.new_full((len(entries), K - entries.shape[1]), -torch.inf)
-    floor = entries[:, -1:] if more else entries.new_full((len(entries), 1), -torch.inf)
+    floor = torch.maximum(reach, entries[:, -1:]) if candidates.shape[1] > K else reach
     return Window(torch.cat([entries, missing], 1), floor)
 
 
@@ -156,13 +208,15 @@ def _highest_blocks(maxima: Tensor, k: int) -> Tensor:
     return torch.from_numpy(numpy.argpartition(maxima.numpy(), below, axis=-1)[:, below:])
 
 
-def highest(x: Tensor, k: int) -> Tensor:
-    """``[R, n] -> [R, k]``: the highest values in descending order."""
+def highest(x: Tensor, k: int, *, in_order: bool = True) -> Tensor:
+    """``[R, n] -> [R, k]``: the highest values, in descending order unless that does not matter."""
     if x.is_cuda:
-        return x.topk(k).values
+        return x.topk(k, sorted=in_order).values
     value, below = x.numpy(), x.shape[1] - k
     if below:
         value = numpy.partition(value, below, axis=-1)[:, below:]
+    if not in_order:
+        return torch.from_numpy(value)
     return torch.from_numpy(numpy.sort(value, axis=-1)).flip(1)
 
 
@@ -175,15 +229,14 @@ def ascending(x: Tensor) -> Tensor:
     return x
 
 
-def _members(x: Tensor, block: Tensor, n: int) -> Tensor:
-    """``[R, k] -> [R, k * stride]``: the logits of the chosen blocks, minus infinity past the row's end."""
-    if n == x.shape[1]:
-        return x.gather(1, block)
-    whole = n * (STRIDE - 1)
-    member = x[:, :whole].unflatten(1, (STRIDE - 1, n)).gather(2, block[:, None].expand(-1, STRIDE - 1, -1))
-    last = x.gather(1, (block + whole).clamp_max(x.shape[1] - 1))
-    last = last.masked_fill_(block + whole >= x.shape[1], -torch.inf)
-    return torch.cat([member.flatten(1), last], 1)
+def _members(row: Tensor, block: Tensor, n: int, V: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the entries of the given blocks ``[m]``, n of which make a row of V."""
+    if n == V:
+        return row, block
+    column = (block[:, None] + torch.arange(0, STRIDE * n, n, device=block.device)).flatten()
+    row = row[:, None].expand(-1, STRIDE).flatten()
+    inside = column < V
+    return row[inside], column[inside]
 
 
 def in_nucleus(x: Tensor, theta: Tensor, keep_equal: bool, column: Tensor, cut: Tensor | None) -> Tensor:
@@ -193,17 +246,16 @@ def in_nucleus(x: Tensor, theta: Tensor, keep_equal: bool, column: Tensor, cut: 
     return (x > theta) | ((x == theta) & (column <= cut))
 
 
-def positions_above(x: Tensor, index: Tensor, theta: Tensor, keep_equal: bool, cut: Tensor | None) -> Tensor:
-    """``[2, n]``: row and column of the entries of ``x`` ``[R, V]``, in the rows ``index``, that are in the nucleus."""
+def positions_above(
+    x: Tensor, index: Tensor, blocks: Blocks, theta: Tensor, keep_equal: bool, cut: Tensor | None
+) -> Tensor:
+    """``[2, n]``: row and column of the entries of ``x`` ``[R, V]``, in the rows ``index``, that are in the nucleus.
+
+    Every row's theta must be higher than the least of its blocks' maxima: nothing of its nucleus is then elsewhere.
+    """
     V, n = x.shape[1], num_blocks(x.shape[1])
-    maxima = torch.empty((len(index), n), dtype=x.dtype, device=x.device)
-    for i, row in enumerate(index.tolist()):
-        block_maxima(x[row : row + 1], maxima[i : i + 1])
-    row, column = (maxima >= theta[index]).nonzero(as_tuple=True)
+    row, place = (blocks.maxima[index] >= theta[index]).nonzero(as_tuple=True)
     row = index[row]
-    if n < V:
-        column = (column[:, None] + torch.arange(0, STRIDE * n, n, device=x.device)).flatten()
-        row = row[:, None].expand(-1, STRIDE).flatten()
-        row, column = row[column < V], column[column < V]
+    row, column = _members(row, blocks.place[row, place].long(), n, V)
     kept = in_nucleus(x[row, column], theta[row, 0], keep_equal, column, None if cut is None else cut[row, 0])
     return torch.stack([row[kept], column[kept]])

@@ -14,11 +14,12 @@ from tests.ops.cases import ALL, assert_values, language_like
 WIDE = 2 * windows.SMALL + 5  # wide enough for block maxima, and no multiple of their stride
 
 
-def window_of(logits: torch.Tensor, K: int) -> tuple[windows.Window, torch.Tensor]:
+def window_of(logits: torch.Tensor, K: int, tail: float = 0.0) -> tuple[windows.Window, torch.Tensor]:
     wide = logits.float()
     maxima = windows.block_maxima(wide)
     top = maxima.amax(-1, keepdim=True)
-    return windows.make_window(logits, maxima, top, K), top
+    total = (wide - top).exp().sum(-1, keepdim=True)
+    return windows.make_window(logits, maxima, top, K, windows.Mass(total, torch.ones_like(top), tail)), top
 
 
 @pytest.mark.parametrize("V", [7, 300, windows.SMALL, WIDE])
@@ -33,14 +34,27 @@ def test_block_maxima_cover_every_column(V):
 
 
 @pytest.mark.parametrize("V", [7, 300, WIDE])
-def test_a_list_is_the_highest_values_and_misses_none_above_its_floor(V):
+@pytest.mark.parametrize("tail", [0.0, 0.3])
+def test_a_list_is_every_value_above_its_floor_in_descending_order(V, tail):
     logits, _ = language_like(4, V)
-    window, _ = window_of(logits, 16)
-    expected = logits.sort(-1, descending=True).values[:, :16]
-    assert torch.equal(window.entries[:, : expected.shape[1]], expected)
-    assert torch.equal(window.entries[:, V:], torch.full((4, max(0, 16 - V)), -torch.inf))
-    assert ((logits > window.floor).sum(-1) <= 16).all()
+    window, _ = window_of(logits, 16, tail)
+    for row in range(4):
+        expected = logits[row][logits[row] > window.floor[row]].sort(descending=True).values
+        assert torch.equal(window.entries[row, : len(expected)], expected)
+        assert (window.entries[row, len(expected) :] == -torch.inf).all()
     assert (window.floor > -torch.inf).all() == (V > 16)
+
+
+def test_a_window_ends_where_the_tail_begins_and_holds_the_mass_above_it():
+    logits, _ = language_like(16, WIDE)
+    short, long = window_of(logits, 64, tail=0.1)[0], window_of(logits, 64)[0]
+    probability = logits.softmax(-1)
+    held = (probability * (logits > short.floor)).sum(-1)
+    full = long.floor == short.floor
+    assert (full[:, 0] | (held >= 0.9)).all()
+    assert (short.floor >= long.floor).all()
+    assert not full.all()
+    assert ((short.entries > -torch.inf).sum(-1) <= (long.entries > -torch.inf).sum(-1)).all()
 
 
 @pytest.mark.parametrize("V", [7, 300, WIDE])

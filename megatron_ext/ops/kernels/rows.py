@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_ext.ops.rows import RowGradient
-from megatron_ext.ops.window import Window, block_maxima, counted_window, make_window
+from megatron_ext.ops.window import Mass, Window, block_maxima, counted_window, make_window
 
 BLOCK = 4096  # columns a program handles at once
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -103,7 +103,7 @@ def _gradient_kernel(
 
 
 def summarise(
-    logits: Tensor, column: Tensor, scale: Tensor, real: int, *, moment: bool, window: int | None, least: float
+    logits: Tensor, column: Tensor, scale: Tensor, real: int, *, moment: bool, window: int | None, tail: float
 ) -> tuple[Tensor, Window | None]:
     """See rows.summarise. fp32 logits are listed by torch's own selection; bf16 logits are counted here."""
     T, device = len(logits), logits.device
@@ -117,7 +117,7 @@ def summarise(
     count = torch.zeros((T, max(keys, 1)), dtype=torch.int32, device=device)
     floor = torch.empty((T, 1), device=device)
     _summary_kernel[(T,)](
-        logits, logits.stride(0), column.contiguous(), scale.contiguous(), sums, count, floor, real, least,
+        logits, logits.stride(0), column.contiguous(), scale.contiguous(), sums, count, floor, real, tail / real,
         KEYS=keys, MOMENT=moment, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
     if not window:
@@ -125,7 +125,7 @@ def summarise(
     if keys:
         return sums, counted_window(count, floor, sums[:, :1])
     x = logits[:, :real]
-    return sums, make_window(x, block_maxima(x), sums[:, :1], window)
+    return sums, make_window(x, block_maxima(x), sums[:, :1], window, Mass(sums[:, 1:2], scale, tail))
 
 
 def gradient(logits: Tensor, column: Tensor, scale: Tensor, real: int, row: RowGradient, out: Tensor) -> None:
