@@ -108,12 +108,14 @@ def _dry_run(config: Config) -> int:
     from transformers import AutoTokenizer
 
     from megatron_ext.rollout.rewards import RewardPool
+    from megatron_ext.train.curriculum import data_order
     from megatron_ext.train.data import load_training_data
 
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     with RewardPool(config.reward.workers) as pool:
         encoded, lines = load_training_data(config, score=pool.score, tokenizer=tokenizer)
     print("\n".join(lines))
+    order = data_order(config, [problem for problem, _ in encoded])
     p, r, t = config.parallel, config.rollout, config.train
     responses = r.prompts * r.samples
     print(f"longest prompt: {max(len(ids) for _, ids in encoded)} tokens")
@@ -124,6 +126,10 @@ def _dry_run(config: Config) -> int:
         f"tokens; {r.prompts // t.mini_batch_prompts} updates of {t.mini_batch_prompts * r.samples} responses; "
         f"micro-batches of at most {t.micro_batch_tokens} tokens"
     )
+    if config.data.curriculum:
+        parts = zip(order.stages, order.starts, strict=True)
+        stages = [f"{len(stage)} problems from step {first + 1}" for stage, first in parts]
+        print(f"curriculum: {config.data.curriculum}: {', then '.join(stages)}")
     print(f"the run: {t.steps} steps = {t.steps * r.prompts / len(encoded):.1f} epochs -> {config.run_dir}")
     return 0
 

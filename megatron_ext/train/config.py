@@ -41,6 +41,8 @@ class DataConfig(Section):
     max_prompt_tokens: Positive = 1024
     strict: bool = False  # fail on a bad row instead of leaving it out with a report
     skip_unparsable_gold: bool = False  # leave such rows out too; by default they stop the run
+    curriculum: str = ""  # file of tools/semantic_entropy.py: train stage by stage, from certain to uncertain problems
+    stage_starts: list[Positive] = []  # first steps of its stages after the first; empty: equal shares of the run
 
 
 class RolloutConfig(Section):
@@ -137,20 +139,25 @@ class Config(Section):
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a recipe, its parents and ``key=value`` overrides (dotted keys, TOML values).
+    """Read a recipe, its parents and ``key=value`` overrides (dotted keys, TOML values), and check them.
 
-    Relative paths in ``model.path`` and ``data.train`` are tried from the current directory first,
-    then from the file that states them.
+    Relative paths in ``model.path``, ``data.train`` and ``data.curriculum`` are tried from the current directory
+    first, then from the file that states them.
     """
+    config = read_config(path, overrides)
+    check_layout(config)
+    return config
+
+
+def read_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """``load_config`` without the rules between fields."""
     merged = _read_chain(Path(path))
     for override in overrides or []:
         _apply_override(merged, override)
     try:
-        config = Config.model_validate(merged)
+        return Config.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(_readable(error, path)) from None
-    check_layout(config)
-    return config
 
 
 def check_layout(config: Config) -> None:
@@ -191,6 +198,7 @@ def check_layout(config: Config) -> None:
         faults.append("data.train: no training file is named; set data.train to a JSON Lines file")
     elif not Path(config.data.train).is_file():
         faults.append(f"data.train: no such file: {config.data.train}; give a path from here or from the recipe")
+    faults += _check_curriculum(config)
     faults += _check_model(config)
     if faults:
         raise ConfigError("\n".join(faults))
@@ -205,6 +213,19 @@ def hf_config(path: str | Path) -> dict[str, Any]:
             "(config.json, *.safetensors, tokenizer files)"
         )
     return json.loads(file.read_text())
+
+
+def _check_curriculum(config: Config) -> list[str]:
+    data = config.data
+    if data.stage_starts and not data.curriculum:
+        return ["data.stage_starts: there are no stages without data.curriculum; remove it, or name a curriculum"]
+    if data.curriculum and not Path(data.curriculum).is_file():
+        return [
+            f"data.curriculum: no such file: {data.curriculum}; make it from the initial policy with\n"
+            f"  python -m tools.semantic_entropy RECIPE --out {data.curriculum}\n"
+            'or train on the data in any order with data.curriculum = ""'
+        ]
+    return []
 
 
 def _check_model(config: Config) -> list[str]:
@@ -243,9 +264,10 @@ def _read_chain(path: Path) -> dict[str, Any]:
         own = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"recipe: {path} is not valid TOML: {error}") from None
-    for section, key in (("model", "path"), ("data", "train")):
+    for section, key in (("model", "path"), ("data", "train"), ("data", "curriculum")):
         value = own.get(section, {}).get(key)
-        if value and not Path(value).exists() and (path.parent / value).exists():
+        made_later = key == "curriculum"  # by a tool, where the recipe says
+        if value and not Path(value).exists() and (made_later or (path.parent / value).exists()):
             own[section][key] = os.path.normpath(path.parent / value)
     parent = own.pop("parent", None)
     return own if parent is None else _merge(_read_chain(path.parent / parent), own)

@@ -23,6 +23,7 @@ from megatron_ext.rollout.rewards import RewardPool
 from megatron_ext.train import checkpoint, parallel
 from megatron_ext.train.alarms import Alarms
 from megatron_ext.train.config import Config, ConfigError, hf_config
+from megatron_ext.train.curriculum import data_order
 from megatron_ext.train.data import load_training_data
 from megatron_ext.train.manifest import differing_keys
 from megatron_ext.train.metrics import MetricsWriter, Watch, sample_record, token_texts, write_config
@@ -35,7 +36,7 @@ FREE = (  # keys a resumed run may change one by one, besides whole sections (se
     *("train.steps", "train.micro_batch_tokens", "train.max_bad_steps", "rollout.batch_size", "name"),
     *("model.fused_head", "reward.workers", "reward.deadline_s", "reward.max_timeout_share"),
 )
-FREE_SECTIONS = ("parallel.", "checkpoint.", "log.", "alarms.", "data.train", "model.path")
+FREE_SECTIONS = ("parallel.", "checkpoint.", "log.", "alarms.", "data.train", "data.curriculum", "model.path")
 DONE, REQUEUE = 0, 75  # exit codes: finished; stopped by a signal with its state saved
 
 
@@ -133,7 +134,7 @@ def train_step(run: Run, watch: Watch) -> tuple[dict[str, float], list[dict[str,
         raise RuntimeError(f"rollout: samples of weight versions {sorted(stale)}, expected {run.step} only")
     metrics, old = run.learner.step(episodes, watch)
     values, warnings = run.alarms.check(metrics)
-    metrics |= sampled | values
+    metrics |= sampled | values | {"data/epoch": float(run.order.epoch), "data/stage": float(run.order.stage)}
     run.step += 1
     for line in warnings:
         _tell(f"step {run.step}: {line}")
@@ -149,6 +150,7 @@ def build(config: Config, pool: RewardPool) -> Run:
     np.random.seed(config.train.seed)
     method = methods.create(config.method)
     problems = _load_data(config, pool)
+    order = data_order(config, [problem for problem, _ in problems])
     layout: dict[str, Any] = {
         "dtype": getattr(torch, config.model.dtype),
         "fused_head": config.model.fused_head,
@@ -176,7 +178,7 @@ def build(config: Config, pool: RewardPool) -> Run:
         engine=engine,
         pool=pool,
         problems=problems,
-        order=DataOrder([range(len(problems))], seed=config.train.seed),
+        order=order,
         alarms=Alarms(config.alarms),
     )
     loaded = checkpoint.load(
