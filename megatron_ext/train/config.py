@@ -33,6 +33,7 @@ class ModelConfig(Section):
     path: str = ""  # directory with config.json, safetensors and tokenizer
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     fused_head: bool = False  # statistics from hidden states: the logits are never stored whole, 4 GEMMs instead of 3
+    offload_reference: bool = False  # the reference's weights wait in host memory between two uses
 
 
 class DataConfig(Section):
