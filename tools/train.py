@@ -55,12 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _check_method(config: Config) -> dict[str, Any]:
     """The configuration with the method's own defaults filled in; its options are checked here."""
-    from megatron_ext import methods  # brings torch: only when needed
+    from megatron_ext.train.objective import create_method  # brings torch: only when needed
 
-    try:
-        method = methods.create(config.method)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    method = create_method(config)
     options = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
     return config.model_dump() | {"method": {"name": config.method.get("name"), **options}}
 

@@ -11,7 +11,7 @@ returns. Everything that depends on more than one token (counts, quantiles, mean
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -78,10 +78,16 @@ class Method:
     """Base of all methods. Options are dataclass fields; fields with ``init=False`` are state, and are checkpointed."""
 
     aggregation: Aggregation = "token-mean"
+    group_relative: ClassVar[bool] = False  # advantages are relative to the group: a group of one has none
 
     @property
     def needs(self) -> Needs:
         return Needs()
+
+    @property
+    def updates_policy(self) -> bool:
+        """Whether the policy is updated in this step, once ``observe`` has seen it."""
+        return True
 
     def advantages(self, reward_B: Tensor, group_B: Tensor) -> Tensor:
         """Advantage per sequence, ``[B]``. All members of a group are on one data-parallel rank."""
@@ -113,6 +119,14 @@ class Method:
     def loss(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
         """Loss per token ``[T]``, already weighted: the mini-batch's loss is its sum."""
         raise NotImplementedError
+
+    def value_loss(self, batch: Batch, value: Tensor) -> Tensor:
+        """Loss of the critic's values ``[T]``, per token and weighted like ``loss``; asked for with ``needs.value``."""
+        raise NotImplementedError
+
+    def value_metrics(self, batch: Batch, value: Tensor) -> dict[str, Tensor]:
+        """Sums over the tokens of this split, as in ``metrics``."""
+        return {}
 
     def metrics(self, batch: Batch, stats: TokenStats, plan: Plan) -> dict[str, Tensor]:
         """Sums over the tokens of this split, to be added over splits and ranks.

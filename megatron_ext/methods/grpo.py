@@ -17,6 +17,7 @@ or a regulariser added to it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class GRPO(Method):
     clip_high: float = 0.2
     beta: float = 0.0  # coefficient of the KL to the reference model
     dual_clip: float | None = None
+    group_relative: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("clip_low", "clip_high", "beta"):

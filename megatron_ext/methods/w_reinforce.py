@@ -15,6 +15,7 @@ mirrored.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class WReinforce(GRPO):
     aggregation: Aggregation = "token-mean"
     positive: float = 0.1
     negative: float = 1.0
+    group_relative: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

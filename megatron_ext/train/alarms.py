@@ -2,7 +2,7 @@
 
     entropy_low      entropy/full below entropy_floor x that of the first step (collapse)
     entropy_high     entropy/full above entropy_ceiling x that of the first step (explosion)
-    not_finite       a metric of the step is NaN or infinite
+    not_finite       a loss, gradient, entropy, log-prob or reward of the step is NaN or infinite
     zero_advantage   more than zero_advantage_share of the responses have no advantage: nothing to learn from
 
 An alarm begins in the first step its condition holds and ends in the first it does not. The metrics get
@@ -20,6 +20,7 @@ from typing import Any
 from megatron_ext.train.config import AlarmsConfig
 
 ENTROPY, ZERO_ADVANTAGE = "entropy/full", "advantage/zero"
+MUST_BE_FINITE = ("loss/", "grad/", "entropy/", "logprob/", "reward/", "mismatch/")
 NAMES = ("entropy_low", "entropy_high", "not_finite", "zero_advantage")
 
 
@@ -62,7 +63,7 @@ class Alarms:
                 f"the first step's {first:.4g}: the policy dissolves; lower the method's entropy term or target, or "
                 "optimizer.lr"
             )
-        bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
+        bad = sorted(n for n, value in metrics.items() if n.startswith(MUST_BE_FINITE) and not math.isfinite(value))
         if bad:
             found["not_finite"] = (
                 f"{', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''} not finite: an update with such a gradient is "

@@ -161,3 +161,13 @@ def test_the_state_of_another_method_is_refused() -> None:
         methods.create({"name": "grpo"}).load_state_dict({"h_anchor": 0.5})
     with pytest.raises(ValueError, match=re.escape("SIREN keeps ['h_anchor'] but the checkpoint holds none")):
         methods.create({"name": "siren"}).load_state_dict({})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_group_relative_method_learns_nothing_from_single_responses(name: str) -> None:
+    method = methods.create({"name": name})
+    if not method.needs.value:  # a critic gives advantages of another kind
+        advantage = method.advantages(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0, 1, 2]))
+        assert bool((advantage == 0).all()) == method.group_relative
+    else:
+        assert not method.group_relative

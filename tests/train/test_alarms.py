@@ -41,7 +41,7 @@ def test_a_line_says_what_was_found_what_was_expected_and_what_to_do() -> None:
 
 def test_numbers_that_are_none_and_steps_without_a_signal() -> None:
     alarms = Alarms(AlarmsConfig(zero_advantage_share=0.5))
-    nan, inf = {"grad/norm": math.nan}, {"loss/total": -math.inf}
+    nan, inf = {"grad/norm": math.nan}, {"loss/total": -math.inf, "critic/explained_variance": math.nan}
     assert begun(alarms, step(math.nan), step(**nan), step(**inf), step(**inf, zero=0.6), step(zero=0.5)) == [
         ["not_finite"],  # an entropy that is not a number is nothing to compare with
         [],
