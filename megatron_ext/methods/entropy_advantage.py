@@ -6,7 +6,9 @@
 
 psi is added to negative advantages too, after the group normalisation, and nothing is normalised afterwards. With
 kappa > 1 it never turns a sign, and where A is 0 psi is 0. H_t is the full-vocabulary entropy of the current policy,
-a constant. The paper's rewards are +-1; kappa is 2, alpha .4 on GRPO (.1 on PPO). SIREN's copy has kappa 1.
+a constant. The paper's rewards are +-1; kappa is 2, alpha .4 on GRPO. SIREN's copy has kappa 1.
+
+On PPO (``entropy_advantage_ppo``) A is the whitened advantage of the critic (ppo.py) and alpha .1.
 
 There is no statistic: every split and layout gives the same loss.
 """
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from megatron_ext.methods.base import Needs, Plan
 from megatron_ext.methods.clip_higher import ClipHigher
+from megatron_ext.methods.ppo import PPO
 from megatron_ext.types import Batch, TokenStats
 
 
@@ -41,6 +44,11 @@ class EntropyAdvantage(ClipHigher):
         assert stats.entropy is not None
         advantage = super().advantage(batch, stats, plan)
         return advantage + psi(stats.entropy, advantage, alpha=self.alpha, kappa=self.kappa)
+
+
+@dataclass(kw_only=True)
+class PPOEntropyAdvantage(EntropyAdvantage, PPO):
+    alpha: float = 0.1
 
 
 def psi(entropy: Tensor, advantage: Tensor, *, alpha: float, kappa: float) -> Tensor:

@@ -15,7 +15,7 @@ import functools
 import io
 import pickle
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -38,6 +39,7 @@ from torch.distributed.checkpoint.state_dict_saver import save_state_dict
 
 from megatron_ext.train import manifest
 from megatron_ext.train.manifest import CheckpointError, Manifest
+from megatron_ext.train.trained import Trained
 
 T = TypeVar("T")
 _SHARDING = {
@@ -50,7 +52,7 @@ _STATE = "state.pt"
 
 @dataclass(frozen=True)
 class LoadedState:
-    """What ``load`` restored, besides model, optimizer and schedule which it filled in place.
+    """What ``load`` restored, besides models, optimizers and schedules which it filled in place.
 
     ``refused`` has a line for everything passed over or not restored; ``manifest`` knows layout and config.
     """
@@ -66,9 +68,7 @@ def save(
     root: Path,
     step: int,
     *,
-    model: list,
-    optimizer: Any,
-    scheduler: Any,
+    trained: Mapping[str, Trained],
     state: dict[str, Any],
     config: dict[str, Any],
     layout: dict[str, int],
@@ -77,12 +77,13 @@ def save(
     """Write the checkpoint of ``step`` below ``root``, commit it, and keep the ``keep`` newest valid ones.
 
     ``state`` holds plain Python values and tensors, the same on all ranks (rank 0's is stored); ``config``
-    is JSON-like. Random states are added here, per rank. ``model`` is the list of DDP-wrapped chunks.
+    is JSON-like. Random states are added here, per rank. ``trained`` is the policy, under that name, and the
+    other models that train; the names of their tensors start with theirs.
     Raises CheckpointError on all ranks when any of them fails; what was committed before stays.
     """
     partial = _on_first_rank("opening a checkpoint", lambda: manifest.open_partial(root, step))
     try:
-        _fill(partial, model=model, optimizer=optimizer, scheduler=scheduler, state=state)
+        _fill(partial, trained, state)
         files = _record(partial)
         path = _on_first_rank(
             "publishing the checkpoint",
@@ -96,8 +97,8 @@ def save(
     return path
 
 
-def load(root: Path, *, model: list, optimizer: Any, scheduler: Any, layout: dict[str, int]) -> LoadedState | None:
-    """Fill model, optimizer, schedule and random states from the newest valid checkpoint below ``root``.
+def load(root: Path, *, trained: Mapping[str, Trained], layout: dict[str, int]) -> LoadedState | None:
+    """Fill models, optimizers, schedules and random states from the newest valid checkpoint below ``root``.
 
     None if ``root`` never held a checkpoint. Random states are restored only under the layout that
     saved them; otherwise ``refused`` says so. Raises CheckpointError on all ranks if no checkpoint is
@@ -111,11 +112,12 @@ def load(root: Path, *, model: list, optimizer: Any, scheduler: Any, layout: dic
         _check_index(path / ".metadata")
         payload = torch.load(path / _STATE, map_location="cpu", weights_only=True)
         dist_checkpointing.load_common_state_dict(str(path))
-        _check_schedule(payload["scheduler"], scheduler.state_dict())
-    _restore(path, model, optimizer)
+        _check_schedule(payload["scheduler"], _schedules(trained))
+    _restore(path, trained)
     with _together(f"restoring the schedule of {path.name}"):
-        scheduler.num_steps = 0  # its load_state_dict adds the saved steps to those already made
-        scheduler.load_state_dict(payload["scheduler"])
+        for name, each in trained.items():
+            each.scheduler.num_steps = 0  # its load_state_dict adds the saved steps to those already made
+            each.scheduler.load_state_dict(payload["scheduler"][name])
     if layout == found.manifest.layout:
         _set_rng(payload["rng"][dist.get_rank()])
     else:
@@ -160,9 +162,9 @@ def load_model(path: Path, *, model: list) -> None:
         _fill_modules(model, loaded)
 
 
-def _fill(partial: Path, *, model: list, optimizer: Any, scheduler: Any, state: dict[str, Any]) -> None:
+def _fill(partial: Path, trained: Mapping[str, Trained], state: dict[str, Any]) -> None:
     with _together("collecting model and optimizer"):
-        tree = _sharded(model, optimizer, is_loading=False)
+        tree = {name: _sharded(name, each, is_loading=False) for name, each in trained.items()}
     with _together("planning the shards"):
         shards, common = save_preprocess(tree)
     with _together("writing the shards"):
@@ -171,16 +173,19 @@ def _fill(partial: Path, *, model: list, optimizer: Any, scheduler: Any, state: 
     dist.all_gather_object(rng, _rng(), group=_group())
     with _together("writing the state"):
         if dist.get_rank() == 0:
-            content = _safe_bytes({"state": state, "scheduler": scheduler.state_dict(), "rng": rng})
+            content = _safe_bytes({"state": state, "scheduler": _schedules(trained), "rng": rng})
             (partial / _STATE).write_bytes(content)
             TorchCommonSaveStrategy("torch", 1).save_common(common, partial)
             save_config(CheckpointingConfig("torch_dist", 1), str(partial))
 
 
-def _sharded(model: list, optimizer: Any, *, is_loading: bool) -> ShardedStateDict:
+def _sharded(name: str, each: Trained, *, is_loading: bool) -> ShardedStateDict:
     """Model and optimizer as Megatron's sharded state: what this rank holds of each global tensor."""
+    optimizer: Any = each.optimizer
     _allocate(optimizer)
-    tree = _sharded_model(model)
+    tree = _sharded_model(each.model.chunks)
+    if name != "policy":
+        add_prefix_for_sharding(tree, f"{name}.")
     with _padding_counted(optimizer):
         tree["optimizer"] = optimizer.sharded_state_dict(dict(tree), is_loading=is_loading, metadata=_SHARDING)
     return tree
@@ -265,9 +270,9 @@ def _record(partial: Path) -> dict[str, manifest.Record]:
     return {name: record for part in records for name, record in part.items()}
 
 
-def _restore(path: Path, model: list, optimizer: Any) -> None:
+def _restore(path: Path, trained: Mapping[str, Trained]) -> None:
     with _together("preparing model and optimizer"):
-        tree = _sharded(model, optimizer, is_loading=True)
+        tree = {name: _sharded(name, each, is_loading=True) for name, each in trained.items()}
     with _together(f"loading {path.name}"):
         result: Any = dist_checkpointing.load(
             tree, str(path), validate_access_integrity=False, strict=StrictHandling.RETURN_ALL
@@ -279,8 +284,9 @@ def _restore(path: Path, model: list, optimizer: Any) -> None:
         if faults:
             raise CheckpointError("\n".join(faults))
     with _together(f"restoring model and optimizer of {path.name}"):
-        _fill_modules(model, loaded)
-        _load_optimizer(optimizer, loaded["optimizer"])
+        for name, each in trained.items():
+            _fill_modules(each.model.chunks, loaded[name])
+            _load_optimizer(each.optimizer, loaded[name]["optimizer"])
 
 
 def _load_optimizer(optimizer: Any, saved: dict[str, Any]) -> None:
@@ -327,9 +333,14 @@ class _IndexReader(pickle.Unpickler):
         return found
 
 
+def _schedules(trained: Mapping[str, Trained]) -> dict[str, Any]:
+    return {name: each.scheduler.state_dict() for name, each in trained.items()}
+
+
 def _check_schedule(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Megatron's scheduler would silently go on with the saved rates, whatever this run's recipe says."""
-    differing = manifest.differing_keys({**saved, "num_steps": 0}, {**current, "num_steps": 0})
+    differing = manifest.differing_keys(saved, current)
+    differing = {key: values for key, values in differing.items() if not key.endswith(".num_steps")}
     if differing:
         lines = [f"schedule: {key}: saved with {old}, this run has {new}" for key, (old, new) in differing.items()]
         raise CheckpointError("\n".join(lines) + "\nresume with the saved values, or start a new run")

@@ -76,6 +76,12 @@ class OptimizerConfig(Section):
     clip_grad: Annotated[float, Field(gt=0)] = 1.0
 
 
+class CriticConfig(OptimizerConfig):
+    """Of methods with a critic: its optimizer and schedule."""
+
+    lr: Annotated[float, Field(gt=0)] = 2e-6
+
+
 class TrainConfig(Section):
     steps: Positive = 100  # rollout steps
     mini_batch_prompts: Positive = 128  # prompts per optimizer step
@@ -128,6 +134,7 @@ class Config(Section):
     reward: RewardConfig = RewardConfig()
     method: dict[str, Any] = {"name": "grpo"}  # checked against the method's own options by methods.create
     optimizer: OptimizerConfig = OptimizerConfig()
+    critic: CriticConfig = CriticConfig()
     train: TrainConfig = TrainConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

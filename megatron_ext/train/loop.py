@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
-from megatron_ext import host, methods
-from megatron_ext.model.build import Policy, build_optimizer, build_policy, build_reference, build_scheduler
+from megatron_ext import host
+from megatron_ext.model.build import build_policy, build_reference
+from megatron_ext.model.critic import build_critic
 from megatron_ext.model.hf_config import read_architecture
 from megatron_ext.model.hf_weights import load_weights, stream_weights
 from megatron_ext.rollout.hf import HFEngine
@@ -27,14 +28,17 @@ from megatron_ext.train.curriculum import data_order
 from megatron_ext.train.data import load_training_data
 from megatron_ext.train.manifest import differing_keys
 from megatron_ext.train.metrics import MetricsWriter, Watch, sample_record, token_texts, write_config
+from megatron_ext.train.objective import create_method
 from megatron_ext.train.order import DataOrder
+from megatron_ext.train.reference import Reference, identity
 from megatron_ext.train.rollouts import EncodedProblem, Rollouts
 from megatron_ext.train.step import Learner
+from megatron_ext.train.trained import Trained
 from megatron_ext.types import Episode, TokenStats
 
 FREE = (  # keys a resumed run may change one by one, besides whole sections (see check_resume)
     *("train.steps", "train.micro_batch_tokens", "train.max_bad_steps", "rollout.batch_size", "name"),
-    *("model.fused_head", "reward.workers", "reward.deadline_s", "reward.max_timeout_share"),
+    *("model.fused_head", "model.offload_reference", "reward.workers", "reward.deadline_s", "reward.max_timeout_share"),
 )
 FREE_SECTIONS = ("parallel.", "checkpoint.", "log.", "alarms.", "data.train", "data.curriculum", "model.path")
 DONE, REQUEUE = 0, 75  # exit codes: finished; stopped by a signal with its state saved
@@ -67,24 +71,33 @@ class Run:
         return {
             "method": self.learner.method.state_dict(),
             "order": self.order.state_dict(),
-            "bad_steps": self.learner.bad_steps,
+            "bad_steps": {name: each.bad_steps for name, each in self.learner.trained.items()},
             "alarms": self.alarms.state_dict(),
+            "reference": self.reference_identity(),
         }
 
     def load_state(self, step: int, state: dict[str, Any]) -> None:
+        if state["reference"] != self.reference_identity():
+            raise ConfigError(
+                f"resume: the reference model is not the checkpoint's: the weights in {self.config.model.path} differ; "
+                "restore model.path, or start a new run with another name"
+            )
         self.step = step
         self.learner.method.load_state_dict(state["method"])
         self.order.load_state_dict(state["order"])
-        self.learner.bad_steps = state["bad_steps"]
+        for name, each in self.learner.trained.items():
+            each.bad_steps = state["bad_steps"][name]
         self.alarms.load_state_dict(state["alarms"])
+
+    def reference_identity(self) -> str | None:
+        """Which weights the KL is taken to; None without a reference model."""
+        return None if self.learner.reference is None else identity(self.config.model.path)
 
     def save(self) -> None:
         checkpoint.save(
             self.config.run_dir / "checkpoints",
             self.step,
-            model=self.learner.policy.chunks,
-            optimizer=self.learner.optimizer,
-            scheduler=self.learner.scheduler,
+            trained=self.learner.trained,
             state=self.state(),
             config=self.config.model_dump(),
             layout=self.config.parallel.model_dump(),
@@ -148,7 +161,7 @@ def build(config: Config, pool: RewardPool) -> Run:
     torch.manual_seed(config.train.seed)
     random.seed(config.train.seed)
     np.random.seed(config.train.seed)
-    method = methods.create(config.method)
+    method = create_method(config)
     problems = _load_data(config, pool)
     order = data_order(config, [problem for problem, _ in problems])
     layout: dict[str, Any] = {
@@ -161,20 +174,19 @@ def build(config: Config, pool: RewardPool) -> Run:
     architecture = read_architecture(hf_config(config.model.path))
     policy = build_policy(architecture, **layout)
     load_weights(policy.modules[0], architecture, config.model.path)
-    reference: Policy | None = None
+    reference: Reference | None = None
     if method.needs.reference:
-        reference = build_reference(architecture, **layout)
-        load_weights(reference.modules[0], architecture, config.model.path)
-    o = config.optimizer
-    optimizer = build_optimizer(
-        policy, lr=o.lr, weight_decay=o.weight_decay, beta1=o.beta1, beta2=o.beta2, eps=o.eps, clip_grad=o.clip_grad
-    )
-    optimizer.reload_model_params()
-    scheduler = build_scheduler(optimizer, lr=o.lr, warmup_steps=o.warmup_steps, weight_decay=o.weight_decay)
+        frozen = build_reference(architecture, **layout)
+        load_weights(frozen.modules[0], architecture, config.model.path)
+        reference = Reference(frozen, device=host.device(), offload=config.model.offload_reference)
+    actor, critic = Trained.build(policy, config.optimizer), None
+    if method.needs.value:
+        value_model = build_critic(architecture, config.model.path, **layout)
+        critic = Trained.build(value_model, config.critic, section="critic")
     engine = HFEngine(config.model.path, batch_size=config.rollout.batch_size)
     run = Run(
         config=config,
-        learner=Learner(config, method, policy, optimizer, scheduler, reference),
+        learner=Learner(config, method, actor, critic, reference),
         engine=engine,
         pool=pool,
         problems=problems,
@@ -183,9 +195,7 @@ def build(config: Config, pool: RewardPool) -> Run:
     )
     loaded = checkpoint.load(
         config.run_dir / "checkpoints",
-        model=policy.chunks,
-        optimizer=optimizer,
-        scheduler=scheduler,
+        trained=run.learner.trained,
         layout=config.parallel.model_dump(),
     )
     if loaded is not None:

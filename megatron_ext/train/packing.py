@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from megatron_ext.types import PackedSequences
+
+Micros = list[tuple[list[int], PackedSequences]]  # of a mini-batch: the rows of each micro-batch, and its tokens
 
 
 def split(lengths: Sequence[int], budget: int, num_bins: int = 1) -> list[list[int]]:
@@ -61,3 +64,14 @@ def pack(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], *, multiple: 
         targets=torch.tensor(targets, dtype=torch.int64),
         response_lengths=tuple(len(response) for _, response in sequences),
     )
+
+
+def positions(micros: Micros) -> Tensor:
+    """Where each response token of the mini-batch stands in its micro-batches laid end to end, ``[T]``."""
+    starts: dict[int, tuple[int, int]] = {}
+    offset = 0
+    for rows, packed in micros:
+        for row, length in zip(rows, packed.response_lengths, strict=True):
+            starts[row] = (offset, length)
+            offset += length
+    return torch.cat([torch.arange(start, start + length) for _, (start, length) in sorted(starts.items())])

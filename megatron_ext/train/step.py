@@ -1,8 +1,11 @@
 """One training step: episodes in, updated policy and metrics out.
 
 old     = statistics of the policy that sampled, over the whole step        (no gradient)
-method.observe(step, old)                                                  anchors, controllers
-for each mini-batch:
+value   = the critic's values, where the method has one                     (no gradient)
+batch   = method.credit(step, value)                                        advantages, returns
+method.observe(batch, old)                                                  anchors, controllers
+for each mini-batch, where there is a critic: its update                    (critic.py)
+for each mini-batch, unless the method leaves the policy alone in this step:
     current = old while the policy has not moved, else a pass without gradient (if the method asks)
     plan    = method.prepare(mini-batch, current)                          whole-mini-batch statistics
     for each micro-batch: backward of sum(method.loss(micro-batch, statistics, plan))
@@ -11,89 +14,106 @@ for each mini-batch:
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_ext import host
-from megatron_ext.methods.base import Method, Needs, Plan, num_valid
+from megatron_ext.methods.base import Method, Needs, Plan, Reducer, num_valid
 from megatron_ext.model.build import Policy
 from megatron_ext.model.forward import forward, forward_backward
-from megatron_ext.train import packing, parallel
+from megatron_ext.train import critic, packing, parallel
 from megatron_ext.train.config import Config
 from megatron_ext.train.metrics import Watch
+from megatron_ext.train.packing import Micros
+from megatron_ext.train.reference import Reference
 from megatron_ext.train.summary import summarise
 from megatron_ext.train.token_weights import token_weights
-from megatron_ext.types import Batch, Episode, PackedSequences, TokenStats
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: gradients stay non-finite."""
+from megatron_ext.train.trained import Trained, totals
+from megatron_ext.types import Batch, Episode, TokenStats
 
 
 @dataclass
 class Learner:
-    """The policy with everything that changes it. ``step`` is the training step of the module's docstring."""
+    """The policy and the critic with what changes them. ``step`` is the training step of the module's docstring."""
 
     config: Config
     method: Method
-    policy: Policy
-    optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler
-    reference: Policy | None = None
-    bad_steps: int = 0
-    reduce: parallel.DataReducer = field(default_factory=parallel.DataReducer)
+    actor: Trained
+    critic: Trained | None = None
+    reference: Reference | None = None
+    reduce: Reducer = field(default_factory=parallel.DataReducer)
+
+    @property
+    def policy(self) -> Policy:
+        return self.actor.model
+
+    @property
+    def trained(self) -> dict[str, Trained]:
+        """All models that train, by name."""
+        return {"policy": self.actor} | ({} if self.critic is None else {"critic": self.critic})
 
     def step(self, episodes: Sequence[Episode], watch: Watch) -> tuple[dict[str, float], TokenStats]:
         """Train on this rank's episodes; metrics over all ranks and the old policy's statistics ``[T]``."""
         per_mini = len(episodes) * self.config.train.mini_batch_prompts // self.config.rollout.prompts
         minis = [list(range(i, i + per_mini)) for i in range(0, len(episodes), per_mini)]
         packed = [self.pack([episodes[i] for i in rows]) for rows in minis]
-        with watch.phase("old_logprob", total=len(minis)) as phase:
-            needs = self.method.needs
-            observed = replace(needs, entropy=True, nucleus_p=needs.nucleus_p or 0.8)
-            parts = []
-            for rows, micros in zip(minis, packed, strict=True):
-                parts.append(self.statistics(self.policy, micros, observed))
-                phase.advance(tokens=sum(len(episodes[i].sample.response_ids) for i in rows))
-            old = TokenStats(**{n: torch.cat([p.present()[n] for p in parts]) for n in parts[0].present()})
-            ref = None
-            if self.reference is not None:
-                ref = torch.cat([self.statistics(self.reference, micros, Needs()).logprob for micros in packed])
-        whole = self.weigh(self.batch(episodes, old, ref))
+        whole, old = self.look(episodes, packed, watch)
         metrics = summarise(whole, old, episodes, self.reduce)
         metrics |= self.method.observe(whole, old, self.reduce)
+        parts = [whole.rows(rows) for rows in minis]
+        batches = [(self.weigh(batch), position) for batch, position in parts]
         updates: Counter[str] = Counter()
-        with watch.phase("update", total=len(minis)) as phase:
-            for number, (rows, micros) in enumerate(zip(minis, packed, strict=True)):
-                batch, position = whole.rows(rows)
-                current = old.map(lambda value, position=position: value[position])
-                if number > 0:
-                    current = self.statistics(self.policy, micros, needs) if needs.current else None
-                updates.update(self.update(self.weigh(batch), current, micros))
-                phase.advance(tokens=len(batch.mask))
+        if self.critic is not None:
+            with watch.phase("critic", total=len(minis)) as phase:
+                for (batch, _), micros in zip(batches, packed, strict=True):
+                    updates.update(self.update_critic(self.critic, batch, micros))
+                    phase.advance(tokens=len(batch.mask))
+        if self.method.updates_policy:
+            with watch.phase("update", total=len(minis)) as phase:
+                for number, ((batch, position), micros) in enumerate(zip(batches, packed, strict=True)):
+                    current = old.map(lambda value, position=position: value[position])
+                    if number > 0:
+                        needs = self.method.needs
+                        current = self.statistics(self.policy, micros, needs) if needs.current else None
+                    updates.update(self.update(batch, current, micros))
+                    phase.advance(tokens=len(batch.mask))
         return metrics | {name: value / len(minis) for name, value in updates.items()}, old
 
-    def update(
-        self, batch: Batch, current: TokenStats | None, micros: list[tuple[list[int], PackedSequences]]
-    ) -> dict[str, float]:
+    def look(self, episodes: Sequence[Episode], packed: list[Micros], watch: Watch) -> tuple[Batch, TokenStats]:
+        """The whole step as the models see it before its first update: the batch with its advantages, statistics."""
+        needs = self.method.needs
+        observed = replace(needs, entropy=True, nucleus_p=needs.nucleus_p or 0.8)
+        ref = value = None
+        with watch.phase("old_logprob", total=len(packed)) as phase:
+            parts = []
+            for micros in packed:
+                parts.append(self.statistics(self.policy, micros, observed))
+                phase.advance(tokens=len(parts[-1].logprob))
+            old = TokenStats(**{n: torch.cat([p.present()[n] for p in parts]) for n in parts[0].present()})
+            if self.reference is not None:
+                with self.reference.present() as reference:
+                    ref = torch.cat([self.statistics(reference, micros, Needs()).logprob for micros in packed])
+            if self.critic is not None:
+                value = torch.cat([critic.values(self.critic, micros) for micros in packed])
+        return self.weigh(self.batch(episodes, old, ref, value)), old
+
+    def update(self, batch: Batch, current: TokenStats | None, micros: Micros) -> dict[str, float]:
         """One optimizer step on one mini-batch."""
         plan, values = self.gradients(batch, current, micros)
-        norm = self._apply()
-        lr = self.optimizer.param_groups[0]["lr"]
-        if math.isfinite(norm):
-            self.scheduler.step(1)
-        return values | plan.report | {"grad/norm": norm, "optimizer/lr": lr, "grad/skipped": 0.0 + (norm != norm)}
+        norm, lr = self.actor.update(self.config.train.max_bad_steps)
+        return values | plan.report | {"grad/norm": norm, "optimizer/lr": lr, "grad/skipped": float(norm != norm)}
 
-    def gradients(
-        self, batch: Batch, current: TokenStats | None, micros: list[tuple[list[int], PackedSequences]]
-    ) -> tuple[Plan, dict[str, float]]:
+    def update_critic(self, model: Trained, batch: Batch, micros: Micros) -> dict[str, float]:
+        """The same for the critic, whose loss needs nothing but the values."""
+        values = critic.gradients(model, self.method, batch, micros, self.reduce)
+        norm, lr = model.update(self.config.train.max_bad_steps)
+        return values | {"critic/grad_norm": norm, "critic/lr": lr, "critic/skipped": float(norm != norm)}
+
+    def gradients(self, batch: Batch, current: TokenStats | None, micros: Micros) -> tuple[Plan, dict[str, float]]:
         """Leave the gradient of the mini-batch's loss in the optimizer's buffers; the metrics of its tokens."""
         plan = self.method.prepare(batch, current, self.reduce)
         splits = [batch.rows(rows) for rows, _ in micros]
@@ -104,41 +124,16 @@ class Learner:
             part = plan.select(position)
             value = self.method.loss(micro, stats, part).sum()
             with torch.no_grad():
-                own = self.method.metrics(micro, stats.detach(), part) | {"loss/total": value.detach().clone()}
-                sums.append({name: x.double() for name, x in own.items()})
+                own = self.method.metrics(micro, stats.detach(), part)
+                sums.append(own | {"loss/total": value.detach().clone()})
             return value
 
-        for chunk in self.policy.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self.actor.zero_grad()
         temperature = self.config.rollout.temperature
-        results = forward_backward(self.policy, [p for _, p in micros], self.method.needs, temperature, loss)
-        total = {n: torch.stack([s[n] for s in sums]).sum() for n in sums[0]} if results is not None else None
-        total = parallel.from_last_stage(total)
-        reduced = self.reduce.sum(torch.stack(list(total.values()))).tolist()
-        counted = max(batch.num_tokens, 1)
-        return plan, {
-            name: value / (1 if name.startswith("loss/") else counted)
-            for name, value in zip(total, reduced, strict=True)
-        }
+        forward_backward(self.policy, [packed for _, packed in micros], self.method.needs, temperature, loss)
+        return plan, totals(sums, batch, self.reduce)
 
-    def _apply(self) -> float:
-        """Clip and step; a non-finite gradient skips the update on every rank, since its norm is everyone's."""
-        self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
-        if math.isfinite(norm):
-            self.optimizer.step()
-            self.bad_steps = 0
-            return norm
-        self.bad_steps += 1
-        if self.bad_steps >= self.config.train.max_bad_steps:
-            raise TrainingError(
-                f"the gradient was not finite in {self.bad_steps} updates in a row (train.max_bad_steps); "
-                "the last checkpoint is intact: lower optimizer.lr, or inspect metrics.jsonl"
-            )
-        return math.nan
-
-    def pack(self, episodes: Sequence[Episode]) -> list[tuple[list[int], PackedSequences]]:
+    def pack(self, episodes: Sequence[Episode]) -> Micros:
         """Micro-batches of a mini-batch: the rows of each and its packed tokens; as many on every rank."""
         sequences = [(e.sample.prompt_ids, e.sample.response_ids) for e in episodes]
         lengths = [len(prompt) + len(response) for prompt, response in sequences]
@@ -148,18 +143,20 @@ class Learner:
         multiple = self.config.parallel.tensor if self.config.parallel.sequence else 1
         return [(rows, packing.pack([sequences[i] for i in rows], multiple=multiple)) for rows in bins]
 
-    def statistics(self, policy: Policy, micros: list[tuple[list[int], PackedSequences]], needs: Needs) -> TokenStats:
+    def statistics(self, policy: Policy, micros: Micros, needs: Needs) -> TokenStats:
         """Statistics of a mini-batch without gradient, in the order of its tokens, on every stage."""
         results = forward(policy, [packed for _, packed in micros], needs, self.config.rollout.temperature)
         joined = None
         if results is not None:
-            order = _positions(micros).to(host.device())
+            order = packing.positions(micros).to(host.device())
             joined = {
                 name: torch.cat([part.present()[name] for part in results])[order] for name in results[0].present()
             }
         return TokenStats(**parallel.from_last_stage(joined))
 
-    def batch(self, episodes: Sequence[Episode], old: TokenStats, ref: Tensor | None) -> Batch:
+    def batch(
+        self, episodes: Sequence[Episode], old: TokenStats, ref: Tensor | None, value: Tensor | None = None
+    ) -> Batch:
         """The whole step on this rank with its advantages, not yet weighed."""
         to = host.device()
         lengths = torch.tensor([len(e.sample.response_ids) for e in episodes], device=to)
@@ -180,6 +177,7 @@ class Learner:
             truncated=torch.tensor([e.sample.truncated for e in episodes], device=to),
             num_sequences=0,
             num_tokens=0,
+            old_value=value,
         )
         return self.method.credit(batch, self.reduce)
 
@@ -196,15 +194,3 @@ class Learner:
             max_response_tokens=self.config.rollout.max_response_tokens,
         )
         return replace(batch, weight=weight, num_sequences=num_sequences, num_tokens=num_tokens)
-
-
-def _positions(micros: list[tuple[list[int], PackedSequences]]) -> Tensor:
-    """Where each token of the mini-batch stands in its micro-batches laid end to end, ``[T]``."""
-    starts: dict[int, tuple[int, int]] = {}
-    offset = 0
-    for rows, packed in micros:
-        lengths = packed.response_lengths
-        for row, length in zip(rows, lengths, strict=True):
-            starts[row] = (offset, length)
-            offset += length
-    return torch.cat([torch.arange(start, start + length) for _, (start, length) in sorted(starts.items())])

@@ -15,6 +15,7 @@ from megatron_ext.train import config as train_config
 from megatron_ext.train import parallel
 from megatron_ext.train.config import Config, ParallelConfig, RolloutConfig, TrainConfig
 from megatron_ext.train.step import Learner
+from megatron_ext.train.trained import Trained
 from tests import gloo, tiny
 from tests.methods.cases import OPTIONS
 from tests.train.test_invariance import gathered_gradients, moved, worst
@@ -51,7 +52,7 @@ def every_method(rank: int, world: int, path: str, layout: tuple[int, int, int])
     episodes = tiny.episodes()
     share = len(episodes) // data
     own = episodes[parallel.groups.data().rank() * share :][:share]
-    learner = Learner(config, methods.create({"name": "grpo"}), policy, optimizer, scheduler)
+    learner = Learner(config, methods.create({"name": "grpo"}), Trained(policy, optimizer, scheduler))
     micros = learner.pack(own)
     rules = {
         rule: learner.statistics(policy, micros, Needs(entropy=True, nucleus_p=0.8, nucleus=rule))

@@ -22,6 +22,7 @@ from megatron_ext.train import config as train_config
 from megatron_ext.train import parallel
 from megatron_ext.train.config import Config, ParallelConfig, RolloutConfig, TrainConfig
 from megatron_ext.train.step import Learner
+from megatron_ext.train.trained import Trained
 from tests import gloo, tiny
 
 TEMPERATURE = 0.8
@@ -60,7 +61,7 @@ def one_step(
     hf_weights.load_weights(policy.modules[0], architecture, path)
     optimizer = build.build_optimizer(policy, lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.99, eps=1e-8, clip_grad=1.0)
     scheduler = build.build_scheduler(optimizer, lr=1e-3, warmup_steps=0, weight_decay=0.1)
-    learner = Learner(config, methods.create(method), policy, optimizer, scheduler)
+    learner = Learner(config, methods.create(method), Trained(policy, optimizer, scheduler))
     if break_sum:
         learner.reduce.sum = lambda value: value  # the all-reduce left out
     learner.method.load_state_dict({"h_anchor": ANCHOR})

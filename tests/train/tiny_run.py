@@ -17,6 +17,7 @@ from megatron_ext.model.hf_config import Architecture
 from megatron_ext.model.hf_weights import stage_rules
 from megatron_ext.train import checkpoint, parallel
 from megatron_ext.train.config import ParallelConfig
+from megatron_ext.train.trained import Trained
 
 TINY = Architecture(
     name="Qwen2ForCausalLM",
@@ -60,6 +61,7 @@ class Run:
             self.policy, lr=lr, weight_decay=0.01, beta1=0.9, beta2=0.99, eps=1e-8, clip_grad=1.0
         )
         self.scheduler = build_scheduler(self.optimizer, lr=lr, warmup_steps=10, weight_decay=0.01)
+        self.trained = {"policy": Trained(self.policy, self.optimizer, self.scheduler)}
 
     def whole_values(self, seed: int) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
         """Every parameter with a value that is a part of the same whole tensor under every layout."""
@@ -90,9 +92,7 @@ class Run:
         return checkpoint.save(
             root,
             step,
-            model=self.policy.chunks,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
+            trained=self.trained,
             state=STATE if state is None else state,
             config=CONFIG,
             layout=self.layout,
@@ -105,9 +105,7 @@ class Run:
         return loaded
 
     def try_load(self, root: Path) -> checkpoint.LoadedState | None:
-        return checkpoint.load(
-            root, model=self.policy.chunks, optimizer=self.optimizer, scheduler=self.scheduler, layout=self.layout
-        )
+        return checkpoint.load(root, trained=self.trained, layout=self.layout)
 
     def whole(self) -> dict[str, torch.Tensor]:
         """Every parameter and every optimizer state as a whole Hugging Face tensor, gathered without

@@ -1,0 +1,71 @@
+"""The critic: the policy's architecture, layout and first weights, with a value head for the output layer.
+
+    v_s = w . h_s + b      h [S, D] after the final norm on the last pipeline stage, v in fp32
+
+The head is whole on every tensor-parallel rank and works on whole rows, so its gradient is whole as well, with or
+without sequence parallelism: ranks agree without an all-reduce. It starts at zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_ext import host
+from megatron_ext.model.build import Policy, build_module, wrap
+from megatron_ext.model.forward import hidden_rows, run_pipeline
+from megatron_ext.model.hf_config import Architecture
+from megatron_ext.model.hf_weights import load_weights
+from megatron_ext.types import PackedSequences
+
+ValueLoss = Callable[[int, Tensor], Tensor]  # (number of the micro-batch, its values [T]) -> scalar
+
+
+class ValueHead(torch.nn.Linear):
+    """``[..., D] -> [...]``, computed in fp32."""
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype):
+        super().__init__(hidden_size, 1, device=host.device(), dtype=dtype)
+        torch.nn.init.zeros_(self.weight)
+        torch.nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input.float(), self.weight.float(), self.bias.float())[..., 0]
+
+
+def build_critic(architecture: Architecture, path: str | Path, **layout: Any) -> Policy:
+    """This rank's part of the critic, ready for training, with the weights of the model directory ``path``.
+
+    Raises ValueError when they do not fit (hf_weights.py).
+    """
+    layout["fused_head"] = True  # it ends at hidden states
+    module: Any = build_module(architecture, **layout)
+    load_weights(module, architecture, path)
+    if module.post_process:
+        module.output_layer = ValueHead(architecture.hidden_size, module.config.params_dtype)
+    module.share_embeddings_and_output_weights = False
+    return wrap(architecture, [module])
+
+
+def values(critic: Policy, packed: Sequence[PackedSequences]) -> list[Tensor] | None:
+    """Without gradient: for each micro-batch the value ``[T]`` where each response token is predicted.
+
+    On the last pipeline stage; None on the others.
+    """
+    with torch.no_grad():
+        return run_pipeline(critic, packed, _reader(critic), loss=None)
+
+
+def values_backward(critic: Policy, packed: Sequence[PackedSequences], loss: ValueLoss) -> list[Tensor] | None:
+    """``values``, adding the gradient of the sum of all losses into Megatron's buffers (see ``forward_backward``)."""
+    return run_pipeline(critic, packed, _reader(critic), loss)
+
+
+def _reader(critic: Policy) -> Callable[[Tensor, PackedSequences], Tensor]:
+    head: Any = critic.modules[-1]
+    return lambda output, micro: head.output_layer(hidden_rows(critic, output, micro))
