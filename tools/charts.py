@@ -21,23 +21,25 @@ Values = Sequence[float | None]
 
 @dataclass(frozen=True)
 class Series:
-    """A named curve. ``color`` indexes the page's palette, ``dashed`` marks a target."""
+    """A named curve. ``color`` indexes the page's palette, ``dashed`` marks a target, ``band`` is a low and a high."""
 
     name: str
     values: Values
     color: int
     dashed: bool = False
+    band: tuple[Values, Values] | None = None
 
 
 def line_chart(steps: Sequence[int], series: Sequence[Series], *, percent: bool = False) -> str:
     """One line per series over ``steps``."""
-    present = [value for line in series for value in line.values if value is not None]
-    low, high = _range(present)
+    curves = [curve for line in series for curve in (line.values, *(line.band or ()))]
+    low, high = _range([value for curve in curves for value in curve if value is not None])
     axes = _Axes(steps[0], steps[-1], low, high)
     parts = [_frame(axes, percent)]
+    parts += [_band(axes, steps, line) for line in series if line.band]
     for line in series:
         style = f'stroke="var(--c{line.color % NUM_COLORS})"' + (' stroke-dasharray="5 4"' if line.dashed else "")
-        smooth = not line.dashed and len(steps) > SMOOTH_ABOVE
+        smooth = not line.dashed and line.band is None and len(steps) > SMOOTH_ABOVE
         if smooth:
             parts.append(f'<path class="raw" {style} d="{_path(axes, steps, line.values)}"/>')
         shown = moving_average(line.values) if smooth else line.values
@@ -168,6 +170,15 @@ def _path(axes: _Axes, steps: Sequence[int], values: Values) -> str:
         commands.append(f"{pen}{axes.x(step):.1f} {axes.y(value):.1f}")
         pen = "L"
     return "".join(commands)
+
+
+def _band(axes: _Axes, steps: Sequence[int], line: Series) -> str:
+    """The area between a curve's low and high, which have values at the same steps."""
+    assert line.band is not None
+    low, high = line.band
+    edge = [f"{axes.x(step):.1f} {axes.y(y):.1f}" for step, y in zip(steps, high, strict=True) if y is not None]
+    back = [f"{axes.x(step):.1f} {axes.y(y):.1f}" for step, y in zip(steps, low, strict=True) if y is not None]
+    return f'<path class="band" fill="var(--c{line.color % NUM_COLORS})" d="M{"L".join(edge + back[::-1])}Z"/>'
 
 
 def _svg(parts: Sequence[str]) -> str:

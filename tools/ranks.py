@@ -35,7 +35,7 @@ def run_ranks(
 
     ``master`` is ``host:port`` of node 0; on a single node a free local port serves.
     """
-    host, _, port = (master or f"127.0.0.1:{_free_port()}").rpartition(":")
+    host, _, port = (master or f"127.0.0.1:{free_port()}").rpartition(":")
     environment = {
         **os.environ,
         "WORLD_SIZE": str(nodes * ranks_per_node),
@@ -88,7 +88,7 @@ def _end(ranks: list[subprocess.Popen]) -> None:
             rank.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -28,7 +28,7 @@ svg { display:block; width:100%; overflow:visible } svg.intervals { width:220px 
 .tick { fill:var(--soft); font-size:10.5px; font-variant-numeric:tabular-nums }
 .line { fill:none; stroke-width:2; stroke-linejoin:round; stroke-linecap:round }
 .raw { fill:none; stroke-width:1; opacity:.3 }
-.area { opacity:.82 } .cursor { stroke:var(--ink); opacity:0; stroke-dasharray:2 3 }
+.area { opacity:.82 } .band { opacity:.16 } .cursor { stroke:var(--ink); opacity:0; stroke-dasharray:2 3 }
 .legend { display:flex; flex-wrap:wrap; gap:2px 14px; font-size:12.5px; color:var(--soft) }
 .legend b { color:var(--ink); font-weight:600; font-variant-numeric:tabular-nums }
 .key { display:inline-block; width:12px; height:4px; border-radius:2px; background:var(--key); margin-right:5px;
