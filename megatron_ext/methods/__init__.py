@@ -15,12 +15,13 @@ from megatron_ext.methods.clip_higher import ClipHigher
 from megatron_ext.methods.dmmpt import DMMPT
 from megatron_ext.methods.dr_grpo import DrGRPO
 from megatron_ext.methods.entropic import EntroPIC
-from megatron_ext.methods.entropy_advantage import EntropyAdvantage
+from megatron_ext.methods.entropy_advantage import EntropyAdvantage, PPOEntropyAdvantage
 from megatron_ext.methods.entropy_bonus import EntropyBonus
 from megatron_ext.methods.forking_tokens import ForkingTokens
 from megatron_ext.methods.grpo import GRPO
 from megatron_ext.methods.high_entropy_reward import HighEntropyReward
 from megatron_ext.methods.kl_cov import KLCov
+from megatron_ext.methods.ppo import PPO
 from megatron_ext.methods.sent import SENT
 from megatron_ext.methods.siren import SIREN
 from megatron_ext.methods.w_reinforce import NSR, PSR, WReinforce
@@ -29,6 +30,7 @@ METHODS: dict[str, type[Method]] = {
     "grpo": GRPO,
     "dr_grpo": DrGRPO,
     "clip_higher": ClipHigher,
+    "ppo": PPO,
     "entropy_bonus": EntropyBonus,
     "high_entropy_reward": HighEntropyReward,
     "clip_cov": ClipCov,
@@ -42,6 +44,7 @@ METHODS: dict[str, type[Method]] = {
     "siren": SIREN,
     "aer": AER,
     "entropy_advantage": EntropyAdvantage,
+    "entropy_advantage_ppo": PPOEntropyAdvantage,
     "entropic": EntroPIC,
     "sent": SENT,
 }

@@ -7,14 +7,13 @@
     L       = (1/N) sum_t max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)),  clip .2 / .28, no KL
     L_V     = (1/N) sum_t .5 max((v - G)^2, (V + clip(v - V, +-value_clip) - G)^2)
 
-V_t is the critic's value where response token t is predicted, before the step's first update; v the critic's value as
-it is updated, on the policy's own mini-batches. mean and var run over the valid tokens of the whole step and all ranks,
-N over those of the mini-batch: no split or layout changes the result. ``normalise = false`` leaves the whitening out.
-In the first ``critic_only_steps`` steps the policy is not updated; the steps begun are in the checkpoint.
-Groups play no part. The paper's rewards are +-1. Overlong shaping (clip_higher.py) is an option here too.
+V_t is the critic's value where response token t is predicted, before the step's first update; v its value as it is
+updated, on the policy's mini-batches and before the policy. mean and var run over the valid tokens of the whole step
+and all ranks, N over those of the mini-batch: no split or layout changes the result. ``normalise = false`` leaves the
+whitening out. In the first ``critic_only_steps`` steps the policy is not updated; the steps begun are in the
+checkpoint. Groups play no part. The paper's rewards are +-1. Overlong shaping (clip_higher.py) is an option here too.
 
-Differs from the authors' code (verl): there the loss of a micro-batch is the mean over its own tokens; the critic's
-mini-batches there all come before the policy's, which is the same, since A and G are fixed before.
+Differs from the authors' code (verl): there the loss of a micro-batch is the mean over its own tokens.
 """
 
 from __future__ import annotations
@@ -74,7 +73,8 @@ class PPO(ClipHigher):
         return super().observe(batch, stats, reduce) | {
             "critic/value": token_mean(batch.old_value, batch.mask, reduce),
             "critic/return": mean,
-            "critic/explained_variance": 1 - unexplained / variance if variance > 0 else math.nan,
+            # where all returns are equal but for rounding there is nothing to explain
+            "critic/explained_variance": 1 - unexplained / variance if variance > 1e-8 else math.nan,
         }
 
     def value_loss(self, batch: Batch, value: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "clip_cov": {"name": "clip_cov", "r": 0.05, "w_low": 0.1, "w_high": 3.0},
     "kl_cov": {"name": "kl_cov", "k": 0.2, "kl_coef": 0.7},
     "forking_tokens": {"name": "forking_tokens", "rho": 0.3, "overlong_max": 9, "overlong_buffer": 6},
+    "ppo": {"name": "ppo", "gamma": 0.9, "lam": 0.8, "value_clip": 0.2, "overlong_max": 9, "overlong_buffer": 6},
     "nsr": {"name": "nsr"},
     "psr": {"name": "psr"},
     "w_reinforce": {"name": "w_reinforce"},
@@ -55,6 +56,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "siren, authors": {"name": "siren", "coef": 0.7, "tau": 0.3, "nucleus": "below"},
     "aer": {"name": "aer", "alpha_0": 0.4, "rho": 0.6},
     "entropy_advantage": {"name": "entropy_advantage"},
+    "entropy_advantage_ppo": {"name": "entropy_advantage_ppo"},
     "entropic": {"name": "entropic", "target": 0.8, "threshold": 0.6},
     "entropic, authors": {"name": "entropic", "target": 0.8, "threshold": 0.6, "normaliser": "high"},
     "entropic, full": {"name": "entropic", "target": 0.8, "form": "full"},
@@ -65,13 +67,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Case:
-    """Packed tokens as in types.py; ``logits [T, V]`` is a leaf with gradient, ``old`` and ``ref`` are constants."""
+    """Packed tokens as in types.py; ``logits [T, V]`` is a leaf with gradient, ``old`` and ``ref`` are constants.
+
+    ``value [T]`` is a critic's, a leaf with gradient, and ``old_value`` what it was before the step.
+    """
 
     seed: int = 2
     rewards: Sequence[Sequence[float]] = REWARDS
     logits: Tensor = field(init=False)
     old: Tensor = field(init=False)
     ref: Tensor = field(init=False)
+    value: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         draw = torch.Generator().manual_seed(self.seed)
@@ -87,6 +93,8 @@ class Case:
         self.old = logits + 0.4 * normal(*shape)
         self.ref = logits + 0.8 * normal(*shape)
         self.logits = logits.requires_grad_()
+        self.old_value = normal(shape[0])
+        self.value = (self.old_value + 0.4 * normal(shape[0])).requires_grad_()
 
     @property
     def valid(self) -> list[int]:
@@ -189,6 +197,7 @@ def batch(case: Case, method: Method) -> Batch:
         truncated=torch.zeros(len(case.reward), dtype=torch.bool),
         num_sequences=num_sequences,
         num_tokens=num_tokens,
+        old_value=case.old_value if method.needs.value else None,
     )
     return method.credit(given, OneRank())
 
@@ -251,6 +260,8 @@ class Result:
     metrics: dict[str, float]
     methods: list[Method]  # one per rank, as they are after the step
     observed: dict[str, float]
+    value_loss: float
+    value_gradient: Tensor  # [T]
 
 
 def run(
@@ -264,26 +275,42 @@ def run(
     stats = statistics(case, case.logits, method.needs)
     everyone = [copy.deepcopy(method) for _ in shares]
 
-    def member(rank: int, reduce: Reducer) -> tuple[Tensor, Plan, list[dict[str, Tensor]], dict[str, float]]:
+    def member(rank: int, reduce: Reducer) -> tuple[Tensor, Plan, list[dict[str, Tensor]], dict[str, float], Tensor]:
         own = everyone[rank]
         part, position = whole.rows([i for i in range(len(case.reward)) if int(case.group[i]) in shares[rank]])
         part = own.credit(part, reduce)
         observed = own.observe(part, old.map(lambda value: value[position]), reduce)
         needs = own.needs
         plan = own.prepare(part, stats.detach().map(lambda v: v[position]) if needs.current else None, reduce)
-        losses, metrics = [], []
+        losses, metrics, value_losses = [], [], [case.value.sum() * 0]
         for start in range(0, len(part.reward), micro):
             small, at = part.rows(list(range(start, min(start + micro, len(part.reward)))))
             given = stats.map(lambda value, at=at: value[position][at])
             losses.append(own.loss(small, given, plan.select(at)).sum())
             metrics.append(own.metrics(small, given.detach(), plan.select(at)))
-        return torch.stack(losses).sum(), plan, metrics, observed
+            if own.needs.value:
+                value = case.value[position][at]
+                value_losses.append(own.value_loss(small, value).sum())
+                metrics[-1] |= own.value_metrics(small, value.detach())
+        return torch.stack(losses).sum(), plan, metrics, observed, torch.stack(value_losses).sum()
 
     results = Ranks(len(shares)).run(member)
     loss = torch.stack([r[0] for r in results]).sum()
     sums = [m for r in results for m in r[2]]
     metrics = {name: float(sum(m[name].double() for m in sums)) for name in sums[0]}
-    return Result(float(loss.detach()), case.gradient(loss), [r[1] for r in results], metrics, everyone, results[0][3])
+    value_loss = torch.stack([r[4] for r in results]).sum()
+    [value_gradient] = torch.autograd.grad(value_loss, case.value)
+    plans, observed = [r[1] for r in results], results[0][3]
+    return Result(
+        float(loss.detach()),
+        case.gradient(loss),
+        plans,
+        metrics,
+        everyone,
+        observed,
+        float(value_loss.detach()),
+        value_gradient,
+    )
 
 
 def close(found: Result, loss: Tensor, case: Case, rel: float = 1e-6) -> bool:

@@ -63,7 +63,7 @@ def every_method(rank: int, world: int, path: str, layout: tuple[int, int, int])
         method = learner.method = methods.create(OPTIONS[name] | TUNED.get(name, {}))
         current = rules[method.needs.nucleus]
         old = replace(current, logprob=moved(current.logprob, own))
-        batch = learner.weigh(learner.batch(own, old, current.logprob - 0.1))
+        batch = learner.weigh(learner.batch(own, old, current.logprob - 0.1, current.logprob / 4))
         report = method.observe(batch, current, learner.reduce)
         if name.startswith("siren"):
             method.load_state_dict({"h_anchor": 0.5})

@@ -24,6 +24,16 @@ PAPER: dict[str, dict[str, Any]] = {
     "clip_higher": {"aggregation": "token-mean", "clip_low": 0.2, "clip_high": 0.28, "overlong_buffer": 4096},
     "entropy_bonus": {"coef": 0.001},
     "high_entropy_reward": {"coef": 0.001, "rho": 0.2},
+    "ppo": {
+        "aggregation": "token-mean",
+        "clip_low": 0.2,
+        "clip_high": 0.28,
+        "gamma": 1.0,
+        "lam": 1.0,
+        "value_clip": 0.5,
+        "critic_only_steps": 10,
+        "beta": 0.0,
+    },
     "clip_cov": {"aggregation": "token-mean", "clip_low": 1, "clip_high": 1, "r": 2e-4, "w_low": 1, "w_high": 5},
     "kl_cov": {"aggregation": "token-mean", "k": 2e-3, "kl_coef": 1.0},
     "forking_tokens": {"aggregation": "token-mean", "clip_low": 0.2, "clip_high": 0.28, "rho": 0.2},
@@ -44,6 +54,7 @@ PAPER: dict[str, dict[str, Any]] = {
     },
     "aer": {"clip_high": 0.2, "tau": 0.4, "rho": 0.2, "eta": 0.005, "alpha_0": 0.0},
     "entropy_advantage": {"aggregation": "token-mean", "clip_high": 0.28, "alpha": 0.4, "kappa": 2.0, "beta": 0.0},
+    "entropy_advantage_ppo": {"clip_high": 0.28, "alpha": 0.1, "kappa": 2.0, "lam": 1.0, "critic_only_steps": 10},
     "entropic": {"clip_high": 0.2, "k_p": 1.0, "k_i": 0.01, "threshold": 0.95, "target": 0.1, "normaliser": "all"},
     "sent": {"clip_high": 0.2, "low_ratio": 0.8, "cov_ratio": 2e-4, "beta_low": 0.5, "beta_high": 2.0},
 }
@@ -107,6 +118,10 @@ def test_every_method_is_tested_and_has_a_recipe_of_its_own() -> None:
             {"name": "forking_tokens", "aggregation": "seq-mean-token-sum"},
             "method.aggregation: found 'seq-mean-token-sum'",
         ),
+        ({"name": "ppo", "lam": 1.1}, "method.lam: found 1.1, expected a number from 0 to 1"),
+        ({"name": "ppo", "gamma": 0.0}, "method.gamma: found 0.0, expected a discount above 0 and at most 1"),
+        ({"name": "ppo", "value_clip": 0.0}, "method.value_clip: found 0.0, expected a number above 0"),
+        ({"name": "ppo", "critic_only_steps": -1}, "method.critic_only_steps: found -1"),
         ({"name": "nsr", "negative": 0.0}, "method.negative: found 0.0"),
         ({"name": "aec", "target": 0.0}, "method.target: found 0.0, expected an entropy above 0, in nats"),
         ({"name": "aec", "c_0": 0.1}, "method.c_0: found 0.1, expected a number from 0 to c_max = 0.005"),
@@ -141,10 +156,13 @@ def test_a_resumed_method_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None
 
 
 STATEFUL = ["aec", "aer", "clip_cov", "entropic", "siren"]
+COUNTING = ["entropy_advantage_ppo", "ppo"]  # only the steps: test_ppo.py
 
 
 def test_the_methods_with_state_are_known() -> None:
-    assert sorted(name for name in METHODS if methods.create({"name": name}).state_dict()) == STATEFUL
+    assert sorted(name for name in METHODS if methods.create({"name": name}).state_dict()) == sorted(
+        STATEFUL + COUNTING
+    )
 
 
 @pytest.mark.parametrize("name", STATEFUL)

@@ -28,6 +28,8 @@ def test_no_split_changes_anything(name: str, case: Case) -> None:
         split = run(case, OPTIONS[name], shares=shares, micro=micro)
         assert split.loss == pytest.approx(whole.loss, rel=1e-9, abs=1e-12)
         assert distance(whole, split) < 1e-9
+        assert torch.allclose(split.value_gradient, whole.value_gradient, rtol=1e-9, atol=1e-12)
+        assert split.observed == pytest.approx(whole.observed, rel=1e-9, abs=1e-12)
         assert split.metrics == pytest.approx(whole.metrics, rel=1e-9, abs=1e-12)
         for member in split.methods:
             assert member.state_dict() == pytest.approx(whole.methods[0].state_dict(), rel=1e-12)
