@@ -14,7 +14,8 @@ would push it further. Integral and alpha are in the checkpoint. N counts all to
 
 Differs from the authors' code: ``normaliser = "high"`` divides the second form's control term by the number of
 high-probability tokens; ``scope = "micro_batch"`` recomputes alpha and moves the integral for every micro-batch on
-every rank, without anti-windup; then each rank has its own integral, and the checkpoint holds the first rank's.
+every rank, without anti-windup. There each rank keeps an integral of its own for ever; here all go on, after each
+mini-batch, with that of the first data-parallel rank's last pipeline stage: the run has one state, in the checkpoint.
 
 ``k_i = 0`` is P control; ``k_p = k_i = 0`` switches the control off and leaves GRPO. The paper's targets: .1 at
 temperature .6, .3 at 1, .4 for reasoning models.
@@ -106,3 +107,10 @@ class EntroPIC(GRPO):
         if self.form == "full":
             return plan.token["control"] * torch.sign(advantage) * self.policy_loss(batch, stats, plan)
         return -plan.token["control"] * log_ratio(stats.logprob, batch.old_logprob).exp() * advantage.abs()
+
+    def metrics(self, batch: Batch, stats: TokenStats, plan: Plan) -> dict[str, Tensor]:
+        own = super().metrics(batch, stats, plan)
+        if self.scope == "mini_batch":
+            return own
+        count = batch.mask.sum()  # means over tokens of what each micro-batch's loss has just been given
+        return own | {"entropic/alpha": self.alpha * count, "entropic/integral": self.integral * count}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ from torch import Tensor
 from megatron_ext import host
 from megatron_ext.model import groups
 from megatron_ext.train.config import ParallelConfig
+
+T = TypeVar("T")
 
 
 def initialize(layout: ParallelConfig, *, timeout_s: float = 600) -> None:
@@ -65,3 +68,12 @@ def from_last_stage(tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
     dist.broadcast_object_list(box, src=last, group=group)
     assert box[0] is not None
     return {name: value.to(host.device()) for name, value in box[0].items()}
+
+
+def from_first_copy(value: T) -> T:
+    """What the last stage of the first copy of the model holds, on every rank: a small Python object."""
+    box = [value]
+    for group, source in ((groups.pipeline(), -1), (groups.data(), 0)):
+        if group.size() > 1:
+            dist.broadcast_object_list(box, src=dist.get_process_group_ranks(group)[source], group=group)
+    return box[0]

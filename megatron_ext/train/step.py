@@ -131,6 +131,9 @@ class Learner:
         self.actor.zero_grad()
         temperature = self.config.rollout.temperature
         forward_backward(self.policy, [packed for _, packed in micros], self.method.needs, temperature, loss)
+        state = self.method.state_dict()
+        if state:  # a micro-batch's loss may have moved it, on the last stages only: a run has one state
+            self.method.load_state_dict(parallel.from_first_copy(state))
         return plan, totals(sums, batch, self.reduce)
 
     def pack(self, episodes: Sequence[Episode]) -> Micros:

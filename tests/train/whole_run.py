@@ -1,14 +1,17 @@
-"""Whole runs of the training loop in forked ranks of this process: a second each, nothing to start.
+"""Whole runs of the training loop in forked ranks of this process: under a second each, nothing to start.
 
-The tiny model, real rollouts and updates; the answers are judged here, by exact arithmetic, without the pool of
-verifier processes. What a run leaves behind is compared by ``metrics`` and ``contents``.
+The tiny model and 64 of its problems, real rollouts and updates; the answers are judged here, by exact arithmetic,
+without the pool of verifier processes. What a run leaves behind is compared by ``metrics`` and ``contents``.
 """
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
 import os
 import signal
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from tests import gloo
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = (
     *("rollout.prompts=4", "rollout.samples=4", "train.mini_batch_prompts=2", "train.steps=2", "checkpoint.every=1"),
-    *("log.tensorboard=false", "log.samples=0", "parallel.tensor=1", "parallel.ranks_per_node=1"),
+    *('name="run"', "log.tensorboard=false", "log.samples=0", "parallel.tensor=1", "parallel.ranks_per_node=1"),
 )
 
 
@@ -54,11 +57,13 @@ class Judge:
 
 def train(folder: Path, recipe: str, *overrides: str, world: int = 1) -> int:
     """Run (or resume) ``recipe`` below ``folder`` on ``world`` ranks; the exit code, or the first rank's exception."""
+    data()
     return gloo.run(_rank, world, folder, recipe, overrides, None)[0]
 
 
 def train_and_die(folder: Path, recipe: str, *overrides: str, after: int, world: int = 1) -> None:
     """The same, but every rank gets SIGKILL when it begins the step after step ``after``."""
+    data()
     try:
         gloo.run(_rank, world, folder, recipe, overrides, after)
     except AssertionError as error:
@@ -69,6 +74,7 @@ def train_and_die(folder: Path, recipe: str, *overrides: str, after: int, world:
 
 
 def _rank(rank: int, world: int, folder: Path, recipe: str, overrides: Sequence[str], die_after: int | None) -> int:
+    gc.freeze()  # Megatron collects garbage at every save: not all that the parent imported
     os.environ["HF_HUB_OFFLINE"] = "1"
     module: Any = loop
     module.RewardPool = Judge
@@ -80,8 +86,17 @@ def _rank(rank: int, world: int, folder: Path, recipe: str, overrides: Sequence[
         return real(run, watch)
 
     module.train_step = train_step
-    settings = [*SMALL, f'log.dir="{folder}"', 'name="run"', f"parallel.ranks_per_node={world}", *overrides]
-    return loop.run(load_config(RECIPES / recipe, settings))
+    own = (f'data.train="{data()}"', 'data.curriculum=""', f'log.dir="{folder}"', f"parallel.ranks_per_node={world}")
+    return loop.run(load_config(RECIPES / recipe, [*SMALL, *own, *overrides]))
+
+
+@functools.cache
+def data() -> Path:
+    """The first 64 problems of the tiny task."""
+    path = Path(tempfile.mkdtemp(prefix="tiny-")) / "train.jsonl"
+    lines = (RECIPES / "tiny" / "data" / "train.jsonl").read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:64]))
+    return path
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
