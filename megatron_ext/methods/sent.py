@@ -7,7 +7,7 @@
     L      = L_GRPO + mean_i mean_t b_t KL_t(pi || ref)                       KL_t: GRPO's k3 estimate
 
 Entropy and logp are the current policy's, full vocabulary, constants of the selection. The curriculum by semantic
-entropy, SENT's other part, is the data's order and not part of the loss.
+entropy, SENT's other part, is the order of the data: ``data.curriculum``, made by tools/semantic_entropy.py.
 
 Scope. T_low, T_high and the means are over the whole mini-batch on all ranks, ties by the token's key
 (selection.py); ``scope = "micro_batch"``: over each micro-batch, as in the authors' code.

@@ -1,0 +1,123 @@
+"""The table of all methods, made from the methods themselves.
+
+    python -m tools.methods            print it
+    python -m tools.methods --write    put it between the markers in recipes/README.md
+
+A row's paper and description are the first line of the method's file, its options those it adds to GRPO or whose
+default differs, its needs those of its defaults. Exit codes: 0 done, 2 recipes/README.md has no markers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+
+from megatron_ext.methods import METHODS, create
+from megatron_ext.methods.base import Method, Needs
+from megatron_ext.methods.grpo import GRPO
+
+README = Path(__file__).parents[1] / "recipes" / "README.md"
+BEGIN, END = "<!-- begin: python -m tools.methods --write -->", "<!-- end -->"
+COLUMNS = ("`method.name`", "what it is", "paper", "options", "needs", "state", "groups", "recipe")
+
+
+def table() -> str:
+    """All methods in Markdown, in the order of METHODS."""
+    lines = [_row(COLUMNS), _row("---" for _ in COLUMNS)]
+    return "\n".join([*lines, *(_row(cells(name)) for name in METHODS)])
+
+
+def cells(name: str) -> list[str]:
+    method, cls = create({"name": name}), METHODS[name]
+    title, papers = headline(cls)
+    recipe = f"{name}/{name}-tiny-cpu.toml"
+    return [
+        f"`{name}`",
+        title,
+        ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in papers),
+        ", ".join(f"`{option.name} = {_value(option)}`" for option in own_options(cls)),
+        ", ".join(needed(method.needs)),
+        ", ".join(f"`{state}`" for state in method.state_dict()),
+        "relative" if method.group_relative else "no part",
+        f"[{recipe}]({recipe})",
+    ]
+
+
+def headline(cls: type[Method]) -> tuple[str, list[str]]:
+    """What the first line of the method's file says: its description, and the papers it names."""
+    module = inspect.getmodule(cls)
+    assert module is not None and module.__doc__ is not None
+    first = module.__doc__.partition("\n")[0]
+    found = re.fullmatch(r"(.+?) \((.*arXiv.*)\)\.", first)
+    assert found is not None, f"{module.__name__}: expected 'Name: what it is (arXiv 2501.00001).', found {first!r}"
+    return found[1], list(dict.fromkeys(re.findall(r"\d{4}\.\d{5}", found[2])))
+
+
+def own_options(cls: type[Method]) -> list[Field]:
+    """The options that GRPO does not have or has with another default; GRPO's own are its own."""
+    common = {} if cls is GRPO else {option.name: option.default for option in fields(GRPO)}
+    return [o for o in fields(cls) if o.init and not (o.name in common and common[o.name] == o.default)]
+
+
+def needed(needs: Needs) -> list[str]:
+    """The statistics and models that the method's defaults ask for, in words."""
+    words = []
+    if needs.entropy:
+        words.append("entropy with gradient" if needs.entropy_grad else "entropy")
+    if needs.nucleus_p is not None:
+        words.append("nucleus entropy with gradient" if needs.nucleus_grad else "nucleus entropy")
+    if needs.current:
+        words.append("a pass before each update")
+    return words + ["reference model"] * needs.reference + ["critic"] * needs.value
+
+
+def write(path: Path) -> bool:
+    """Put the table between the markers; whether the file changed. Raises ValueError without markers."""
+    before, begin, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(
+            f"{path}: expected the markers {BEGIN} and {END}, found none; add them where the table belongs"
+        )
+    text = f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    changed = text != path.read_text()
+    path.write_text(text)
+    return changed
+
+
+def _value(option: Field) -> str:
+    assert option.default is not MISSING
+    if option.default is None:
+        return "none"
+    return str(option.default).lower() if isinstance(option.default, bool) else repr(option.default)
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cell or '-' for cell in cells)} |"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.methods", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="write it into recipes/README.md")
+    options = parser.parse_args(arguments)
+    if not options.write:
+        print(table())
+        return 0
+    try:
+        changed = write(README)
+    except (OSError, ValueError) as error:
+        print(f"methods: {error}", file=sys.stderr)
+        return 2
+    print(f"{README}: {'written' if changed else 'up to date'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
