@@ -21,6 +21,7 @@ from tools.report import page
 from tools.tabular import SETTINGS, Curve, simulate
 
 BASELINE = "grpo"
+ENTROPIC = "entropic"  # the family with figures of its own
 TABLE_POINTS = 200  # of a tabular curve's steps
 NO_WRAP = 'style="white-space:nowrap;padding:6px 9px"'
 
@@ -58,7 +59,7 @@ def write(plan: Plan, folder: Path, out: Path) -> tuple[Path, Path]:
         f'<h1>The lab</h1><p class="sub">{escape(summary(plan, results))}</p>',
         "<h2>Claims</h2>", claims_table(decided),
         "<h2>Methods</h2>", html_table(method_rows(results)), f'<p class="sub">{escape(TABLE_NOTE)}</p>',
-        *(family_figures(plan, results, name, figures) for name in plan.families),
+        *(family_figures(plan, results, name, figures) for name in plan.families if name != ENTROPIC),
         controllers(results, figures),
         entropic(results, folder, figures),
         tabular(table, figures),
@@ -88,9 +89,10 @@ def summary(plan: Plan, results: Results) -> str:
 # --- table ---
 
 TABLE_NOTE = (
-    "Mean ± standard deviation over seeds. Entropy, reward and length: mean over the last third of the steps (reward "
-    "as the share of right answers). Target: distance of the late mean from the method's own target. avg, maj, pass: "
-    "held-out problems after training. Time: median seconds of a step relative to grpo's of the same lab."
+    "Mean ± standard deviation over seeds. Entropy, reward (the share of right answers) and length: mean over the last "
+    "third of the steps. Target: distance of the late mean from the method's own target. avg, maj, pass: held-out "
+    "problems after training. Time: median seconds of a step per prompt, relative to grpo's of the same lab. Alarm: "
+    "what lasted in most late steps of a seed."
 )
 
 
@@ -99,10 +101,12 @@ def method_rows(results: Results) -> list[list[str]]:
     every = list(results.runs.values())
     evaluations = [result.seeds[0].evaluation for result in every] + ([results.base] if results.base else [])
     metrics = list(evaluations[0]["metrics"]) if evaluations else []
-    rows = [["run", "seeds", "reward", "entropy", "target", "length", *metrics, "time"]]
+    rows = [["run", "seeds", "reward", "entropy", "target", "length", *metrics, "time", "alarm"]]
     if results.base is not None:
         measured = [f"{results.base['metrics'][name]['mean']:.1%}" for name in metrics]
-        rows.append(["untrained", "", "", "", "", f"{results.base['response']['length']['mean']:.1f}", *measured, ""])
+        rows.append(
+            ["untrained", "", "", "", "", f"{results.base['response']['length']['mean']:.1f}", *measured, "", ""]
+        )
     baseline = statistics.fmean(seconds(results[BASELINE])) if BASELINE in results else math.nan
     for result in every:
         rows.append(
@@ -115,6 +119,7 @@ def method_rows(results: Results) -> list[list[str]]:
                 cell(result.late("response/length"), ".1f"),
                 *(cell(result.evaluated(name), ".1%") for name in metrics),
                 cell([value / baseline for value in seconds(result)], ".2f"),
+                ", ".join(result.alarms) or "-",
             ]
         )
     return rows

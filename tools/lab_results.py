@@ -39,7 +39,7 @@ class Result:
     run: Run
     method: str
     options: Mapping[str, Any]  # of the method, as configured
-    mini_batches: int  # updates per step
+    prompts: int  # per step
     seeds: tuple[Seed, ...]
 
     @property
@@ -64,6 +64,11 @@ class Result:
 
     def peak(self, key: str) -> list[float]:
         return [max((value for value in curve if value is not None), default=0.0) for curve in self.curves(key)]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the held-out metrics."""
+        return list(self.seeds[0].evaluation["metrics"])
 
     def evaluated(self, metric: str) -> list[float]:
         return [seed.evaluation["metrics"][metric]["mean"] for seed in self.seeds]
@@ -99,6 +104,12 @@ class Result:
             tail = [value for value in curve[len(curve) * 2 // 3 :] if value is not None]
             found.append(sum(abs(value) > 0.999 for value in tail) / max(1, len(tail)))
         return found
+
+    @property
+    def alarms(self) -> list[str]:
+        """Alarms that lasted in more than half of the late steps of some seed."""
+        names = [name for name in self.seeds[0].records[-1] if name.startswith("alarm/") and name != "alarm/begun"]
+        return [name.removeprefix("alarm/") for name in names if max(self.late(name), default=0.0) > 0.5]
 
     def series(self, key: str, color: int, name: str | None = None, *, dashed: bool = False) -> Series:
         """The mean over seeds with the band from the lowest to the highest seed."""
@@ -138,8 +149,7 @@ def load(plan: Plan, folder: Path) -> Results:
             seeds = tuple(Seed(seed.records[:length], seed.evaluation) for seed in seeds)
             config, _ = configuration(plan, run, 0, folder)
             method = methods.create(config.method)
-            updates = config.rollout.prompts // config.train.mini_batch_prompts
-            runs[run.name] = Result(run, config.method["name"], vars(method), updates, seeds)
+            runs[run.name] = Result(run, config.method["name"], vars(method), config.rollout.prompts, seeds)
     return Results(_evaluation(folder / BASE), runs)
 
 
@@ -154,8 +164,9 @@ def _evaluation(folder: Path) -> Mapping[str, Any] | None:
 
 
 def seconds(result: Result) -> list[float]:
-    """Median seconds of a step, per seed."""
-    return [statistics.median(v for v in curve if v is not None) for curve in result.curves("time/step_s")]
+    """Seconds for one prompt's responses (sampled, judged, trained on), per seed: the median step's."""
+    medians = [statistics.median(v for v in curve if v is not None) for curve in result.curves("time/step_s")]
+    return [value / result.prompts for value in medians]
 
 
 def spread(values: Sequence[float]) -> tuple[float, float] | None:

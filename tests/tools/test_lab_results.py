@@ -72,7 +72,7 @@ def test_late_means_distances_and_ratios_of_seconds(plan: Plan, folder: Path) ->
     assert aer.distance == pytest.approx([0.4 / 0.36 - 1, 0.4 / 0.42 - 1, 0.4 / 0.6 - 1])
     assert results["siren"].distance == pytest.approx([0.1] * 3)  # of the peak entropy, not of the full one
     assert results["entropic"].saturated == [1.0] and grpo.saturated == [] == grpo.distance
-    assert seconds(aer) == [3.0] * 3
+    assert seconds(aer) == [3.0 / 32] * 3
     head, untrained, first, *_ = method_rows(results)
     row = dict(zip(head, first, strict=True))
     assert (row["run"], row["seeds"], row["entropy"], row["time"]) == ("grpo", "3", "0.200 ± 0.000", "1.00 ± 0.00")
@@ -102,7 +102,9 @@ def test_an_explosion_needs_the_entropy_and_the_alarm(
     plan: Plan, folder: Path, late: float, alarm: float, verdict: str
 ) -> None:
     save_run(folder, "entropy_bonus_large-s0", entropy=[0.4, *[late] * (STEPS - 1)], alarm__entropy_high=alarm)
-    claim = verdicts(load(plan, folder))["a constant bonus that is large enough explodes, and the alarm says so"]
+    results = load(plan, folder)
+    assert results["entropy_bonus_large"].alarms == (["entropy_high"] if alarm else [])
+    claim = verdicts(results)["a constant bonus that is large enough explodes, and the alarm says so"]
     assert claim.verdict == verdict
 
 
