@@ -1,0 +1,177 @@
+"""One PPO step: the same losses and gradients of policy, critic and value head under every layout and split.
+
+The reference is the formula in fp64 autograd on the transformers model, with the value head on its last hidden state.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_ext import host, methods
+from megatron_ext.model import build, hf_config, hf_weights
+from megatron_ext.model.critic import build_critic
+from megatron_ext.train import config as train_config
+from megatron_ext.train import critic, parallel
+from megatron_ext.train.config import Config, CriticConfig, OptimizerConfig, ParallelConfig, RolloutConfig, TrainConfig
+from megatron_ext.train.step import Learner
+from megatron_ext.train.trained import Trained, TrainingError
+from tests import gloo, tiny
+from tests.train.test_invariance import TEMPERATURE, gathered_gradients, moved, worst
+
+GAMMA, LAM, VALUE_CLIP = 0.9, 0.8, 0.25
+PPO = {"name": "ppo", "gamma": GAMMA, "lam": LAM, "value_clip": VALUE_CLIP}
+LAYOUTS = [  # tensor, pipeline, data, sequence, budget of a micro-batch, tied embeddings
+    (1, 1, 1, False, 23, False),
+    (2, 1, 1, False, 60, False),
+    (1, 2, 1, False, 50, True),
+    (1, 1, 2, False, 40, False),
+    (2, 1, 1, True, 60, True),
+    (2, 2, 1, True, 45, False),
+]
+
+
+def head() -> tuple[Tensor, Tensor]:
+    """Weight ``[1, 32]`` and bias of a value head that is not zero: behind a zero head nothing has a gradient."""
+    draw = torch.Generator().manual_seed(7)
+    return torch.randn(1, 32, generator=draw) / 8, torch.tensor([0.3])
+
+
+def learner_of(path: str, layout: tuple) -> Learner:
+    """A learner with a critic whose head is ``head()``, with the tiny model's weights."""
+    tensor, pipeline, data, sequence, budget, _ = layout
+    host.enter()
+    config = Config(
+        parallel=ParallelConfig(
+            ranks_per_node=tensor * pipeline * data, tensor=tensor, pipeline=pipeline, sequence=sequence
+        ),
+        rollout=RolloutConfig(prompts=4, samples=4, temperature=TEMPERATURE, max_response_tokens=12),
+        train=TrainConfig(mini_batch_prompts=4, micro_batch_tokens=budget, max_bad_steps=2),
+    )
+    parallel.initialize(config.parallel)
+    shape: dict[str, Any] = {"tensor": tensor, "pipeline": pipeline, "sequence": sequence, "dtype": torch.float32}
+    architecture = hf_config.read_architecture(train_config.hf_config(path))
+    policy, value_model = build.build_policy(architecture, **shape), build_critic(architecture, path, **shape)
+    hf_weights.load_weights(policy.modules[0], architecture, path)
+    if parallel.groups.is_last_stage():
+        own: Any = value_model.modules[0].output_layer
+        assert not own.weight.any() and not own.bias.any()
+        own.weight.data, own.bias.data = own.weight.data.copy_(head()[0]), own.bias.data.copy_(head()[1])
+    actor = Trained.build(policy, OptimizerConfig(lr=1e-3))
+    return Learner(config, methods.create(PPO), actor, Trained.build(value_model, CriticConfig(), "critic"))
+
+
+def one_step(rank: int, world: int, path: str, layout: tuple) -> Any:
+    """Metrics of policy and critic, and the whole gradients of policy, critic's body and value head."""
+    learner = learner_of(path, layout)
+    share = len(tiny.episodes()) // layout[2]
+    own = tiny.episodes()[parallel.groups.data().rank() * share :][:share]
+    micros = learner.pack(own)
+    assert learner.critic is not None
+    current = learner.statistics(learner.policy, micros, learner.method.needs)
+    value = critic.values(learner.critic, micros)
+    # as if both models had moved since they saw the step: on both sides of either clip range
+    old = replace(current, logprob=moved(current.logprob, own))
+    batch = learner.weigh(learner.batch(own, old, None, moved(value, own)))
+    _, metrics = learner.gradients(batch, current, micros)
+    metrics |= critic.gradients(learner.critic, learner.method, batch, micros, learner.reduce)
+    architecture = learner.policy.architecture
+    policy = dict(hf_weights.stream(gathered_gradients(learner.policy), architecture))
+    local = gathered_gradients(learner.critic.model)
+    value_head = {name: x.clone() for name, x in local.items() if name.startswith("output_layer")}
+    assert len(value_head) == 2 * parallel.groups.is_last_stage()
+    body = dict(hf_weights.stream(local, replace(architecture, tied=True)))  # without the output layer
+    return metrics, policy, body, value_head
+
+
+def reference(tied: bool) -> tuple[dict[str, float], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """PPO in fp64, response by response: GAE, whitening over all tokens, both clipped losses."""
+    hf, _ = tiny.hf_model(tied=tied)
+    policy, body = copy.deepcopy(hf).double(), copy.deepcopy(hf).double()
+    weight, bias = (x.double().requires_grad_() for x in head())
+    ratios, values, old_values, estimates = [], [], [], []
+    for episode in tiny.episodes():
+        prompt, response = episode.sample.prompt_ids, torch.tensor(episode.sample.response_ids)
+        tokens = torch.tensor([[*prompt, *response]])
+        logp = (policy(tokens).logits[0, len(prompt) - 1 : -1] / TEMPERATURE).log_softmax(-1)
+        own = logp.gather(1, response[:, None])[:, 0]
+        ratios.append((own - moved(own.detach(), [episode])).exp())
+        value = (body.model(tokens).last_hidden_state[0, len(prompt) - 1 : -1] @ weight.T + bias)[:, 0]
+        old = moved(value.detach(), [episode]).tolist()
+        n = len(old)
+        delta = [GAMMA * old[t + 1] - old[t] for t in range(n - 1)] + [episode.reward.value - old[-1]]
+        estimates += [sum((GAMMA * LAM) ** (s - t) * delta[s] for s in range(t, n)) for t in range(n)]
+        old_values += old
+        values.append(value)
+    ratio, value = torch.cat(ratios), torch.cat(values)
+    estimate, old_value = (torch.tensor(x, dtype=torch.float64) for x in (estimates, old_values))
+    advantage = (estimate - estimate.mean()) / torch.sqrt(estimate.var() + 1e-8)
+    policy_loss = torch.max(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.28)).mean()
+    returns = estimate + old_value
+    near = old_value + (value - old_value).clamp(-VALUE_CLIP, VALUE_CLIP)
+    far = (value - returns) ** 2
+    value_loss = 0.5 * torch.max(far, (near - returns) ** 2).mean()
+    stopped = float(((near - returns) ** 2 > far).double().mean())
+    assert 0.1 < stopped < 0.9
+    (policy_loss + value_loss).backward()
+    gradients = [
+        {name: p.grad for name, p in model.named_parameters() if p.grad is not None} for model in (policy, body)
+    ]
+    assert weight.grad is not None and bias.grad is not None
+    metrics = {"loss/policy": float(policy_loss), "loss/value": float(value_loss), "critic/clipped": stopped}
+    return metrics, *gradients, {"output_layer.weight": weight.grad, "output_layer.bias": bias.grad}
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[bool, tuple]:
+    return {tied: reference(tied) for tied in (False, True)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_layout_gives_the_gradients_of_the_formula(layout: tuple, expected: dict[bool, tuple]) -> None:
+    tensor, pipeline, data, *_, tied = layout
+    losses, policy, body, value_head = expected[tied]
+    _, path = tiny.hf_model(tied=tied)
+    heads = 0
+    for metrics, found, found_body, found_head in gloo.run(one_step, tensor * pipeline * data, str(path), layout):
+        assert {name: metrics[name] for name in losses} == pytest.approx(losses, rel=1e-5)
+        assert worst(found, policy) < 1e-5
+        assert worst(found_body, body) < 1e-5
+        if found_head:
+            assert worst(found_head, value_head) < 1e-5
+            heads += 1
+    assert heads == tensor * data
+
+
+def broken_gradient(rank: int, world: int, path: str) -> None:
+    """A NaN in the critic's gradient of one rank: every rank leaves that update out, the second in a row ends it."""
+    learner = learner_of(path, LAYOUTS[3])
+    model = learner.critic
+    assert model is not None
+    before = [p.clone() for p in model.model.modules[0].parameters()]
+
+    def update(value: float) -> float:
+        model.zero_grad()
+        for name, parameter in model.model.modules[0].named_parameters():
+            vars(parameter)["main_grad"].fill_(value if rank == 1 and name == "output_layer.bias" else 0.1)
+        for chunk in model.model.chunks:
+            chunk.finish_grad_sync()
+        return model.update(max_bad_steps=2)[0]
+
+    assert math.isnan(update(math.nan)) and model.bad_steps == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, model.model.modules[0].parameters(), strict=True))
+    assert update(0.1) > 0 and model.bad_steps == 0
+    assert not torch.equal(before[0], next(model.model.modules[0].parameters()))
+    update(math.inf)
+    with pytest.raises(TrainingError, match=r"2 updates in a row .* lower critic\.lr"):
+        update(math.nan)
+
+
+def test_a_gradient_that_is_not_finite_is_left_out_on_every_rank() -> None:
+    gloo.run(broken_gradient, 2, str(tiny.hf_model()[1]))
