@@ -1,0 +1,69 @@
+"""Launching through NeMo-Run: what every node runs, the site file's errors and, where it is installed, the script."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.train.config import ConfigError, read_config
+from tools import launch
+
+ROOT = Path(__file__).parents[2]
+RECIPE = "recipes/siren/siren-tiny-cpu.toml"
+EXAMPLE = ROOT / "slurm" / "nemo-site.toml"
+OVERRIDES = ["parallel.nodes=2", 'name="two words"']
+
+
+def test_every_nodes_task_calls_the_launcher_of_ranks_with_the_recipe(tmp_path: Path) -> None:
+    stub = tmp_path / "python stub"
+    stub.write_text(f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([os.getcwd(), *sys.argv[1:]]))\n")
+    stub.chmod(0o755)
+    site = launch.read_site(EXAMPLE).model_copy(update={"python": str(stub), "project_dir": str(tmp_path)})
+    config = read_config(ROOT / RECIPE, OVERRIDES)
+    script = launch.node_script(config, site, RECIPE, OVERRIDES)
+    environment = {"MASTER": "head:29500", "PATH": "/usr/bin:/bin"}
+    printed = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True).stdout
+    ranks = ["-m", "tools.ranks", "--nodes", "2", "--ranks-per-node", str(config.parallel.ranks_per_node)]
+    expected = [str(tmp_path), *ranks, "--master", "head:29500", "tools.train", RECIPE, *OVERRIDES]
+    assert json.loads(printed) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('project_dir = "/p"\njob_dir = "/j"', "account: Field required"),
+        ('account = "a"\nproject_dir = "/p"\njob_dir = "/j"\npartitoin = "x"', "partitoin: Extra inputs"),
+        ('account = "a"\nproject_dir = "/p"\njob_dir = "/j"\nretries = -1', "retries: Input should be greater"),
+        ("account = ", "not valid TOML"),
+    ],
+)
+def test_a_wrong_site_file_is_named_with_its_key(tmp_path: Path, text: str, named: str) -> None:
+    (tmp_path / "site.toml").write_text(text)
+    with pytest.raises(ConfigError, match=named):
+        launch.read_site(tmp_path / "site.toml")
+
+
+def test_a_missing_site_file_ends_with_the_reason() -> None:
+    with pytest.raises(ConfigError, match=r"no such file: nowhere\.toml; begin with a copy of slurm/nemo-site\.toml"):
+        launch.read_site("nowhere.toml")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("nemo_run"), reason="NeMo-Run is an extra: pip install '.[launch]'")
+def test_nemo_run_prints_the_batch_script_of_both_nodes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.launch", RECIPE, *OVERRIDES, "--site", str(EXAMPLE), "--dry-run"]
+    environment = {"NEMORUN_HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for line in ("--nodes=2", "--ntasks-per-node=1", "--signal=USR1@300", "export MASTER=$head_node_ip:29500"):
+        assert line in done.stdout
+
+
+@pytest.mark.skipif(bool(importlib.util.find_spec("nemo_run")), reason="NeMo-Run is installed")
+def test_without_nemo_run_the_extra_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.main([str(ROOT / RECIPE), "--site", str(EXAMPLE)]) == 2
+    assert "pip install '.[launch]'" in capsys.readouterr().err

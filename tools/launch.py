@@ -1,0 +1,148 @@
+"""Launch a recipe with NeMo-Run: on this machine, or on a Slurm cluster from here or over SSH.
+
+    python -m tools.launch recipes/siren/siren-tiny-cpu.toml                         a process of this machine
+    python -m tools.launch RECIPE --site slurm/nemo-site.toml --dry-run [key=value]  prints the sbatch script
+    python -m tools.launch RECIPE --site slurm/nemo-site.toml [key=value]            submits it
+
+The recipe decides nodes and ranks (parallel.nodes, parallel.ranks_per_node), the site file all that is the
+cluster's: account, partition, container, mounts, the project's folder there (slurm/nemo-site.toml shows every
+key). One task a node runs ``tools.ranks``, as the scripts under slurm/ do. A run that was stopped by the time limit
+saves its state and is requeued at most ``retries`` times, as is one that failed: NeMo-Run does not tell them apart,
+the scripts under slurm/ do. NeMo-Run is an extra: pip install '.[launch]'.
+
+Exit codes: 0 launched and done (local) or submitted (Slurm), 2 bad input, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_ext.train.config import Config, ConfigError, read_config
+
+STOP_SIGNAL = "USR1@{seconds}"  # to every node's task, so many seconds before the time limit
+
+
+class Site(BaseModel):
+    """What a cluster's administrators and its users decide. Unknown keys are forbidden."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    account: str
+    project_dir: str  # this repository on the cluster's shared file system
+    partition: str | None = None
+    time: str = "24:00:00"
+    qos: str | None = None
+    python: str = "python"  # inside the container, or .venv/bin/python without one
+    container_image: str | None = None
+    container_mounts: list[str] = []
+    exclusive: bool = True
+    retries: Annotated[int, Field(ge=0)] = 10
+    save_seconds: Annotated[int, Field(ge=30)] = 300  # before the time limit, to save the state
+    port: Annotated[int, Field(ge=1024, le=65535)] = 29500
+    env: dict[str, str] = {}
+    ssh_host: str | None = None  # None: this machine can call sbatch
+    ssh_user: str = ""
+    job_dir: str  # NeMo-Run's scripts and logs, on the cluster
+
+
+def read_site(path: str | Path) -> Site:
+    """Raises ConfigError for a missing file, unknown or missing keys, wrong values."""
+    try:
+        return Site.model_validate(tomllib.loads(Path(path).read_text()))
+    except FileNotFoundError:
+        raise ConfigError(f"--site: no such file: {path}; begin with a copy of slurm/nemo-site.toml") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"--site: {path} is not valid TOML: {error}") from None
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}, found {e['input']!r}" for e in error.errors()]
+        raise ConfigError(f"--site: {path}:\n" + "\n".join(lines)) from None
+
+
+def node_script(config: Config, site: Site, recipe: str, overrides: list[str]) -> str:
+    """What the one task of every node runs."""
+    p = config.parallel
+    ranks = [site.python, "-m", "tools.ranks", "--nodes", str(p.nodes), "--ranks-per-node", str(p.ranks_per_node)]
+    train = ["tools.train", recipe, *overrides]
+    return f'cd {shlex.quote(site.project_dir)}\nexec {shlex.join(ranks)} --master "$MASTER" {shlex.join(train)}\n'
+
+
+def executor(config: Config, site: Site) -> Any:
+    """NeMo-Run's Slurm executor for the recipe's nodes."""
+    import nemo_run
+
+    p = config.parallel
+    tunnel = nemo_run.LocalTunnel(job_dir=site.job_dir)
+    if site.ssh_host:
+        tunnel = nemo_run.SSHTunnel(host=site.ssh_host, user=site.ssh_user, job_dir=site.job_dir)
+    found = nemo_run.SlurmExecutor(
+        account=site.account,
+        partition=site.partition,
+        qos=site.qos,
+        time=site.time,
+        nodes=p.nodes,
+        ntasks_per_node=1,
+        gpus_per_node=p.ranks_per_node,
+        exclusive=site.exclusive,
+        signal=STOP_SIGNAL.format(seconds=site.save_seconds),
+        container_image=site.container_image,
+        container_mounts=site.container_mounts,
+        env_vars={**site.env, "MASTER": f"$head_node_ip:{site.port}"},
+        tunnel=tunnel,
+        packager=nemo_run.Packager(),
+    )
+    found.retries = site.retries
+    return found
+
+
+def launch(config: Config, options: argparse.Namespace) -> None:
+    """Submit, run here, or print. Raises ConfigError when NeMo-Run is not installed or the nodes are too many."""
+    try:
+        os.environ.setdefault("COLUMNS", "240")  # a printed script keeps its lines
+        import nemo_run
+    except ImportError as error:
+        raise ConfigError(f"NeMo-Run cannot be imported ({error}): pip install '.[launch]', or use slurm/") from None
+    if options.site:
+        site = read_site(options.site)
+        script = nemo_run.Script(inline=node_script(config, site, options.recipe, options.overrides))
+        where = executor(config, site)
+    elif config.parallel.nodes > 1:
+        raise ConfigError(f"parallel.nodes: {config.parallel.nodes} nodes need --site; see slurm/nemo-site.toml")
+    else:
+        command = [sys.executable, "-m", "tools.train", options.recipe, *options.overrides]
+        script = nemo_run.Script(inline=f"cd {shlex.quote(str(Path.cwd()))}\nexec {shlex.join(command)}\n")
+        where = nemo_run.LocalExecutor()
+    with nemo_run.Experiment(config.name) as experiment:
+        experiment.add(script, executor=where, name=config.name)
+        if options.dry_run:
+            experiment.dryrun()
+        else:
+            experiment.run(detach=bool(options.site), tail_logs=not options.site)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", help="a TOML file under recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=50")
+    parser.add_argument("--site", help="TOML file of the cluster; without it the recipe runs on this machine")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted or run, and stop")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        launch(read_config(options.recipe, options.overrides), options)
+    except ConfigError as error:
+        print(f"configuration error\n{error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
