@@ -102,8 +102,11 @@ def executor(config: Config, site: Site) -> Any:
     return found
 
 
-def launch(config: Config, options: argparse.Namespace) -> None:
-    """Submit, run here, or print. Raises ConfigError when NeMo-Run is not installed or the nodes are too many."""
+def launch(config: Config, options: argparse.Namespace) -> bool:
+    """Submit, run here, or print; whether that went well.
+
+    Raises ConfigError when NeMo-Run is not installed or the nodes are too many.
+    """
     try:
         os.environ.setdefault("COLUMNS", "240")  # a printed script keeps its lines
         import nemo_run
@@ -125,6 +128,8 @@ def launch(config: Config, options: argparse.Namespace) -> None:
             experiment.dryrun()
         else:
             experiment.run(detach=bool(options.site), tail_logs=not options.site)
+    # leaving the experiment waited for a local run
+    return options.dry_run or all(job.state.name not in ("FAILED", "CANCELLED") for job in experiment.jobs)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -137,11 +142,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted or run, and stop")
     options = parser.parse_intermixed_args(arguments)
     try:
-        launch(read_config(options.recipe, options.overrides), options)
+        return 0 if launch(read_config(options.recipe, options.overrides), options) else 1
     except ConfigError as error:
         print(f"configuration error\n{error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":
