@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -19,9 +19,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_ext import host
-from megatron_ext.model import groups
-from megatron_ext.model.hf_config import Architecture, transformer_config
+from megatron_ext.model import groups, rope
+from megatron_ext.model.hf_config import Architecture
 from megatron_ext.model.layers import block_spec
+from megatron_ext.model.megatron_config import ModelLayout, stage_sizes, transformer_config
 from megatron_ext.ops.shard import VocabShard
 
 
@@ -40,6 +41,11 @@ class Policy:
         if not isinstance(last, HiddenStateModel) or not last.post_process:
             return None
         return last.shared_embedding_or_output_weight() if self.architecture.tied else last.output_layer.weight
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Decoder layers of each pipeline stage, of all ranks."""
+        return tuple(stage_sizes(self.modules[0].config))
 
     @property
     def vocab_shard(self) -> VocabShard:
@@ -61,35 +67,45 @@ class HiddenStateModel(GPTModel):
         return hidden_states
 
 
-def build_module(
-    architecture: Architecture,
-    *,
-    tensor: int,
-    pipeline: int,
-    sequence: bool,
-    dtype: torch.dtype,
-    fused_head: bool = False,
-) -> GPTModel:
-    """This rank's GPTModel with uninitialised weights; Megatron's process groups must exist."""
-    config = transformer_config(architecture, tensor=tensor, pipeline=pipeline, sequence=sequence, dtype=dtype)
-    module = (HiddenStateModel if fused_head else GPTModel)(
-        config=config,
-        transformer_layer_spec=block_spec(config, architecture.num_layers // pipeline),  # pyright: ignore
-        vocab_size=architecture.padded_vocab(tensor),
-        max_sequence_length=architecture.max_positions,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        parallel_output=True,
-        share_embeddings_and_output_weights=architecture.tied,
-        position_embedding_type="rope",
-        rotary_base=int(architecture.rope_theta),
-    )
-    return module.to(device=host.device(), dtype=dtype)
+def build_modules(
+    architecture: Architecture, *, dtype: torch.dtype, fused_head: bool = False, **layout: Any
+) -> list[GPTModel]:
+    """This rank's stages with uninitialised weights, in order; ``layout`` holds the fields of ``ModelLayout``.
+
+    Megatron's process groups must exist. Raises ValueError when the layers do not fit the stages.
+    """
+    spread = ModelLayout(**layout)
+    config = transformer_config(architecture, spread, dtype)
+    stages, rank = spread.stages(architecture.num_layers), groups.pipeline().rank()
+    own = range(rank, len(stages), spread.pipeline)
+    modules = [
+        (HiddenStateModel if fused_head else GPTModel)(
+            config=config,
+            transformer_layer_spec=block_spec(config, _with_experts(architecture, stages, stage)),  # pyright: ignore
+            vocab_size=architecture.padded_vocab(spread.tensor),
+            max_sequence_length=architecture.max_positions,
+            pre_process=stage == 0,
+            post_process=stage == len(stages) - 1,
+            parallel_output=True,
+            share_embeddings_and_output_weights=architecture.tied,
+            position_embedding_type="rope",
+            vp_stage=number if spread.virtual > 1 else None,
+        )
+        for number, stage in enumerate(own)
+    ]
+    for module in modules:
+        module.rotary_pos_emb.inv_freq = rope.frequencies(architecture, module.rotary_pos_emb.inv_freq.device)
+    return [module.to(device=host.device(), dtype=dtype) for module in modules]
 
 
-def build_policy(architecture: Architecture, **layout: Any) -> Policy:
-    """``build_module`` ready for training."""
-    return wrap(architecture, [build_module(architecture, **layout)])
+def _with_experts(architecture: Architecture, stages: Sequence[int], stage: int) -> list[bool]:
+    first = sum(stages[:stage])
+    return [architecture.has_experts(layer) for layer in range(first, first + stages[stage])]
+
+
+def build_policy(architecture: Architecture, **options: Any) -> Policy:
+    """``build_modules`` ready for training."""
+    return wrap(architecture, build_modules(architecture, **options))
 
 
 def wrap(architecture: Architecture, modules: list[GPTModel]) -> Policy:
@@ -103,11 +119,12 @@ def wrap(architecture: Architecture, modules: list[GPTModel]) -> Policy:
     return Policy(architecture, modules, chunks)
 
 
-def build_reference(architecture: Architecture, **layout: Any) -> Policy:
-    """``build_module`` frozen, under the same layout: no gradients, no wrapper."""
-    module = build_module(architecture, **layout)
-    module.requires_grad_(False)
-    return Policy(architecture, [module], [module])
+def build_reference(architecture: Architecture, **options: Any) -> Policy:
+    """``build_modules`` frozen: no gradients, no wrapper."""
+    modules = build_modules(architecture, **options)
+    for module in modules:
+        module.requires_grad_(False)
+    return Policy(architecture, modules, list(modules))
 
 
 def _finalize(model: list, num_tokens: Any = None, **kwargs: Any) -> None:

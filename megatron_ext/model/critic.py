@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_ext import host
-from megatron_ext.model.build import Policy, build_module, wrap
+from megatron_ext.model.build import Policy, build_modules, wrap
 from megatron_ext.model.forward import hidden_rows, run_pipeline
 from megatron_ext.model.hf_config import Architecture
 from megatron_ext.model.hf_weights import load_weights
@@ -44,12 +44,13 @@ def build_critic(architecture: Architecture, path: str | Path, **layout: Any) ->
     Raises ValueError when they do not fit (hf_weights.py).
     """
     layout["fused_head"] = True  # it ends at hidden states
-    module: Any = build_module(architecture, **layout)
-    load_weights(module, architecture, path)
-    if module.post_process:
-        module.output_layer = ValueHead(architecture.hidden_size, module.config.params_dtype)
-    module.share_embeddings_and_output_weights = False
-    return wrap(architecture, [module])
+    modules: list[Any] = list(build_modules(architecture, **layout))
+    for module in modules:
+        load_weights(module, architecture, path)
+        if module.post_process:
+            module.output_layer = ValueHead(architecture.hidden_size, module.config.params_dtype)
+        module.share_embeddings_and_output_weights = False
+    return wrap(architecture, modules)
 
 
 def values(critic: Policy, packed: Sequence[PackedSequences]) -> list[Tensor] | None:

@@ -1,17 +1,41 @@
-"""Hugging Face ``config.json`` -> Megatron-Core ``TransformerConfig``: dense Qwen2 / Qwen2.5 and Qwen3."""
+"""Hugging Face ``config.json`` -> ``Architecture``: dense Qwen2 / Qwen2.5, Qwen3 and Llama 3.x, and Qwen3-MoE."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.nn import functional as F
+QWEN2, QWEN3, QWEN3_MOE, LLAMA = "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "LlamaForCausalLM"
+ARCHITECTURES = (QWEN2, QWEN3, QWEN3_MOE, LLAMA)
+_EXPECTED = {  # fields that change the mathematics, and the only value of each that is implemented
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "quantization_config": None,
+    "pretraining_tp": 1,
+    "partial_rotary_factor": 1.0,
+}
 
-from megatron_ext import host
 
-ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
+@dataclass(frozen=True)
+class Experts:
+    """The mixture of experts in every layer but ``dense_layers``. No shared experts."""
+
+    num: int
+    top_k: int
+    ffn_size: int
+    renormalise: bool  # the chosen experts' probabilities are divided by their sum
+    dense_layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Llama3Rope:
+    """How Llama 3.1 and later stretch low rotary frequencies (rope.py)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
 
 
 @dataclass(frozen=True)
@@ -24,7 +48,7 @@ class Architecture:
     num_heads: int
     num_groups: int  # key-value heads
     head_dim: int
-    ffn_size: int
+    ffn_size: int  # of dense layers
     vocab_size: int
     norm_eps: float
     rope_theta: float
@@ -32,25 +56,27 @@ class Architecture:
     tied: bool  # output layer shares the embedding
     qkv_bias: bool
     qk_norm: bool
+    rope_scaling: Llama3Rope | None = None
+    experts: Experts | None = None
+    dtype: str | None = None  # of the stored weights, torch's name; None where config.json does not say
 
     def padded_vocab(self, tensor: int) -> int:
         """Vocabulary size after padding to a multiple of the tensor-parallel size."""
         return -(-self.vocab_size // tensor) * tensor
 
+    def has_experts(self, layer: int) -> bool:
+        return self.experts is not None and layer not in self.experts.dense_layers
+
 
 def read_architecture(hf: dict[str, Any]) -> Architecture:
-    """Raises ValueError for an architecture or a rope type that is not supported."""
+    """Raises ValueError for an architecture, or a field of it, that is not supported."""
     name = (hf.get("architectures") or ["none"])[0]
     if name not in ARCHITECTURES:
         raise ValueError(
             f"config.json: architecture {name} is not supported; expected one of {', '.join(ARCHITECTURES)}"
         )
-    rope = hf.get("rope_parameters") or {}
-    kind = (hf.get("rope_scaling") or rope).get("rope_type", "default")
-    if kind != "default":
-        raise ValueError(f"config.json: rope type {kind!r} is not supported for {name}; expected 'default'")
-    if hf.get("use_sliding_window"):
-        raise ValueError("config.json: use_sliding_window is true; only full attention is supported, set it to false")
+    _refuse(hf, name)
+    rope = (hf.get("rope_parameters") or {}) | (hf.get("rope_scaling") or {})
     heads = hf["num_attention_heads"]
     return Architecture(
         name=name,
@@ -65,51 +91,57 @@ def read_architecture(hf: dict[str, Any]) -> Architecture:
         rope_theta=hf.get("rope_theta") or rope.get("rope_theta", 10000.0),
         max_positions=hf["max_position_embeddings"],
         tied=hf.get("tie_word_embeddings", False),
-        qkv_bias=name == "Qwen2ForCausalLM" or hf.get("attention_bias", False),
-        qk_norm=name == "Qwen3ForCausalLM",
+        qkv_bias=name == QWEN2,
+        qk_norm=name in (QWEN3, QWEN3_MOE),
+        rope_scaling=_rope_scaling(rope, name),
+        experts=_experts(hf) if name == QWEN3_MOE else None,
+        dtype=hf.get("dtype") or hf.get("torch_dtype"),
     )
 
 
-def transformer_config(
-    architecture: Architecture, *, tensor: int, pipeline: int, sequence: bool, dtype: torch.dtype
-) -> TransformerConfig:
-    """The Megatron configuration of the architecture under a layout.
+def _refuse(hf: dict[str, Any], name: str) -> None:
+    expected: dict[str, Any] = dict(_EXPECTED)
+    if name != QWEN2:  # whose biases are not optional and sit on query, key and value only
+        expected["attention_bias"] = False
+    for field, only in expected.items():
+        found = hf.get(field)
+        if found is not None and found != only:
+            raise ValueError(f"config.json: {field} is {found!r}; only {only!r} is supported for {name}")
+    kinds = set(hf.get("layer_types") or ()) - {"full_attention"}
+    if kinds:
+        raise ValueError(f"config.json: layer_types holds {sorted(kinds)}; only 'full_attention' is supported")
 
-    ``calculate_per_token_loss`` makes Megatron add gradients over micro-batches and data-parallel ranks without
-    dividing by their number: the weights of the loss already carry the whole mini-batch's counts.
-    """
-    a, cuda = architecture, host.device().type == "cuda"
-    return TransformerConfig(
-        num_layers=a.num_layers,
-        hidden_size=a.hidden_size,
-        num_attention_heads=a.num_heads,
-        num_query_groups=a.num_groups,
-        kv_channels=a.head_dim,
-        ffn_hidden_size=a.ffn_size,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        normalization="RMSNorm",
-        layernorm_epsilon=a.norm_eps,
-        qk_layernorm=a.qk_norm,
-        add_bias_linear=False,
-        add_qkv_bias=a.qkv_bias,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        sequence_parallel=sequence,
-        pipeline_dtype=dtype,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # the only one that takes variable lengths
-        calculate_per_token_loss=True,
-        use_cpu_initialization=not cuda,
-        perform_initialization=False,
-        persist_layer_norm=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
+
+def _rope_scaling(rope: dict[str, Any], name: str) -> Llama3Rope | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(
+            f"config.json: partial_rotary_factor is {rope['partial_rotary_factor']}; only 1.0 is supported for {name}"
+        )
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ValueError(f"config.json: rope type {kind!r} is not supported for {name}; expected 'default' or 'llama3'")
+    fields = list(Llama3Rope.__dataclass_fields__)
+    missing = [field for field in fields if field not in rope]
+    if missing:
+        raise ValueError(f"config.json: rope type 'llama3' needs {', '.join(fields)}; missing {', '.join(missing)}")
+    return Llama3Rope(**{field: rope[field] for field in fields})
+
+
+def _experts(hf: dict[str, Any]) -> Experts:
+    every, only = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
+    layers = range(hf["num_hidden_layers"])
+    found = Experts(
+        num=hf.get("num_experts") or hf["num_local_experts"],
+        top_k=hf["num_experts_per_tok"],
+        ffn_size=hf["moe_intermediate_size"],
+        renormalise=hf.get("norm_topk_prob", False),
+        dense_layers=tuple(i for i in layers if i in only or (i + 1) % every),
     )
+    if found.top_k == 1 and found.renormalise:
+        raise ValueError(
+            "config.json: norm_topk_prob with num_experts_per_tok 1 makes every routing weight 1, which no gradient "
+            "reaches; set norm_topk_prob to false"
+        )
+    return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import LayerNormImpl, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
@@ -84,33 +85,35 @@ def have_transformer_engine() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """The spec of one decoder layer for the given architecture."""
+def layer_spec(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
+    """The spec of one decoder layer, with a mixture of experts or a plain MLP."""
+    num_experts = config.num_moe_experts if experts else None
     if have_transformer_engine():
         return get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.moe_grouped_gemm,
-            qk_layernorm=config.qk_layernorm,
+            num_experts=num_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
         )
     spec = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
+        num_experts=num_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
     )
     layer: Any = spec.submodules
     attention = dataclasses.replace(layer.self_attention.submodules, core_attention=PackedAttention)
     if config.qk_layernorm:
         attention = dataclasses.replace(attention, q_layernorm=RMSNorm, k_layernorm=RMSNorm)
+    names = dict(layer.sharded_state_dict_keys_map)  # a checkpoint has Transformer Engine's names, whoever wrote it
+    if experts:
+        del names["pre_mlp_layernorm."]  # which stays apart from the experts there too
     layer = dataclasses.replace(
         layer,
         input_layernorm=RMSNorm,
         pre_mlp_layernorm=RMSNorm,
         self_attention=dataclasses.replace(layer.self_attention, submodules=attention),
+        sharded_state_dict_keys_map=names,
     )
     return dataclasses.replace(spec, submodules=layer)
 
 
-def block_spec(config: TransformerConfig, num_layers: int) -> ModuleSpec | TransformerBlockSubmodules:
-    """What GPTModel is given: one layer's spec (Transformer Engine), or the layers and the final norm."""
-    layer = layer_spec(config)
-    if have_transformer_engine():
-        return layer
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)  # pyright: ignore[reportArgumentType]
+def block_spec(config: TransformerConfig, experts: Sequence[bool]) -> TransformerBlockSubmodules:
+    """The layers of one pipeline stage, each with experts or without, and the norm that ends the model."""
+    specs = {kind: layer_spec(config, experts=kind) for kind in set(experts)}
+    norm = LayerNormImpl if have_transformer_engine() else RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in experts], layer_norm=norm)  # pyright: ignore[reportArgumentType]
