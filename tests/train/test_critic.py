@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,11 +18,13 @@ from torch import Tensor
 from megatron_ext import host, methods
 from megatron_ext.model import build, hf_config, hf_weights
 from megatron_ext.model.critic import build_critic
+from megatron_ext.train import checkpoint, critic, parallel
 from megatron_ext.train import config as train_config
-from megatron_ext.train import critic, parallel
 from megatron_ext.train.config import Config, CriticConfig, OptimizerConfig, ParallelConfig, RolloutConfig, TrainConfig
+from megatron_ext.train.packing import Micros
 from megatron_ext.train.step import Learner
 from megatron_ext.train.trained import Trained, TrainingError
+from megatron_ext.types import Batch, TokenStats
 from tests import gloo, tiny
 from tests.train.test_invariance import TEMPERATURE, gathered_gradients, moved, worst
 
@@ -64,22 +67,27 @@ def learner_of(path: str, layout: tuple) -> Learner:
         assert not own.weight.any() and not own.bias.any()
         own.weight.data, own.bias.data = own.weight.data.copy_(head()[0]), own.bias.data.copy_(head()[1])
     actor = Trained.build(policy, OptimizerConfig(lr=1e-3))
-    return Learner(config, methods.create(PPO), actor, Trained.build(value_model, CriticConfig(), "critic"))
+    return Learner(config, methods.create(PPO), actor, Trained.build(value_model, CriticConfig(lr=1e-3), "critic"))
 
 
-def one_step(rank: int, world: int, path: str, layout: tuple) -> Any:
-    """Metrics of policy and critic, and the whole gradients of policy, critic's body and value head."""
-    learner = learner_of(path, layout)
-    share = len(tiny.episodes()) // layout[2]
+def mini_batch(learner: Learner) -> tuple[Batch, TokenStats, Micros]:
+    """This rank's episodes as if both models had moved since they saw them: on both sides of either clip range."""
+    share = len(tiny.episodes()) // learner.config.parallel.data
     own = tiny.episodes()[parallel.groups.data().rank() * share :][:share]
     micros = learner.pack(own)
     assert learner.critic is not None
     current = learner.statistics(learner.policy, micros, learner.method.needs)
     value = critic.values(learner.critic, micros)
-    # as if both models had moved since they saw the step: on both sides of either clip range
     old = replace(current, logprob=moved(current.logprob, own))
-    batch = learner.weigh(learner.batch(own, old, None, moved(value, own)))
+    return learner.weigh(learner.batch(own, old, None, moved(value, own))), current, micros
+
+
+def one_step(rank: int, world: int, path: str, layout: tuple) -> Any:
+    """Metrics of policy and critic, and the whole gradients of policy, critic's body and value head."""
+    learner = learner_of(path, layout)
+    batch, current, micros = mini_batch(learner)
     _, metrics = learner.gradients(batch, current, micros)
+    assert learner.critic is not None
     metrics |= critic.gradients(learner.critic, learner.method, batch, micros, learner.reduce)
     architecture = learner.policy.architecture
     policy = dict(hf_weights.stream(gathered_gradients(learner.policy), architecture))
@@ -147,6 +155,42 @@ def test_every_layout_gives_the_gradients_of_the_formula(layout: tuple, expected
             assert worst(found_head, value_head) < 1e-5
             heads += 1
     assert heads == tensor * data
+
+
+def update_critic(learner: Learner) -> list[float]:
+    """One update; the values of all episodes after it."""
+    assert learner.critic is not None
+    batch, _, micros = mini_batch(learner)
+    critic.gradients(learner.critic, learner.method, batch, micros, learner.reduce)
+    learner.critic.update(1)
+    return learner.reduce.concat(critic.values(learner.critic, micros)).tolist()
+
+
+def saves(rank: int, world: int, path: str, layout: tuple, root: Path) -> tuple[list[float], list[float]]:
+    learner = learner_of(path, layout)
+    update_critic(learner)
+    own = learner.config.parallel.model_dump()
+    checkpoint.save(root, 1, trained=learner.trained, state={}, config={}, layout=own, keep=1)
+    return update_critic(learner), update_critic(learner)
+
+
+def resumes(rank: int, world: int, path: str, layout: tuple, root: Path) -> tuple[list[float], list[float]]:
+    learner = learner_of(path, layout)
+    assert learner.critic is not None
+    for parameter in learner.critic.model.modules[0].parameters():
+        parameter.data.zero_()
+    loaded = checkpoint.load(root, trained=learner.trained, layout=learner.config.parallel.model_dump())
+    assert loaded is not None
+    return update_critic(learner), update_critic(learner)
+
+
+def test_a_critic_saved_under_one_layout_trains_on_under_another(tmp_path: Path) -> None:
+    _, path = tiny.hf_model()
+    [first, second] = gloo.run(saves, 2, str(path), LAYOUTS[1], tmp_path)[0]
+    assert max(abs(a - b) for a, b in zip(first, second, strict=True)) > 1e-3
+    for layout in (LAYOUTS[3], (1, 2, 1, False, 50, False)):
+        for found in gloo.run(resumes, 2, str(path), layout, tmp_path):
+            assert found == (pytest.approx(first, abs=1e-5), pytest.approx(second, abs=1e-5))
 
 
 def broken_gradient(rank: int, world: int, path: str) -> None:
