@@ -90,11 +90,12 @@ def one_step(rank: int, world: int, path: str, layout: tuple) -> Any:
     assert learner.critic is not None
     metrics |= critic.gradients(learner.critic, learner.method, batch, micros, learner.reduce)
     architecture = learner.policy.architecture
-    policy = dict(hf_weights.stream(gathered_gradients(learner.policy), architecture))
-    local = gathered_gradients(learner.critic.model)
+    policy = dict(hf_weights.stream(learner.policy, gathered_gradients(learner.policy)))
+    [local] = gathered_gradients(learner.critic.model)
     value_head = {name: x.clone() for name, x in local.items() if name.startswith("output_layer")}
     assert len(value_head) == 2 * parallel.groups.is_last_stage()
-    body = dict(hf_weights.stream(local, replace(architecture, tied=True)))  # without the output layer
+    headless = replace(learner.critic.model, architecture=replace(architecture, tied=True))
+    body = dict(hf_weights.stream(headless, [local]))
     return metrics, policy, body, value_head
 
 
@@ -128,12 +129,12 @@ def reference(tied: bool) -> tuple[dict[str, float], dict[str, Tensor], dict[str
     stopped = float(((near - returns) ** 2 > far).double().mean())
     assert 0.1 < stopped < 0.9
     (policy_loss + value_loss).backward()
-    gradients = [
+    of_policy, of_body = (
         {name: p.grad for name, p in model.named_parameters() if p.grad is not None} for model in (policy, body)
-    ]
+    )
     assert weight.grad is not None and bias.grad is not None
     metrics = {"loss/policy": float(policy_loss), "loss/value": float(value_loss), "critic/clipped": stopped}
-    return metrics, *gradients, {"output_layer.weight": weight.grad, "output_layer.bias": bias.grad}
+    return metrics, of_policy, of_body, {"output_layer.weight": weight.grad, "output_layer.bias": bias.grad}
 
 
 @pytest.fixture(scope="module")
