@@ -54,8 +54,8 @@ def _collapse(results: Results) -> list[Claim]:
     def fallen(run: Result) -> list[float]:
         return [late / first for late, first in zip(run.late(ENTROPY), run.first(ENTROPY), strict=True)]
 
-    def exploded(run: Result) -> list[float]:
-        return [min(a, b) for a, b in zip(run.peak("alarm/entropy_high"), run.late("alarm/entropy_high"), strict=True)]
+    def alarm(run: Result) -> list[float]:
+        return run.late("alarm/entropy_high") or [0.0] * len(run.seeds)
 
     return [
         _claim(
@@ -67,8 +67,8 @@ def _collapse(results: Results) -> list[Claim]:
         _claim(
             results, "SIREN, AER", "a constant bonus that is large enough explodes, and the alarm says so",
             ["entropy_bonus_large"], "late entropy above the first step's, alarm entropy_high lasting at the end",
-            lambda run: [a > b and alarm > 0.99 for a, b, alarm in zip(
-                run.late(ENTROPY), run.first(ENTROPY), exploded(run), strict=True)],
+            lambda run: [late > first and lasting > 0.99 for late, first, lasting in zip(
+                run.late(ENTROPY), run.first(ENTROPY), alarm(run), strict=True)],
             lambda run: f"late entropy {_spread(run.late(ENTROPY))}, late reward {_spread(run.late('reward/mean'))}",
         ),
     ]  # fmt: skip
@@ -187,7 +187,7 @@ def _comparisons(results: Results) -> list[Claim]:
         found.append(
             _claim(
                 results, paper, text, [more, less], f"{said} above that of {less}",
-                lambda a, b, metric=metric: [x > y for x, y in zip(_value(a, metric), _value(b, metric), strict=False)],
+                lambda a, b, metric=metric: [x > y for x, y in zip(_value(a, metric), _value(b, metric), strict=True)],
                 lambda a, b, metric=metric: f"{_spread(_value(a, metric))} against {_spread(_value(b, metric))}",
             )
         )  # fmt: skip
@@ -225,7 +225,7 @@ def _kept(results: Results) -> list[Claim]:
             _claim(
                 results, paper, f"{name} ends with a higher pass@k than GRPO", [name, "grpo"],
                 "pass@k on the held-out problems, at the largest k, above GRPO's",
-                lambda a, b: [x > y for x, y in zip(_pass(a), _pass(b), strict=False)],
+                lambda a, b: [x > y for x, y in zip(_pass(a), _pass(b), strict=True)],
                 lambda a, b: f"pass@{_largest(a)} {_percent(_pass(a), '.1%')} against {_percent(_pass(b), '.1%')}",
             )
         )  # fmt: skip
@@ -251,7 +251,10 @@ def _claim(
 ) -> Claim:
     if any(name not in results for name in runs):
         return Claim(paper, text, rule, f"needs {', '.join(n for n in runs if n not in results)}", ())
-    found = [results[name] for name in runs]
+    common = set.intersection(*({seed.number for seed in results[name].seeds} for name in runs))
+    if not common:
+        return Claim(paper, text, rule, f"no seed of {' and '.join(runs)} together", ())
+    found = [results[name].only(common) for name in runs]
     return Claim(paper, text, rule, measured(*found), tuple(holds(*found)))
 
 

@@ -6,7 +6,7 @@ import math
 import statistics
 from bisect import bisect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ Record = Mapping[str, Any]
 class Seed:
     """One finished job."""
 
+    number: int
     records: tuple[Record, ...]
     evaluation: Mapping[str, Any]
 
@@ -41,6 +42,10 @@ class Result:
     options: Mapping[str, Any]  # of the method, as configured
     prompts: int  # per step
     seeds: tuple[Seed, ...]
+
+    def only(self, numbers: set[int]) -> Result:
+        """The result of these seeds."""
+        return replace(self, seeds=tuple(seed for seed in self.seeds if seed.number in numbers))
 
     @property
     def steps(self) -> list[int]:
@@ -61,9 +66,6 @@ class Result:
 
     def first(self, key: str) -> list[float]:
         return [value for curve in self.curves(key) if (value := curve[0]) is not None]
-
-    def peak(self, key: str) -> list[float]:
-        return [max((value for value in curve if value is not None), default=0.0) for curve in self.curves(key)]
 
     @property
     def metrics(self) -> list[str]:
@@ -143,19 +145,19 @@ def load(plan: Plan, folder: Path) -> Results:
     runs = {}
     for run in plan.runs:
         folders = [folder / job_name(run.name, seed) for seed in range(plan.seeds)]
-        seeds = tuple(seed for path in folders if (seed := _seed(path)) is not None)
+        seeds = tuple(seed for i, path in enumerate(folders) if (seed := _seed(i, path)) is not None)
         if seeds:
             length = min(len(seed.records) for seed in seeds)
-            seeds = tuple(Seed(seed.records[:length], seed.evaluation) for seed in seeds)
+            seeds = tuple(replace(seed, records=seed.records[:length]) for seed in seeds)
             config, _ = configuration(plan, run, 0, folder)
             method = methods.create(config.method)
             runs[run.name] = Result(run, config.method["name"], vars(method), config.rollout.prompts, seeds)
     return Results(_evaluation(folder / BASE), runs)
 
 
-def _seed(folder: Path) -> Seed | None:
+def _seed(number: int, folder: Path) -> Seed | None:
     evaluation = _evaluation(folder)
-    return None if evaluation is None else Seed(tuple(read_steps(folder / METRICS)), evaluation)
+    return None if evaluation is None else Seed(number, tuple(read_steps(folder / METRICS)), evaluation)
 
 
 def _evaluation(folder: Path) -> Mapping[str, Any] | None:
@@ -183,8 +185,8 @@ def where_entropy_is(result: Result, folder: Path) -> list[tuple[float, float]]:
     """
     tokens, entropy = [0, 0, 0], [0.0, 0.0, 0.0]
     first = result.steps[len(result.steps) * 2 // 3]
-    for seed in range(len(result.seeds)):
-        path = folder / job_name(result.run.name, seed) / SAMPLES
+    for seed in result.seeds:
+        path = folder / job_name(result.run.name, seed.number) / SAMPLES
         for record in read_steps(path) if path.exists() else ():
             if record["step"] < first:
                 continue

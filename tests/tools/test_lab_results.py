@@ -95,6 +95,18 @@ def test_verdicts_follow_the_runs(plan: Plan, folder: Path) -> None:
     assert verdicts(load(plan, folder))["GRPO's entropy collapses"].verdict == "does not show (0/3 seeds)"
 
 
+def test_runs_are_compared_seed_by_seed(plan: Plan, folder: Path) -> None:
+    for seed, nats in ((0, 0.1), (1, 0.5), (2, 0.1)):
+        save_run(folder, f"nsr-s{seed}", entropy=[nats] * STEPS)
+    for seed, nats in ((1, 0.4), (2, 0.2)):
+        save_run(folder, f"psr-s{seed}", entropy=[nats] * STEPS)
+    text = "negative samples keep more entropy than positive ones"
+    assert verdicts(load(plan, folder))[text].verdict == "in some (1/2 seeds)"
+    (folder / "psr-s1/evaluation.json").unlink()
+    (folder / "psr-s2/evaluation.json").unlink()
+    assert verdicts(load(plan, folder))[text].verdict == "not run"
+
+
 @pytest.mark.parametrize(
     ("late", "alarm", "verdict"), [(0.9, 1.0, "shows"), (0.9, 0.0, "does not show"), (0.3, 1.0, "does not show")]
 )
