@@ -6,6 +6,8 @@ Without, it installs what megatron-core 0.16 takes for granted:
 - ``device="cuda"``, ``.cuda()`` and ``torch.cuda.current_device()`` mean the CPU;
 - ``Tensor.type()`` answers in the form the distributed optimizer compares with;
 - streams, events and synchronisation do nothing;
+- without Transformer Engine the router's matrix product falls back to torch's;
+- the token dispatcher takes its counts as numpy arrays, as it would get them off a GPU;
 - the CUDA RNG tracker forks nothing (every dropout probability is 0 in RL training).
 """
 
@@ -14,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -96,6 +98,10 @@ class _NoStream:
         pass
 
 
+def _as_dispatched(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 def _patch_cuda() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
@@ -110,6 +116,13 @@ def _patch_cuda() -> None:
 
 def _patch_megatron() -> None:
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
+    utils, dispatcher = cast(Any, moe_utils), cast(Any, token_dispatcher)
+    utils.te_general_gemm = None
+    dispatcher.maybe_move_tensor_to_cpu = _as_dispatched
     tracker: Any = random.CudaRNGStatesTracker
     tracker.fork = lambda self, name=None: contextlib.nullcontext()
+    states: Any = random  # what recomputation saves and restores, though nothing draws
+    states._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    states._set_cuda_rng_state = lambda *_, **__: None

@@ -68,14 +68,19 @@ class HiddenStateModel(GPTModel):
 
 
 def build_modules(
-    architecture: Architecture, *, dtype: torch.dtype, fused_head: bool = False, **layout: Any
+    architecture: Architecture,
+    *,
+    dtype: torch.dtype,
+    fused_head: bool = False,
+    recompute: str = "none",
+    **layout: Any,
 ) -> list[GPTModel]:
     """This rank's stages with uninitialised weights, in order; ``layout`` holds the fields of ``ModelLayout``.
 
     Megatron's process groups must exist. Raises ValueError when the layers do not fit the stages.
     """
     spread = ModelLayout(**layout)
-    config = transformer_config(architecture, spread, dtype)
+    config = transformer_config(architecture, spread, dtype, recompute)
     stages, rank = spread.stages(architecture.num_layers), groups.pipeline().rank()
     own = range(rank, len(stages), spread.pipeline)
     modules = [

@@ -52,8 +52,17 @@ class ModelLayout:
         return tuple(self.stage_layers)
 
 
-def transformer_config(architecture: Architecture, layout: ModelLayout, dtype: torch.dtype) -> TransformerConfig:
-    """The Megatron configuration of the architecture under a layout.
+RECOMPUTE: dict[str, dict[str, Any]] = {  # what backward computes again instead of keeping it
+    "none": {},
+    "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def transformer_config(
+    architecture: Architecture, layout: ModelLayout, dtype: torch.dtype, recompute: str = "none"
+) -> TransformerConfig:
+    """The Megatron configuration of the architecture under a layout. ``recompute`` is a key of ``RECOMPUTE``.
 
     ``calculate_per_token_loss`` makes Megatron add gradients over micro-batches and data-parallel ranks without
     dividing by their number: the weights of the loss already carry the whole mini-batch's counts.
@@ -93,6 +102,7 @@ def transformer_config(architecture: Architecture, layout: ModelLayout, dtype: t
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
+        **RECOMPUTE[recompute],
         **_moe_options(a, layout),
     )
 

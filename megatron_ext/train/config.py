@@ -31,13 +31,16 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     path: str = ""  # directory with config.json, safetensors and tokenizer
+    hub: str = ""  # where it can be had: an id on the Hugging Face Hub
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     fused_head: bool = False  # statistics from hidden states: the logits are never stored whole, 4 GEMMs instead of 3
     offload_reference: bool = False  # the reference's weights wait in host memory between two uses
+    recompute: Literal["none", "mlp", "full"] = "none"  # what backward computes again: nothing, MLPs, whole layers
 
 
 class DataConfig(Section):
     train: str = ""  # JSON Lines: prompt, answer [, id, verifier, numbers]
+    hub: str = ""  # what it is made from: ids on the Hugging Face Hub, or a sentence
     prompt_suffix: str = ""
     max_prompt_tokens: Positive = 1024
     strict: bool = False  # fail on a bad row instead of leaving it out with a report
@@ -96,6 +99,10 @@ class ParallelConfig(Section):
     tensor: Positive = 1
     pipeline: Positive = 1
     sequence: bool = False  # sequence parallelism over the tensor-parallel group
+    virtual: Positive = 1  # pipeline stages on each rank, run by the interleaved schedule
+    stage_layers: tuple[Positive, ...] = ()  # decoder layers of each of the pipeline x virtual stages; () = equal
+    expert: Positive = 1  # ranks that share the experts of a layer out, among the data-parallel ones
+    expert_tensor: Positive = 1  # tensor parallelism within an expert
 
     @property
     def world(self) -> int:
@@ -169,7 +176,13 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def check_layout(config: Config) -> None:
-    """Rules between fields: sizes that must divide, files that must exist, heads against TP."""
+    """Rules between fields: sizes that must divide, heads against TP, and files that must exist."""
+    if faults := layout_faults(config) + file_faults(config):
+        raise ConfigError("\n".join(faults))
+
+
+def layout_faults(config: Config) -> list[str]:
+    """What does not fit together, whatever files are there; of the model only ``config.json`` is read."""
     p, faults = config.parallel, []
     model_parallel = p.tensor * p.pipeline
     if p.world % model_parallel:
@@ -204,12 +217,23 @@ def check_layout(config: Config) -> None:
         )
     if not config.data.train:
         faults.append("data.train: no training file is named; set data.train to a JSON Lines file")
-    elif not Path(config.data.train).is_file():
-        faults.append(f"data.train: no such file: {config.data.train}; give a path from here or from the recipe")
-    faults += _check_curriculum(config)
-    faults += _check_model(config)
-    if faults:
-        raise ConfigError("\n".join(faults))
+    if config.data.stage_starts and not config.data.curriculum:
+        faults.append("data.stage_starts: there are no stages without data.curriculum; remove it, or name a curriculum")
+    return faults + _check_model(config)
+
+
+def file_faults(config: Config) -> list[str]:
+    """Files that a run needs and that are not there; the model's weights are looked for when they are loaded."""
+    data, faults = config.data, []
+    if data.train and not Path(data.train).is_file():
+        faults.append(f"data.train: no such file: {data.train}; give a path from here or from the recipe")
+    if data.curriculum and not Path(data.curriculum).is_file():
+        faults.append(
+            f"data.curriculum: no such file: {data.curriculum}; make it from the initial policy with\n"
+            f"  python -m tools.semantic_entropy RECIPE --out {data.curriculum}\n"
+            'or train on the data in any order with data.curriculum = ""'
+        )
+    return faults
 
 
 def hf_config(path: str | Path) -> dict[str, Any]:
@@ -221,19 +245,6 @@ def hf_config(path: str | Path) -> dict[str, Any]:
             "(config.json, *.safetensors, tokenizer files)"
         )
     return json.loads(file.read_text())
-
-
-def _check_curriculum(config: Config) -> list[str]:
-    data = config.data
-    if data.stage_starts and not data.curriculum:
-        return ["data.stage_starts: there are no stages without data.curriculum; remove it, or name a curriculum"]
-    if data.curriculum and not Path(data.curriculum).is_file():
-        return [
-            f"data.curriculum: no such file: {data.curriculum}; make it from the initial policy with\n"
-            f"  python -m tools.semantic_entropy RECIPE --out {data.curriculum}\n"
-            'or train on the data in any order with data.curriculum = ""'
-        ]
-    return []
 
 
 def _check_model(config: Config) -> list[str]:
