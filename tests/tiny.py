@@ -6,22 +6,54 @@ import functools
 import random
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from megatron_ext.types import Episode, Problem, Reward, Sample
 
 VOCAB = 61  # divisible by no tensor-parallel size in use
 
 
+KINDS: dict[str, tuple] = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    "qwen3_moe_mixed": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "llama": {  # of the wavelengths 6, 20, 63 and 199: one short, two between, one long
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 100.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 8.0,
+            "original_max_position_embeddings": 60,
+        }
+    },
+    "qwen3_moe": {**EXPERTS, "norm_topk_prob": True},
+    "qwen3_moe_mixed": {**EXPERTS, "mlp_only_layers": [2]},
+}
+
+
 @functools.cache
 def hf_model(kind: str = "qwen2", tied: bool = False) -> tuple[PreTrainedModel, Path]:
     """A random 4-layer model in fp32 and the directory it is saved in."""
-    config_class, model_class = {
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    }[kind]
+    config_class, model_class = KINDS[kind]
     torch.manual_seed(0)
     config = config_class(
         vocab_size=VOCAB,
@@ -34,6 +66,7 @@ def hf_model(kind: str = "qwen2", tied: bool = False) -> tuple[PreTrainedModel, 
         max_position_embeddings=64,
         tie_word_embeddings=tied,
         eos_token_id=1,
+        **OPTIONS.get(kind, {}),
     )
     model = model_class(config)
     for name, parameter in model.named_parameters():

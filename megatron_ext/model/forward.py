@@ -80,7 +80,7 @@ def run_pipeline(
 
     results = get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=iter(enumerate(packed)),
+        data_iterator=[iter(enumerate(packed)) for _ in policy.chunks],
         model=policy.chunks,
         num_microbatches=len(packed),
         seq_length=1,  # the true lengths travel with the tensors (variable_seq_lengths)

@@ -20,6 +20,26 @@ def data() -> dist.ProcessGroup:
     return cast(dist.ProcessGroup, parallel_state.get_data_parallel_group())
 
 
+def expert() -> dist.ProcessGroup:
+    """The ranks that share the experts of a layer out."""
+    return cast(dist.ProcessGroup, parallel_state.get_expert_model_parallel_group())
+
+
+def expert_tensor() -> dist.ProcessGroup:
+    """The ranks over which each expert is cut."""
+    return cast(dist.ProcessGroup, parallel_state.get_expert_tensor_parallel_group())
+
+
+def expert_model() -> dist.ProcessGroup:
+    """Both: the ranks that hold one copy of a layer's experts, those of one expert side by side."""
+    return cast(dist.ProcessGroup, parallel_state.get_expert_tensor_and_model_parallel_group())
+
+
+def expert_data() -> dist.ProcessGroup:
+    """The ranks that hold the same part of the same experts."""
+    return cast(dist.ProcessGroup, parallel_state.get_expert_data_parallel_group())
+
+
 def model() -> dist.ProcessGroup:
     """Tensor and pipeline parallelism together: the ranks that hold one copy of the model."""
     return cast(dist.ProcessGroup, parallel_state.get_model_parallel_group())

@@ -38,9 +38,13 @@ from megatron_ext.types import Episode, TokenStats
 
 FREE = (  # keys a resumed run may change one by one, besides whole sections (see check_resume)
     *("train.steps", "train.micro_batch_tokens", "train.max_bad_steps", "rollout.batch_size", "name"),
-    *("model.fused_head", "model.offload_reference", "reward.workers", "reward.deadline_s", "reward.max_timeout_share"),
+    *("model.fused_head", "model.offload_reference", "model.recompute"),
+    *("reward.workers", "reward.deadline_s", "reward.max_timeout_share"),
 )
-FREE_SECTIONS = ("parallel.", "checkpoint.", "log.", "alarms.", "data.train", "data.curriculum", "model.path")
+FREE_SECTIONS = (
+    *("parallel.", "checkpoint.", "log.", "alarms."),
+    *("data.train", "data.curriculum", "data.hub", "model.path", "model.hub"),
+)
 DONE, REQUEUE = 0, 75  # exit codes: finished; stopped by a signal with its state saved
 
 
@@ -61,7 +65,7 @@ class Run:
     def sync(self) -> None:
         """Stream the policy's weights to the engine, stamped with the number of steps they have seen."""
         policy = self.learner.policy
-        self.engine.update_weights(stream_weights(policy.modules[0], policy.architecture), self.step)
+        self.engine.update_weights(stream_weights(policy), self.step)
 
     def draw(self, count: int) -> list[EncodedProblem]:
         """The next ``count`` problems."""
@@ -167,17 +171,18 @@ def build(config: Config, pool: RewardPool) -> Run:
     layout: dict[str, Any] = {
         "dtype": getattr(torch, config.model.dtype),
         "fused_head": config.model.fused_head,
-        "tensor": config.parallel.tensor,
-        "pipeline": config.parallel.pipeline,
-        "sequence": config.parallel.sequence,
+        "recompute": config.model.recompute,
+        **parallel.model_layout(config.parallel),
     }
     architecture = read_architecture(hf_config(config.model.path))
     policy = build_policy(architecture, **layout)
-    load_weights(policy.modules[0], architecture, config.model.path)
+    for module in policy.modules:
+        load_weights(module, architecture, config.model.path)
     reference: Reference | None = None
     if method.needs.reference:
         frozen = build_reference(architecture, **layout)
-        load_weights(frozen.modules[0], architecture, config.model.path)
+        for module in frozen.modules:
+            load_weights(module, architecture, config.model.path)
         reference = Reference(frozen, device=host.device(), offload=config.model.offload_reference)
     actor, critic = Trained.build(policy, config.optimizer), None
     if method.needs.value:

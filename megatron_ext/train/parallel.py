@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from megatron_ext import host
 from megatron_ext.model import groups
+from megatron_ext.model.megatron_config import ModelLayout
 from megatron_ext.train.config import ParallelConfig
 
 T = TypeVar("T")
@@ -27,8 +29,17 @@ def initialize(layout: ParallelConfig, *, timeout_s: float = 600) -> None:
             f"{layout.world} but {dist.get_world_size()} ranks were launched"
         )
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
     )
+
+
+def model_layout(layout: ParallelConfig) -> dict[str, Any]:
+    """What of the layout concerns the model: the fields of ``ModelLayout`` (model/megatron_config.py)."""
+    return layout.model_dump(include={field.name for field in dataclasses.fields(ModelLayout)})
 
 
 class DataReducer:
@@ -55,6 +66,15 @@ def largest(value: int) -> int:
     box = torch.tensor([value], device=host.device())
     dist.all_reduce(box, op=dist.ReduceOp.MAX, group=groups.data())
     return int(box)
+
+
+def num_micro_batches(needed: int, layout: ParallelConfig) -> int:
+    """How many micro-batches every data-parallel rank runs where this one needs ``needed``.
+
+    As many as any rank needs; the interleaved schedule takes them in groups of as many as there are pipeline ranks.
+    """
+    count = largest(needed)
+    return count if layout.virtual == 1 else -(-count // layout.pipeline) * layout.pipeline
 
 
 def from_last_stage(tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:

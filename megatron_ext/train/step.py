@@ -141,7 +141,7 @@ class Learner:
         sequences = [(e.sample.prompt_ids, e.sample.response_ids) for e in episodes]
         lengths = [len(prompt) + len(response) for prompt, response in sequences]
         budget = self.config.train.micro_batch_tokens
-        num_bins = parallel.largest(len(packing.split(lengths, budget)))
+        num_bins = parallel.num_micro_batches(len(packing.split(lengths, budget)), self.config.parallel)
         bins = packing.split(lengths, budget, num_bins)
         multiple = self.config.parallel.tensor if self.config.parallel.sequence else 1
         return [(rows, packing.pack([sequences[i] for i in rows], multiple=multiple)) for rows in bins]

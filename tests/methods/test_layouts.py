@@ -68,7 +68,7 @@ def every_method(rank: int, world: int, path: str, layout: tuple[int, int, int])
         if name.startswith("siren"):
             method.load_state_dict({"h_anchor": 0.5})
         plan, metrics = learner.gradients(batch, current, micros)
-        gradients = {n: g.clone() for n, g in hf_weights.stream(gathered_gradients(policy), architecture)}
+        gradients = {n: g.clone() for n, g in hf_weights.stream(policy, gathered_gradients(policy))}
         found[name] = metrics, report | plan.report, gradients
     return found
 

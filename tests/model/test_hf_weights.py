@@ -1,97 +1,154 @@
-"""Hugging Face -> Megatron -> Hugging Face: the same bits, the same logits, and every misfit named."""
+"""Hugging Face -> Megatron -> Hugging Face: the same bits and the same logits under every layout."""
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+from megatron.core import parallel_state
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from megatron_ext import host
 from megatron_ext.methods.base import Needs
-from megatron_ext.model import build, hf_config, hf_weights
-from megatron_ext.model.forward import forward
+from megatron_ext.model import build, groups, hf_config, hf_tables, hf_weights, rope
+from megatron_ext.model.forward import forward, run_pipeline
 from megatron_ext.train import config as train_config
 from megatron_ext.train import packing, parallel
 from megatron_ext.train.config import ParallelConfig
+from megatron_ext.types import PackedSequences
 from tests import gloo, tiny
 
-LAYOUTS = [(1, 1, False), (2, 1, True), (4, 1, False), (1, 4, False), (2, 2, False)]
-
-
-def load(rank: int, world: int, path: str, tensor: int, pipeline: int, sequence: bool) -> build.Policy:
-    host.enter()
-    parallel.initialize(ParallelConfig(ranks_per_node=world, tensor=tensor, pipeline=pipeline, sequence=sequence))
-    architecture = hf_config.read_architecture(train_config.hf_config(path))
-    policy = build.build_policy(architecture, tensor=tensor, pipeline=pipeline, sequence=sequence, dtype=torch.float32)
-    hf_weights.load_weights(policy.modules[0], architecture, path)
-    return policy
-
-
-def round_trip(rank: int, world: int, path: str, layout: tuple, sequences: list) -> tuple:
-    tensor, _, sequence = layout
-    policy = load(rank, world, path, *layout)
-    weights = dict(hf_weights.stream_weights(policy.modules[0], policy.architecture))
-    bins = packing.split([len(p) + len(r) for p, r in sequences], 40)
-    packed = [packing.pack([sequences[i] for i in rows], multiple=tensor if sequence else 1) for rows in bins]
-    return weights, bins, forward(policy, packed, Needs(entropy=True), 0.7)
-
-
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_weights_return_bitwise_and_log_probs_match_transformers(kind: str, tied: bool) -> None:
-    model, path = tiny.hf_model(kind, tied)
-    draw = random.Random(1)
-    sequences = [
-        tuple(tuple(draw.randrange(tiny.VOCAB) for _ in range(draw.randint(1, 9))) for _ in range(2)) for _ in range(9)
-    ]
-    expected = []
-    for prompt, response in sequences:
-        logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].double() / 0.7
-        logp = logits.log_softmax(-1)
-        expected.append((logp.gather(1, torch.tensor(response)[:, None])[:, 0], -(logp.exp() * logp).sum(-1)))
-    stored = load_file(path / "model.safetensors")
-    for layout in LAYOUTS:
-        for weights, bins, stats in gloo.run(round_trip, layout[0] * layout[1], str(path), layout, sequences):
-            assert set(weights) == set(stored)
-            assert all(torch.equal(weights[name], tensor) for name, tensor in stored.items())
-            for rows, found in zip(bins, stats or [], strict=stats is not None):
-                for value, i in ((found.logprob, 0), (found.entropy, 1)):
-                    torch.testing.assert_close(
-                        value.double(), torch.cat([expected[r][i] for r in rows]), atol=1e-5, rtol=0
-                    )
-
-
-def broken(rank: int, world: int, path: str) -> str:
-    try:
-        load(rank, world, path, 1, 1, False)
-    except ValueError as error:
-        return str(error)
-    return "loaded"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda w: w.pop("model.layers.2.mlp.up_proj.weight"), "missing tensor model.layers.2.mlp.up_proj.weight"),
-        (lambda w: w.update({"model.extra": torch.zeros(2)}), "unexpected tensor model.extra"),
-        (
-            lambda w: w.update({"model.layers.1.self_attn.o_proj.weight": torch.zeros(32, 16)}),
-            "model.layers.1.self_attn.o_proj.weight: gives shape [32, 16], expected [32, 64]",
-        ),
+Sequences = list[tuple[tuple[int, ...], tuple[int, ...]]]
+TEMPERATURE = 0.7
+NUM_BINS = 6  # whole groups of micro-batches for the interleaved schedule on 2 and on 3 pipeline ranks
+DENSE: dict[int, list[dict[str, Any]]] = {  # by number of ranks
+    1: [{}],
+    2: [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {"pipeline": 2, "virtual": 2}],
+    3: [{"pipeline": 3, "stage_layers": (1, 2, 1)}],
+    4: [{"tensor": 4}, {"tensor": 2, "pipeline": 2}],
+}
+EXPERTS: dict[int, list[dict[str, Any]]] = {
+    1: [{}],
+    2: [
+        {"tensor": 2, "sequence": True},
+        {"pipeline": 2},
+        {"pipeline": 2, "virtual": 2},
+        {"expert": 2},
+        {"tensor": 2, "sequence": True, "expert_tensor": 2},
     ],
-)
-def test_a_misfit_is_named(change, message: str, tmp_path: Path) -> None:
-    _, path = tiny.hf_model()
-    weights = load_file(path / "model.safetensors")
-    change(weights)
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "config.json").write_text((path / "config.json").read_text())
-    assert message in gloo.run(broken, 1, str(tmp_path))[0]
+    3: [{"pipeline": 3, "stage_layers": (1, 2, 1)}],
+    4: [
+        {"tensor": 4, "sequence": True},
+        {"tensor": 2, "pipeline": 2, "sequence": True},
+        {"tensor": 2, "sequence": True, "expert": 2},
+        {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 2},
+        {"pipeline": 2, "expert": 2},
+    ],
+}
+KINDS = [("qwen2", False), ("qwen2", True), ("qwen3", True), ("llama", False), ("qwen3_moe", False)]
 
 
-def test_an_unsupported_architecture_is_named() -> None:
-    with pytest.raises(ValueError, match="GPT2LMHeadModel is not supported; expected one of Qwen2ForCausalLM"):
-        hf_config.read_architecture({"architectures": ["GPT2LMHeadModel"]})
+def in_layouts(rank: int, world: int, path: str, layouts: list[dict], sequences: Sequences) -> list[tuple]:
+    """For each layout: the streamed weights and their announced names, logits and statistics of each micro-batch."""
+    host.enter()
+    return [in_layout(world, path, layout, sequences) for layout in layouts]
+
+
+def in_layout(world: int, path: str, layout: dict[str, Any], sequences: Sequences) -> tuple:
+    parallel.initialize(ParallelConfig(ranks_per_node=world, **layout))
+    try:
+        architecture = hf_config.read_architecture(train_config.hf_config(path))
+        policy = build.build_reference(architecture, dtype=torch.float32, **layout)
+        for module in policy.modules:
+            hf_weights.load_weights(module, architecture, path)
+        streamed = list(hf_weights.stream_weights(policy))
+        multiple = layout.get("tensor", 1) if layout.get("sequence") else 1
+        packed = [packing.pack([sequences[i] for i in rows], multiple=multiple) for rows in bins(sequences)]
+        with torch.no_grad():
+            logits = run_pipeline(policy, packed, lambda output, micro: whole_logits(policy, output, micro), None)
+        return (
+            streamed,
+            hf_weights.stream_names(policy),
+            logits,
+            forward(policy, packed, Needs(entropy=True), TEMPERATURE),
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def bins(sequences: Sequences) -> list[list[int]]:
+    return packing.split([len(prompt) + len(response) for prompt, response in sequences], 60, NUM_BINS)
+
+
+def whole_logits(policy: build.Policy, output: Tensor, micro: PackedSequences) -> Tensor:
+    """``[T, V]`` of the rows that predict a response token."""
+    own = output[0].index_select(0, micro.rows).contiguous()
+    parts = [torch.empty_like(own) for _ in range(groups.tensor().size())]
+    dist.all_gather(parts, own, group=groups.tensor())
+    return torch.cat(parts, 1)[:, : policy.architecture.vocab_size]
+
+
+def random_sequences() -> Sequences:
+    draw = random.Random(1)
+    return [
+        tuple(tuple(draw.randrange(tiny.VOCAB) for _ in range(draw.randint(1, 9))) for _ in range(2)) for _ in range(9)
+    ]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("kind", "tied"), [*KINDS, ("qwen3_moe_mixed", False)])
+def test_weights_return_bitwise_and_logits_match_transformers(kind: str, tied: bool) -> None:
+    model, path = tiny.hf_model(kind, tied)
+    sequences = random_sequences()
+    with torch.no_grad():
+        expected = [
+            model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
+            for prompt, response in sequences
+        ]
+    order = [i for rows in bins(sequences) for i in rows]
+    logits = torch.cat([expected[i] for i in order])
+    logp = (logits.double() / TEMPERATURE).log_softmax(-1)
+    targets = torch.tensor([token for i in order for token in sequences[i][1]])
+    stored = load_file(path / "model.safetensors")
+    for world, layouts in (EXPERTS if "moe" in kind else DENSE).items():
+        for found in gloo.run(in_layouts, world, str(path), layouts, sequences):
+            for layout, (streamed, names, own_logits, stats) in zip(layouts, found, strict=True):
+                assert [(name, tuple(tensor.shape)) for name, tensor in streamed] == names, layout
+                assert {name for name, _ in streamed} == set(stored) and len(streamed) == len(stored), layout
+                assert all(torch.equal(tensor, stored[name]) for name, tensor in streamed), layout
+                if stats is None:
+                    continue
+                torch.testing.assert_close(torch.cat(own_logits), logits, atol=1e-5, rtol=0)
+                for name, value in (
+                    ("logprob", logp.gather(1, targets[:, None])[:, 0]),
+                    ("entropy", -(logp.exp() * logp).sum(-1)),
+                ):
+                    own = torch.cat([part.present()[name] for part in stats])
+                    torch.testing.assert_close(own.double(), value, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_rotary_frequencies_are_those_of_transformers_to_the_bit(kind: str) -> None:
+    model, path = tiny.hf_model(kind)
+    architecture = hf_config.read_architecture(train_config.hf_config(path))
+    assert torch.equal(rope.frequencies(architecture, "cpu"), model.model.rotary_emb.inv_freq)
+
+
+def test_every_target_model_has_the_tensors_that_transformers_has() -> None:
+    folders = sorted((Path(__file__).parents[2] / "recipes" / "models").glob("*/config.json"))
+    assert folders
+    for file in folders:
+        architecture = hf_config.read_architecture(json.loads(file.read_text()))
+        shapes = hf_tables.hf_shapes(architecture)
+        with torch.device("meta"):
+            from transformers import AutoConfig
+
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(file.parent))
+        expected = sum(parameter.numel() for parameter in model.parameters())
+        assert sum(torch.Size(shape).numel() for shape in shapes.values()) == expected, file

@@ -73,7 +73,7 @@ def one_step(
     # as if the policy had moved since it sampled: ratios on both sides of the clip range
     batch = learner.weigh(replace(batch, old_logprob=moved(current.logprob, own)))
     _, metrics = learner.gradients(batch, current, micros)
-    return metrics, dict(hf_weights.stream(gathered_gradients(policy), architecture))
+    return metrics, dict(hf_weights.stream(policy, gathered_gradients(policy)))
 
 
 def moved(logprob: Tensor, episodes: list) -> Tensor:
@@ -86,16 +86,19 @@ def moved(logprob: Tensor, episodes: list) -> Tensor:
     return logprob + torch.tensor(shift)
 
 
-def gathered_gradients(policy: build.Policy) -> dict[str, Tensor]:
-    """Megatron leaves each data-parallel rank one shard of the summed gradient: put them together."""
-    group = parallel.groups.data()
-    for buffer in policy.chunks[0].buffers:
-        for bucket in buffer.buckets:
-            shard = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
-            parts = [torch.empty_like(shard) for _ in range(group.size())]
-            dist.all_gather(parts, shard, group=group)
-            bucket.grad_data.copy_(torch.cat(parts))
-    return {name: vars(parameter)["main_grad"] for name, parameter in policy.modules[0].named_parameters()}
+def gathered_gradients(policy: build.Policy) -> list[dict[str, Tensor]]:
+    """Megatron leaves each data-parallel rank one shard of the summed gradient: put them together, module by module."""
+    for chunk in policy.chunks:
+        for buffers, group in (
+            (chunk.buffers, parallel.groups.data()),
+            (chunk.expert_parallel_buffers, parallel.groups.expert_data()),
+        ):
+            for bucket in [bucket for buffer in buffers for bucket in buffer.buckets]:
+                shard = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
+                parts = [torch.empty_like(shard) for _ in range(group.size())]
+                dist.all_gather(parts, shard, group=group)
+                bucket.grad_data.copy_(torch.cat(parts))
+    return [{name: vars(p)["main_grad"] for name, p in module.named_parameters()} for module in policy.modules]
 
 
 def reference(nucleus: str) -> tuple[float, dict[str, Tensor]]:

@@ -14,7 +14,7 @@ from megatron_ext import host
 from megatron_ext.model import groups
 from megatron_ext.model.build import Policy, build_optimizer, build_policy, build_scheduler
 from megatron_ext.model.hf_config import Architecture
-from megatron_ext.model.hf_weights import stage_rules
+from megatron_ext.model.hf_tables import stage_rules
 from megatron_ext.train import checkpoint, parallel
 from megatron_ext.train.config import ParallelConfig
 from megatron_ext.train.trained import Trained
@@ -65,9 +65,8 @@ class Run:
 
     def whole_values(self, seed: int) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
         """Every parameter with a value that is a part of the same whole tensor under every layout."""
-        stage, size = groups.pipeline().rank(), groups.pipeline().size()
         parameters = dict(self.policy.modules[0].named_parameters())
-        for rule in stage_rules(self.policy.architecture, stage, size):
+        for rule in stage_rules(self.policy.architecture, self.policy.stages, groups.pipeline().rank()):
             whole = [_whole(name, self.policy.architecture, seed) for name in rule.hf]
             yield parameters[rule.megatron], rule.layout.cut(whole, groups.tensor().rank(), groups.tensor().size())
 
@@ -119,7 +118,7 @@ class Run:
         held = {(stage, rank): tensors for stage, rank, tensors in pieces}
         found: dict[str, torch.Tensor] = {}
         for stage in range(groups.pipeline().size()):
-            for rule in stage_rules(architecture, stage, groups.pipeline().size()):
+            for rule in stage_rules(architecture, self.policy.stages, stage):
                 for kind in ("weight", "param", "exp_avg", "exp_avg_sq"):
                     parts = [held[stage, r][kind, rule.megatron] for r in range(groups.tensor().size())]
                     for name, value in zip(rule.hf, rule.layout.join(parts), strict=True):

@@ -1,0 +1,105 @@
+"""The safetensors files of a model directory: what they hold, what is wrong with them, and parts of their tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor by its file's header. ``dtype`` is safetensors' name."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class SafetensorsDir:
+    """``entries`` of all readable files; ``faults`` has a line for every file that is absent, cut or damaged."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.entries: dict[str, Entry] = {}
+        self.faults: list[str] = []
+        for file in self._files():
+            try:
+                self.entries |= _read_header(self.path / file)
+            except (OSError, ValueError) as error:
+                self.faults.append(f"{file}: {error}")
+
+    def part(self, name: str) -> Part:
+        """A tensor to slice: only what is asked for is read."""
+        entry = self.entries[name]
+        return Part(self._open[entry.file].get_slice(name), entry.shape)
+
+    @cached_property
+    def _open(self) -> dict[str, Any]:
+        return {file: safe_open(self.path / file, "pt") for file in {e.file for e in self.entries.values()}}
+
+    def _files(self) -> list[str]:
+        if (self.path / INDEX).is_file():
+            return sorted(set(json.loads((self.path / INDEX).read_text())["weight_map"].values()))
+        if (self.path / SINGLE).is_file():
+            return [SINGLE]
+        raise ValueError(f"{self.path}: holds neither {SINGLE} nor {INDEX}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor in a file, read where it is indexed."""
+
+    slices: Any
+    shape: tuple[int, ...]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.slices[index]
+
+
+def misfits(found: SafetensorsDir, shapes: Mapping[str, tuple[int, ...]], dtype: str | None) -> list[str]:
+    """A line for every file at fault and every tensor that is missing, unexpected, misshapen or of another dtype.
+
+    ``dtype`` is torch's name of what all should have; None: any floating dtype, the same for all.
+    """
+    lines = list(found.faults)
+    broken = "" if not lines else " (or in a file at fault)"
+    lines += [f"missing tensor {name}{broken}" for name in shapes if name not in found.entries]
+    lines += [f"unexpected tensor {name}" for name in found.entries if name not in shapes]
+    stored = [entry.dtype for entry in found.entries.values()]
+    wanted = (
+        NAMES.get(getattr(torch, dtype)) if dtype else max(set(stored) & DTYPES.keys(), key=stored.count, default=None)
+    )
+    for name, entry in found.entries.items():
+        if name in shapes and entry.shape != shapes[name]:
+            lines.append(f"{name}: found shape {list(entry.shape)}, expected {list(shapes[name])} ({entry.file})")
+        if name in shapes and entry.dtype != wanted:
+            source = "config.json's dtype" if dtype else "what most tensors have"
+            lines.append(f"{name}: found {entry.dtype}, expected {wanted}, {source} ({entry.file})")
+    return lines
+
+
+def _read_header(path: Path) -> dict[str, Entry]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise ValueError(f"is cut or no safetensors file: {size} bytes, its header alone would need {8 + length}")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    if size != end:
+        raise ValueError(f"found {size} bytes, expected {end}: the file is {'cut' if size < end else 'too long'}")
+    return {name: Entry(path.name, tensor["dtype"], tuple(tensor["shape"])) for name, tensor in header.items()}
