@@ -8,6 +8,7 @@ Without, it installs what megatron-core 0.16 takes for granted:
 - streams, events and synchronisation do nothing;
 - without Transformer Engine the router's matrix product falls back to torch's;
 - the token dispatcher takes its counts as numpy arrays, as it would get them off a GPU;
+- gathers and scatters of unequal parts, which gloo refuses, are padded or summed whole;
 - the CUDA RNG tracker forks nothing (every dropout probability is 0 in RL training).
 """
 
@@ -102,6 +103,31 @@ def _as_dispatched(tensor: Any, as_numpy: bool = False, record_stream: bool = Fa
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
+def _gather_unequal(own: torch.Tensor, group: Any, sizes: list[int]) -> Any:
+    """``_gather_along_first_dim`` of tensor_parallel/mappings.py for parts of unequal length."""
+    longest = max(sizes)
+    padded = torch.cat([own, own.new_zeros(longest - len(own), *own.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, padded, group=group)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def _reduce_scatter_unequal(whole: torch.Tensor, group: Any, sizes: list[int]) -> Any:
+    """``_reduce_scatter_along_first_dim`` for parts of unequal length."""
+    total = whole.clone()
+    torch.distributed.all_reduce(total, group=group)
+    return total.split(sizes)[group.rank()].clone()
+
+
+def _where_unequal(original: Any, unequal: Any) -> Any:
+    def chosen(tensor: torch.Tensor, group: Any, sizes: list[int] | None = None, *rest: Any, **options: Any) -> Any:
+        sizes = options.pop("output_split_sizes", options.pop("input_split_sizes", sizes))
+        plain = sizes is None or group.size() == 1
+        return original(tensor, group, None, *rest, **options) if plain else unequal(tensor, group, sizes)
+
+    return chosen
+
+
 def _patch_cuda() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
@@ -115,12 +141,15 @@ def _patch_cuda() -> None:
 
 
 def _patch_megatron() -> None:
-    from megatron.core.tensor_parallel import random
+    from megatron.core.tensor_parallel import mappings, random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     utils, dispatcher = cast(Any, moe_utils), cast(Any, token_dispatcher)
     utils.te_general_gemm = None
     dispatcher.maybe_move_tensor_to_cpu = _as_dispatched
+    maps = cast(Any, mappings)
+    maps._gather_along_first_dim = _where_unequal(maps._gather_along_first_dim, _gather_unequal)
+    maps._reduce_scatter_along_first_dim = _where_unequal(maps._reduce_scatter_along_first_dim, _reduce_scatter_unequal)
     tracker: Any = random.CudaRNGStatesTracker
     tracker.fork = lambda self, name=None: contextlib.nullcontext()
     states: Any = random  # what recomputation saves and restores, though nothing draws

@@ -13,12 +13,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_ext import host
-from megatron_ext.methods.base import Needs
 from megatron_ext.model import build, groups, hf_config, hf_tables, hf_weights, rope
-from megatron_ext.model.forward import forward, run_pipeline
+from megatron_ext.model.forward import run_pipeline
 from megatron_ext.train import config as train_config
 from megatron_ext.train import packing, parallel
 from megatron_ext.train.config import ParallelConfig
@@ -26,8 +25,7 @@ from megatron_ext.types import PackedSequences
 from tests import gloo, tiny
 
 Sequences = list[tuple[tuple[int, ...], tuple[int, ...]]]
-TEMPERATURE = 0.7
-NUM_BINS = 6  # whole groups of micro-batches for the interleaved schedule on 2 and on 3 pipeline ranks
+NUM_BINS = 2  # what the interleaved schedule takes at least
 DENSE: dict[int, list[dict[str, Any]]] = {  # by number of ranks
     1: [{}],
     2: [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {"pipeline": 2, "virtual": 2}],
@@ -52,11 +50,19 @@ EXPERTS: dict[int, list[dict[str, Any]]] = {
         {"pipeline": 2, "expert": 2},
     ],
 }
-KINDS = [("qwen2", False), ("qwen2", True), ("qwen3", True), ("llama", False), ("qwen3_moe", False)]
+MIXED = {1: [{}], 2: [{"expert": 2}], 4: [{"tensor": 2, "pipeline": 2, "sequence": True}]}
+KINDS = [
+    ("qwen2", False, DENSE),
+    ("qwen2", True, DENSE),
+    ("qwen3", True, DENSE),
+    ("llama", False, DENSE),
+    ("qwen3_moe", False, EXPERTS),
+    ("qwen3_moe_mixed", False, MIXED),
+]
 
 
 def in_layouts(rank: int, world: int, path: str, layouts: list[dict], sequences: Sequences) -> list[tuple]:
-    """For each layout: the streamed weights and their announced names, logits and statistics of each micro-batch."""
+    """For each layout: the streamed weights, their announced names, and the logits of each micro-batch."""
     host.enter()
     return [in_layout(world, path, layout, sequences) for layout in layouts]
 
@@ -73,12 +79,7 @@ def in_layout(world: int, path: str, layout: dict[str, Any], sequences: Sequence
         packed = [packing.pack([sequences[i] for i in rows], multiple=multiple) for rows in bins(sequences)]
         with torch.no_grad():
             logits = run_pipeline(policy, packed, lambda output, micro: whole_logits(policy, output, micro), None)
-        return (
-            streamed,
-            hf_weights.stream_names(policy),
-            logits,
-            forward(policy, packed, Needs(entropy=True), TEMPERATURE),
-        )
+        return streamed, hf_weights.stream_names(policy), logits
     finally:
         parallel_state.destroy_model_parallel()
 
@@ -97,40 +98,32 @@ def whole_logits(policy: build.Policy, output: Tensor, micro: PackedSequences) -
 
 def random_sequences() -> Sequences:
     draw = random.Random(1)
-    return [
-        tuple(tuple(draw.randrange(tiny.VOCAB) for _ in range(draw.randint(1, 9))) for _ in range(2)) for _ in range(9)
-    ]  # type: ignore[misc]
+
+    def tokens() -> tuple[int, ...]:
+        return tuple(draw.randrange(tiny.VOCAB) for _ in range(draw.randint(1, 9)))
+
+    return [(tokens(), tokens()) for _ in range(9)]
 
 
-@pytest.mark.parametrize(("kind", "tied"), [*KINDS, ("qwen3_moe_mixed", False)])
-def test_weights_return_bitwise_and_logits_match_transformers(kind: str, tied: bool) -> None:
+@pytest.mark.parametrize(("kind", "tied", "every_layout"), KINDS, ids=[f"{kind}-{tied}" for kind, tied, _ in KINDS])
+def test_weights_return_bitwise_and_logits_match_transformers(kind: str, tied: bool, every_layout: dict) -> None:
     model, path = tiny.hf_model(kind, tied)
     sequences = random_sequences()
     with torch.no_grad():
-        expected = [
+        logits = [
             model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
             for prompt, response in sequences
         ]
-    order = [i for rows in bins(sequences) for i in rows]
-    logits = torch.cat([expected[i] for i in order])
-    logp = (logits.double() / TEMPERATURE).log_softmax(-1)
-    targets = torch.tensor([token for i in order for token in sequences[i][1]])
+    expected = torch.cat([logits[i] for rows in bins(sequences) for i in rows])
     stored = load_file(path / "model.safetensors")
-    for world, layouts in (EXPERTS if "moe" in kind else DENSE).items():
+    for world, layouts in every_layout.items():
         for found in gloo.run(in_layouts, world, str(path), layouts, sequences):
-            for layout, (streamed, names, own_logits, stats) in zip(layouts, found, strict=True):
+            for layout, (streamed, names, own) in zip(layouts, found, strict=True):
                 assert [(name, tuple(tensor.shape)) for name, tensor in streamed] == names, layout
                 assert {name for name, _ in streamed} == set(stored) and len(streamed) == len(stored), layout
                 assert all(torch.equal(tensor, stored[name]) for name, tensor in streamed), layout
-                if stats is None:
-                    continue
-                torch.testing.assert_close(torch.cat(own_logits), logits, atol=1e-5, rtol=0)
-                for name, value in (
-                    ("logprob", logp.gather(1, targets[:, None])[:, 0]),
-                    ("entropy", -(logp.exp() * logp).sum(-1)),
-                ):
-                    own = torch.cat([part.present()[name] for part in stats])
-                    torch.testing.assert_close(own.double(), value, atol=1e-5, rtol=0)
+                if own is not None:
+                    torch.testing.assert_close(torch.cat(own), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
@@ -147,8 +140,6 @@ def test_every_target_model_has_the_tensors_that_transformers_has() -> None:
         architecture = hf_config.read_architecture(json.loads(file.read_text()))
         shapes = hf_tables.hf_shapes(architecture)
         with torch.device("meta"):
-            from transformers import AutoConfig
-
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(file.parent))
         expected = sum(parameter.numel() for parameter in model.parameters())
         assert sum(torch.Size(shape).numel() for shape in shapes.values()) == expected, file
