@@ -28,6 +28,7 @@ ROOMS = {  # room -> what it may import of this project
         "megatron_ext.host",
     },
     "megatron_ext.rollout": {"megatron_ext.rollout", "megatron_ext.types", "megatron_ext.host"},
+    "megatron_ext.plan": {"megatron_ext.plan", "megatron_ext.model.hf_config", "megatron_ext.train.config"},
     "megatron_ext.train": {"megatron_ext"},
     "tools": {"megatron_ext", "tools"},
 }
@@ -85,6 +86,11 @@ def test_a_recipe_loads_without_torch() -> None:
         "import sys; from megatron_ext.train.config import load_config; "
         "load_config('recipes/siren/siren-tiny-cpu.toml'); sys.exit('torch' in sys.modules)"
     )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_layout_is_planned_without_torch() -> None:
+    code = "import sys; import megatron_ext.plan.layout; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -50,7 +50,8 @@ class DataConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["hf"] = "hf"
+    engine: Literal["hf", "vllm"] = "hf"  # transformers' generate, or vLLM in the trainer's processes
+    tensor: Positive = 1  # ranks that share the weights of one vLLM engine
     prompts: Positive = 128  # prompts per step
     samples: Positive = 8  # responses per prompt: the group size G
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -157,7 +158,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a recipe, its parents and ``key=value`` overrides (dotted keys, TOML values), and check them.
 
     Relative paths in ``model.path``, ``data.train`` and ``data.curriculum`` are tried from the current directory
-    first, then from the file that states them.
+    first, then from the file that states them; data that is in neither place is expected in the second.
     """
     config = read_config(path, overrides)
     check_layout(config)
@@ -209,6 +210,12 @@ def layout_faults(config: Config) -> list[str]:
         faults.append(
             f"train.micro_batch_tokens: {config.train.micro_batch_tokens} cannot hold one sequence of "
             f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}; raise it to at least {longest}"
+        )
+    shared = config.rollout.tensor
+    if shared > 1 and (config.rollout.engine == "hf" or p.ranks_per_node % shared):
+        faults.append(
+            f"rollout.tensor: {shared} ranks cannot share an engine: rollout.engine is {config.rollout.engine} and "
+            f"parallel.ranks_per_node is {p.ranks_per_node}; hf takes 1, vllm a divisor of the ranks of a node"
         )
     if config.rollout.dynamic_sampling and config.rollout.samples == 1:
         faults.append(
@@ -285,7 +292,7 @@ def _read_chain(path: Path) -> dict[str, Any]:
         raise ConfigError(f"recipe: {path} is not valid TOML: {error}") from None
     for section, key in (("model", "path"), ("data", "train"), ("data", "curriculum")):
         value = own.get(section, {}).get(key)
-        made_later = key == "curriculum"  # by a tool, where the recipe says
+        made_later = section == "data"  # by a tool, where the recipe says
         if value and not Path(value).exists() and (made_later or (path.parent / value).exists()):
             own[section][key] = os.path.normpath(path.parent / value)
     parent = own.pop("parent", None)

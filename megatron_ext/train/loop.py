@@ -165,6 +165,11 @@ def build(config: Config, pool: RewardPool) -> Run:
     torch.manual_seed(config.train.seed)
     random.seed(config.train.seed)
     np.random.seed(config.train.seed)
+    if config.rollout.engine == "vllm":
+        raise ConfigError(
+            "rollout.engine: vllm is planned and dry-run but not driven by this version; set rollout.engine=hf "
+            "rollout.tensor=1, and see with python -m tools.plan RECIPE whether that fits"
+        )
     method = create_method(config)
     problems = _load_data(config, pool)
     order = data_order(config, [problem for problem, _ in problems])

@@ -1,0 +1,218 @@
+"""What one GPU holds, item by item, in each phase of a step, for every pipeline rank.
+
+    rollout   the trainer's state at rest, the engine's weights and its KV cache
+    score     passes without gradient: old policy, reference, critic
+    update    forward and backward: activations of all micro-batches in flight, the head, gradients
+
+Weights, gradients and optimizer are exact (sizes.py). Activations are counted per saved tensor of a Transformer Engine
+layer with flash attention (``saved_per_token``), the head per copy of the logits that is alive at once; the reserve is
+an assumption. Bytes throughout; bf16 has 2, fp32 4 per element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_ext.model.hf_config import Architecture
+from megatron_ext.plan.sizes import Buffers, Sharding, attention_widths, buffers, num_parameters, stage_parameters
+from megatron_ext.train.config import Config, ParallelConfig
+
+Recompute = Literal["none", "mlp", "full"]
+RECOMPUTE: tuple[Recompute, ...] = ("none", "mlp", "full")
+RESERVE = 4e9  # assumed: CUDA context, NCCL buffers, cuBLAS workspaces, fragmentation of the allocator
+IMBALANCE = 1.5  # assumed: tokens of the busiest expert-parallel rank over the mean
+HEAD_CHUNK = 1024  # rows whose logits the fused head holds at once (ops/linear_policy_stats.py)
+EXCHANGE_PER_ROW = 4096  # 256 keys and logits a row, sent and received (ops/nucleus.py)
+PHASES = ("rollout", "score", "update")
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which models and passes a method asks for besides the policy's own."""
+
+    reference: bool = False
+    critic: bool = False
+    current: bool = False  # a pass without gradient before every update after the first
+
+
+def sharding(p: ParallelConfig) -> Sharding:
+    return Sharding(
+        tensor=p.tensor,
+        expert=p.expert,
+        expert_tensor=p.expert_tensor,
+        data=p.data,
+        expert_data=p.world // (p.pipeline * p.expert * p.expert_tensor),
+    )
+
+
+def stage_layers(a: Architecture, p: ParallelConfig) -> list[list[range]]:
+    """Decoder layers of every pipeline rank, virtual stage by virtual stage."""
+    count = p.pipeline * p.virtual
+    sizes = p.stage_layers or [a.num_layers // count] * count
+    starts = [sum(sizes[:stage]) for stage in range(count)]
+    ranges = [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    return [ranges[rank :: p.pipeline] for rank in range(p.pipeline)]
+
+
+def rank_buffers(a: Architecture, p: ParallelConfig, rank: int, *, critic: bool = False) -> Buffers:
+    """All parameters of pipeline rank ``rank`` (tensor, expert and data rank 0), one buffer a virtual stage."""
+    total, s, chunks = Buffers(), sharding(p), stage_layers(a, p)[rank]
+    for number, layers in enumerate(chunks):
+        first = rank == 0 and number == 0
+        last = rank == p.pipeline - 1 and number == len(chunks) - 1
+        total += buffers(stage_parameters(a, s, layers, first=first, last=last, critic=critic), s)
+    return total
+
+
+def saved_per_token(a: Architecture, p: ParallelConfig, layer: int, recompute: Recompute) -> float:
+    """Elements that one decoder layer keeps for its backward, per token of the micro-batch.
+
+    Kept whole, or in parts under sequence parallelism: the inputs of both norms and what the two linear layers behind
+    them read. In parts over the tensor ranks: the fused projection (the value is a view of it), query and key after
+    rotation, the attention's output, and in the MLP gate and up, silu(gate) and their product.
+    """
+    D, (q, kv) = a.hidden_size, attention_widths(a)
+    parts = p.tensor if p.sequence else 1
+    if recompute == "full":
+        return D / parts
+    attention = (3 * q + 3 * kv + 2 * a.num_heads) / p.tensor  # flash keeps an fp32 sum per head
+    experts = a.experts if a.has_experts(layer) else None
+    if recompute == "mlp":
+        return (3 if experts is None else 4) * D / parts + attention
+    if experts is None:
+        return 4 * D / parts + attention + 4 * a.ffn_size / p.tensor
+    router = 6.5 * experts.num / parts  # fp32 logits, probabilities and their masked copy, a bool map
+    routed = IMBALANCE * experts.top_k * (D + 5 * experts.ffn_size) / parts  # 5: the MLP's four, and times probability
+    return 4 * D / parts + attention + router + routed
+
+
+def in_flight(p: ParallelConfig, rank: int, num_micro_batches: int) -> float:
+    """Micro-batches whose activations pipeline rank ``rank`` holds at once, in units of all its layers."""
+    if p.virtual == 1:
+        return min(p.pipeline - rank, num_micro_batches)
+    chunks = 2 * (p.pipeline - rank - 1) + (p.virtual - 1) * p.pipeline + 1  # warm-up of the interleaved schedule
+    return min(chunks, num_micro_batches * p.virtual) / p.virtual
+
+
+def activations(a: Architecture, config: Config, rank: int, recompute: Recompute, num_micro_batches: int) -> float:
+    """Peak in the update: what all micro-batches in flight keep, one layer's own in full and as much in gradients."""
+    p, element, tokens = config.parallel, element_bytes(config), config.train.micro_batch_tokens
+    layers = [layer for chunk in stage_layers(a, p)[rank] for layer in chunk]
+    kept = sum(saved_per_token(a, p, layer, recompute) for layer in layers)
+    return tokens * element * (in_flight(p, rank, num_micro_batches) * kept + working_layer(a, p, layers, recompute))
+
+
+def working_layer(a: Architecture, p: ParallelConfig, layers: Sequence[int], recompute: Recompute) -> float:
+    """Elements per token of the layer that backward stands in: its gradients, and what was recomputed of it."""
+    largest = max((saved_per_token(a, p, layer, "none") for layer in layers), default=0.0)
+    return largest * (1 if recompute == "none" else 2)
+
+
+def head(a: Architecture, config: Config, *, grad: bool) -> float:
+    """Output layer and statistics on the last stage, for a micro-batch of response tokens only."""
+    p, element, tokens = config.parallel, element_bytes(config), config.train.micro_batch_tokens
+    width = a.padded_vocab(p.tensor) // p.tensor
+    weight = width * a.hidden_size
+    if config.model.fused_head:
+        rows = tokens * a.hidden_size * element * (2 + grad)  # gathered, selected, its gradient
+        return rows + HEAD_CHUNK * width * element + weight * (4 + element) * grad + tokens * EXCHANGE_PER_ROW
+    alive = 3 if grad else 2  # logits and the selected rows; backward: the rows, their gradient, that of all logits
+    return tokens * width * element * alive + weight * element * grad + tokens * EXCHANGE_PER_ROW
+
+
+def element_bytes(config: Config) -> int:
+    return 2 if config.model.dtype == "bfloat16" else 4
+
+
+def kv_bytes_per_token(a: Architecture, config: Config) -> int:
+    return 2 * a.num_layers * attention_widths(a)[1] * element_bytes(config)
+
+
+def longest_sequence(config: Config) -> int:
+    return config.data.max_prompt_tokens + config.rollout.max_response_tokens
+
+
+def engine_weights(a: Architecture, config: Config) -> float:
+    """The rollout engine's own copy on one GPU."""
+    return num_parameters(a) * element_bytes(config) / config.rollout.tensor
+
+
+def engine_working(a: Architecture, config: Config) -> float:
+    """What the embedded engine needs beside weights and KV cache: activations of a prefill, or logits of a step."""
+    r, element = config.rollout, element_bytes(config)
+    wide = a.experts.ffn_size * a.experts.top_k if a.experts else a.ffn_size
+    prefill = r.batch_size * config.data.max_prompt_tokens * (3 * wide + 3 * a.hidden_size) * element
+    return max(prefill, r.batch_size * a.vocab_size * 24)  # 24: six fp32 copies of a step's logits while sampling
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one pipeline rank's GPU: ``phases[phase][item]``."""
+
+    rank: int
+    buffers: Buffers
+    phases: dict[str, dict[str, float]]
+
+    def total(self, phase: str) -> float:
+        return sum(self.phases[phase].values())
+
+    @property
+    def worst_phase(self) -> str:
+        return max(PHASES, key=self.total)
+
+    @property
+    def peak(self) -> float:
+        return self.total(self.worst_phase)
+
+
+def rank_memory(
+    a: Architecture, config: Config, roles: Roles, rank: int, *, gpu_memory: float, num_micro_batches: int
+) -> RankMemory:
+    """Every item of every phase. A vLLM engine sleeps outside of rollouts and fills what it is left with KV cache."""
+    p, element = config.parallel, element_bytes(config)
+    own, last = rank_buffers(a, p, rank), rank == p.pipeline - 1
+    state = {"reserve": RESERVE, **trained_bytes(own, element)}
+    if roles.critic:
+        state["critic"] = sum(trained_bytes(rank_buffers(a, p, rank, critic=True), element).values())
+    reference = {"reference": own.parameters * element} if roles.reference else {}
+    resident = {} if config.model.offload_reference else reference
+    engine = {"rollout weights": engine_weights(a, config)}
+    asleep = engine if config.rollout.engine == "hf" else {}
+    layers = [layer for chunk in stage_layers(a, p)[rank] for layer in chunk]
+    scored = config.train.micro_batch_tokens * element * working_layer(a, p, layers, "none")
+    micro = {"activations": activations(a, config, rank, config.model.recompute, num_micro_batches)}
+    rollout = state | resident | engine
+    if config.rollout.engine == "hf":
+        rollout |= {"rollout work": engine_working(a, config), "KV cache": kv_cache(a, config)}
+    else:
+        rollout |= {"KV cache": max(0.0, 0.95 * gpu_memory - sum(rollout.values()))}
+    phases = {
+        "rollout": rollout,
+        "score": state | reference | asleep | {"activations": scored} | _head_item(a, config, last, grad=False),
+        "update": state | resident | asleep | micro | _head_item(a, config, last, grad=True),
+    }
+    return RankMemory(rank, own, phases)
+
+
+def trained_bytes(own: Buffers, element: int) -> dict[str, float]:
+    """Weights, fp32 gradients, and Adam's two moments with fp32 master weights (none beside fp32 weights)."""
+    masters = 4 if element == 2 else 0
+    return {"weights": own.padded * element, "gradients": own.padded * 4, "optimizer": own.owned * (8 + masters)}
+
+
+def kv_cache(a: Architecture, config: Config) -> float:
+    """Of the embedded engine: every sequence of a batch at full length, and a layer's copy while it grows."""
+    sequences = config.rollout.batch_size * longest_sequence(config)
+    return sequences * kv_bytes_per_token(a, config) * (1 + 1 / a.num_layers)
+
+
+def kv_capacity(a: Architecture, config: Config, cache: float) -> int:
+    """Full-length sequences that fit in ``cache`` bytes on each GPU of an engine."""
+    per_sequence = longest_sequence(config) * kv_bytes_per_token(a, config) / config.rollout.tensor
+    return int(cache // per_sequence)
+
+
+def _head_item(a: Architecture, config: Config, last: bool, *, grad: bool) -> dict[str, float]:
+    return {"head and statistics": head(a, config, grad=grad)} if last else {}

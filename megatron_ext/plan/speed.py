@@ -1,0 +1,125 @@
+"""How long a step takes, from stated rates. An estimate for choosing a layout, not a promise.
+
+train     2 operations per active weight and token forward, 4 backward, plus attention's, at ``mfu`` of the peak;
+          recomputation and the fused head repeat their part of the forward; pipeline stages idle (p - 1) / (m v)
+exchange  gradients in fp32 reduced, weights gathered, over the data-parallel ranks, once an update
+rollout   a decoding step reads the weights and all sequences' KV cache once, at ``decode`` of the memory bandwidth,
+          and costs at least ``launch_s`` per layer
+sync      every weight once through the host, as the streamed export does
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_ext.model.hf_config import Architecture
+from megatron_ext.plan import memory
+from megatron_ext.plan.memory import Roles
+from megatron_ext.plan.sizes import active_parameters, attention_widths, num_parameters
+from megatron_ext.train.config import Config
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one GPU and its links do per second. ``source`` says where the numbers come from."""
+
+    flops: float  # dense bf16
+    bandwidth: float  # bytes, device memory
+    node_link: float  # bytes a direction, to the GPUs of the node
+    network: float  # bytes a direction, to other nodes, per GPU
+    mfu: float = 0.40
+    mfu_experts: float = 0.20
+    decode: float = 0.5
+    host_link: float = 20e9
+    launch_s: float = 8e-4
+    source: str = ""
+
+
+COMMON = (
+    "mfu .40: Megatron-Core reports up to .47 on H100; mfu_experts .20, decode .5, host link 20 GB/s, launch .8 ms a "
+    "layer (embedded engine; a tenth under vLLM's CUDA graphs): assumed, replace them by a run's metrics"
+)
+RATES = {
+    "h100": Rates(989e12, 3.35e12, 450e9, 50e9, source=f"H100 SXM data sheet, one 400 Gb/s NIC per GPU; {COMMON}"),
+    "a800": Rates(312e12, 2.04e12, 200e9, 25e9, source=f"A800 SXM data sheet, one 200 Gb/s NIC per GPU; {COMMON}"),
+}
+GPU_MEMORY = 80e9  # both, as sold; what the driver keeps is in memory.RESERVE
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a mean sequence."""
+
+    prompt: float
+    response: float
+
+    @property
+    def total(self) -> float:
+        return self.prompt + self.response
+
+
+def default_lengths(config: Config) -> Lengths:
+    """Assumed where nothing is known: short prompts, and responses that end half-way on average."""
+    return Lengths(min(256, config.data.max_prompt_tokens), config.rollout.max_response_tokens / 2)
+
+
+def forward_flops(a: Architecture, context: float) -> float:
+    """Operations of one token's forward in a sequence of ``context`` tokens (causal: half of it on average)."""
+    return 2 * active_parameters(a) + 2 * a.num_layers * attention_widths(a)[0] * context
+
+
+def step_seconds(a: Architecture, config: Config, roles: Roles, rates: Rates, lengths: Lengths) -> dict[str, float]:
+    """Seconds of each phase of one step."""
+    p, r, t = config.parallel, config.rollout, config.train
+    responses = r.prompts * r.samples
+    updates = r.prompts // t.mini_batch_prompts
+    tokens = responses * lengths.total
+    once = tokens * forward_flops(a, lengths.total)
+    speed = rates.flops * (rates.mfu_experts if a.experts else rates.mfu) * p.world
+    per_rank = tokens / updates / p.data
+    bubble = 1 + (p.pipeline - 1) / (max(1, math.ceil(per_rank / t.micro_batch_tokens)) * p.virtual)
+    passes = 1 + roles.reference + roles.critic + (roles.current * (updates - 1) / updates)
+    backward = 3 + repeated_share(a, config)
+    return {
+        "rollout": rollout_seconds(a, config, rates, lengths),
+        "score": passes * once / speed * bubble,
+        "update": (1 + roles.critic) * backward * once / speed * bubble,
+        "gradient exchange": (1 + roles.critic) * updates * exchange_seconds(a, config, rates),
+        "weight sync": num_parameters(a) * memory.element_bytes(config) / rates.host_link,
+    }
+
+
+def repeated_share(a: Architecture, config: Config) -> float:
+    """Part of the forward that backward repeats: recomputed layers, and the fused head's product."""
+    whole, output = active_parameters(a), a.vocab_size * a.hidden_size
+    q, kv = attention_widths(a)
+    attention = a.num_layers * a.hidden_size * (2 * q + 2 * kv)
+    layers = {"none": 0, "mlp": whole - output - attention, "full": whole - output}[config.model.recompute]
+    return (layers + output * config.model.fused_head) / whole
+
+
+def exchange_seconds(a: Architecture, config: Config, rates: Rates) -> float:
+    """Reduce-scatter of fp32 gradients and all-gather of weights on the pipeline rank with the most parameters."""
+    p = config.parallel
+    own = max(memory.rank_buffers(a, p, rank).padded for rank in range(p.pipeline))
+    link = rates.network if p.nodes > 1 else rates.node_link
+    return own * (4 + memory.element_bytes(config)) * (p.data - 1) / p.data / link
+
+
+def rollout_seconds(a: Architecture, config: Config, rates: Rates, lengths: Lengths) -> float:
+    """The embedded engine decodes batch after batch to its longest response; vLLM replaces finished sequences."""
+    r, p = config.rollout, config.parallel
+    responses = r.prompts * r.samples / (p.world / r.tensor)  # of one engine
+    weights = memory.engine_weights(a, config)
+    kv = memory.kv_bytes_per_token(a, config) / r.tensor * lengths.total
+    speed = rates.bandwidth * rates.decode
+    if r.engine == "hf":
+        batches = math.ceil(responses / r.batch_size)
+        together = responses / batches
+        step = max((weights + together * kv) / speed, a.num_layers * rates.launch_s)
+        return batches * r.max_response_tokens * step
+    together = min(responses, 256)  # vLLM's default max_num_seqs
+    step = max((weights + together * kv) / speed, a.num_layers * rates.launch_s / 10)
+    steps = max(responses * lengths.response / together, r.max_response_tokens)
+    return steps * step

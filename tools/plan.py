@@ -1,0 +1,171 @@
+"""What a recipe needs before anything is asked of a cluster: groups, tokens, memory of the worst GPU, time of a step.
+
+    python -m tools.plan RECIPE [key=value ...]           a table
+    python -m tools.plan RECIPE --json                    the same as JSON
+    python -m tools.plan RECIPE --svg memory.svg          a bar chart of the memory, phase by phase
+    python -m tools.plan RECIPE --gpu a800 --mfu .3       other rates; the table says which were used
+
+Weights, gradients and optimizer are exact: the dry run (tools.train RECIPE --dry-run) compares them with the built
+shards. The rest is counted or assumed as megatron_ext/plan says. Exit codes: 0 it fits, 1 it does not, 2 configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_ext.plan.layout import Plan, make_plan, nearest_fit
+from megatron_ext.plan.memory import PHASES, RECOMPUTE, Roles
+from megatron_ext.plan.speed import GPU_MEMORY, RATES, Lengths, Rates, default_lengths
+from megatron_ext.train.config import Config, ConfigError, layout_faults, read_config
+from tools.plan_chart import memory_chart
+
+FITS, DOES_NOT_FIT, CONFIGURATION = 0, 1, 2
+GB = 1e9
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_intermixed_args(arguments)
+    try:
+        config = read_valid(options.recipe, options.overrides)
+        roles = method_roles(config)
+    except ConfigError as error:
+        print(f"configuration error\n{error}", file=sys.stderr)
+        return CONFIGURATION
+    rates, lengths = _rates(options), default_lengths(config)
+    lengths = Lengths(options.mean_prompt or lengths.prompt, options.mean_response or lengths.response)
+    plan = make_plan(config, roles, rates=rates, gpu_memory=options.memory_gb * GB, lengths=lengths)
+    nearest = None if plan.fits else nearest_fit(plan, rates=rates, lengths=lengths)
+    if options.svg:
+        options.svg.write_text(memory_chart(plan))
+    if options.json:
+        found = {"nearest_fit": nearest[0] if nearest else None, "rates": vars(rates), "lengths": vars(lengths)}
+        print(json.dumps(plan.as_dict() | found, indent=2))
+    else:
+        print("\n".join([*table(plan), *verdict(plan, nearest), "", *sources(rates, lengths, options.gpu)]))
+    return FITS if plan.fits else DOES_NOT_FIT
+
+
+def read_valid(recipe: str | Path, overrides: list[str] | None = None) -> Config:
+    """A recipe whose layout is valid; its data and weights need not be here. Raises ConfigError."""
+    config = read_config(recipe, overrides)
+    if faults := layout_faults(config):
+        raise ConfigError("\n".join(faults))
+    return config
+
+
+def method_roles(config: Config) -> Roles:
+    """The models and passes that the recipe's method asks for. Raises ConfigError for a bad option."""
+    from megatron_ext import methods  # brings torch: the plan itself does without
+
+    try:
+        method = methods.create(config.method)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return Roles(reference=method.needs.reference, critic=method.needs.value, current=method.needs.current)
+
+
+def table(plan: Plan) -> list[str]:
+    """The plan in lines of text."""
+    facts, worst = plan.as_dict(), plan.worst
+    t = plan.tokens()
+    lines = [
+        f"{plan.config.name}: {facts['model']}, {facts['parameters']:,} parameters"
+        + (f", {facts['active_parameters']:,} active" if plan.architecture.experts else ""),
+        "groups: " + ", ".join(f"{name} {size}" for name, size in facts["groups"].items()),
+        f"a step: {t['prompts']} prompts, {t['responses']} responses, at most {t['most_tokens']:,} tokens; "
+        f"{t['updates']} updates of {t['responses_per_update']} responses, at most {t['micro_batches_per_update']} "
+        f"micro-batches of {t['micro_batch_tokens']:,} tokens on each data-parallel rank",
+        f"models: policy{', reference' * plan.roles.reference}{', critic' * plan.roles.critic}; "
+        f"{plan.config.rollout.engine} decodes {plan.kv_sequences} full-length sequences at once on an engine of "
+        f"{plan.config.rollout.tensor} GPU(s)",
+        "",
+        f"memory of the worst GPU (pipeline rank {worst.rank}), GB" + "".join(f"{phase:>10}" for phase in PHASES),
+    ]
+    items = list(dict.fromkeys(item for phase in PHASES for item in worst.phases[phase]))
+    for item in items:
+        lines.append(f"  {item:<44}" + "".join(_gb(worst.phases[phase].get(item)) for phase in PHASES))
+    lines.append(f"  {'total':<44}" + "".join(_gb(worst.total(phase)) for phase in PHASES))
+    modes = ", ".join(f"{mode} {size / GB:.1f}" for mode, size in plan.activations().items())
+    lines.append(f"activations by recompute mode, GB: {modes} (the recipe: {plan.config.model.recompute})")
+    if len(plan.ranks) > 1:
+        lines.append("peak by pipeline rank, GB: " + ", ".join(f"{rank.peak / GB:.1f}" for rank in plan.ranks))
+    total = sum(plan.seconds.values())
+    lines.append("")
+    lines.append(f"a step takes about {total:.0f} s: " + ", ".join(f"{k} {v:.0f}" for k, v in plan.seconds.items()))
+    lines.append(
+        f"the run of {plan.config.train.steps} steps: about {plan.config.train.steps * total / 3600:.0f} h, "
+        f"{plan.config.train.steps * total / 3600 * plan.config.parallel.world:,.0f} GPU hours"
+    )
+    return lines
+
+
+def verdict(plan: Plan, nearest: tuple[list[str], Plan] | None) -> list[str]:
+    """Whether it fits, and if not what does."""
+    worst = plan.worst
+    size = f"{worst.peak / GB:.1f} of {plan.gpu_memory / GB:.0f} GB ({worst.worst_phase}, pipeline rank {worst.rank})"
+    if plan.fits:
+        others = [mode for mode in RECOMPUTE if _too_large(plan, mode)]
+        rest = f"; it would not with model.recompute = {' or '.join(others)}" if others else ""
+        return [f"fits: {size}{rest}"]
+    lines = [f"does not fit: {size}"]
+    if plan.kv_sequences == 0:
+        lines.append("the KV cache cannot hold one sequence of full length")
+    if nearest is None:
+        return [*lines, "no layout on these GPUs fits: take more nodes, or shorter sequences"]
+    changes, other = nearest
+    return [*lines, f"nearest layout that fits, with {other.worst.peak / GB:.1f} GB: {' '.join(changes)}"]
+
+
+def _too_large(plan: Plan, mode: str) -> bool:
+    changed = plan.config.model.model_copy(update={"recompute": mode})
+    config = plan.config.model_copy(update={"model": changed})
+    rates = RATES["h100"]  # of no consequence here
+    return not make_plan(config, plan.roles, rates=rates, gpu_memory=plan.gpu_memory).fits
+
+
+def sources(rates: Rates, lengths: Lengths, gpu: str) -> list[str]:
+    return [
+        f"rates ({gpu}): {rates.flops / 1e12:.0f} TFLOP/s bf16, {rates.bandwidth / 1e12:.2f} TB/s memory, "
+        f"{rates.network / 1e9:.0f} GB/s network, mfu {rates.mfu} ({rates.mfu_experts} with experts); {rates.source}",
+        f"lengths: {lengths.prompt:.0f} prompt and {lengths.response:.0f} response tokens on average (assumed unless "
+        "given); memory is for full-length sequences",
+    ]
+
+
+def _gb(size: float | None) -> str:
+    return f"{'-' if size is None else f'{size / GB:.1f}':>10}"
+
+
+def _rates(options: argparse.Namespace) -> Rates:
+    given = {name: getattr(options, name) for name in ("flops", "bandwidth", "network", "mfu", "mfu_experts", "decode")}
+    return replace(RATES[options.gpu], **{name: value for name, value in given.items() if value is not None})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("recipe", help="a TOML file under recipes/")
+    add("overrides", nargs="*", metavar="key=value", help="for example parallel.tensor=4")
+    add("--json", action="store_true", help="print JSON")
+    add("--svg", type=Path, metavar="FILE", help="write the memory as a bar chart")
+    add("--gpu", choices=sorted(RATES), default="h100", help="whose data sheet the rates come from (default h100)")
+    add("--memory-gb", type=float, default=GPU_MEMORY / GB, help="of one GPU (default 80)")
+    add("--flops", type=float, help="peak bf16 operations a second")
+    add("--bandwidth", type=float, help="memory bandwidth, bytes a second")
+    add("--network", type=float, help="bytes a second a direction between nodes, per GPU")
+    add("--mfu", type=float, help="share of the peak that training a dense model reaches")
+    add("--mfu-experts", type=float, help="the same with a mixture of experts")
+    add("--decode", type=float, help="share of the memory bandwidth that decoding reaches")
+    add("--mean-prompt", type=float, help="tokens of a mean prompt")
+    add("--mean-response", type=float, help="tokens of a mean response (default half of the limit)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
