@@ -6,7 +6,9 @@ The reference is the formula in fp64 autograd on the transformers model, with th
 from __future__ import annotations
 
 import copy
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,14 +32,17 @@ from tests.train.test_invariance import TEMPERATURE, gathered_gradients, moved, 
 
 GAMMA, LAM, VALUE_CLIP = 0.9, 0.8, 0.25
 PPO = {"name": "ppo", "gamma": GAMMA, "lam": LAM, "value_clip": VALUE_CLIP}
-LAYOUTS = [  # tensor, pipeline, data, sequence, budget of a micro-batch, tied embeddings
-    (1, 1, 1, False, 23, False),
-    (2, 1, 1, False, 60, False),
-    (1, 2, 1, False, 50, True),
-    (1, 1, 2, False, 40, False),
-    (2, 1, 1, True, 60, True),
-    (2, 2, 1, True, 45, False),
-]
+DENSE, TIED, EXPERTS = ("qwen2", False), ("qwen2", True), ("qwen3_moe", False)  # kind of model, tied embeddings
+CASES: dict[str, tuple[dict[str, Any], int, tuple[str, bool]]] = {  # layout, budget of a micro-batch, model
+    "one rank": ({"ranks_per_node": 1}, 23, DENSE),
+    "TP 2": ({"ranks_per_node": 2, "tensor": 2}, 60, DENSE),
+    "PP 2, tied": ({"ranks_per_node": 2, "pipeline": 2}, 50, TIED),
+    "PP 2": ({"ranks_per_node": 2, "pipeline": 2}, 50, DENSE),
+    "DP 2": ({"ranks_per_node": 2}, 40, DENSE),
+    "TP 2 with SP, tied": ({"ranks_per_node": 2, "tensor": 2, "sequence": True}, 60, TIED),
+    "TP 2 with SP, PP 2": ({"ranks_per_node": 4, "tensor": 2, "pipeline": 2, "sequence": True}, 45, DENSE),
+    "EP 2": ({"ranks_per_node": 2, "expert": 2}, 60, EXPERTS),
+}
 
 
 def head() -> tuple[Tensor, Tensor]:
@@ -46,24 +51,29 @@ def head() -> tuple[Tensor, Tensor]:
     return torch.randn(1, 32, generator=draw) / 8, torch.tensor([0.3])
 
 
-def learner_of(path: str, layout: tuple) -> Learner:
+def launch(function: Callable[..., Any], case: str, *args: Any) -> list[Any]:
+    """``function(rank, world, case, path of the model, *args)`` on the ranks of the case."""
+    layout, _, (kind, tied) = CASES[case]
+    return gloo.run(function, layout["ranks_per_node"], case, str(tiny.hf_model(kind, tied)[1]), *args)
+
+
+def learner_of(case: str, path: str) -> Learner:
     """A learner with a critic whose head is ``head()``, with the tiny model's weights."""
-    tensor, pipeline, data, sequence, budget, _ = layout
+    layout, budget, _ = CASES[case]
     host.enter()
     config = Config(
-        parallel=ParallelConfig(
-            ranks_per_node=tensor * pipeline * data, tensor=tensor, pipeline=pipeline, sequence=sequence
-        ),
+        parallel=ParallelConfig(**layout),
         rollout=RolloutConfig(prompts=4, samples=4, temperature=TEMPERATURE, max_response_tokens=12),
         train=TrainConfig(mini_batch_prompts=4, micro_batch_tokens=budget, max_bad_steps=2),
     )
     parallel.initialize(config.parallel)
-    shape: dict[str, Any] = {"tensor": tensor, "pipeline": pipeline, "sequence": sequence, "dtype": torch.float32}
+    shape: dict[str, Any] = parallel.model_layout(config.parallel) | {"dtype": torch.float32}
     architecture = hf_config.read_architecture(train_config.hf_config(path))
     policy, value_model = build.build_policy(architecture, **shape), build_critic(architecture, path, **shape)
-    hf_weights.load_weights(policy.modules[0], architecture, path)
+    for module in policy.modules:
+        hf_weights.load_weights(module, architecture, path)
     if parallel.groups.is_last_stage():
-        own: Any = value_model.modules[0].output_layer
+        own: Any = value_model.modules[-1].output_layer
         assert not own.weight.any() and not own.bias.any()
         own.weight.data, own.bias.data = own.weight.data.copy_(head()[0]), own.bias.data.copy_(head()[1])
     actor = Trained.build(policy, OptimizerConfig(lr=1e-3))
@@ -82,27 +92,32 @@ def mini_batch(learner: Learner) -> tuple[Batch, TokenStats, Micros]:
     return learner.weigh(learner.batch(own, old, None, moved(value, own))), current, micros
 
 
-def one_step(rank: int, world: int, path: str, layout: tuple) -> Any:
+def one_step(rank: int, world: int, case: str, path: str) -> Any:
     """Metrics of policy and critic, and the whole gradients of policy, critic's body and value head."""
-    learner = learner_of(path, layout)
+    learner = learner_of(case, path)
     batch, current, micros = mini_batch(learner)
     _, metrics = learner.gradients(batch, current, micros)
     assert learner.critic is not None
     metrics |= critic.gradients(learner.critic, learner.method, batch, micros, learner.reduce)
     architecture = learner.policy.architecture
     policy = dict(hf_weights.stream(learner.policy, gathered_gradients(learner.policy)))
-    [local] = gathered_gradients(learner.critic.model)
-    value_head = {name: x.clone() for name, x in local.items() if name.startswith("output_layer")}
+    local = gathered_gradients(learner.critic.model)
+    value_head = {name: x.clone() for name, x in local[-1].items() if name.startswith("output_layer")}
     assert len(value_head) == 2 * parallel.groups.is_last_stage()
     headless = replace(learner.critic.model, architecture=replace(architecture, tied=True))
-    body = dict(hf_weights.stream(headless, [local]))
+    body = dict(hf_weights.stream(headless, local))
     return metrics, policy, body, value_head
 
 
-def reference(tied: bool) -> tuple[dict[str, float], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+@functools.cache
+def reference(
+    kind: str, tied: bool
+) -> tuple[dict[str, float], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """PPO in fp64, response by response: GAE, whitening over all tokens, both clipped losses."""
-    hf, _ = tiny.hf_model(tied=tied)
+    hf, _ = tiny.hf_model(kind, tied)
     policy, body = copy.deepcopy(hf).double(), copy.deepcopy(hf).double()
+    for model in (policy, body):
+        model.set_experts_implementation("eager")  # the grouped one knows no fp64
     weight, bias = (x.double().requires_grad_() for x in head())
     ratios, values, old_values, estimates = [], [], [], []
     for episode in tiny.episodes():
@@ -129,33 +144,42 @@ def reference(tied: bool) -> tuple[dict[str, float], dict[str, Tensor], dict[str
     stopped = float(((near - returns) ** 2 > far).double().mean())
     assert 0.1 < stopped < 0.9
     (policy_loss + value_loss).backward()
-    of_policy, of_body = (
-        {name: p.grad for name, p in model.named_parameters() if p.grad is not None} for model in (policy, body)
-    )
+    of_policy, of_body = gradients(policy), gradients(body)
     assert weight.grad is not None and bias.grad is not None
     metrics = {"loss/policy": float(policy_loss), "loss/value": float(value_loss), "critic/clipped": stopped}
     return metrics, of_policy, of_body, {"output_layer.weight": weight.grad, "output_layer.bias": bias.grad}
 
 
-@pytest.fixture(scope="module")
-def expected() -> dict[bool, tuple]:
-    return {tied: reference(tied) for tied in (False, True)}
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    """By the names of the model's files, which hold expert by expert what transformers stacks."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            continue
+        if ".experts." not in name:
+            found[name] = parameter.grad
+            continue
+        prefix, kind = name.rsplit(".", 1)
+        for number, whole in enumerate(parameter.grad):
+            split = {"gate_proj": whole.chunk(2)[0], "up_proj": whole.chunk(2)[1]}
+            parts = split if kind == "gate_up_proj" else {kind: whole}
+            found |= {f"{prefix}.{number}.{part}.weight": value for part, value in parts.items()}
+    return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_every_layout_gives_the_gradients_of_the_formula(layout: tuple, expected: dict[bool, tuple]) -> None:
-    tensor, pipeline, data, *_, tied = layout
-    losses, policy, body, value_head = expected[tied]
-    _, path = tiny.hf_model(tied=tied)
+@pytest.mark.parametrize("case", CASES)
+def test_every_layout_gives_the_gradients_of_the_formula(case: str) -> None:
+    layout, _, model = CASES[case]
+    losses, policy, body, value_head = reference(*model)
     heads = 0
-    for metrics, found, found_body, found_head in gloo.run(one_step, tensor * pipeline * data, str(path), layout):
+    for metrics, found, found_body, found_head in launch(one_step, case):
         assert {name: metrics[name] for name in losses} == pytest.approx(losses, rel=1e-5)
         assert worst(found, policy) < 1e-5
         assert worst(found_body, body) < 1e-5
         if found_head:
             assert worst(found_head, value_head) < 1e-5
             heads += 1
-    assert heads == tensor * data
+    assert heads == layout["ranks_per_node"] // layout.get("pipeline", 1)
 
 
 def update_critic(learner: Learner) -> list[float]:
@@ -167,16 +191,16 @@ def update_critic(learner: Learner) -> list[float]:
     return learner.reduce.concat(critic.values(learner.critic, micros)).tolist()
 
 
-def saves(rank: int, world: int, path: str, layout: tuple, root: Path) -> tuple[list[float], list[float]]:
-    learner = learner_of(path, layout)
+def saves(rank: int, world: int, case: str, path: str, root: Path) -> tuple[list[float], list[float]]:
+    learner = learner_of(case, path)
     update_critic(learner)
     own = learner.config.parallel.model_dump()
     checkpoint.save(root, 1, trained=learner.trained, state={}, config={}, layout=own, keep=1)
     return update_critic(learner), update_critic(learner)
 
 
-def resumes(rank: int, world: int, path: str, layout: tuple, root: Path) -> tuple[list[float], list[float]]:
-    learner = learner_of(path, layout)
+def resumes(rank: int, world: int, case: str, path: str, root: Path) -> tuple[list[float], list[float]]:
+    learner = learner_of(case, path)
     assert learner.critic is not None
     for parameter in learner.critic.model.modules[0].parameters():
         parameter.data.zero_()
@@ -186,17 +210,16 @@ def resumes(rank: int, world: int, path: str, layout: tuple, root: Path) -> tupl
 
 
 def test_a_critic_saved_under_one_layout_trains_on_under_another(tmp_path: Path) -> None:
-    _, path = tiny.hf_model()
-    [first, second] = gloo.run(saves, 2, str(path), LAYOUTS[1], tmp_path)[0]
+    first, second = launch(saves, "TP 2", tmp_path)[0]
     assert max(abs(a - b) for a, b in zip(first, second, strict=True)) > 1e-3
-    for layout in (LAYOUTS[3], (1, 2, 1, False, 50, False)):
-        for found in gloo.run(resumes, 2, str(path), layout, tmp_path):
+    for case in ("DP 2", "PP 2"):
+        for found in launch(resumes, case, tmp_path):
             assert found == (pytest.approx(first, abs=1e-5), pytest.approx(second, abs=1e-5))
 
 
-def broken_gradient(rank: int, world: int, path: str) -> None:
+def broken_gradient(rank: int, world: int, case: str, path: str) -> None:
     """A NaN in the critic's gradient of one rank: every rank leaves that update out, the second in a row ends it."""
-    learner = learner_of(path, LAYOUTS[3])
+    learner = learner_of(case, path)
     model = learner.critic
     assert model is not None
     before = [p.clone() for p in model.model.modules[0].parameters()]
@@ -219,4 +242,4 @@ def broken_gradient(rank: int, world: int, path: str) -> None:
 
 
 def test_a_gradient_that_is_not_finite_is_left_out_on_every_rank() -> None:
-    gloo.run(broken_gradient, 2, str(tiny.hf_model()[1]))
+    launch(broken_gradient, "DP 2")
