@@ -58,7 +58,7 @@ def to_hf(checkpoint: Path, out: Path, *, source: Path | None = None) -> None:
     from megatron_ext.train import checkpoint as training_checkpoint
 
     training_checkpoint.load_model(path, model=policy.chunks)
-    weights = stream_weights(policy.modules[0], policy.architecture)
+    weights = stream_weights(policy)
     write_hf(out, weights, source=source, card=model_card(path, manifest))
 
 
