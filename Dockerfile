@@ -1,27 +1,58 @@
-# GPU image. Built for H100 and A800 nodes: the base brings CUDA 13, torch, Transformer Engine and NCCL.
-#   docker build --tag megatron-entropy .
-#   docker build --tag megatron-entropy --build-arg APEX=0 .      without Apex
-ARG BASE=nvcr.io/nvidia/pytorch:25.10-py3
-FROM ${BASE}
+# GPU image for H100 and A800 nodes, with everything a recipe uses. Two targets, for the driver a site has:
+#   docker build --tag megatron-entropy .                             CUDA 13.0, driver 580 or newer
+#   docker build --tag megatron-entropy:cuda12 --build-arg CUDA=12 .  CUDA 12.9, driver 525 or newer
+#   docker build --build-arg APEX=0 ...                               without Apex (its build takes half an hour)
+# The versions of training are pyproject.toml's; tests/test_dockerfile.py holds those named here against them.
+ARG CUDA=13
 
+FROM nvcr.io/nvidia/cuda-dl-base:25.10-cuda13.0-devel-ubuntu24.04 AS cuda13
+ENV TORCH_INDEX=https://download.pytorch.org/whl/cu130 TE_CORE=core_cu13 VLLM=vllm==0.32.0
+
+FROM nvcr.io/nvidia/cuda-dl-base:25.06-cuda12.9-devel-ubuntu24.04 AS cuda12
+# vLLM's wheel on PyPI is the one for CUDA 13.
+ARG VLLM_RELEASE=https://github.com/vllm-project/vllm/releases/download/v0.32.0
+ENV TORCH_INDEX=https://download.pytorch.org/whl/cu129 TE_CORE=core_cu12 \
+    VLLM=${VLLM_RELEASE}/vllm-0.32.0+cu129-cp38-abi3-manylinux_2_28_x86_64.whl
+
+# One of the two stages above, whose images are tagged.
+# hadolint ignore=DL3006
+FROM cuda${CUDA} AS image
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+# Ubuntu's archive keeps only its newest builds: a pinned one would soon be gone.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends git python3.12-dev python3.12-venv \
+    && rm -rf /var/lib/apt/lists/* \
+    && python3.12 -m venv /opt/venv
+ENV PATH=/opt/venv/bin:${PATH} VIRTUAL_ENV=/opt/venv PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+
+# What is compiled against torch comes first: it changes rarely and takes long. sm_80 is A800, sm_90 H100 and H800.
+ENV TORCH_CUDA_ARCH_LIST="8.0;9.0" NVTE_CUDA_ARCHS="80;90"
+ARG TORCH=2.13.0
+RUN pip install "setuptools>=78.1.1,<81" "wheel>=0.45" "packaging>=25" "cmake>=3.31,<5" "ninja>=1.13" "pybind11>=3.0" \
+    && pip install "torch==${TORCH}" --extra-index-url "${TORCH_INDEX}"
+ARG TRANSFORMER_ENGINE=2.11.0
+RUN pip install --no-build-isolation "transformer-engine[${TE_CORE},pytorch]==${TRANSFORMER_ENGINE}"
 # PyPI's "apex" is another project: NVIDIA's is built from source.
 ARG APEX=1
-ARG APEX_REVISION=25.09
+ARG APEX_REVISION=26.09
 RUN if [ "${APEX}" = 1 ]; then \
-        pip install --no-cache-dir --no-build-isolation \
-            --config-settings "--build-option=--cpp_ext" --config-settings "--build-option=--cuda_ext" \
-            "git+https://github.com/NVIDIA/apex@${APEX_REVISION}"; \
+        APEX_CPP_EXT=1 APEX_CUDA_EXT=1 APEX_PARALLEL_BUILD=8 pip install --no-build-isolation \
+            "apex @ git+https://github.com/NVIDIA/apex@${APEX_REVISION}"; \
     fi
 
+# The packages of training and vLLM, resolved together; the code follows in a layer of its own.
 WORKDIR /workspace/megatron-entropy
 COPY pyproject.toml README.md LICENSE ./
+RUN pip install . "${VLLM}" --extra-index-url "${TORCH_INDEX}" && pip check
+
+# tools/launch.py has an environment of its own: NeMo-Run wants an older antlr4 than math-verify is tested with.
+RUN python3.12 -m venv /opt/launch \
+    && /opt/launch/bin/pip install "nemo-run==0.11.1" "leptonai<0.47" "pydantic>=2.12,<3"
+
 COPY megatron_ext megatron_ext
 COPY tools tools
 COPY recipes recipes
 COPY slurm slurm
-# The base image's torch and Transformer Engine stay: only what is missing is added.
-RUN pip install --no-cache-dir --no-deps --editable . \
-    && pip install --no-cache-dir megatron-core==0.16.1 transformers==5.19.0 "tokenizers>=0.22,<0.24" \
-        "safetensors>=0.8,<0.9" math-verify==0.9.0 latex2sympy2_extended==1.11.0 sympy==1.14.0 \
-        "pydantic>=2.12,<3" "rich>=14,<16" "tensorboard>=2.20" "psutil>=7" "einops>=0.8" "jinja2>=3.1"
+RUN pip install --no-deps --editable .
 CMD ["python", "-m", "tools.train", "--help"]

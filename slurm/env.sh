@@ -1,14 +1,25 @@
 # Everything that depends on the site. Copy it, adapt it, point ENV_FILE at the copy.
-# shellcheck shell=bash
+# A variable that is already set wins, so a single job can differ: MASTER_PORT=29600 sbatch slurm/siren_7b.sh
+# PROJECT_DIR, this repository on a file system that all nodes see, is known here (train.sh).
+# shellcheck shell=bash disable=SC2034,SC2154
 
-: "${PROJECT_DIR:=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}"
-: "${VENV:=$PROJECT_DIR/.venv}"         # used when CONTAINER_IMAGE is empty
-: "${CONTAINER_IMAGE:=}"                # an enroot/pyxis image built from the Dockerfile
-: "${CONTAINER_MOUNTS:=$PROJECT_DIR:$PROJECT_DIR}"
-: "${LOG_DIR:=$PROJECT_DIR/runs/slurm}"
-: "${MASTER_PORT:=29500}"
+# Options of every submission with `bash slurm/<script>.sh`; those of `sbatch slurm/<script>.sh` are given there.
+SBATCH_OPTIONS=() # (--account=my-account --partition=batch --qos=normal)
 
-export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"   # models and data are local paths
+: "${VENV:=$PROJECT_DIR/.venv}"                    # used when CONTAINER_IMAGE is empty
+: "${CONTAINER_IMAGE:=}"                           # built from the Dockerfile; needs enroot and Pyxis
+: "${CONTAINER_MOUNTS:=$PROJECT_DIR:$PROJECT_DIR}" # models and data too: /shared:/shared
+: "${LOG_DIR:=$PROJECT_DIR/runs/slurm}"            # one file per node and restart
+: "${MAX_RESTARTS:=50}"                            # a job that asks for more makes no progress
+
+# Where rank 0 listens: a port below those the kernel hands out, another one for every job.
+: "${MASTER_ADDR:=}" # empty: the job's first node
+: "${MASTER_PORT:=$((20000 + ${SLURM_JOB_ID:-0} % 10000))}"
+
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" # models and data are local paths
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
+export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+# export NCCL_SOCKET_IFNAME=bond0 GLOO_SOCKET_IFNAME=bond0  # the interface nodes reach each other by
+# export NCCL_IB_HCA=mlx5                                   # the adapters of the InfiniBand or RoCE fabric
 export PYTHONUNBUFFERED=1

@@ -1,39 +1,81 @@
 #!/usr/bin/env bash
-# One launcher per node; each starts the ranks of its node and passes Slurm's signals on to them.
-# Called by the sbatch scripts beside this file.
+# The launcher behind the scripts of this folder: train.sh SCRIPT RECIPE [key=value ...] [--dry-run]
 #
-#   RECIPE=recipes/... bash slurm/train.sh [key=value ...]      inside an allocation
-#   DRY_RUN=1 RECIPE=recipes/... bash slurm/train.sh            prints the command
+#   sbatch slurm/siren_7b.sh [key=value ...]            a job; options of sbatch before the script's name
+#   bash slurm/siren_7b.sh [key=value ...]              the same with SBATCH_OPTIONS of env.sh
+#   sbatch slurm/siren_7b.sh --dry-run                  tries nodes, paths and recipe, does not train
+#   DRY_RUN=1 bash slurm/siren_7b.sh                    prints the commands and runs none
+#   RECIPE=recipes/... RANKS_PER_NODE=1 sbatch ...      another recipe, another number of ranks
 #
-# A run stopped by the time limit saves, exits 75 and is requeued; 2 (configuration) and 3 (verifier) are not.
+# In the job one task per node runs tools.ranks, which starts the node's ranks; rank 0's address is fixed
+# beforehand, so there is nothing to discover. Before the time limit Slurm sends USR1 to this script (the scripts'
+# --signal), which passes it on; the ranks save, exit with 75, and the job goes back into the queue. Every other
+# exit code (2 configuration, 3 training health, anything else a crash) ends it.
 set -euo pipefail
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+script="$1" recipe="${RECIPE:-$2}"
+shift 2
+: "${PROJECT_DIR:=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}"
 # shellcheck source=slurm/env.sh
-source "${ENV_FILE:-$here/env.sh}"
-: "${RECIPE:?name a recipe: RECIPE=recipes/<method>/<name>.toml}"
+source "${ENV_FILE:-$PROJECT_DIR/slurm/env.sh}"
+export RECIPE="$recipe"
 
-nodes="${SLURM_JOB_NUM_NODES:-1}"
-ranks_per_node="${SLURM_GPUS_ON_NODE:-${RANKS_PER_NODE:-8}}"
-head_node="$(scontrol show hostnames "${SLURM_JOB_NODELIST:-}" 2>/dev/null | head -n 1 || true)"
-python="$VENV/bin/python"
-[[ -n "$CONTAINER_IMAGE" ]] && python=python
+show() {
+    printf '%q ' "$@"
+    echo
+}
 
-command=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1)
-command+=(--output="$LOG_DIR/%x-%j-restart${SLURM_RESTART_COUNT:-0}-node%n.log")
-[[ -n "$CONTAINER_IMAGE" ]] && command+=(--container-image="$CONTAINER_IMAGE" --container-mounts="$CONTAINER_MOUNTS")
-command+=("$python" -m tools.ranks --nodes "$nodes" --ranks-per-node "$ranks_per_node")
-command+=(--master "${head_node:-127.0.0.1}:$MASTER_PORT" tools.train "$RECIPE" "$@")
-
-if [[ -n "${DRY_RUN:-}" ]]; then
-    printf '%q ' "${command[@]}"
-    printf '\n'
-    exit 0
+if [[ -z "${SLURM_JOB_ID:-}" ]]; then
+    submit=(sbatch "${SBATCH_OPTIONS[@]}" "$script" "$@")
+    [[ -n "${DRY_RUN:-}" ]] || exec "${submit[@]}"
+    show "RECIPE=$recipe" "${submit[@]}"
 fi
+
+[[ "$recipe" =~ -([0-9]+)n([0-9]+)g\.toml$ ]] || true # outside a job a recipe's name says its size
+nodes="${SLURM_JOB_NUM_NODES:-${BASH_REMATCH[1]:-1}}"
+ranks_per_node="${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-${BASH_REMATCH[2]:-1}}}"
+hosts=("the-first-node")
+[[ -z "${SLURM_JOB_NODELIST:-}" ]] || mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+restart="${SLURM_RESTART_COUNT:-0}"
+
+# A node that has saved and left must not take the others with it, as --kill-on-bad-exit=1 would: they save too.
+# One that has failed leaves them waiting for it; they get a minute.
+launch=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=60)
+launch+=(--output="$LOG_DIR/%x-%j-restart$restart-node%n.log")
+[[ -z "${SLURM_CPUS_ON_NODE:-}" ]] || launch+=(--cpus-per-task="$SLURM_CPUS_ON_NODE") # srun's default is 1
+python="$VENV/bin/python"
+if [[ -n "$CONTAINER_IMAGE" ]]; then
+    launch+=(--container-image="$CONTAINER_IMAGE" --container-mounts="$CONTAINER_MOUNTS")
+    launch+=(--container-workdir="$PROJECT_DIR")
+    python=python
+fi
+launch+=("$python" -m tools.ranks --nodes "$nodes" --ranks-per-node "$ranks_per_node")
+launch+=(--master "${MASTER_ADDR:-${hosts[0]}}:$MASTER_PORT" tools.train "$recipe" "$@")
+show "${launch[@]}"
+[[ -z "${DRY_RUN:-}" ]] || exit 0
+
+srun="" notified=""
+trap 'notified=1; [[ -z "$srun" ]] || kill -USR1 "$srun" 2>/dev/null || true' USR1 TERM
+
 mkdir -p "$LOG_DIR"
 cd "$PROJECT_DIR"
-code=0
-"${command[@]}" || code=$?
-if [[ "$code" == 75 && -n "${SLURM_JOB_ID:-}" ]]; then
-    scontrol requeue "$SLURM_JOB_ID"
+"${launch[@]}" &
+srun=$!
+while # a signal ends the wait before srun ends
+    notified="" code=0
+    wait "$srun" || code=$?
+    [[ -n "$notified" ]]
+do :; done
+
+echo "$(date '+%F %T') restart $restart: exit code $code, logs in $LOG_DIR"
+if [[ "$code" == 75 ]]; then
+    state="$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)"
+    if ((restart >= MAX_RESTARTS)); then
+        echo "not requeued: MAX_RESTARTS=$MAX_RESTARTS restarts are used up; the state is saved, submit again"
+    elif [[ "$state" != RUNNING ]]; then # cancelled, or preempted: then Slurm itself requeues
+        echo "not requeued: the job is $state; the state is saved, submit again to go on"
+    else
+        echo "the state is saved: requeued"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
 fi
 exit "$code"

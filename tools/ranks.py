@@ -3,8 +3,9 @@
     python -m tools.ranks --nodes 2 --ranks-per-node 8 --master HOST:PORT tools.train RECIPE [key=value ...]
 
 The parent starts one process per rank with the usual environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,
-MASTER_PORT), passes signals on, and ends the others when one fails. The exit code is the first failing rank's,
-so 2 (configuration), 3 (reward health) and 75 (requeue) reach the caller. On a laptop tools.train does this by
+MASTER_PORT), passes signals on, and ends the others when one fails. SIGUSR1 asks for a save and an end: a rank that
+does not listen yet, because it is still loading, gets it again until it does. The exit code is the first failing
+rank's, so 2 (configuration), 3 (reward health) and 75 (requeue) reach the caller. On a laptop tools.train does this by
 itself; under Slurm one such launcher runs per node and takes its number from SLURM_NODEID.
 """
 
@@ -20,12 +21,18 @@ import time
 from collections.abc import Sequence
 
 REQUEUE = 75  # a rank that saved its state on a signal: the others do the same
+RESEND_S = 1.0  # between two sendings of SIGUSR1
 GRACE_S = 20.0  # between asking the remaining ranks to end and killing them
 
 
 def launched() -> bool:
     """Whether a launcher has already made this process a rank."""
     return "RANK" in os.environ
+
+
+def local_rank() -> int:
+    """This rank's number on its node."""
+    return int(os.environ["LOCAL_RANK"])
 
 
 def run_ranks(
@@ -47,6 +54,7 @@ def run_ranks(
     environment.setdefault("OMP_NUM_THREADS", str(threads))
     environment.setdefault("PYTHONWARNINGS", "ignore::UserWarning,ignore::FutureWarning")  # Megatron's, once per rank
     command = [sys.executable, "-m", module, *arguments]
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the ranks inherit it: too early a signal must not kill one
     ranks = [
         subprocess.Popen(
             command, env={**environment, "RANK": str(node * ranks_per_node + rank), "LOCAL_RANK": str(rank)}
@@ -54,18 +62,29 @@ def run_ranks(
         for rank in range(ranks_per_node)
     ]
 
+    received: list[int] = []
+
     def forward(number: int, _frame: object) -> None:
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.send_signal(number)
+        received.append(number)
+        _send(ranks, number)
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, forward)
-    return _wait(ranks)
+    return _wait(ranks, received)
 
 
-def _wait(ranks: list[subprocess.Popen]) -> int:
+def _send(ranks: list[subprocess.Popen], number: int) -> None:
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.send_signal(number)
+
+
+def _wait(ranks: list[subprocess.Popen], received: list[int]) -> int:
+    resend = time.monotonic()
     while any(rank.poll() is None for rank in ranks):
+        if signal.SIGUSR1 in received and time.monotonic() > resend + RESEND_S:
+            resend = time.monotonic()
+            _send(ranks, signal.SIGUSR1)
         failed = [rank for rank in ranks if rank.poll() not in (None, 0, REQUEUE)]
         if failed:
             time.sleep(1.0)  # ranks that fail together end together

@@ -1,9 +1,8 @@
-"""The launcher of one node: environments, exit codes, signals, and the Slurm scripts above it."""
+"""The launcher of one node: environments, exit codes, signals."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +19,12 @@ def launch(folder: Path, program: str, *options: str, **environment: str) -> sub
     command = [sys.executable, "-m", "tools.ranks", "--ranks-per-node", "2", *options, "program", str(folder)]
     paths = os.pathsep.join([str(ROOT), str(folder)])
     return subprocess.Popen(command, cwd=folder, env={**os.environ, "PYTHONPATH": paths, **environment})
+
+
+def wait_for(folder: Path, pattern: str, count: int) -> None:
+    deadline = time.monotonic() + 30
+    while len(list(folder.glob(pattern))) < count and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 SAY = """
@@ -60,30 +65,25 @@ open(f"{sys.argv[1]}/ready{os.environ['RANK']}", "w")
 time.sleep(60)
 """
     process = launch(tmp_path, program)
-    deadline = time.monotonic() + 30
-    while len(list(tmp_path.glob("ready*"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(tmp_path, "ready*", 2)
     process.send_signal(signal.SIGUSR1)
     assert process.wait() == 75
     assert len(list(tmp_path.glob("stopped*"))) == 2
 
 
+def test_a_signal_that_comes_before_a_rank_listens_is_not_lost(tmp_path: Path) -> None:
+    program = """
+import os, signal, sys, time
+open(f"{sys.argv[1]}/loading{os.environ['RANK']}", "w")
+time.sleep(0.5)
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+time.sleep(60)
+"""
+    process = launch(tmp_path, program)
+    wait_for(tmp_path, "loading*", 2)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait() == 75
+
+
 def test_several_nodes_need_an_address(tmp_path: Path) -> None:
     assert launch(tmp_path, "", "--nodes", "2").wait() == 2
-
-
-def test_the_slurm_script_prints_its_command() -> None:
-    environment = {**os.environ, "DRY_RUN": "1", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"}
-    command = ["bash", "slurm/siren_tiny.sh", "train.steps=3"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "srun --nodes=2 --ntasks=2 --ntasks-per-node=1" in done.stdout
-    assert "-m tools.ranks --nodes 2 --ranks-per-node 8" in done.stdout
-    assert done.stdout.strip().endswith("tools.train recipes/siren/siren-tiny-cpu.toml train.steps=3")
-
-
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-def test_the_slurm_scripts_pass_shellcheck() -> None:
-    scripts = sorted(map(str, (ROOT / "slurm").glob("*.sh")))
-    done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout

