@@ -16,6 +16,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from torch import Tensor
 
 from megatron_ext import host
@@ -100,7 +106,26 @@ def build_modules(
     ]
     for module in modules:
         module.rotary_pos_emb.inv_freq = rope.frequencies(architecture, module.rotary_pos_emb.inv_freq.device)
+        _mark_parameters(module)
     return [module.to(device=host.device(), dtype=dtype) for module in modules]
+
+
+def _mark_parameters(module: GPTModel) -> None:
+    """Say which parameters are cut over tensor-parallel ranks, and which are experts'.
+
+    Megatron-Core 0.16.1 says so where it draws initial weights, which is skipped here: unmarked, the parts on all
+    ranks but the first would pass for copies and be left out of the gradient's norm. And it marks experts under
+    expert parallelism only: without, tensor-parallel ranks that each hold whole experts would train them apart.
+    Transformer Engine's layers are of other classes and mark their own.
+    """
+    cut: dict[type, int] = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for child in module.modules():
+        weight = child.weight if type(child) in cut else None
+        if isinstance(weight, Tensor) and not getattr(weight, "tensor_model_parallel", False):
+            set_tensor_model_parallel_attributes(weight, True, cut[type(child)], 1)
+    for name, parameter in module.named_parameters():
+        if ".experts." in name:
+            vars(parameter)["allreduce"] = False
 
 
 def _with_experts(architecture: Architecture, stages: Sequence[int], stage: int) -> list[bool]:

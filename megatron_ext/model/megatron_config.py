@@ -89,6 +89,10 @@ def transformer_config(
         pipeline_model_parallel_layout=_pipeline_layout(a, layout),
         sequence_parallel=layout.sequence,
         pipeline_dtype=dtype,
+        # interleaved stages exchange activations and gradients in calls of their own: in one batch, two pipeline
+        # ranks, each the other's next and previous, would take one for the other
+        overlap_p2p_comm=layout.virtual > 1,
+        batch_p2p_comm=layout.virtual == 1,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         variable_seq_lengths=True,

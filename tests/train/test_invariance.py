@@ -42,23 +42,30 @@ LAYOUTS = [  # tensor, pipeline, data, sequence, budget of a micro-batch
 
 
 def one_step(
-    rank: int, world: int, path: str, layout: tuple, method: dict, break_sum: bool = False, fused_head: bool = False
+    rank: int,
+    world: int,
+    path: str,
+    layout: tuple,
+    method: dict,
+    break_sum: bool = False,
+    fused_head: bool = False,
+    **more: Any,
 ) -> Any:
-    """Loss, metrics and whole gradients of one mini-batch, as this rank sees them."""
+    """Metrics and whole gradients of one mini-batch, as this rank sees them; ``more`` of the layout's fields."""
     tensor, pipeline, data, sequence, budget = layout
     host.enter()
     config = Config(
-        parallel=ParallelConfig(ranks_per_node=world, tensor=tensor, pipeline=pipeline, sequence=sequence),
+        parallel=ParallelConfig(ranks_per_node=world, tensor=tensor, pipeline=pipeline, sequence=sequence, **more),
         rollout=RolloutConfig(prompts=4, samples=4, temperature=TEMPERATURE, max_response_tokens=12),
         train=TrainConfig(mini_batch_prompts=4, micro_batch_tokens=budget),
         method=method,
     )
     parallel.initialize(config.parallel)
     architecture = hf_config.read_architecture(train_config.hf_config(path))
-    policy = build.build_policy(
-        architecture, tensor=tensor, pipeline=pipeline, sequence=sequence, dtype=torch.float32, fused_head=fused_head
-    )
-    hf_weights.load_weights(policy.modules[0], architecture, path)
+    spread = parallel.model_layout(config.parallel)
+    policy = build.build_policy(architecture, dtype=torch.float32, fused_head=fused_head, **spread)
+    for module in policy.modules:
+        hf_weights.load_weights(module, architecture, path)
     optimizer = build.build_optimizer(policy, lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.99, eps=1e-8, clip_grad=1.0)
     scheduler = build.build_scheduler(optimizer, lr=1e-3, warmup_steps=0, weight_decay=0.1)
     learner = Learner(config, methods.create(method), Trained(policy, optimizer, scheduler))
@@ -73,6 +80,8 @@ def one_step(
     # as if the policy had moved since it sampled: ratios on both sides of the clip range
     batch = learner.weigh(replace(batch, old_logprob=moved(current.logprob, own)))
     _, metrics = learner.gradients(batch, current, micros)
+    optimizer.prepare_grads()
+    metrics["grad/norm"] = float(optimizer.get_grad_norm())
     return metrics, dict(hf_weights.stream(policy, gathered_gradients(policy)))
 
 
@@ -101,10 +110,11 @@ def gathered_gradients(policy: build.Policy) -> list[dict[str, Tensor]]:
     return [{name: vars(p)["main_grad"] for name, p in module.named_parameters()} for module in policy.modules]
 
 
-def reference(nucleus: str) -> tuple[float, dict[str, Tensor]]:
+def reference(nucleus: str, kind: str = "qwen2", tied: bool = False) -> tuple[float, dict[str, Tensor]]:
     """Dr.GRPO + coef (Hbar - anchor)^2 in fp64, sequence by sequence, as the paper writes it."""
-    hf, _ = tiny.hf_model()
+    hf, _ = tiny.hf_model(kind, tied)
     model = copy.deepcopy(hf).double()
+    model.set_experts_implementation("eager")  # the others know no fp64
     episodes = tiny.episodes()
     rewards = torch.tensor([e.reward.value for e in episodes], dtype=torch.float64)
     policy_loss, selected = torch.zeros((), dtype=torch.float64), []
@@ -146,6 +156,10 @@ def worst(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     )
 
 
+def norm(gradients: dict[str, Tensor]) -> float:
+    return float(torch.stack([value.norm() for value in gradients.values()]).norm())
+
+
 @pytest.fixture(scope="module")
 def expected() -> tuple[float, dict[str, Tensor]]:
     return reference("reach")
@@ -158,6 +172,7 @@ def test_every_layout_gives_the_gradient_of_the_formula(layout: tuple, expected:
     _, path = tiny.hf_model()
     for metrics, found in gloo.run(one_step, tensor * pipeline * data, str(path), layout, SIREN):
         assert metrics["loss/policy"] == pytest.approx(loss, rel=1e-5)
+        assert metrics["grad/norm"] == pytest.approx(norm(gradients), rel=1e-5)
         assert worst(found, gradients) < 1e-5
 
 
