@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BENCH := .venv-bench
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup quickstart lab test lint bench clean
+.PHONY: help setup quickstart lab dry-run test lint bench clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
@@ -22,6 +22,9 @@ quickstart: $(STAMP)  ## train the tiny model with SIREN at TP 2, evaluate befor
 
 lab: $(STAMP)  ## train every method on the tiny task with several seeds, one page of what each does to entropy
 	$(BIN)/python -m tools.lab
+
+dry-run: $(STAMP)  ## build every full-size recipe's shards without a GPU and compare them with the planner
+	$(BIN)/python -m tools.dry_run
 
 test: $(STAMP)  ## run all tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -17,17 +17,19 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 _entered: contextlib.ExitStack | None = None
+_host = torch.device("cpu")  # what stands for the GPU where there is none
 
 
 def device() -> torch.device:
     """The device tensors live on: this rank's GPU, or the CPU where there is none."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _host
 
 
 def backend() -> str:
@@ -47,6 +49,35 @@ def enter() -> None:
         _patch_megatron()
         _entered = contextlib.ExitStack()
         _entered.enter_context(_CudaMeansCpu())
+
+
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Within, tensors have a shape and no storage, whatever device is asked for. Only without CUDA, after ``enter``."""
+    global _host
+    assert not torch.cuda.is_available() and _entered is not None
+    _host = torch.device("meta")
+    try:
+        with torch.device("meta"), _EverythingIsMeta():
+            yield
+    finally:
+        _host = torch.device("cpu")
+
+
+class _EverythingIsMeta(TorchFunctionMode):
+    """Rewrites every device to meta. What the distributed optimizer asks of a type is answered as for a GPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": "meta"}
+        if func in (torch.Tensor.cuda, torch.Tensor.cpu):
+            return args[0]
+        if func is torch.Tensor.to and len(args) > 1 and isinstance(args[1], str | torch.device):
+            args = (args[0], "meta", *args[2:])
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return torch.empty(0, dtype=args[0].dtype, device="cpu").type()
+        return func(*args, **kwargs)
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -130,7 +161,7 @@ def _where_unequal(original: Any, unequal: Any) -> Any:
 
 def _patch_cuda() -> None:
     cuda: Any = torch.cuda
-    cuda.current_device = lambda: torch.device("cpu")
+    cuda.current_device = lambda: _host
     cuda.synchronize = lambda device=None: None
     cuda.empty_cache = lambda: None
     cuda.Stream = cuda.Event = _NoStream

@@ -59,13 +59,10 @@ def read_valid(recipe: str | Path, overrides: list[str] | None = None) -> Config
 
 def method_roles(config: Config) -> Roles:
     """The models and passes that the recipe's method asks for. Raises ConfigError for a bad option."""
-    from megatron_ext import methods  # brings torch: the plan itself does without
+    from megatron_ext.train.objective import create_method  # brings torch: the plan itself does without
 
-    try:
-        method = methods.create(config.method)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    return Roles(reference=method.needs.reference, critic=method.needs.value, current=method.needs.current)
+    needs = create_method(config).needs
+    return Roles(reference=needs.reference, critic=needs.value, current=needs.current)
 
 
 def table(plan: Plan) -> list[str]:

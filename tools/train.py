@@ -3,7 +3,7 @@
     python -m tools.train recipes/siren/siren-tiny-cpu.toml
     python -m tools.train RECIPE optimizer.lr=2e-4 train.steps=50      any key, dotted, TOML values
     python -m tools.train RECIPE --print-config                        the whole configuration, checked
-    python -m tools.train RECIPE --dry-run                             checks data and layout, prints the plan
+    python -m tools.train RECIPE --dry-run                             all but the GPUs' work: data, shards, the plan
 
 Starts the recipe's ranks on this machine (parallel.ranks_per_node) unless a launcher has set RANK. The same
 command resumes from the newest valid checkpoint of the run.
@@ -18,11 +18,14 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
 from typing import Any
 
-from megatron_ext.train.config import Config, ConfigError, hf_config, load_config
+from megatron_ext.train.config import Config, ConfigError, load_config
 from tools import ranks
+from tools.dry_run import dry_run
+from tools.plan import read_valid
 
 CONFIGURATION, HEALTH, INTERRUPTED = 2, 3, 130
 
@@ -34,16 +37,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("recipe", help="a TOML file under recipes/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=50")
     parser.add_argument("--print-config", action="store_true", help="print the merged, checked configuration and stop")
-    parser.add_argument("--dry-run", action="store_true", help="check everything short of the model, print the plan")
+    parser.add_argument("--dry-run", action="store_true", help="check all but the arithmetic, print the plan")
     options = parser.parse_intermixed_args(arguments)
     try:
-        config = load_config(options.recipe, options.overrides)
+        config = (read_valid if options.dry_run else load_config)(options.recipe, options.overrides)
+        if ranks.launched():
+            _check_launch(config)
+            if options.dry_run and ranks.local_rank() > 0:
+                return 0  # one rank of every node tries it
         complete = _check_method(config)
         if options.print_config:
             print(json.dumps(_redacted(complete), indent=2))
             return 0
         if options.dry_run:
-            return _dry_run(config)
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it builds what runs elsewhere, and needs no GPU
+            return dry_run(config)
         if not ranks.launched():
             return _launch(config, options)
         return _train(config)
@@ -51,6 +59,17 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"configuration error\n{error}", file=sys.stderr)
         return CONFIGURATION
+
+
+def _check_launch(config: Config) -> None:
+    """The launcher's number of ranks is the recipe's."""
+    p, launched = config.parallel, int(os.environ["WORLD_SIZE"])
+    if launched != p.world:
+        raise ConfigError(
+            f"parallel: the recipe wants nodes {p.nodes} x ranks_per_node {p.ranks_per_node} = {p.world} ranks, found "
+            f"{launched} launched; ask Slurm for --nodes={p.nodes} --gpus-per-node={p.ranks_per_node}, or set "
+            "parallel.nodes and parallel.ranks_per_node to what there is"
+        )
 
 
 def _check_method(config: Config) -> dict[str, Any]:
@@ -98,37 +117,9 @@ def _train(config: Config) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"training health\n{error}", file=sys.stderr)
         return HEALTH
-
-
-def _dry_run(config: Config) -> int:
-    """Load and verify the data and say what the run would do."""
-    from transformers import AutoTokenizer
-
-    from megatron_ext.rollout.rewards import RewardPool
-    from megatron_ext.train.curriculum import data_order
-    from megatron_ext.train.data import load_training_data
-
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    with RewardPool(config.reward.workers) as pool:
-        encoded, lines = load_training_data(config, score=pool.score, tokenizer=tokenizer)
-    print("\n".join(lines))
-    order = data_order(config, [problem for problem, _ in encoded])
-    p, r, t = config.parallel, config.rollout, config.train
-    responses = r.prompts * r.samples
-    print(f"longest prompt: {max(len(ids) for _, ids in encoded)} tokens")
-    print(f"model: {config.model.path}, {hf_config(config.model.path)['architectures'][0]}, {config.model.dtype}")
-    print(f"layout: {p.world} ranks = data {p.data} x pipeline {p.pipeline} x tensor {p.tensor}, sequence {p.sequence}")
-    print(
-        f"a step: {r.prompts} prompts x {r.samples} responses = {responses} of at most {r.max_response_tokens} "
-        f"tokens; {r.prompts // t.mini_batch_prompts} updates of {t.mini_batch_prompts * r.samples} responses; "
-        f"micro-batches of at most {t.micro_batch_tokens} tokens"
-    )
-    if config.data.curriculum:
-        parts = zip(order.stages, order.starts, strict=True)
-        stages = [f"{len(stage)} problems from step {first + 1}" for stage, first in parts]
-        print(f"curriculum: {config.data.curriculum}: {', then '.join(stages)}")
-    print(f"the run: {t.steps} steps = {t.steps * r.prompts / len(encoded):.1f} epochs -> {config.run_dir}")
-    return 0
+    finally:  # the interpreter's end would restore the default: a last signal must not change the exit code
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

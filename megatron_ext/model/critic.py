@@ -38,15 +38,16 @@ class ValueHead(torch.nn.Linear):
         return F.linear(input.float(), self.weight.float(), self.bias.float())[..., 0]
 
 
-def build_critic(architecture: Architecture, path: str | Path, **layout: Any) -> Policy:
+def build_critic(architecture: Architecture, path: str | Path | None, **layout: Any) -> Policy:
     """This rank's part of the critic, ready for training, with the weights of the model directory ``path``.
 
-    Raises ValueError when they do not fit (hf_weights.py).
+    None leaves them uninitialised. Raises ValueError when they do not fit (hf_weights.py).
     """
     layout["fused_head"] = True  # it ends at hidden states
     modules: list[Any] = list(build_modules(architecture, **layout))
     for module in modules:
-        load_weights(module, architecture, path)
+        if path is not None:
+            load_weights(module, architecture, path)
         if module.post_process:
             module.output_layer = ValueHead(architecture.hidden_size, module.config.params_dtype)
         module.share_embeddings_and_output_weights = False

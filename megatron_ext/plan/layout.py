@@ -69,8 +69,8 @@ class Plan:
             "responses": r.prompts * r.samples,
             "updates": r.prompts // t.mini_batch_prompts,
             "responses_per_update": t.mini_batch_prompts * r.samples,
-            "longest_sequence": memory.longest_sequence(self.config),
-            "most_tokens": r.prompts * r.samples * memory.longest_sequence(self.config),
+            "longest_sequence": self.config.longest_sequence,
+            "most_tokens": r.prompts * r.samples * self.config.longest_sequence,
             "micro_batch_tokens": t.micro_batch_tokens,
             "micro_batches_per_update": self.num_micro_batches,
         }
@@ -102,7 +102,7 @@ def make_plan(config: Config, roles: Roles, *, rates: Rates, gpu_memory: float, 
     a = read_architecture(hf_config(config.model.path))
     lengths = lengths or speed.default_lengths(config)
     per_rank = config.train.mini_batch_prompts * config.rollout.samples // config.parallel.data
-    micro_batches = math.ceil(per_rank / (config.train.micro_batch_tokens // memory.longest_sequence(config)))
+    micro_batches = math.ceil(per_rank / (config.train.micro_batch_tokens // config.longest_sequence))
     ranks = [
         memory.rank_memory(a, config, roles, rank, gpu_memory=gpu_memory, num_micro_batches=micro_batches)
         for rank in range(config.parallel.pipeline)
@@ -132,7 +132,7 @@ def nearest_fit(plan: Plan, *, rates: Rates, lengths: Lengths | None = None) -> 
 def _variants(plan: Plan) -> Iterator[tuple[float, dict[str, Any]]]:
     """Combinations of other values with the number of steps that each is away."""
     c, p = plan.config, plan.config.parallel
-    least = memory.longest_sequence(c)
+    least = c.longest_sequence
     knobs: list[list[tuple[float, dict[str, Any]]]] = [
         _ladder("model.recompute", c.model.recompute, memory.RECOMPUTE),
         _ladder("model.fused_head", c.model.fused_head, (False, True)),
@@ -147,10 +147,9 @@ def _variants(plan: Plan) -> Iterator[tuple[float, dict[str, Any]]]:
         knobs.append([(0.5 * cost, change) for cost, change in _ladder("rollout.batch_size", sizes[0], sizes)])
     for choice in itertools.product(*knobs):
         changes = {key: value for _, change in choice for key, value in change.items()}
-        if changes.get("parallel.tensor", p.tensor) > 1 and (plan.architecture.experts or "parallel.tensor" in changes):
-            changes["parallel.sequence"] = True
-        if changes.get("parallel.tensor", p.tensor) == 1 and p.sequence:
-            changes["parallel.sequence"] = False
+        sequence = changes.get("parallel.tensor", p.tensor) > 1
+        if "parallel.tensor" in changes and sequence != p.sequence:
+            changes["parallel.sequence"] = sequence
         yield sum(cost for cost, _ in choice), changes
 
 

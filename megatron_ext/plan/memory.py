@@ -130,10 +130,6 @@ def kv_bytes_per_token(a: Architecture, config: Config) -> int:
     return 2 * a.num_layers * attention_widths(a)[1] * element_bytes(config)
 
 
-def longest_sequence(config: Config) -> int:
-    return config.data.max_prompt_tokens + config.rollout.max_response_tokens
-
-
 def engine_weights(a: Architecture, config: Config) -> float:
     """The rollout engine's own copy on one GPU."""
     return num_parameters(a) * element_bytes(config) / config.rollout.tensor
@@ -204,13 +200,13 @@ def trained_bytes(own: Buffers, element: int) -> dict[str, float]:
 
 def kv_cache(a: Architecture, config: Config) -> float:
     """Of the embedded engine: every sequence of a batch at full length, and a layer's copy while it grows."""
-    sequences = config.rollout.batch_size * longest_sequence(config)
+    sequences = config.rollout.batch_size * config.longest_sequence
     return sequences * kv_bytes_per_token(a, config) * (1 + 1 / a.num_layers)
 
 
 def kv_capacity(a: Architecture, config: Config, cache: float) -> int:
     """Full-length sequences that fit in ``cache`` bytes on each GPU of an engine."""
-    per_sequence = longest_sequence(config) * kv_bytes_per_token(a, config) / config.rollout.tensor
+    per_sequence = config.longest_sequence * kv_bytes_per_token(a, config) / config.rollout.tensor
     return int(cache // per_sequence)
 
 

@@ -150,6 +150,10 @@ class Config(Section):
     alarms: AlarmsConfig = AlarmsConfig()
 
     @property
+    def longest_sequence(self) -> int:
+        return self.data.max_prompt_tokens + self.rollout.max_response_tokens
+
+    @property
     def run_dir(self) -> Path:
         return Path(self.log.dir) / self.name
 
@@ -205,7 +209,7 @@ def layout_faults(config: Config) -> list[str]:
             f"train.mini_batch_prompts: {mini} is not divisible by the data-parallel size {p.data}; "
             f"nearest valid is {max(1, round(mini / p.data)) * p.data}"
         )
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    longest = config.longest_sequence
     if config.train.micro_batch_tokens < longest:
         faults.append(
             f"train.micro_batch_tokens: {config.train.micro_batch_tokens} cannot hold one sequence of "
@@ -265,6 +269,12 @@ def _check_model(config: Config) -> list[str]:
     groups = hf.get("num_key_value_heads") or heads
     layers = hf["num_hidden_layers"]
     p, faults = config.parallel, []
+    positions, longest = hf.get("max_position_embeddings"), config.longest_sequence
+    if positions is not None and longest > positions:
+        faults.append(
+            f"rollout.max_response_tokens: data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceed the "
+            f"model's {positions} positions; lower them, or set max_position_embeddings if its rope stretches that far"
+        )
     for what, count in (("attention heads", heads), ("key-value heads", groups)):
         if count % p.tensor:
             valid = [n for n in range(1, count + 1) if count % n == 0]

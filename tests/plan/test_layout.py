@@ -1,0 +1,138 @@
+"""Memory, time and the search for a layout, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ext.model.hf_config import read_architecture
+from megatron_ext.plan import memory, speed
+from megatron_ext.plan.layout import Plan, make_plan, nearest_fit
+from megatron_ext.plan.memory import PHASES, Roles
+from megatron_ext.plan.speed import RATES, Lengths
+from megatron_ext.train.config import Config, ParallelConfig, hf_config
+
+MODELS = Path(__file__).parents[2] / "recipes" / "models"
+SEVEN = read_architecture(hf_config(MODELS / "qwen2.5-math-7b"))
+MOE = read_architecture(hf_config(MODELS / "qwen3-30b-a3b"))
+
+
+def config(directory: str = "qwen2.5-math-7b", **sections: dict[str, Any]) -> Config:
+    given = {
+        "model": {"path": str(MODELS / directory)},
+        "data": {"train": "data.jsonl"},
+        "rollout": {"batch_size": 64},
+        "train": {"mini_batch_prompts": 8},
+        "parallel": {"nodes": 2, "tensor": 4, "sequence": True},
+    }
+    return Config.model_validate({name: value | sections.get(name, {}) for name, value in given.items()})
+
+
+def plan(found: Config, roles: Roles = Roles(), gpu_memory: float = 80e9) -> Plan:  # noqa: B008 (frozen)
+    return make_plan(found, roles, rates=RATES["h100"], gpu_memory=gpu_memory)
+
+
+def test_the_state_of_a_rank_is_weights_gradients_and_adam() -> None:
+    found = plan(config(), Roles(reference=True, critic=True)).ranks[0].phases
+    quarter = 1_904_057_344  # elements of one of four tensor-parallel ranks, norms whole
+    for phase in PHASES:
+        assert found[phase]["weights"] == 2 * quarter
+        assert found[phase]["gradients"] == 4 * quarter
+        assert found[phase]["optimizer"] == 12 * quarter / 4  # over 4 data-parallel ranks
+        assert found[phase]["reference"] == 2 * quarter
+        assert found[phase]["rollout weights"] == 2 * 7_615_616_512
+    offloaded = plan(config(model={"offload_reference": True}), Roles(reference=True)).ranks[0].phases
+    assert ["reference" in offloaded[phase] for phase in PHASES] == [False, True, False]
+
+
+def test_activations_of_a_dense_layer() -> None:
+    p = ParallelConfig(nodes=1, tensor=4, sequence=True)
+    D, q, kv, F = 3584, 3584, 512, 18944
+    whole = (4 * D + 3 * q + 3 * kv + 2 * 28 + 4 * F) / 4
+    assert memory.saved_per_token(SEVEN, p, 0, "none") == whole
+    assert memory.saved_per_token(SEVEN, p, 0, "mlp") == whole - (D + 4 * F) / 4
+    assert memory.saved_per_token(SEVEN, p, 0, "full") == D / 4
+    without = ParallelConfig(nodes=1, tensor=4)
+    assert memory.saved_per_token(SEVEN, without, 0, "full") == D
+
+
+def test_activations_of_experts_count_the_busiest_rank() -> None:
+    p = ParallelConfig(nodes=4, tensor=4, sequence=True, expert=8)
+    mlp = memory.saved_per_token(MOE, p, 0, "mlp")
+    routed = memory.saved_per_token(MOE, p, 0, "none") - mlp
+    assert routed == pytest.approx((6.5 * 128 + memory.IMBALANCE * 8 * (2048 + 5 * 768)) / 4)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "virtual", "expected"),
+    [(1, 1, [1]), (4, 1, [4, 3, 2, 1]), (2, 2, [5 / 2, 3 / 2]), (4, 2, [11 / 2, 9 / 2, 7 / 2, 5 / 2])],
+)
+def test_micro_batches_in_flight(pipeline: int, virtual: int, expected: list[float]) -> None:
+    p = ParallelConfig(pipeline=pipeline, virtual=virtual)
+    assert [memory.in_flight(p, rank, 100) for rank in range(pipeline)] == expected
+    assert memory.in_flight(p, 0, 1) == 1
+
+
+def test_stages_may_be_uneven_and_interleaved() -> None:
+    p = ParallelConfig(pipeline=2, virtual=2, stage_layers=(6, 8, 8, 6))
+    assert memory.stage_layers(SEVEN, p) == [[range(0, 6), range(14, 22)], [range(6, 14), range(22, 28)]]
+
+
+def test_the_kv_cache_of_known_models() -> None:
+    assert memory.kv_bytes_per_token(SEVEN, config()) == 57_344  # 28 layers x 2 x 4 x 128 x 2 bytes
+    cache = memory.kv_cache(SEVEN, config())
+    assert cache == pytest.approx(64 * 4096 * 57_344 * 29 / 28)
+    shared = config(rollout={"engine": "vllm", "tensor": 2})
+    assert memory.kv_capacity(SEVEN, shared, 4096 * 57_344 / 2 * 7.5) == 7
+
+
+def test_the_head_counts_what_is_alive_at_once() -> None:
+    tokens, width = 16384, 152064 // 4
+    unfused = memory.head(SEVEN, config(), grad=True)
+    assert unfused == 3 * 2 * tokens * width + 2 * width * 3584 + 4096 * tokens
+    assert memory.head(SEVEN, config(model={"fused_head": True}), grad=True) < unfused / 2
+
+
+def test_a_step_takes_what_its_operations_take() -> None:
+    lengths, rates = Lengths(1000, 3000), RATES["h100"]
+    seconds = speed.step_seconds(SEVEN, config(), Roles(), rates, lengths)
+    tokens = 128 * 8 * 4000
+    forward = 2 * (28 * 3584 * (2 * 3584 + 2 * 512 + 3 * 18944) + 152064 * 3584) + 2 * 28 * 3584 * 4000
+    assert seconds["score"] == pytest.approx(tokens * forward / (16 * 989e12 * 0.4))
+    assert seconds["update"] == pytest.approx(3 * seconds["score"])
+    full = speed.step_seconds(SEVEN, config(model={"recompute": "full"}), Roles(), rates, lengths)
+    assert full["update"] == pytest.approx((4 - 152064 * 3584 / speed.active_parameters(SEVEN)) * full["score"])
+    both = speed.step_seconds(SEVEN, config(), Roles(reference=True, critic=True), rates, lengths)
+    assert (both["score"], both["update"]) == (3 * seconds["score"], 2 * seconds["update"])
+
+
+def test_rollouts_read_the_weights_for_every_token_of_a_batch() -> None:
+    one = config(rollout={"batch_size": 64, "max_response_tokens": 1000}, train={"micro_batch_tokens": 16384})
+    rates, lengths = RATES["h100"], Lengths(0, 500)
+    step = (2 * 7_615_616_512 + 64 * 500 * 57_344) / (3.35e12 * 0.5)
+    assert step < 28 * 8e-4  # launching takes longer
+    assert speed.rollout_seconds(SEVEN, one, rates, lengths) == pytest.approx(1000 * 28 * 8e-4)
+    halves = config(rollout={"batch_size": 32, "max_response_tokens": 1000})
+    assert speed.rollout_seconds(SEVEN, halves, rates, lengths) == pytest.approx(2 * 1000 * 28 * 8e-4)
+
+
+def test_a_layout_that_does_not_fit_has_a_neighbour_that_does() -> None:
+    large = plan(config(parallel={"nodes": 1, "tensor": 1, "sequence": False}))
+    assert not large.fits
+    found = nearest_fit(large, rates=RATES["h100"])
+    assert found is not None
+    changes, other = found
+    assert other.fits and changes
+    assert other.config != large.config
+    assert nearest_fit(plan(config(), gpu_memory=20e9), rates=RATES["h100"]) is None  # the engine's copy alone is 15
+
+
+def test_an_engine_needs_room_for_a_sequence() -> None:
+    asleep = config(rollout={"engine": "vllm", "tensor": 4})
+    roomy = plan(asleep)
+    assert roomy.fits and "rollout weights" not in roomy.worst.phases["update"]
+    assert roomy.kv_sequences > 500
+    tight = plan(asleep, gpu_memory=25e9)
+    assert tight.kv_sequences == 0 and not tight.fits

@@ -1,0 +1,116 @@
+"""Every shipped full-size recipe at its full world size, without a GPU; and what the dry run would not let pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools import dry_run, train
+from tools.dry_run import Shards, full_size_recipes, inspect
+from tools.plan import read_valid
+
+ROOT = Path(__file__).parents[2]
+MOE = ROOT / "recipes" / "aer" / "aer-qwen3-30b-a3b-4n8g.toml"
+SMALL = ROOT / "recipes" / "siren" / "siren-qwen2.5-math-1.5b-1n8g.toml"
+
+
+@pytest.fixture(scope="module")
+def shards() -> Iterator[Shards]:
+    with Shards() as shards:
+        yield shards
+
+
+def test_every_recipe_is_what_its_name_says_and_its_shards_are_what_was_planned() -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "tools.dry_run", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    found = {each["recipe"]: each for each in json.loads(done.stdout)}
+    assert set(found) == {path.stem for path in full_size_recipes()} and len(found) > 60
+    for name, each in found.items():
+        assert each["wrong"] == [], name
+        assert each["fits"] and max(each["peak_by_rank"]) <= 80e9, name
+        nodes, gpus = map(int, re.findall(r"-(\d+)n(\d+)g$", name)[0])
+        assert each["groups"]["world"] == nodes * gpus <= 64, name
+        method, model = name.split("-")[0], Path(each["model"]).name
+        assert name.startswith(f"{method}-{model}-"), name
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("path", full_size_recipes(), ids=lambda path: path.stem)
+def test_a_recipe_stands_with_its_method(path: Path) -> None:
+    config = read_valid(path)
+    assert config.name == path.stem and config.method["name"] == path.parent.name == path.stem.split("-")[0]
+    assert len(path.read_text().splitlines()) <= 16  # what differs, nothing else
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallel.pipeline=2", "parallel.virtual=2", "parallel.expert=4"],
+        ["parallel.expert=2", "parallel.expert_tensor=2"],
+        ["parallel.tensor=2", "parallel.pipeline=4", "parallel.stage_layers=[11,12,13,12]", "parallel.expert=4"],
+    ],
+)
+def test_other_layouts_of_the_experts(overrides: list[str], shards: Shards) -> None:
+    plan, checks = inspect(read_valid(MOE, overrides), shards)
+    assert [str(check) for check in checks[:-1] if not check.right] == []
+    assert len(shards.build(plan)) == plan.config.parallel.pipeline
+    assert sum(shard.whole for shard in shards.build(plan)) == 30_532_122_624
+
+
+def test_a_tied_embedding_over_two_stages_and_a_padded_vocabulary(shards: Shards) -> None:
+    plan, checks = inspect(read_valid(SMALL, ["parallel.pipeline=2", "parallel.tensor=2"]), shards)
+    assert all(check.right for check in checks)
+    assert sum(shard.whole for shard in shards.build(plan)) == 1_543_714_304
+    tiny = ROOT / "recipes" / "siren" / "siren-tiny-cpu.toml"
+    assert all(check.right for check in inspect(read_valid(tiny), shards)[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"whole": 1_543_714_303}, "config.json gives 1,543,714,304"),
+        ({"held": {"weights": 1}}, "weights 1 built, 3,087,"),
+        ({"stream": [("model.norm.weight", (1536,))]}, "export: 338 tensors"),
+    ],
+)
+def test_a_difference_is_named(change: dict[str, Any], message: str, shards: Shards) -> None:
+    plan, _ = inspect(read_valid(SMALL), shards)
+    [built] = shards.build(plan)
+
+    class Changed(Shards):
+        def build(self, plan: Any) -> list[Any]:
+            return [dataclasses.replace(built, **change)]
+
+    with Changed() as changed:
+        wrong = [str(check) for check in changed.checks(plan) if not check.right]
+    assert len(wrong) == 1 and wrong[0].startswith("WRONG: ") and message in wrong[0]
+
+
+def test_what_is_not_here_is_named_and_is_no_fault(capsys: pytest.CaptureFixture) -> None:
+    sent = ROOT / "recipes" / "sent" / "sent-qwen2.5-math-7b-1n8g.toml"
+    assert train.main([str(sent), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "weights: not found here, to be prepared with hf download Qwen/Qwen2.5-Math-7B --local-dir " in text
+    assert re.search(r"data.train: \S+dapo-math-17k.jsonl not found here, to be prepared from BytedTsinghua-SIA", text)
+    assert re.search(r"data.curriculum: \S+ not found here, to be prepared with python -m tools.semantic_entropy", text)
+    assert "32 of 32 rows kept" in text and "a sample of 32 rows" in text
+    assert "all shards together have 7,615,616,512 parameters, config.json gives 7,615,616,512" in text
+    assert "2 updates of 1024 responses" in text and "the reference" in text
+
+
+def test_a_recipe_that_does_not_fit_is_wrong(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    recipe = tmp_path / "large.toml"
+    recipe.write_text(f'parent = "{SMALL}"\nname = "large"\n[train]\nmicro_batch_tokens = 65536\n')
+    assert dry_run.main([str(recipe)]) == 1
+    assert "WRONG: " in capsys.readouterr().out
+    recipe.write_text(f'parent = "{SMALL}"\nname = "large"\n[parallel]\ntensor = 5\n')
+    assert dry_run.main([str(recipe)]) == 2
+    assert "does not divide" in capsys.readouterr().err

@@ -1,0 +1,68 @@
+"""The planner's command: what fits, what does not and what would, as a table, as JSON and as a chart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from tools import plan
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SIREN = str(RECIPES / "siren" / "siren-qwen2.5-math-7b-2n8g.toml")
+
+
+def test_a_table(capsys: pytest.CaptureFixture) -> None:
+    assert plan.main([SIREN, "--gpu", "a800"]) == 0
+    text = capsys.readouterr().out
+    assert "7,615,616,512 parameters" in text
+    assert "groups: world 16, nodes 2, data 4, pipeline 1, virtual 1, tensor 4\n" in text
+    assert "128 prompts, 1024 responses, at most 4,194,304 tokens; 16 updates of 64 responses" in text
+    assert "activations by recompute mode, GB: none 24.3, mlp 7.0, full 2.5" in text
+    assert "fits: " in text and "312 TFLOP/s" in text and "data sheet" in text
+
+
+def test_json_adds_up(capsys: pytest.CaptureFixture) -> None:
+    assert plan.main([SIREN, "--json", "--mean-response", "1000"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["nearest_fit"] is None and found["lengths"]["response"] == 1000
+    peak = max(sum(items.values()) for items in found["memory"].values())
+    assert found["peak_by_rank"] == [pytest.approx(peak)] and 40e9 < peak < 80e9
+    assert found["roles"] == {"reference": False, "critic": False, "current": True}
+
+
+def test_what_does_not_fit_names_a_layout_that_does(capsys: pytest.CaptureFixture) -> None:
+    small = ["parallel.nodes=1", "parallel.tensor=1", "parallel.sequence=false"]
+    assert plan.main([SIREN, *small]) == 1
+    text = capsys.readouterr().out
+    assert "does not fit: " in text
+    changes = text.split("nearest layout that fits")[1].splitlines()[0].split(": ")[1].split()
+    assert plan.main([SIREN, *small, *changes]) == 0
+
+
+def test_no_layout_at_all_is_said(capsys: pytest.CaptureFixture) -> None:
+    assert plan.main([SIREN, "--memory-gb", "10"]) == 1
+    assert "no layout on these GPUs fits" in capsys.readouterr().out
+
+
+def test_a_chart(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert plan.main([SIREN, "--svg", str(tmp_path / "memory.svg")]) == 0
+    picture = ElementTree.parse(tmp_path / "memory.svg").getroot()
+    bars = [e for e in picture.iter("{http://www.w3.org/2000/svg}rect") if len(e)]
+    titles = [str(e[0].text) for e in bars]
+    assert titles.count("weights: 3.8 GB") == 3 and any(title.startswith("KV cache") for title in titles)
+    # the bars of a phase stand end to end
+    update = [e for e in bars if e.get("y") == bars[-1].get("y")]
+    for left, right in zip(update, update[1:], strict=False):
+        assert float(left.get("x", 0)) + float(left.get("width", 0)) == pytest.approx(float(right.get("x", 0)), abs=0.2)
+
+
+def test_bad_input_is_a_configuration_error(capsys: pytest.CaptureFixture) -> None:
+    assert plan.main([SIREN, "parallel.tensor=8"]) == 2
+    assert "does not divide the model's 28 attention heads" in capsys.readouterr().err
+    assert plan.main([SIREN, "rollout.max_response_tokens=8192"]) == 2
+    assert "positions" in capsys.readouterr().err
+    assert plan.main([SIREN, "method.tau=2"]) == 2
+    assert "method.tau" in capsys.readouterr().err

@@ -1,0 +1,260 @@
+"""A recipe at its full size without its cluster: everything but the arithmetic on the GPUs.
+
+    python -m tools.train RECIPE --dry-run        one recipe, in words
+    python -m tools.dry_run                       every full-size recipe under recipes/, a line each
+    python -m tools.dry_run --json                the same as JSON
+
+Checks the configuration and the method's options; reads the data, or a sample where it is not here; packs the first
+mini-batch; builds, for every pipeline rank, the real Megatron shard of the full world (train/shards.py); compares the
+elements of all shards and what the export would stream with config.json, and the planner's bytes with the shards'.
+
+Exit codes: 0 all is right (what is not here yet is named), 1 something differs or does not fit, 2 configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.model.hf_config import Architecture, read_architecture
+from megatron_ext.plan.layout import Plan, make_plan
+from megatron_ext.plan.sizes import hf_tensors, num_parameters
+from megatron_ext.plan.speed import GPU_MEMORY, RATES
+from megatron_ext.train.config import Config, ConfigError, hf_config
+from tools.plan import method_roles, read_valid, table
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+FULL_SIZE = "[a-z]*/*-[0-9]*n[0-9]*g.toml"
+SAMPLE, SAMPLE_ROWS = RECIPES / "tiny", 32  # what stands in for data and tokenizers that are not here
+RIGHT, WRONG, CONFIGURATION = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was compared."""
+
+    what: str
+    right: bool
+
+    def __str__(self) -> str:
+        return self.what if self.right else f"WRONG: {self.what}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.dry_run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipes", nargs="*", help="default: every full-size recipe")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    found, code = [], RIGHT
+    try:
+        with Shards() as shards:
+            for recipe in options.recipes or full_size_recipes():
+                plan, checks = inspect(read_valid(recipe), shards)
+                wrong = [str(check) for check in checks if not check.right]
+                code = WRONG if wrong else code
+                found.append({**plan.as_dict(), "checks": [str(check) for check in checks], "wrong": wrong})
+                if not options.json:
+                    print("\n  ".join([one_line(plan), *wrong]), flush=True)
+    except ConfigError as error:
+        print(f"configuration error\n{recipe}: {error}", file=sys.stderr)
+        return CONFIGURATION
+    if options.json:
+        print(json.dumps(found, indent=2))
+    return code
+
+
+def one_line(plan: Plan) -> str:
+    p, peak = plan.config.parallel, plan.worst.peak / 1e9
+    count = num_parameters(plan.architecture)
+    return f"{plan.config.name}: {count:,} parameters on {p.world} ranks, {peak:.1f} GB on the worst"
+
+
+def full_size_recipes() -> list[Path]:
+    """Every shipped recipe that names its nodes and GPUs."""
+    return [path for path in sorted(RECIPES.glob(FULL_SIZE)) if path.parent.name != "settings"]
+
+
+def dry_run(config: Config) -> int:
+    """One recipe in words; returns the exit code."""
+    lines = list(data_path(config))
+    with Shards() as shards:
+        plan, checks = inspect(config, shards)
+    print("\n".join([*lines, "", *(str(check) for check in checks), "", *table(plan), "", *first_step(plan)]))
+    return RIGHT if all(check.right for check in checks) else WRONG
+
+
+def inspect(config: Config, shards: Shards) -> tuple[Plan, list[Check]]:
+    """The plan of a valid configuration, and what was compared with the built shards."""
+    plan = make_plan(config, method_roles(config), rates=RATES["h100"], gpu_memory=GPU_MEMORY)
+    worst = f"{plan.worst.peak / 1e9:.1f} GB on the worst GPU of {GPU_MEMORY / 1e9:.0f} ({plan.worst.worst_phase})"
+    return plan, [packing_check(config), *shards.checks(plan), Check(worst, plan.fits)]
+
+
+def data_path(config: Config) -> Iterator[str]:
+    """Reads the data as a run would, or a sample of the tiny task; names what has to be brought here first."""
+    from transformers import AutoTokenizer
+
+    from megatron_ext.rollout.rewards import RewardPool
+    from megatron_ext.train.curriculum import data_order
+    from megatron_ext.train.data import load_training_data
+
+    model, data = Path(config.model.path), config.data
+    yield from missing(config)
+    tokenizer = AutoTokenizer.from_pretrained(model if any(model.glob("tokenizer*")) else SAMPLE / "base")
+    real = Path(data.train).is_file()
+    read = config if real else config.model_copy(update={"data": data.model_copy(update={"train": str(_sample())})})
+    with RewardPool(config.reward.workers) as pool:
+        encoded, lines = load_training_data(read, score=pool.score, tokenizer=tokenizer)
+    yield from lines
+    if not real:
+        yield f"(a sample of {SAMPLE_ROWS} rows of the tiny task stood in for it)"
+        return
+    yield f"longest prompt: {max(len(ids) for _, ids in encoded)} tokens"
+    epochs = config.train.steps * config.rollout.prompts / len(encoded)
+    yield f"the run: {config.train.steps} steps = {epochs:.1f} epochs -> {config.run_dir}"
+    if data.curriculum and Path(data.curriculum).is_file():
+        order = data_order(config, [problem for problem, _ in encoded])
+        parts = zip(order.stages, order.starts, strict=True)
+        stages = [f"{len(stage)} problems from step {first + 1}" for stage, first in parts]
+        yield f"curriculum: {data.curriculum}: {', then '.join(stages)}"
+
+
+def missing(config: Config) -> Iterator[str]:
+    """What the run needs and is not here, with what prepares it."""
+    model, data = Path(config.model.path), config.data
+    download = f"hf download {config.model.hub or 'ID'} --local-dir {model}"
+    if not any(model.glob("*.safetensors")):
+        yield f"weights: not found here, to be prepared with {download}"
+    if not any(model.glob("tokenizer*")):
+        yield "tokenizer: not found here, comes with the weights"
+    if not Path(data.train).is_file():
+        schema = '{"prompt": ..., "answer": ...} a line'
+        yield f"data.train: {data.train} not found here, to be prepared from {data.hub or 'its source'}, {schema}"
+    if data.curriculum and not Path(data.curriculum).is_file():
+        command = f"python -m tools.semantic_entropy RECIPE --out {data.curriculum}"
+        yield f"data.curriculum: {data.curriculum} not found here, to be prepared with {command}"
+
+
+def packing_check(config: Config) -> Check:
+    """The first mini-batch of one data-parallel rank, every sequence at full length, and its fullest micro-batch."""
+    from megatron_ext.train import packing
+
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
+    per_rank = config.train.mini_batch_prompts * config.rollout.samples // config.parallel.data
+    bins = packing.split([prompt + response] * per_rank, config.train.micro_batch_tokens)
+    fullest = max(bins, key=len)
+    multiple = config.parallel.tensor if config.parallel.sequence else 1
+    packed = packing.pack([([0] * prompt, [0] * response)] * len(fullest), multiple=multiple)
+    tokens, rows = len(packed.tokens), len(packed.rows)
+    right = tokens % multiple == 0 and tokens - config.train.micro_batch_tokens < multiple
+    right &= rows == response * len(fullest) and sum(map(len, bins)) == per_rank
+    return Check(
+        f"packing: {per_rank} responses of a mini-batch on each data-parallel rank in {len(bins)} micro-batches, the "
+        f"fullest of {len(fullest)} sequences, {tokens:,} tokens and {rows:,} of them predicted",
+        right,
+    )
+
+
+class Shards:
+    """Builds shards and compares them with config.json and the plan. Equal layouts are built once.
+
+    A process of its own does it: what Megatron-Core needs without CUDA is changed there (megatron_ext/host.py).
+    """
+
+    def __init__(self) -> None:
+        self._pool = multiprocessing.get_context("fork").Pool(1)
+        self._built: dict[str, list[Any]] = {}
+
+    def __enter__(self) -> Shards:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.terminate()
+        self._pool.join()
+
+    def build(self, plan: Plan) -> list[Any]:
+        """One ``train.shards.Shard`` for each pipeline rank, of its first tensor, expert and data-parallel rank."""
+        key = repr((plan.config.model, plan.config.parallel, plan.roles.reference, plan.roles.critic))
+        if key not in self._built:
+            self._built[key] = self._pool.apply(build_shards, (plan.config,))
+        return self._built[key]
+
+    def checks(self, plan: Plan) -> list[Check]:
+        shards, a = self.build(plan), plan.architecture
+        stages = sum(shard.modules for shard in shards)
+        whole, expected = sum(shard.whole for shard in shards), num_parameters(a)
+        checks = [
+            Check(
+                f"shards: {stages} stages on {len(shards)} pipeline ranks of {plan.config.parallel.world} built; all "
+                f"shards together have {whole:,} parameters, config.json gives {expected:,}",
+                whole == expected,
+            ),
+            self._export(a, shards),
+        ]
+        for shard, planned in zip(shards, plan.ranks, strict=True):
+            items = planned.phases["score"]
+            differ = [
+                f"{k} {v:,} built, {items.get(k, 0):,.0f} planned" for k, v in shard.held.items() if v != items[k]
+            ]
+            held = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in shard.held.items())
+            checks.append(Check(f"rank {shard.rank}: {'; '.join(differ) or held + ', as planned'}", not differ))
+        return checks
+
+    def _export(self, a: Architecture, shards: Sequence[Any]) -> Check:
+        tensors = dict(hf_tensors(a))
+        right = all(dict(shard.stream) == tensors and len(shard.stream) == len(tensors) for shard in shards)
+        size = sum(math.prod(shape) for shape in tensors.values()) * 2 / 1e9
+        return Check(f"export: {len(tensors)} tensors by the names and shapes of {a.name}, {size:.1f} GB bf16", right)
+
+
+def build_shards(config: Config) -> list[Any]:
+    """One ``train.shards.Shard`` for each pipeline rank, of its first tensor, expert and data-parallel rank."""
+    warnings.simplefilter("ignore")  # Megatron's, once for every rank
+    from megatron_ext.train.objective import create_method
+    from megatron_ext.train.shards import build_shard
+
+    p, needs = config.parallel, create_method(config).needs
+    architecture = read_architecture(hf_config(config.model.path))
+    ranks = range(0, p.world, p.world // p.pipeline)
+    return [build_shard(config, architecture, needs, rank) for rank in ranks]
+
+
+def first_step(plan: Plan) -> list[str]:
+    """What the run would do first."""
+    c = plan.config
+    t, p, r = plan.tokens(), c.parallel, c.rollout
+    engines = p.world // r.tensor
+    lines = [
+        "the first step:",
+        f"  rollout   {engines} {r.engine} engines sample {t['responses']} responses to {t['prompts']} prompts at "
+        f"temperature {r.temperature}, {t['responses'] // engines} each, of at most {r.max_response_tokens} tokens",
+        f"  score     log-probs and entropies of the old policy{', the reference' * plan.roles.reference}"
+        f"{', values of the critic' * plan.roles.critic}; {c.method['name']} observes the whole step",
+        f"  update    {t['updates']} updates of {t['responses_per_update']} responses, {p.data} data-parallel ranks x "
+        f"{t['micro_batches_per_update']} micro-batches of at most {c.longest_sequence:,} tokens a sequence",
+        f"  sync      {num_parameters(plan.architecture) * 2 / 1e9:.1f} GB of weights to every engine",
+    ]
+    return lines
+
+
+def _sample() -> Path:
+    """A few rows of the tiny task as a file of their own."""
+    rows = (SAMPLE / "data" / "train.jsonl").read_text().splitlines(keepends=True)[:SAMPLE_ROWS]
+    path = Path(tempfile.mkdtemp(prefix="sample-")) / "sample.jsonl"
+    path.write_text("".join(rows))
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())
