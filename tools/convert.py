@@ -1,11 +1,12 @@
 """Convert between Megatron checkpoints and Hugging Face model directories, on the CPU, in one process.
 
     python -m tools.convert to-hf runs/siren-tiny-cpu OUT            the newest valid checkpoint of a run
-    python -m tools.convert to-hf runs/siren-tiny-cpu/checkpoints/step_000040 OUT
-    python -m tools.convert from-hf MODEL OUT                        weights only, loadable under any layout
+    python -m tools.convert to-hf runs/siren-tiny-cpu/checkpoints/step_000040 OUT --max-shard-size 2GB
+    python -m tools.convert from-hf MODEL OUT                        weights only, to start runs of any layout from:
+                                                                     model.weights=OUT/step_000000
 
-A checkpoint of any tensor, pipeline and data layout is read; its files are checked against the manifest first.
-Exit codes: 0 done, 2 bad input.
+A checkpoint of any layout (tensor, pipeline, virtual, expert, data) is read; its files are checked against the
+manifest first. Both ways one tensor is in memory at a time. Exit codes: 0 done, 2 bad input.
 """
 
 from __future__ import annotations
@@ -13,12 +14,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import resource
 import sys
+import time
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from megatron_ext.train import manifest
 from megatron_ext.train.config import Config, ConfigError, ParallelConfig, hf_config
-from megatron_ext.train.manifest import CheckpointError, Manifest, newest_valid, verify
+from megatron_ext.train.manifest import CheckpointError, Manifest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_ext.model.hf_tables import Rule
+    from megatron_ext.model.safetensors_dir import SafetensorsDir
+    from megatron_ext.train.whole_tensors import Place
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,57 +45,108 @@ def main(arguments: list[str] | None = None) -> int:
     to_hf_parser.add_argument("checkpoint", type=Path, help="a step_* directory, or a run (its newest valid one)")
     to_hf_parser.add_argument("out", type=Path)
     to_hf_parser.add_argument("--model", type=Path, help="where config and tokenizer come from (default: the run's)")
+    to_hf_parser.add_argument(
+        "--max-shard-size", type=num_bytes, default="4GIB", help="of a safetensors file: 500MB, 4GiB (the default)"
+    )
     from_hf_parser = commands.add_parser("from-hf", help="Hugging Face directory -> Megatron checkpoint of the weights")
     from_hf_parser.add_argument("model", type=Path)
     from_hf_parser.add_argument("out", type=Path)
     options = parser.parse_args(arguments)
+    start = time.monotonic()
     try:
+        _refuse_to_overwrite(options.out)
         if options.command == "to-hf":
-            to_hf(options.checkpoint, options.out, source=options.model)
+            size = to_hf(options.checkpoint, options.out, source=options.model, shard_bytes=options.max_shard_size)
         else:
-            from_hf(options.model, options.out)
+            size = from_hf(options.model, options.out)
     except (ConfigError, CheckpointError, ValueError) as error:
         print(f"convert: {error}", file=sys.stderr)
         return 2
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    seconds = time.monotonic() - start
+    print(f"convert: {size / 1e9:.2f} GB in {seconds:.1f} s, peak memory {peak / 1e9:.2f} GB", file=sys.stderr)
     print(options.out)
     return 0
 
 
-def to_hf(checkpoint: Path, out: Path, *, source: Path | None = None) -> None:
-    """Export a checkpoint. Raises CheckpointError for a damaged or absent one, ConfigError for a missing model."""
-    path, manifest = find(checkpoint)
-    source = source or Path(manifest.config["model"]["path"])
-    hf_config(source)
-    _refuse_to_overwrite(out)
-    policy = _one_rank_model(source)
+def to_hf(checkpoint: Path, out: Path, *, source: Path | None, shard_bytes: int) -> int:
+    """Export a checkpoint; returns the bytes of its weights.
+
+    Raises CheckpointError for a damaged, absent or unfitting one, ConfigError for a missing model.
+    """
     from megatron_ext.model.export import write_hf
-    from megatron_ext.model.hf_weights import stream_weights
-    from megatron_ext.train import checkpoint as training_checkpoint
+    from megatron_ext.model.hf_config import read_architecture
+    from megatron_ext.model.hf_tables import hf_shapes, whole_rules
+    from megatron_ext.train.whole_tensors import CheckpointTensors
 
-    training_checkpoint.load_model(path, model=policy.chunks)
-    weights = stream_weights(policy)
-    write_hf(out, weights, source=source, card=model_card(path, manifest))
+    path, found = find(checkpoint)
+    source = source or Path(found.config["model"]["path"])
+    architecture = read_architecture(hf_config(source))
+    tensors = CheckpointTensors(path)
+    rules = [(rule, _place(rule)) for rule in whole_rules(architecture)]
+    dtype = tensors.check([place for _, place in rules], belongs=_is_policy)
+    weights = (
+        named for rule, place in rules for named in zip(rule.hf, rule.layout.join([tensors.read(place)]), strict=True)
+    )
+    return write_hf(
+        out,
+        weights,
+        shapes=hf_shapes(architecture),
+        dtype=dtype,
+        source=source,
+        card=model_card(path, found),
+        shard_bytes=shard_bytes,
+    )
 
 
-def from_hf(model: Path, out: Path) -> None:
-    """Write the weights of a model directory as a Megatron checkpoint of step 0 below ``out``."""
-    hf_config(model)
-    _refuse_to_overwrite(out)
-    policy = _one_rank_model(model)
-    from megatron_ext.model.hf_weights import load_weights
-    from megatron_ext.train import checkpoint as training_checkpoint
+def from_hf(model: Path, out: Path) -> int:
+    """Write the weights of a model directory as the checkpoint of step 0 below ``out``; returns their bytes.
 
-    load_weights(policy.modules[0], policy.architecture, model)
+    Raises ValueError naming everything about its files and tensors that is not as config.json says.
+    """
+    from megatron_ext.model.hf_config import read_architecture
+    from megatron_ext.model.hf_tables import whole_rules
+    from megatron_ext.model.hf_weights import open_weights
+    from megatron_ext.train.whole_tensors import write_tensors
+
+    architecture = read_architecture(hf_config(model))
+    stored = open_weights(model, architecture)
+    rules = whole_rules(architecture)
+    tensors = [(_place(rule), partial(_whole, rule, stored)) for rule in rules]
     config = Config.model_validate({"model": {"path": str(model)}}).model_dump()
-    training_checkpoint.save_model(out, model=policy.chunks, config=config, layout=ParallelConfig().model_dump())
+    folder = manifest.open_partial(out, 0)
+    try:
+        write_tensors(folder, tensors, stored.dtype)
+        files = manifest.record_files(folder, manifest.payload_names(folder), sync=True)
+        manifest.publish(folder, step=0, files=files, layout=ParallelConfig().model_dump(), config=config)
+    except BaseException:
+        manifest.remove(folder)
+        raise
+    return sum(record.bytes for record in files.values())
+
+
+def _whole(rule: Rule, stored: SafetensorsDir) -> Tensor:
+    return rule.layout.cut([stored.part(name) for name in rule.hf], 0, 1)
+
+
+def _place(rule: Rule) -> Place:
+    from megatron_ext.model.cuts import Vocabulary
+    from megatron_ext.train.whole_tensors import Place
+
+    return Place(rule.key, rule.index, rule.stacked, rule.shape, padded=isinstance(rule.layout, Vocabulary))
+
+
+def _is_policy(key: str) -> bool:
+    """Whether a key of a run's checkpoint is of the policy's weights: not of its optimizer, or of another model."""
+    return key.startswith(("embedding.", "decoder.", "output_layer."))
 
 
 def find(checkpoint: Path) -> tuple[Path, Manifest]:
     """The verified checkpoint that a path means: a ``step_*`` directory, a run, or a run's ``checkpoints``."""
     if checkpoint.name.startswith("step_"):
-        return checkpoint, verify(checkpoint)
+        return checkpoint, manifest.verify(checkpoint)
     root = checkpoint / "checkpoints" if (checkpoint / "checkpoints").is_dir() else checkpoint
-    found = newest_valid(root)
+    found = manifest.newest_valid(root)
     if found is None:
         raise CheckpointError(
             f"{checkpoint}: holds no checkpoint; give a run's folder or one of its step_* directories"
@@ -90,46 +156,67 @@ def find(checkpoint: Path) -> tuple[Path, Manifest]:
     return found.path, found.manifest
 
 
-def model_card(path: Path, manifest: Manifest) -> str:
-    """What the export is: where its weights come from and how they were trained."""
-    config: dict[str, Any] = manifest.config
+def model_card(path: Path, found: Manifest) -> str:
+    """What the export is: where its weights come from, how they were trained, and what they score if that is known."""
+    config: dict[str, Any] = found.config
+    base = config["model"].get("hub") or config["model"]["path"]
+    if found.step == 0:
+        text = f"# {Path(base).name}\n\nThe weights of `{base}`, not trained further.\n"
+        return f"---\nlibrary_name: transformers\n---\n\n{text}"
     method = json.dumps(config["method"])
-    return (
-        f"# {config['name']}\n\n"
-        f"Exported from {path.name} of run `{config['name']}`: `{config['model']['path']}` after {manifest.step} steps "
-        f"of reinforcement learning with verifiable rewards.\n\n"
-        f"- method: `{method}`\n- data: `{config['data']['train']}`\n"
-        f"- rollouts: {config['rollout']['prompts']} prompts x {config['rollout']['samples']} responses, "
-        f"temperature {config['rollout']['temperature']}\n- learning rate: {config['optimizer']['lr']}\n"
-        f"- versions: {', '.join(f'{name} {value}' for name, value in manifest.versions.items())}\n"
-    )
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if config["model"].get("hub"):
+        front["base_model"] = base
+    lines = ["---", *(f"{key}: {value}" for key, value in front.items())]
+    lines += ["tags:", "- reinforcement-learning", f"- {config['method']['name']}", "---", ""]
+    lines += [
+        f"# {config['name']}",
+        "",
+        f"Exported from {path.name} of run `{config['name']}`: `{base}` after {found.step} steps of reinforcement "
+        "learning with verifiable rewards.",
+        "",
+        f"- method: `{method}`",
+        f"- data: `{config['data']['train']}`",
+        f"- rollouts: {config['rollout']['prompts']} prompts x {config['rollout']['samples']} responses, temperature "
+        f"{config['rollout']['temperature']}",
+        f"- learning rate: {config['optimizer']['lr']}",
+        f"- versions: {', '.join(f'{name} {value}' for name, value in found.versions.items())}",
+        *_evaluation(path.parent.parent / "evaluation.json"),
+        *("", "## Recipe", "", "```json", json.dumps(config, indent=1), "```", ""),
+    ]
+    return "\n".join(lines)
+
+
+def _evaluation(file: Path) -> list[str]:
+    """A table of what tools.evaluate wrote into the run's folder; nothing where there is no such file."""
+    if not file.is_file():
+        return []
+    from tools.evaluate import load_evaluations
+
+    found = load_evaluations(file)
+    names = list(dict.fromkeys(name for each in found.values() for name in each["metrics"]))
+    lines = ["", "## Evaluation", "", f"| | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
+    for name in names:
+        values = [each["metrics"].get(name) for each in found.values()]
+        lines.append(f"| {name} | {' | '.join(_interval(value) for value in values)} |")
+    return lines
+
+
+def _interval(value: dict[str, float] | None) -> str:
+    return "" if value is None else f"{value['mean']:.1%} ({value['low']:.1%} .. {value['high']:.1%})"
+
+
+def num_bytes(text: str) -> int:
+    """``500MB`` or ``4GiB`` in bytes. Raises ArgumentTypeError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.strip().upper())
+    if match is None or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a size such as 500MB or 4GiB")
+    return int(float(match[1]) * UNITS[match[2] or ""])
 
 
 def _refuse_to_overwrite(out: Path) -> None:
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out}: exists and is not empty; remove it or give another directory")
-
-
-def _one_rank_model(source: Path):
-    """The whole model on this process."""
-    import torch
-    import torch.distributed as dist
-
-    from megatron_ext import host
-    from megatron_ext.model import build
-    from megatron_ext.model.hf_config import read_architecture
-    from megatron_ext.train import parallel
-
-    host.enter()
-    if not dist.is_initialized():
-        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    parallel.initialize(ParallelConfig(ranks_per_node=1))
-    config = hf_config(source)
-    name = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return build.build_policy(
-        read_architecture(config), tensor=1, pipeline=1, sequence=False, dtype=getattr(torch, name)
-    )
 
 
 if __name__ == "__main__":

@@ -1,18 +1,25 @@
-"""A stream of Hugging Face-named tensors -> a model directory that ``transformers`` alone loads."""
+"""A stream of Hugging Face-named tensors -> a model directory that ``transformers`` alone loads.
+
+What comes in which order is announced before, so every file's header is written first and each tensor goes to disk
+as it arrives: one tensor is in memory at a time.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
-COPIED = (  # of the model the run started from, where present
-    "config.json",
+from megatron_ext.model.safetensors_dir import INDEX, NAMES, SINGLE
+
+COPIED = (  # of the model the run started from, where present; config.json is written with the weights' dtype
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -24,23 +31,41 @@ COPIED = (  # of the model the run started from, where present
     "merges.txt",
 )
 SHARD_BYTES = 4 * 2**30
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def write_hf(
-    folder: Path, weights: Iterable[tuple[str, Tensor]], *, source: Path, card: str, shard_bytes: int = SHARD_BYTES
+    folder: Path,
+    weights: Iterable[tuple[str, Tensor]],
+    *,
+    shapes: Shapes,
+    dtype: torch.dtype,
+    source: Path,
+    card: str,
+    shard_bytes: int = SHARD_BYTES,
 ) -> int:
-    """Write safetensors shards of at most ``shard_bytes`` (plus one tensor), index, configuration, tokenizer, card.
+    """Write safetensors files of at most ``shard_bytes`` of tensors, index, configuration, tokenizer, model card.
 
-    ``source`` is the directory the configuration and tokenizer come from. At most one shard is in memory.
-    Returns the number of bytes of the weights. The directory appears whole or not at all.
+    ``shapes`` names what ``weights`` yields, in that order; all of ``dtype``. A tensor larger than the limit gets a
+    file of its own. ``source`` is the directory that configuration and tokenizer come from. Returns the bytes of the
+    weights. The directory appears whole or not at all. Raises ValueError when the stream is not what was announced.
     """
+    files = _plan(shapes, dtype, shard_bytes)
+    total = sum(_size(shape, dtype) for shape in shapes.values())
     partial = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
-        names, total = _write_shards(partial, weights, shard_bytes)
-        if len(set(names.values())) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
-            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        stream = iter(weights)
+        for file, names in files.items():
+            with (partial / file).open("wb") as out:
+                _write_file(out, {name: shapes[name] for name in names}, dtype, stream)
+        for name, _ in stream:
+            raise ValueError(f"export: {name} follows the last tensor that was announced")
+        if len(files) > 1:
+            of = {name: file for file, names in files.items() for name in names}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(of.items()))}
+            (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (partial / "config.json").write_text(_config(source, dtype))
         for name in COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, partial / name)
@@ -53,28 +78,48 @@ def write_hf(
     return total
 
 
-def _write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]], limit: int) -> tuple[dict[str, str], int]:
-    """``tensor -> file`` and the bytes of all. Files are numbered as they fill and named once their count is known."""
-    held: dict[str, Tensor] = {}
-    size, total, parts = 0, 0, []
+def _plan(shapes: Shapes, dtype: torch.dtype, limit: int) -> dict[str, list[str]]:
+    """File -> the tensors in it, as they come."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, shape in shapes.items():
+        size = _size(shape, dtype)
+        if not groups or size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= size
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups)}
 
-    def flush() -> None:
-        nonlocal held, size
-        save_file(held, folder / f"part-{len(parts)}", metadata={"format": "pt"})
-        parts.append(list(held))
-        held, size = {}, 0
 
-    for name, tensor in weights:
-        held[name] = tensor.contiguous()
-        size += tensor.nbytes
-        total += tensor.nbytes
-        if size >= limit:
-            flush()
-    if held:
-        flush()
-    names = {}
-    for number, part in enumerate(parts):
-        file = "model.safetensors" if len(parts) == 1 else f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
-        (folder / f"part-{number}").rename(folder / file)
-        names |= dict.fromkeys(part, file)
-    return names, total
+def _write_file(out: BinaryIO, shapes: Shapes, dtype: torch.dtype, stream: Iterator[tuple[str, Tensor]]) -> None:
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + _size(shape, dtype)
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    content = json.dumps(header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)  # tensors start at a multiple of 8 bytes
+    out.write(len(content).to_bytes(8, "little") + content)
+    for name, shape in shapes.items():
+        found, tensor = next(stream, ("nothing", torch.empty(0)))
+        if (found, tuple(tensor.shape), tensor.dtype) != (name, shape, dtype):
+            raise ValueError(
+                f"export: expected {name} {list(shape)} {dtype}, found {found} {list(tensor.shape)} {tensor.dtype}"
+            )
+        out.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def _size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _config(source: Path, dtype: torch.dtype) -> str:
+    """``config.json`` as it is, or with the dtype that the weights have now."""
+    text = (source / "config.json").read_text()
+    config = json.loads(text)
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    name = str(dtype).removeprefix("torch.")
+    return text if config.get(key) == name else json.dumps(config | {key: name}, indent=2) + "\n"

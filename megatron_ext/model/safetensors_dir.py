@@ -38,8 +38,13 @@ class SafetensorsDir:
         for file in self._files():
             try:
                 self.entries |= _read_header(self.path / file)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 self.faults.append(f"{file}: {error}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all tensors, once ``misfits`` has found none."""
+        return DTYPES[next(iter(self.entries.values())).dtype]
 
     def part(self, name: str) -> Part:
         """A tensor to slice: only what is asked for is read."""
@@ -52,7 +57,10 @@ class SafetensorsDir:
 
     def _files(self) -> list[str]:
         if (self.path / INDEX).is_file():
-            return sorted(set(json.loads((self.path / INDEX).read_text())["weight_map"].values()))
+            try:
+                return sorted(set(json.loads((self.path / INDEX).read_text())["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{self.path / INDEX}: is no index of safetensors files: {error!r}") from None
         if (self.path / SINGLE).is_file():
             return [SINGLE]
         raise ValueError(f"{self.path}: holds neither {SINGLE} nor {INDEX}")
@@ -70,25 +78,29 @@ class Part:
 
 
 def misfits(found: SafetensorsDir, shapes: Mapping[str, tuple[int, ...]], dtype: str | None) -> list[str]:
-    """A line for every file at fault and every tensor that is missing, unexpected, misshapen or of another dtype.
+    """A line for every file at fault or, with none, for every tensor that is missing, unexpected, misshapen or of
+    another dtype.
 
     ``dtype`` is torch's name of what all should have; None: any floating dtype, the same for all.
     """
-    lines = list(found.faults)
-    broken = "" if not lines else " (or in a file at fault)"
-    lines += [f"missing tensor {name}{broken}" for name in shapes if name not in found.entries]
+    if found.faults:
+        return found.faults
+    lines = [f"missing tensor {name}" for name in shapes if name not in found.entries]
     lines += [f"unexpected tensor {name}" for name in found.entries if name not in shapes]
-    stored = [entry.dtype for entry in found.entries.values()]
-    wanted = (
-        NAMES.get(getattr(torch, dtype)) if dtype else max(set(stored) & DTYPES.keys(), key=stored.count, default=None)
-    )
     for name, entry in found.entries.items():
         if name in shapes and entry.shape != shapes[name]:
             lines.append(f"{name}: found shape {list(entry.shape)}, expected {list(shapes[name])} ({entry.file})")
-        if name in shapes and entry.dtype != wanted:
-            source = "config.json's dtype" if dtype else "what most tensors have"
-            lines.append(f"{name}: found {entry.dtype}, expected {wanted}, {source} ({entry.file})")
-    return lines
+    stored = [entry.dtype for entry in found.entries.values()]
+    wanted, source = NAMES.get(getattr(torch, dtype or "", None)), "config.json's dtype"
+    if not dtype:
+        wanted, source = max(dict.fromkeys(stored), key=stored.count, default=None), "what most tensors have"
+        wanted = wanted if wanted in DTYPES else "a floating dtype"
+    others = {name: entry for name, entry in found.entries.items() if entry.dtype != wanted}
+    if len(others) == len(stored) > 1 and len(set(stored)) == 1:
+        return [*lines, f"all {len(stored)} tensors: found {stored[0]}, expected {wanted}, {source}"]
+    return lines + [
+        f"{name}: found {entry.dtype}, expected {wanted}, {source} ({entry.file})" for name, entry in others.items()
+    ]
 
 
 def _read_header(path: Path) -> dict[str, Entry]:

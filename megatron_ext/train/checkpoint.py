@@ -109,7 +109,7 @@ def load(root: Path, *, trained: Mapping[str, Trained], layout: dict[str, int]) 
         return None
     path, refused = found.path, list(found.refused)
     with _together(f"reading {path.name}"):
-        _check_index(path / ".metadata")
+        check_index(path / ".metadata")
         payload = torch.load(path / _STATE, map_location="cpu", weights_only=True)
         dist_checkpointing.load_common_state_dict(str(path))
         _check_schedule(payload["scheduler"], _schedules(trained))
@@ -128,38 +128,21 @@ def load(root: Path, *, trained: Mapping[str, Trained], layout: dict[str, int]) 
     return LoadedState(found.manifest.step, payload["state"], path, found.manifest, tuple(refused))
 
 
-def save_model(root: Path, *, model: list, config: dict[str, Any], layout: dict[str, int]) -> Path:
-    """Write the weights alone as the checkpoint of step 0 below ``root``; ``load_model`` reads it."""
-    partial = _on_first_rank("opening a checkpoint", lambda: manifest.open_partial(root, 0))
-    with _together("planning the shards"):
-        shards, common = save_preprocess(_sharded_model(model))
-    with _together("writing the shards"):
-        _write_shards(partial, shards)
-        if dist.get_rank() == 0:
-            TorchCommonSaveStrategy("torch", 1).save_common(common, partial)
-            save_config(CheckpointingConfig("torch_dist", 1), str(partial))
-    files = _record(partial)
-    return _on_first_rank(
-        "publishing the checkpoint",
-        lambda: manifest.publish(partial, step=0, files=files, layout=layout, config=config),
-    )
-
-
-def load_model(path: Path, *, model: list) -> None:
-    """Fill the model alone from the checkpoint ``path``, which the caller has verified, of any layout.
+def load_model(path: Path, modules: list) -> None:
+    """Fill modules alone from the checkpoint ``path``, which the caller has verified, of any layout.
 
     Raises CheckpointError naming every tensor of the model that the checkpoint does not hold in that shape.
     """
     with _together(f"reading {path.name}"):
-        _check_index(path / ".metadata")
+        check_index(path / ".metadata")
     with _together(f"loading {path.name}"):
         result: Any = dist_checkpointing.load(
-            _sharded_model(model), str(path), validate_access_integrity=False, strict=StrictHandling.RETURN_ALL
+            _sharded_model(modules), str(path), validate_access_integrity=False, strict=StrictHandling.RETURN_ALL
         )
         loaded, _, absent = result
         if absent:
             raise CheckpointError("\n".join(f"{path.name} does not hold {name}" for name in sorted(absent)))
-        _fill_modules(model, loaded)
+        _fill_modules(modules, loaded)
 
 
 def _fill(partial: Path, trained: Mapping[str, Trained], state: dict[str, Any]) -> None:
@@ -183,7 +166,7 @@ def _sharded(name: str, each: Trained, *, is_loading: bool) -> ShardedStateDict:
     """Model and optimizer as Megatron's sharded state: what this rank holds of each global tensor."""
     optimizer: Any = each.optimizer
     _allocate(optimizer)
-    tree = _sharded_model(each.model.chunks)
+    tree = _sharded_model(each.model.modules)
     if name != "policy":
         add_prefix_for_sharding(tree, f"{name}.")
     with _padding_counted(optimizer):
@@ -191,17 +174,17 @@ def _sharded(name: str, each: Trained, *, is_loading: bool) -> ShardedStateDict:
     return tree
 
 
-def _sharded_model(model: list) -> dict[str, Any]:
+def _sharded_model(modules: list) -> dict[str, Any]:
     tree: dict[str, Any] = {}
-    for index, chunk in enumerate(model):
-        tensors = chunk.module.sharded_state_dict(metadata=_SHARDING)
+    for index, module in enumerate(modules):
+        tensors = module.sharded_state_dict(metadata=_SHARDING)
         tree[f"model{index}"] = {name: value for name, value in tensors.items() if not _is_extra(name)}
     return tree
 
 
-def _fill_modules(model: list, loaded: dict[str, Any]) -> None:
-    for index, chunk in enumerate(model):
-        result = chunk.module.load_state_dict(loaded[f"model{index}"], strict=False)
+def _fill_modules(modules: list, loaded: dict[str, Any]) -> None:
+    for index, module in enumerate(modules):
+        result = module.load_state_dict(loaded[f"model{index}"], strict=False)
         absent = [name for name in result.missing_keys if not _is_extra(name)]
         if absent or result.unexpected_keys:
             raise CheckpointError(f"model{index}: missing {absent}, unexpected {result.unexpected_keys}")
@@ -285,7 +268,7 @@ def _restore(path: Path, trained: Mapping[str, Trained]) -> None:
             raise CheckpointError("\n".join(faults))
     with _together(f"restoring model and optimizer of {path.name}"):
         for name, each in trained.items():
-            _fill_modules(each.model.chunks, loaded[name])
+            _fill_modules(each.model.modules, loaded[name])
             _load_optimizer(each.optimizer, loaded[name]["optimizer"])
 
 
@@ -346,7 +329,8 @@ def _check_schedule(saved: dict[str, Any], current: dict[str, Any]) -> None:
         raise CheckpointError("\n".join(lines) + "\nresume with the saved values, or start a new run")
 
 
-def _check_index(path: Path) -> None:
+def check_index(path: Path) -> None:
+    """Raises CheckpointError if a checkpoint's pickled ``.metadata`` names anything but an index of tensors."""
     with path.open("rb") as file:
         index = _IndexReader(file).load()
     pickled = [key for key, entry in index.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata)]

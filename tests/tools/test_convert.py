@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,20 +50,26 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
 
 def test_shards_are_limited_and_indexed(tmp_path: Path) -> None:
     weights = load_file(BASE / "model.safetensors")
-    total = write_hf(tmp_path / "hf", weights.items(), source=BASE, card="card", shard_bytes=500_000)
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    options: dict[str, Any] = {"shapes": shapes, "dtype": torch.float32, "source": BASE, "card": "card"}
+    total = write_hf(tmp_path / "hf", weights.items(), **options, shard_bytes=500_000)
     files = sorted((tmp_path / "hf").glob("model-*.safetensors"))
     largest = max(tensor.nbytes for tensor in weights.values())
-    assert len(files) > 2 and all(file.stat().st_size < 500_000 + largest + 20_000 for file in files)
+    assert len(files) > 2 and all(file.stat().st_size < max(500_000, largest) + 20_000 for file in files)
     assert total == sum(tensor.nbytes for tensor in weights.values())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
 
 
-def test_a_failed_export_leaves_nothing(tmp_path: Path) -> None:
-    def broken():
-        yield "a", torch.zeros(2)
-        raise RuntimeError("the stream broke")
-
-    with pytest.raises(RuntimeError, match="the stream broke"):
-        write_hf(tmp_path / "hf", broken(), source=BASE, card="")
-    assert list(tmp_path.iterdir()) == []
+def test_a_stream_that_is_not_what_was_announced_leaves_nothing(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"shapes": {"a": (2,), "b": (3,)}, "dtype": torch.float32, "source": BASE, "card": ""}
+    a, b, c = ("a", torch.zeros(2)), ("b", torch.zeros(3)), ("c", torch.zeros(1))
+    for stream, message in (
+        ([a], r"expected b \[3\] torch.float32, found nothing"),
+        ([a, b, c], "c follows the last tensor"),
+        ([b, a], r"expected a \[2\] torch.float32, found b \[3\]"),
+        ([a, ("b", torch.zeros(3).half())], r"found b \[3\] torch.float16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_hf(tmp_path / "hf", stream, **options)
+        assert list(tmp_path.iterdir()) == []

@@ -136,7 +136,7 @@ def megatron_log_probs(rank: int, world: int, source: str, path: str, sequences:
     parallel.initialize(ParallelConfig(ranks_per_node=2, tensor=2))
     architecture = read_architecture(hf_config(source))
     policy = build_policy(architecture, tensor=2, pipeline=1, sequence=False, dtype=torch.float32)
-    load_model(Path(path), model=policy.chunks)
+    load_model(Path(path), policy.modules)
     stats = forward(policy, [packing.pack(sequences)], Needs(entropy=True), 1.0)
     assert stats is not None and stats[0].entropy is not None
     return [*stats[0].logprob.tolist(), *stats[0].entropy.tolist()]

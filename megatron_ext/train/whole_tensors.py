@@ -1,0 +1,159 @@
+"""Whole tensors out of a checkpoint directory of any layout, and into one, without a model or a process group.
+
+A checkpoint holds each tensor under a key in chunks, one for each part that a rank wrote; layers and experts are
+stacked along the first axes of a key (model/hf_tables.py says what is where). ``CheckpointTensors`` puts one together
+at a time, ``write_tensors`` asks for one at a time: neither holds more than that one in memory.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+
+from megatron_ext.train.checkpoint import check_index
+from megatron_ext.train.manifest import CheckpointError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor stands: at ``index`` of what is ``stacked`` under ``key``. ``padded``: rows may follow its own."""
+
+    key: str
+    index: Shape
+    stacked: Shape
+    shape: Shape
+    padded: bool = False
+
+    def accepts(self, found: Sequence[int]) -> bool:
+        """Whether a key of the shape ``found`` holds such tensors."""
+        whole, rows = (*self.stacked, *self.shape), len(self.stacked)
+        if self.padded and len(found) == len(whole) and found[rows] > whole[rows]:
+            found = (*found[:rows], whole[rows], *found[rows + 1 :])
+        return tuple(found) == whole
+
+
+class CheckpointTensors:
+    """The tensors of the checkpoint directory ``path``, whose files the caller has verified.
+
+    Raises CheckpointError for an index that could run code.
+    """
+
+    def __init__(self, path: Path):
+        check_index(path / ".metadata")
+        self.path = path
+        metadata = FileSystemReader(path).read_metadata()
+        self._storage: Any = metadata.storage_data
+        self._keys = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
+        self._grouped = cache(self._group)
+
+    def check(self, places: Iterable[Place], belongs: Callable[[str], bool]) -> torch.dtype:
+        """The dtype of the tensors at ``places``.
+
+        Raises CheckpointError naming every key that is missing, misshapen or of another dtype than most, and every
+        key without a place that ``belongs`` to them.
+        """
+        places = list({place.key: place for place in places}.values())
+        here = [place for place in places if place.key in self._keys]
+        faults = [f"missing tensor {place.key}" for place in places if place.key not in self._keys]
+        known = {place.key for place in places}
+        faults += [f"unexpected tensor {key}" for key in self._keys if belongs(key) and key not in known]
+        dtypes = {place.key: self._keys[place.key].properties.dtype for place in here}
+        [(most, _)] = Counter(dtypes.values()).most_common(1) or [(torch.float32, 0)]
+        for place in here:
+            found = self._keys[place.key].size
+            if not place.accepts(found):
+                faults.append(f"{place.key}: found {list(found)}, expected {[*place.stacked, *place.shape]}")
+            if dtypes[place.key] != most:
+                faults.append(f"{place.key}: found {dtypes[place.key]}, expected {most}, what most tensors have")
+        if faults:
+            raise CheckpointError(f"{self.path.name}: the weights do not fit the model:\n  " + "\n  ".join(faults))
+        return most
+
+    def read(self, place: Place) -> Tensor:
+        """Raises CheckpointError where the checkpoint holds only a part of it."""
+        whole = torch.empty(place.shape, dtype=self._keys[place.key].properties.dtype)
+        axes, covered = len(place.index), 0
+        for chunk in self._grouped(place.key, axes)[place.index]:
+            start, size = chunk.offsets[axes:], chunk.sizes[axes:]
+            stop = [min(first + n, total) for first, n, total in zip(start, size, place.shape, strict=True)]
+            if any(end <= first for first, end in zip(start, stop, strict=True)):
+                continue  # padding
+            stored = self._load(MetadataIndex(place.key, chunk.offsets)).view(size)
+            own = stored[tuple(slice(0, end - first) for first, end in zip(start, stop, strict=True))]
+            whole[tuple(slice(first, end) for first, end in zip(start, stop, strict=True))] = own
+            covered += own.numel()
+        if covered != whole.numel():
+            raise CheckpointError(
+                f"{self.path.name}: {place.key} at {list(place.index)}: found {covered} of {whole.numel()} elements"
+            )
+        return whole
+
+    def _group(self, key: str, axes: int) -> dict[Shape, list[ChunkStorageMetadata]]:
+        found: dict[Shape, list[ChunkStorageMetadata]] = defaultdict(list)
+        for chunk in self._keys[key].chunks:
+            found[tuple(chunk.offsets[:axes])].append(chunk)
+        return found
+
+    def _load(self, index: MetadataIndex) -> Tensor:
+        stored = self._storage[index]
+        with (self.path / stored.relative_path).open("rb") as file:
+            file.seek(stored.offset)
+            return torch.load(io.BytesIO(file.read(stored.length)), map_location="cpu", weights_only=True)
+
+
+def write_tensors(folder: Path, tensors: Sequence[tuple[Place, Callable[[], Tensor]]], dtype: torch.dtype) -> None:
+    """Fill the empty ``folder`` with a checkpoint of ``tensors``, calling for each when it is written."""
+    items = [_write_item(place, dtype) for place, _ in tensors]
+    [plan], metadata = create_default_global_save_plan([SavePlan(items)])
+    writer = FileSystemWriter(folder, thread_count=1)
+    writer.set_up_storage_writer(is_coordinator=True)
+    [plan] = writer.prepare_global_plan([writer.prepare_local_plan(plan)])
+    results = writer.write_data(
+        plan, _OneByOne({item.index: get for item, (_, get) in zip(items, tensors, strict=True)})
+    )
+    writer.finish(metadata, [results.wait()])
+    torch.save({}, folder / "common.pt")
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+
+
+def _write_item(place: Place, dtype: torch.dtype) -> WriteItem:
+    offsets = torch.Size((*place.index, *[0] * len(place.shape)))
+    chunk = ChunkStorageMetadata(offsets, torch.Size((*[1] * len(place.index), *place.shape)))
+    data = TensorWriteData(chunk, TensorProperties(dtype=dtype), torch.Size((*place.stacked, *place.shape)))
+    return WriteItem(MetadataIndex(place.key, offsets), WriteItemType.SHARD, tensor_data=data)
+
+
+class _OneByOne(DefaultSavePlanner):
+    """Has a tensor only while the writer writes it."""
+
+    def __init__(self, getters: dict[MetadataIndex, Callable[[], Tensor]]):
+        super().__init__()
+        self.getters = getters
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        assert write_item.tensor_data is not None and write_item.tensor_data.chunk is not None
+        tensor = self.getters[write_item.index]()
+        sizes = write_item.tensor_data.chunk.sizes
+        assert tensor.numel() == math.prod(sizes) and tensor.dtype == write_item.tensor_data.properties.dtype
+        return tensor.contiguous().view(sizes)
