@@ -54,7 +54,7 @@ class Place:
 
 
 class CheckpointTensors:
-    """The tensors of the checkpoint directory ``path``, whose files the caller has verified.
+    """The tensors of the checkpoint directory ``path``, whose files the caller has verified; ``entries`` by key.
 
     Raises CheckpointError for an index that could run code.
     """
@@ -64,7 +64,7 @@ class CheckpointTensors:
         self.path = path
         metadata = FileSystemReader(path).read_metadata()
         self._storage: Any = metadata.storage_data
-        self._keys = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
+        self.entries = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
         self._grouped = cache(self._group)
 
     def check(self, places: Iterable[Place], belongs: Callable[[str], bool]) -> torch.dtype:
@@ -74,14 +74,14 @@ class CheckpointTensors:
         key without a place that ``belongs`` to them.
         """
         places = list({place.key: place for place in places}.values())
-        here = [place for place in places if place.key in self._keys]
-        faults = [f"missing tensor {place.key}" for place in places if place.key not in self._keys]
+        here = [place for place in places if place.key in self.entries]
+        faults = [f"missing tensor {place.key}" for place in places if place.key not in self.entries]
         known = {place.key for place in places}
-        faults += [f"unexpected tensor {key}" for key in self._keys if belongs(key) and key not in known]
-        dtypes = {place.key: self._keys[place.key].properties.dtype for place in here}
+        faults += [f"unexpected tensor {key}" for key in self.entries if belongs(key) and key not in known]
+        dtypes = {place.key: self.entries[place.key].properties.dtype for place in here}
         [(most, _)] = Counter(dtypes.values()).most_common(1) or [(torch.float32, 0)]
         for place in here:
-            found = self._keys[place.key].size
+            found = self.entries[place.key].size
             if not place.accepts(found):
                 faults.append(f"{place.key}: found {list(found)}, expected {[*place.stacked, *place.shape]}")
             if dtypes[place.key] != most:
@@ -92,7 +92,7 @@ class CheckpointTensors:
 
     def read(self, place: Place) -> Tensor:
         """Raises CheckpointError where the checkpoint holds only a part of it."""
-        whole = torch.empty(place.shape, dtype=self._keys[place.key].properties.dtype)
+        whole = torch.empty(place.shape, dtype=self.entries[place.key].properties.dtype)
         axes, covered = len(place.index), 0
         for chunk in self._grouped(place.key, axes)[place.index]:
             start, size = chunk.offsets[axes:], chunk.sizes[axes:]
@@ -111,7 +111,7 @@ class CheckpointTensors:
 
     def _group(self, key: str, axes: int) -> dict[Shape, list[ChunkStorageMetadata]]:
         found: dict[Shape, list[ChunkStorageMetadata]] = defaultdict(list)
-        for chunk in self._keys[key].chunks:
+        for chunk in self.entries[key].chunks:
             found[tuple(chunk.offsets[:axes])].append(chunk)
         return found
 

@@ -1,0 +1,148 @@
+"""A checkpoint is the same whatever layout wrote it, is read under every other, and converts to the same bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_ext import host
+from megatron_ext.model import build, groups, hf_config, hf_weights
+from megatron_ext.train import checkpoint, parallel
+from megatron_ext.train import config as train_config
+from megatron_ext.train.config import OptimizerConfig, ParallelConfig
+from megatron_ext.train.manifest import CheckpointError
+from megatron_ext.train.trained import Trained
+from megatron_ext.train.whole_tensors import CheckpointTensors, Place
+from tests import gloo, tiny
+from tools import convert
+
+DENSE: list[tuple[int, dict[str, Any]]] = [
+    (4, {"tensor": 2, "pipeline": 2}),
+    (2, {"pipeline": 2, "virtual": 2}),
+    (3, {"pipeline": 3, "stage_layers": (1, 2, 1)}),
+]
+EXPERTS: list[tuple[int, dict[str, Any]]] = [
+    (4, {"tensor": 2, "sequence": True, "expert": 2}),
+    (4, {"pipeline": 2, "expert": 2}),
+    (2, {"tensor": 2, "sequence": True, "expert_tensor": 2}),
+    (2, {"pipeline": 2, "virtual": 2}),
+]
+CASES = [("qwen2", *case) for case in DENSE] + [("qwen3_moe", *case) for case in EXPERTS]
+CASES.append(("qwen3_moe_mixed", 2, {"pipeline": 2}))
+
+
+def trained(world: int, path: str, layout: dict[str, Any]) -> Trained:
+    host.enter()
+    parallel.initialize(ParallelConfig(ranks_per_node=world, **layout))
+    architecture = hf_config.read_architecture(train_config.hf_config(path))
+    policy = build.build_policy(architecture, dtype=torch.float32, **layout)
+    for module in policy.modules:
+        hf_weights.load_weights(module, architecture, path)
+    return Trained.build(policy, OptimizerConfig(lr=0.01, clip_grad=1e9))
+
+
+def save(rank: int, world: int, path: str, layout: dict[str, Any], root: Path) -> None:
+    """The checkpoint of a model after one step whose gradient is the weights themselves, so that no layout rounds."""
+    each = trained(world, path, layout)
+    each.zero_grad()
+    for module in each.model.modules:
+        for name, parameter in module.named_parameters():
+            ranks = groups.expert_data() if ".experts." in name else groups.data()
+            vars(parameter)["main_grad"].copy_(parameter.detach() / ranks.size())
+    for chunk in each.model.chunks:
+        chunk.finish_grad_sync()
+    each.update(1)
+    options: dict[str, Any] = {"state": {}, "config": {"model": {"path": path}}, "layout": layout, "keep": 1}
+    checkpoint.save(root, 0, trained={"policy": each}, **options)
+
+
+def load(rank: int, world: int, path: str, layout: dict[str, Any], root: Path) -> tuple[dict, dict]:
+    """The weights that a checkpoint has under a layout: as part of a resumed run, and alone."""
+    each = trained(world, path, layout)
+    assert checkpoint.load(root, trained={"policy": each}, layout=layout) is not None
+    resumed = {name: value.clone() for name, value in hf_weights.stream_weights(each.model)}
+    for module in each.model.modules:
+        for parameter in module.parameters():
+            parameter.data.zero_()
+    checkpoint.load_model(root / "step_000000", each.model.modules)
+    return resumed, dict(hf_weights.stream_weights(each.model))
+
+
+def everything(path: Path, vocab: int) -> dict[str, torch.Tensor]:
+    """Each key whole, optimizer state included, without vocabulary padding."""
+    stored = CheckpointTensors(path)
+    found = {
+        key: stored.read(Place(key, (), (), tuple(entry.size))) for key, entry in stored.entries.items() if entry.size
+    }
+    return {
+        key: value[:vocab] if "embedding" in key or "output_layer" in key else value for key, value in found.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What one rank saves, by kind of model, with its export beside it."""
+    roots = {}
+    for kind in {kind for kind, _, _ in CASES}:
+        roots[kind] = tmp_path_factory.mktemp(kind)
+        gloo.run(save, 1, str(tiny.hf_model(kind)[1]), {}, roots[kind])
+        assert convert.main(["to-hf", str(roots[kind]), str(roots[kind] / "hf")]) == 0
+    return roots
+
+
+@pytest.mark.parametrize(("kind", "world", "layout"), CASES, ids=str)
+def test_every_layout_saves_the_same_and_loads_it(
+    kind: str, world: int, layout: dict[str, Any], reference: dict[str, Path], tmp_path: Path
+) -> None:
+    model = str(tiny.hf_model(kind)[1])
+    gloo.run(save, world, model, layout, tmp_path)
+    expected = everything(reference[kind] / "step_000000", tiny.VOCAB)
+    found = everything(tmp_path / "step_000000", tiny.VOCAB)
+    assert found.keys() == expected.keys() and any("exp_avg_sq" in key for key in found)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert convert.main(["to-hf", str(tmp_path), str(tmp_path / "hf")]) == 0
+    whole = reference[kind] / "hf" / "model.safetensors"
+    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == whole.read_bytes()
+    exported = load_file(whole)
+    for resumed, alone in gloo.run(load, world, model, layout, reference[kind]):
+        for weights in (resumed, alone):
+            assert weights.keys() == exported.keys()
+            assert all(torch.equal(weights[name], value) for name, value in exported.items())
+
+
+@pytest.mark.parametrize(("kind", "world", "layout"), [CASES[0], CASES[4]], ids=str)
+def test_a_converted_model_directory_is_read_under_every_layout(
+    kind: str, world: int, layout: dict[str, Any], tmp_path: Path
+) -> None:
+    _, path = tiny.hf_model(kind)
+    assert convert.main(["from-hf", str(path), str(tmp_path)]) == 0
+    stored = load_file(path / "model.safetensors")
+    for weights in gloo.run(load_alone, world, str(path), layout, tmp_path):
+        assert weights.keys() == stored.keys() and all(torch.equal(weights[n], value) for n, value in stored.items())
+
+
+def load_alone(rank: int, world: int, path: str, layout: dict[str, Any], root: Path) -> dict[str, torch.Tensor]:
+    model = trained(world, path, layout).model
+    for parameter in (parameter for module in model.modules for parameter in module.parameters()):
+        parameter.data.zero_()
+    checkpoint.load_model(root / "step_000000", model.modules)
+    return dict(hf_weights.stream_weights(model))
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(reference: dict[str, Path]) -> None:
+    stored = CheckpointTensors(reference["qwen2"] / "step_000000")
+    key, size = "decoder.final_layernorm.weight", (32,)
+    fits = [Place(key, (), (), size)]
+    assert stored.check(fits, belongs=lambda name: name == key) == torch.float32
+    for places, belongs, message in (
+        ([Place(key, (), (), (16,))], key, f"{key}: found [32], expected [16]"),
+        ([Place("decoder.none", (), (), size)], "decoder.none", "missing tensor decoder.none"),
+        (fits, "output_layer.weight", "unexpected tensor output_layer.weight"),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            stored.check(places, belongs=lambda name, belongs=belongs: name == belongs)
+        assert message in str(caught.value)
