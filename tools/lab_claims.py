@@ -267,12 +267,14 @@ def _distance_and_output(run: Result) -> str:
 def _spread(values: Sequence[float]) -> str:
     if not values:
         return "-"
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.3f} ± {deviation:.3f}"
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
 def _percent(values: Sequence[float], style: str = "+.1%") -> str:
     if not values:
         return "-"
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):{style}} ± {deviation:.1%}"
+    if len(values) == 1:
+        return f"{values[0]:{style}}"
+    return f"{statistics.fmean(values):{style}} ± {statistics.stdev(values):.1%}"

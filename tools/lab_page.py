@@ -130,6 +130,8 @@ def cell(values: Sequence[float], style: str) -> str:
     if found is None:
         return "-"
     mean, deviation = found
+    if len(values) == 1:
+        return f"{mean:{style}}".replace("%", " %")
     return f"{mean:{style}} ± {deviation:{style.removeprefix('+')}}".replace("%", " %").replace(" % ±", " ±")
 
 

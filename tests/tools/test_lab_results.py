@@ -78,6 +78,7 @@ def test_late_means_distances_and_ratios_of_seconds(plan: Plan, folder: Path) ->
     assert (row["run"], row["seeds"], row["entropy"], row["time"]) == ("grpo", "3", "0.200 ± 0.000", "1.00 ± 0.00")
     assert row["avg@4"] == "75.0 ± 0.0 %" and untrained[head.index("avg@4")] == "62.5%"
     assert cell([0.1, 0.2], "+.1%") == "+15.0 ± 7.1 %"
+    assert cell([0.1], "+.1%") == "+10.0 %" and cell([], ".1%") == "-"  # one seed has no spread
 
 
 def test_verdicts_follow_the_runs(plan: Plan, folder: Path) -> None:
