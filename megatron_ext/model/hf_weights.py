@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,7 +56,7 @@ def load_weights(module: GPTModel, a: Architecture, path: str | Path) -> None:
 
 def module_rules(module: GPTModel, a: Architecture) -> list[Rule]:
     """The rules of what one stage of this rank holds."""
-    layers = [layer.layer_number - 1 for layer in module.decoder.layers]
+    layers = [layer.layer_number - 1 for layer in list[Any](module.decoder.layers)]
     fused = have_transformer_engine()
     return rules(a, layers, first=module.pre_process, last=module.post_process, experts=own_experts(a), fused=fused)
 

@@ -91,7 +91,8 @@ def misfits(found: SafetensorsDir, shapes: Mapping[str, tuple[int, ...]], dtype:
         if name in shapes and entry.shape != shapes[name]:
             lines.append(f"{name}: found shape {list(entry.shape)}, expected {list(shapes[name])} ({entry.file})")
     stored = [entry.dtype for entry in found.entries.values()]
-    wanted, source = NAMES.get(getattr(torch, dtype or "", None)), "config.json's dtype"
+    named = [name for key, name in NAMES.items() if str(key) == f"torch.{dtype}"]
+    wanted, source = (named or [None])[0], "config.json's dtype"
     if not dtype:
         wanted, source = max(dict.fromkeys(stored), key=stored.count, default=None), "what most tensors have"
         wanted = wanted if wanted in DTYPES else "a floating dtype"
