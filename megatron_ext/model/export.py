@@ -109,7 +109,7 @@ def _write_file(out: BinaryIO, shapes: Shapes, dtype: torch.dtype, stream: Itera
             raise ValueError(
                 f"export: expected {name} {list(shape)} {dtype}, found {found} {list(tensor.shape)} {tensor.dtype}"
             )
-        out.write(memoryview(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+        out.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
