@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from megatron_ext.train.layout_rules import model_faults, nearest_divisor
+
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -202,7 +204,7 @@ def layout_faults(config: Config) -> list[str]:
     if prompts % mini:
         faults.append(
             f"train.mini_batch_prompts: {mini} does not divide rollout.prompts {prompts}; "
-            f"nearest valid is {_nearest_divisor(prompts, mini)}"
+            f"nearest valid is {nearest_divisor(prompts, mini)}"
         )
     elif not p.world % model_parallel and mini % p.data:
         faults.append(
@@ -265,32 +267,14 @@ def _check_model(config: Config) -> list[str]:
         hf = hf_config(config.model.path)
     except ConfigError as error:
         return [str(error)]
-    heads = hf["num_attention_heads"]
-    groups = hf.get("num_key_value_heads") or heads
-    layers = hf["num_hidden_layers"]
-    p, faults = config.parallel, []
+    faults = []
     positions, longest = hf.get("max_position_embeddings"), config.longest_sequence
     if positions is not None and longest > positions:
         faults.append(
             f"rollout.max_response_tokens: data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceed the "
             f"model's {positions} positions; lower them, or set max_position_embeddings if its rope stretches that far"
         )
-    for what, count in (("attention heads", heads), ("key-value heads", groups)):
-        if count % p.tensor:
-            valid = [n for n in range(1, count + 1) if count % n == 0]
-            faults.append(
-                f"parallel.tensor: {p.tensor} does not divide the model's {count} {what}; valid sizes are {valid}"
-            )
-    if layers % p.pipeline:
-        faults.append(
-            f"parallel.pipeline: {p.pipeline} does not divide the model's {layers} layers; "
-            f"nearest valid is {_nearest_divisor(layers, p.pipeline)}"
-        )
-    return faults
-
-
-def _nearest_divisor(number: int, wanted: int) -> int:
-    return min((n for n in range(1, number + 1) if number % n == 0), key=lambda n: (abs(n - wanted), n))
+    return faults + model_faults(hf, config.parallel)
 
 
 def _read_chain(path: Path) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.train.config import ConfigError, load_config
+from megatron_ext.train.config import ConfigError, ParallelConfig, load_config
+from megatron_ext.train.layout_rules import model_faults
 
 BASE = """
 [model]
@@ -94,6 +95,34 @@ def test_a_wrong_value_is_shown(recipe: Path) -> None:
 )
 def test_a_rule_between_fields_is_explained(recipe: Path, overrides: list[str], message: str) -> None:
     assert message in fault(recipe, *overrides)
+
+
+SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 7, "intermediate_size": 48}
+MOE = SIZES | {"num_hidden_layers": 6, "num_experts": 12, "moe_intermediate_size": 10}
+
+
+@pytest.mark.parametrize(
+    ("hf", "layout", "message"),
+    [
+        (SIZES, {"stage_layers": (2, 3, 2), "pipeline": 3}, None),
+        (SIZES, {"pipeline": 3}, "nearest valid is 1, or parallel.stage_layers = [2, 3, 2]"),
+        (SIZES, {"pipeline": 2, "virtual": 2}, "2 x parallel.virtual 2 = 4 does not divide the model's 7 layers"),
+        (SIZES, {"pipeline": 2, "stage_layers": (3, 3)}, "found 2 numbers that sum to 6, expected one for each of 2"),
+        (SIZES, {"pipeline": 2, "stage_layers": (7,)}, "set parallel.stage_layers = [4, 3]"),
+        (SIZES | {"num_hidden_layers": 8}, {"virtual": 2}, "need parallel.pipeline > 1, found 1"),
+        (SIZES | {"intermediate_size": 50}, {"tensor": 4}, "4 does not divide the model's 50 feed-forward columns"),
+        (SIZES, {"expert": 2}, "parallel.expert: the model has no experts, found 2"),
+        (SIZES, {"expert_tensor": 2}, "parallel.expert_tensor: the model has no experts, found 2"),
+        (MOE, {"expert": 4, "tensor": 2, "sequence": True}, None),
+        (MOE, {"expert": 5}, "5 does not divide the model's 12 experts; nearest valid is 4"),
+        (MOE, {"expert_tensor": 4}, "4 does not divide the model's 10 columns of an expert; nearest valid is 5"),
+        (MOE, {"expert": 6, "pipeline": 2}, "= 12 does not divide the world of 8 ranks; nearest valid world is 12"),
+        (MOE, {"tensor": 2}, "experts under parallel.tensor 2 need sequence parallelism"),
+    ],
+)
+def test_a_layout_that_does_not_fit_the_model_is_explained(hf: dict, layout: dict, message: str | None) -> None:
+    faults = model_faults(hf, ParallelConfig(**layout))
+    assert faults == [] if message is None else message in "\n".join(faults)
 
 
 def test_a_missing_or_broken_recipe_is_named(tmp_path: Path) -> None:
