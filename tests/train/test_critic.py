@@ -41,6 +41,7 @@ CASES: dict[str, tuple[dict[str, Any], int, tuple[str, bool]]] = {  # layout, bu
     "DP 2": ({"ranks_per_node": 2}, 40, DENSE),
     "TP 2 with SP, tied": ({"ranks_per_node": 2, "tensor": 2, "sequence": True}, 60, TIED),
     "TP 2 with SP, PP 2": ({"ranks_per_node": 4, "tensor": 2, "pipeline": 2, "sequence": True}, 45, DENSE),
+    "PP 2 x 2 stages": ({"ranks_per_node": 2, "pipeline": 2, "virtual": 2}, 50, DENSE),
     "EP 2": ({"ranks_per_node": 2, "expert": 2}, 60, EXPERTS),
 }
 
@@ -69,9 +70,13 @@ def learner_of(case: str, path: str) -> Learner:
     parallel.initialize(config.parallel)
     shape: dict[str, Any] = parallel.model_layout(config.parallel) | {"dtype": torch.float32}
     architecture = hf_config.read_architecture(train_config.hf_config(path))
-    policy, value_model = build.build_policy(architecture, **shape), build_critic(architecture, path, **shape)
-    for module in policy.modules:
-        hf_weights.load_weights(module, architecture, path)
+
+    def fill(modules: list) -> None:
+        for module in modules:
+            hf_weights.load_weights(module, architecture, path)
+
+    policy, value_model = build.build_policy(architecture, **shape), build_critic(architecture, fill, **shape)
+    fill(policy.modules)
     if parallel.groups.is_last_stage():
         own: Any = value_model.modules[-1].output_layer
         assert not own.weight.any() and not own.bias.any()
