@@ -9,10 +9,10 @@ without sequence parallelism: ranks agree without an all-reduce. It starts at ze
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,7 +20,6 @@ from megatron_ext import host
 from megatron_ext.model.build import Policy, build_modules, wrap
 from megatron_ext.model.forward import hidden_rows, run_pipeline
 from megatron_ext.model.hf_config import Architecture
-from megatron_ext.model.hf_weights import load_weights
 from megatron_ext.types import PackedSequences
 
 ValueLoss = Callable[[int, Tensor], Tensor]  # (number of the micro-batch, its values [T]) -> scalar
@@ -38,16 +37,12 @@ class ValueHead(torch.nn.Linear):
         return F.linear(input.float(), self.weight.float(), self.bias.float())[..., 0]
 
 
-def build_critic(architecture: Architecture, path: str | Path | None, **layout: Any) -> Policy:
-    """This rank's part of the critic, ready for training, with the weights of the model directory ``path``.
-
-    None leaves them uninitialised. Raises ValueError when they do not fit (hf_weights.py).
-    """
+def build_critic(architecture: Architecture, fill: Callable[[list[GPTModel]], None], **layout: Any) -> Policy:
+    """This rank's part of the critic, ready for training. ``fill`` gives its modules the policy's first weights."""
     layout["fused_head"] = True  # it ends at hidden states
     modules: list[Any] = list(build_modules(architecture, **layout))
+    fill(modules)
     for module in modules:
-        if path is not None:
-            load_weights(module, architecture, path)
         if module.post_process:
             module.output_layer = ValueHead(architecture.hidden_size, module.config.params_dtype)
         module.share_embeddings_and_output_weights = False

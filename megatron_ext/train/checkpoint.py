@@ -128,6 +128,11 @@ def load(root: Path, *, trained: Mapping[str, Trained], layout: dict[str, int]) 
     return LoadedState(found.manifest.step, payload["state"], path, found.manifest, tuple(refused))
 
 
+def verify(path: Path) -> Manifest:
+    """The manifest of the checkpoint ``path``, whose files are hashed once. Raises CheckpointError on all ranks."""
+    return _on_first_rank(f"verifying {path.name}", lambda: manifest.verify(path))
+
+
 def load_model(path: Path, modules: list) -> None:
     """Fill modules alone from the checkpoint ``path``, which the caller has verified, of any layout.
 

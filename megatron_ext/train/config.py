@@ -34,6 +34,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     path: str = ""  # directory with config.json, safetensors and tokenizer
     hub: str = ""  # where it can be had: an id on the Hugging Face Hub
+    weights: str = ""  # a checkpoint to start from instead of path's safetensors: a step_* directory, of any layout
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     fused_head: bool = False  # statistics from hidden states: the logits are never stored whole, 4 GEMMs instead of 3
     offload_reference: bool = False  # the reference's weights wait in host memory between two uses
@@ -237,7 +238,13 @@ def layout_faults(config: Config) -> list[str]:
 
 def file_faults(config: Config) -> list[str]:
     """Files that a run needs and that are not there; the model's weights are looked for when they are loaded."""
-    data, faults = config.data, []
+    data, weights, faults = config.data, config.model.weights, []
+    if weights and not (Path(weights) / "MANIFEST.json").is_file():
+        faults.append(
+            f"model.weights: {weights} is no checkpoint; give a step_* directory of a run, or make one with\n"
+            "  python -m tools.convert from-hf MODEL OUT\n"
+            'or start from the safetensors of model.path with model.weights = ""'
+        )
     if data.train and not Path(data.train).is_file():
         faults.append(f"data.train: no such file: {data.train}; give a path from here or from the recipe")
     if data.curriculum and not Path(data.curriculum).is_file():
@@ -284,7 +291,7 @@ def _read_chain(path: Path) -> dict[str, Any]:
         own = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"recipe: {path} is not valid TOML: {error}") from None
-    for section, key in (("model", "path"), ("data", "train"), ("data", "curriculum")):
+    for section, key in (("model", "path"), ("model", "weights"), ("data", "train"), ("data", "curriculum")):
         value = own.get(section, {}).get(key)
         made_later = section == "data"  # by a tool, where the recipe says
         if value and not Path(value).exists() and (made_later or (path.parent / value).exists()):

@@ -18,7 +18,7 @@ from megatron_ext import host
 from megatron_ext.model.build import build_policy, build_reference
 from megatron_ext.model.critic import build_critic
 from megatron_ext.model.hf_config import read_architecture
-from megatron_ext.model.hf_weights import load_weights, stream_weights
+from megatron_ext.model.hf_weights import stream_weights
 from megatron_ext.rollout.hf import HFEngine
 from megatron_ext.rollout.rewards import RewardPool
 from megatron_ext.train import checkpoint, parallel
@@ -30,8 +30,9 @@ from megatron_ext.train.manifest import differing_keys
 from megatron_ext.train.metrics import MetricsWriter, Watch, sample_record, token_texts, write_config
 from megatron_ext.train.objective import create_method
 from megatron_ext.train.order import DataOrder
-from megatron_ext.train.reference import Reference, identity
+from megatron_ext.train.reference import Reference
 from megatron_ext.train.rollouts import EncodedProblem, Rollouts
+from megatron_ext.train.start import Start, weights_identity
 from megatron_ext.train.step import Learner
 from megatron_ext.train.trained import Trained
 from megatron_ext.types import Episode, TokenStats
@@ -43,7 +44,7 @@ FREE = (  # keys a resumed run may change one by one, besides whole sections (se
 )
 FREE_SECTIONS = (
     *("parallel.", "checkpoint.", "log.", "alarms."),
-    *("data.train", "data.curriculum", "data.hub", "model.path", "model.hub"),
+    *("data.train", "data.curriculum", "data.hub", "model.path", "model.hub", "model.weights"),
 )
 DONE, REQUEUE = 0, 75  # exit codes: finished; stopped by a signal with its state saved
 
@@ -83,8 +84,9 @@ class Run:
     def load_state(self, step: int, state: dict[str, Any]) -> None:
         if state["reference"] != self.reference_identity():
             raise ConfigError(
-                f"resume: the reference model is not the checkpoint's: the weights in {self.config.model.path} differ; "
-                "restore model.path, or start a new run with another name"
+                "resume: the reference model is not the checkpoint's: the weights in "
+                f"{self.config.model.weights or self.config.model.path} differ; restore model.path and model.weights, "
+                "or start a new run with another name"
             )
         self.step = step
         self.learner.method.load_state_dict(state["method"])
@@ -95,7 +97,7 @@ class Run:
 
     def reference_identity(self) -> str | None:
         """Which weights the KL is taken to; None without a reference model."""
-        return None if self.learner.reference is None else identity(self.config.model.path)
+        return None if self.learner.reference is None else weights_identity(self.config.model)
 
     def save(self) -> None:
         checkpoint.save(
@@ -180,18 +182,17 @@ def build(config: Config, pool: RewardPool) -> Run:
         **parallel.model_layout(config.parallel),
     }
     architecture = read_architecture(hf_config(config.model.path))
+    start = Start(config.model, architecture)
     policy = build_policy(architecture, **layout)
-    for module in policy.modules:
-        load_weights(module, architecture, config.model.path)
+    start.fill(policy.modules)
     reference: Reference | None = None
     if method.needs.reference:
         frozen = build_reference(architecture, **layout)
-        for module in frozen.modules:
-            load_weights(module, architecture, config.model.path)
+        start.fill(frozen.modules)
         reference = Reference(frozen, device=host.device(), offload=config.model.offload_reference)
     actor, critic = Trained.build(policy, config.optimizer), None
     if method.needs.value:
-        value_model = build_critic(architecture, config.model.path, **layout)
+        value_model = build_critic(architecture, start.fill, **layout)
         critic = Trained.build(value_model, config.critic, section="critic")
     engine = HFEngine(config.model.path, batch_size=config.rollout.batch_size)
     run = Run(

@@ -65,7 +65,9 @@ def build_shard(config: Config, architecture: Architecture, needs: Needs, rank: 
             if needs.reference:
                 reference = build_reference(architecture, **options)
             if needs.value:
-                critic = Trained.build(build_critic(architecture, None, **options), config.critic, section="critic")
+                critic = Trained.build(
+                    build_critic(architecture, lambda modules: None, **options), config.critic, section="critic"
+                )
         held = _trained_bytes(trained)
         if reference is not None:
             held["reference"] = sum(_bytes(p) for module in reference.modules for p in module.parameters())

@@ -1,0 +1,43 @@
+"""A run that starts from a checkpoint is the run that starts from the same weights in a model directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.train import whole_run
+from tools import convert
+
+BASE = whole_run.RECIPES / "tiny" / "base"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("weights")
+    assert convert.main(["from-hf", str(BASE), str(root)]) == 0
+    return root / "step_000000"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "world"), [("sent/sent-tiny-cpu.toml", 1), ("ppo/ppo-tiny-cpu.toml", 2)], ids=["reference", "critic"]
+)
+def test_a_run_starts_from_a_checkpoint_of_any_layout(recipe: str, world: int, weights: Path, tmp_path: Path) -> None:
+    layout = (f"parallel.ranks_per_node={world}", f"parallel.tensor={world}")
+    for name, options in (("path", ()), ("weights", (f'model.weights="{weights}"',))):
+        assert whole_run.train(tmp_path / name, recipe, *layout, *options, world=world) == 0
+    assert whole_run.metrics(tmp_path / "path") == whole_run.metrics(tmp_path / "weights")
+
+
+def test_a_damaged_or_absent_start_is_refused(weights: Path, tmp_path: Path) -> None:
+    recipe = "grpo/grpo-tiny-cpu.toml"
+    with pytest.raises(AssertionError, match="model.weights: .* is no checkpoint; give a step_"):
+        whole_run.train(tmp_path, recipe, f'model.weights="{tmp_path}"')
+    broken = tmp_path / weights.name
+    broken.mkdir()
+    for file in weights.iterdir():
+        content = bytearray(file.read_bytes())
+        content[-1] ^= file.suffix == ".distcp"
+        (broken / file.name).write_bytes(content)
+    with pytest.raises(AssertionError, match=r"__0_0.distcp: expected sha256"):
+        whole_run.train(tmp_path, recipe, f'model.weights="{broken}"')
