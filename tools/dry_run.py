@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("recipes", nargs="*", help="default: every full-size recipe")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
-    found, code = [], RIGHT
+    found, code, recipe = [], RIGHT, ""
     try:
         with Shards() as shards:
             for recipe in options.recipes or full_size_recipes():
