@@ -9,6 +9,6 @@
 #SBATCH --signal=B:USR1@900
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# SIREN on Qwen2.5-Math-7B. The 900 s before the time limit must hold one step and one checkpoint.
+# SIREN on Qwen2.5-Math-7B.
 project="${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}"
 exec bash "$project/slurm/train.sh" "$0" recipes/siren/siren-qwen2.5-math-7b-2n8g.toml "$@"

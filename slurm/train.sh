@@ -8,9 +8,9 @@
 #   RECIPE=recipes/... RANKS_PER_NODE=1 sbatch ...      another recipe, another number of ranks
 #
 # In the job one task per node runs tools.ranks, which starts the node's ranks; rank 0's address is fixed
-# beforehand, so there is nothing to discover. Before the time limit Slurm sends USR1 to this script (the scripts'
-# --signal), which passes it on; the ranks save, exit with 75, and the job goes back into the queue. Every other
-# exit code (2 configuration, 3 training health, anything else a crash) ends it.
+# beforehand, so there is nothing to discover. Before the time limit Slurm sends USR1 to this script (--signal in the
+# scripts; the time must hold a step and a save). It passes it on; the ranks save and exit with 75, and the job goes
+# back into the queue. Every other exit code (2 configuration, 3 training health, else a crash) ends the job.
 set -euo pipefail
 script="$1" recipe="${RECIPE:-$2}"
 shift 2

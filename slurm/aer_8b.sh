@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=aer-8b
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@900
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# AER on Qwen3-8B-Base.
+project="${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}"
+exec bash "$project/slurm/train.sh" "$0" recipes/aer/aer-qwen3-8b-base-4n8g.toml "$@"

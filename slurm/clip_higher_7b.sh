@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=clip-higher-7b
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@1800
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# Clip-Higher (DAPO) on Qwen2.5-Math-7B, the baseline of the entropy advantage.
+project="${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}"
+exec bash "$project/slurm/train.sh" "$0" recipes/clip_higher/clip_higher-qwen2.5-math-7b-4n8g.toml "$@"

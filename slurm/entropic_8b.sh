@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=entropic-8b
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@1800
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# EntroPIC on Qwen3-8B-Base.
+project="${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}"
+exec bash "$project/slurm/train.sh" "$0" recipes/entropic/entropic-qwen3-8b-base-8n8g.toml "$@"

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=entropy-advantage-7b
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@1800
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# The entropy advantage on Qwen2.5-Math-7B.
+project="${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}"
+exec bash "$project/slurm/train.sh" "$0" recipes/entropy_advantage/entropy_advantage-qwen2.5-math-7b-4n8g.toml "$@"

@@ -1,0 +1,109 @@
+"""The Slurm scripts without a Slurm: shellcheck, the commands they print, headers that agree with the recipes."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.plan.layout import make_plan
+from megatron_ext.plan.speed import GPU_MEMORY, RATES
+from megatron_ext.train.config import read_config
+from tools.plan import method_roles
+
+ROOT = Path(__file__).parents[2]
+JOBS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if "#SBATCH" in path.read_text())
+EVERY_JOB = ("--ntasks-per-node=1", "--requeue", "--open-mode=append")
+
+
+def dry_run(script: str, *arguments: str, **variables: str) -> list[list[str]]:
+    """The commands that ``DRY_RUN=1 bash slurm/script`` prints, as words."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "RANKS_PER", "RECIPE"))}
+    command = ["bash", f"slurm/{script}", *arguments]
+    environment = {**kept, "DRY_RUN": "1", **variables}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def test_shellcheck_has_no_complaint() -> None:
+    shellcheck = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed: pip install '.[dev]'")
+    scripts = [*sorted(map(str, (ROOT / "slurm").glob("*.sh"))), ".ci/run"]
+    done = subprocess.run([shellcheck, "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_outside_a_job_the_submission_and_the_launch_are_printed() -> None:
+    submit, launch = dry_run("siren_7b.sh", "train.steps=3", 'name="a b"')
+    recipe = "recipes/siren/siren-qwen2.5-math-7b-2n8g.toml"
+    assert submit == [f"RECIPE={recipe}", "sbatch", "slurm/siren_7b.sh", "train.steps=3", 'name="a b"']
+    assert launch[:4] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
+    python = launch.index("-m")
+    assert launch[python - 1] == f"{ROOT}/.venv/bin/python"
+    ranks = ["-m", "tools.ranks", "--nodes", "2", "--ranks-per-node", "8", "--master", "the-first-node:20000"]
+    assert launch[python:] == [*ranks, "tools.train", recipe, "train.steps=3", 'name="a b"']
+
+
+def test_in_a_job_the_allocation_decides(tmp_path: Path) -> None:
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'gpu%s\\n' 7 8 9\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    job = {
+        "SLURM_JOB_ID": "31",
+        "SLURM_JOB_NUM_NODES": "3",
+        "SLURM_JOB_NODELIST": "gpu[7-9]",
+        "SLURM_GPUS_ON_NODE": "4",
+    }
+    job |= {"SLURM_CPUS_ON_NODE": "96", "SLURM_RESTART_COUNT": "2", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    (launch,) = dry_run("siren_7b.sh", **job)
+    assert {"--nodes=3", "--ntasks=3", "--cpus-per-task=96"} <= set(launch)
+    assert f"--output={ROOT}/runs/slurm/%x-%j-restart2-node%n.log" in launch
+    found = " ".join(launch)
+    assert "--nodes 3 --ranks-per-node 4 --master gpu7:20031 tools.train" in found
+    (launch,) = dry_run("siren_7b.sh", **job, RANKS_PER_NODE="1", RECIPE="recipes/other.toml", MASTER_ADDR="10.0.0.1")
+    found = " ".join(launch)
+    assert "--ranks-per-node 1 --master 10.0.0.1:20031 tools.train recipes/other.toml" in found
+
+
+def test_the_site_file_decides_container_and_account(tmp_path: Path) -> None:
+    text = (ROOT / "slurm/env.sh").read_text()
+    own = {
+        "SBATCH_OPTIONS=()": "SBATCH_OPTIONS=(--account=team)",
+        "CONTAINER_IMAGE:=": "CONTAINER_IMAGE:=/images/me.sqsh",
+    }
+    for shipped, adapted in (own | {"$PROJECT_DIR:$PROJECT_DIR": "/shared:/shared"}).items():
+        assert shipped in text
+        text = text.replace(shipped, adapted)
+    site = tmp_path / "site.sh"
+    site.write_text(text)
+    submit, launch = dry_run("siren_7b.sh", ENV_FILE=str(site))
+    assert submit[1:] == ["sbatch", "--account=team", "slurm/siren_7b.sh"]
+    assert {"--container-image=/images/me.sqsh", "--container-mounts=/shared:/shared"} <= set(launch)
+    assert f"--container-workdir={ROOT}" in launch
+    assert launch[launch.index("-m") - 1] == "python"
+
+
+@pytest.mark.parametrize("script", JOBS, ids=lambda path: path.stem)
+def test_a_script_asks_for_what_its_recipe_needs(script: Path) -> None:
+    options = re.findall(r"^#SBATCH (.*)$", script.read_text(), re.MULTILINE)
+    assert set(EVERY_JOB) <= set(options)
+    leads = [int(seconds) for seconds in re.findall(r"--signal=B:USR1@(\d+)", " ".join(options))]
+    _, launch = dry_run(script.name)
+    recipe = launch[launch.index("tools.train") + 1]
+    config = read_config(ROOT / recipe)
+    parallel = config.parallel
+    assert len(leads) == 1
+    assert f"--nodes={parallel.nodes}" in options and f"--nodes={parallel.nodes}" in launch
+    assert launch[launch.index("--ranks-per-node") + 1] == str(parallel.ranks_per_node)
+    if "cpu" not in recipe:
+        assert f"--gpus-per-node={parallel.ranks_per_node}" in options
+        assert {"--exclusive", "--mem=0"} <= set(options)
+        plan = make_plan(config, method_roles(config), rates=RATES["a800"], gpu_memory=GPU_MEMORY)
+        assert sum(plan.seconds.values()) < leads[0], "a step and a save must fit between signal and time limit"
