@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,12 @@ class HFEngine:
     @torch.no_grad()
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy streamed weights into the model; a tied output layer may be left out of the stream."""
-        own = self.model.state_dict(keep_vars=True)
+        own = {name: part for whole in self.model.state_dict().items() for name, part in _as_stored(*whole)}
         missing = {value.data_ptr(): name for name, value in own.items()}
         for name, value in weights:
             if name not in own or own[name].shape != value.shape:
                 raise ValueError(f"update_weights: {name} {list(value.shape)} does not fit the rollout model")
-            own[name].data.copy_(value)
+            own[name].copy_(value)
             missing.pop(own[name].data_ptr(), None)
         if missing:
             raise ValueError(f"update_weights: the stream left out {', '.join(sorted(missing.values()))}")
@@ -119,6 +119,20 @@ class _Draw(LogitsProcessor):
             drawn = (logprob + gumbel(self.seeds, len(self.logprobs), scores.shape[-1])).argmax(-1, keepdim=True)
         self.logprobs.append(logprob.gather(-1, drawn)[:, 0])
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
+
+
+def _as_stored(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A parameter as its files have it: transformers stacks the experts of a layer, and gate on up."""
+    at, _, kind = name.rpartition(".")
+    if not at.endswith(".experts"):
+        yield name, value
+    elif kind == "down_proj":
+        yield from ((f"{at}.{number}.down_proj.weight", expert) for number, expert in enumerate(value))
+    else:
+        for number, expert in enumerate(value):
+            gate, up = expert.chunk(2)
+            yield f"{at}.{number}.gate_proj.weight", gate
+            yield f"{at}.{number}.up_proj.weight", up
 
 
 def _eos_ids(model) -> list[int]:
