@@ -71,7 +71,8 @@ def saved_per_token(a: Architecture, p: ParallelConfig, layer: int, recompute: R
 
     Kept whole, or in parts under sequence parallelism: the inputs of both norms and what the two linear layers behind
     them read. In parts over the tensor ranks: the fused projection (the value is a view of it), query and key after
-    rotation, the attention's output, and in the MLP gate and up, silu(gate) and their product.
+    rotation, the attention's output, and in the MLP (unfused): gate and up, silu(gate), a copy of up, and the product;
+    an expert's product once more, times its probability.
     """
     D, (q, kv) = a.hidden_size, attention_widths(a)
     parts = p.tensor if p.sequence else 1
@@ -82,9 +83,9 @@ def saved_per_token(a: Architecture, p: ParallelConfig, layer: int, recompute: R
     if recompute == "mlp":
         return (3 if experts is None else 4) * D / parts + attention
     if experts is None:
-        return 4 * D / parts + attention + 4 * a.ffn_size / p.tensor
+        return 4 * D / parts + attention + 5 * a.ffn_size / p.tensor
     router = 6.5 * experts.num / parts  # fp32 logits, probabilities and their masked copy, a bool map
-    routed = IMBALANCE * experts.top_k * (D + 5 * experts.ffn_size) / parts  # 5: the MLP's four, and times probability
+    routed = IMBALANCE * experts.top_k * (D + 6 * experts.ffn_size) / parts
     return 4 * D / parts + attention + router + routed
 
 
