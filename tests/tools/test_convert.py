@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_ext.model.export import write_hf
+from megatron_ext.train.config import Config
+from megatron_ext.train.manifest import Manifest
+from tests import tiny
+from tools.convert import main, model_card, num_bytes
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "recipes" / "tiny" / "base"
 
 
-def convert(*arguments: object) -> tuple[int, str]:
-    command = [sys.executable, "-m", "tools.convert", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
-
-
 def test_a_model_directory_returns_bitwise_and_loads_in_transformers(tmp_path: Path) -> None:
-    code, output = convert("from-hf", BASE, tmp_path / "megatron")
-    assert code == 0, output
-    code, output = convert("to-hf", tmp_path / "megatron", tmp_path / "hf")
-    assert code == 0, output
+    command = [sys.executable, "-m", "tools.convert", "from-hf", str(BASE), str(tmp_path / "megatron")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == f"{tmp_path / 'megatron'}\n", done
+    assert main(["to-hf", str(tmp_path / "megatron"), str(tmp_path / "hf")]) == 0
     stored, found = load_file(BASE / "model.safetensors"), load_file(tmp_path / "hf" / "model.safetensors")
     assert set(stored) == set(found)
     assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
@@ -38,14 +40,98 @@ def test_a_model_directory_returns_bitwise_and_loads_in_transformers(tmp_path: P
     assert torch.equal(model(ids).logits, AutoModelForCausalLM.from_pretrained(BASE)(ids).logits)
 
 
-def test_bad_input_is_named(tmp_path: Path) -> None:
-    for arguments, message in (
-        (("to-hf", tmp_path, tmp_path / "out"), "holds no checkpoint"),
-        (("from-hf", tmp_path / "none", tmp_path / "out"), "holds no config.json"),
-        (("from-hf", BASE, BASE), "exists and is not empty"),
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "qwen3_moe", "qwen3_moe_mixed"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_architecture_returns_bitwise_in_files_of_limited_size(kind: str, tied: bool, tmp_path: Path) -> None:
+    _, path = tiny.hf_model(kind, tied)
+    assert main(["from-hf", str(path), str(tmp_path / "megatron")]) == 0
+    assert main(["to-hf", str(tmp_path / "megatron"), str(tmp_path / "hf"), "--max-shard-size", "20KB"]) == 0
+    files = sorted((tmp_path / "hf").glob("*.safetensors"))
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    stored = load_file(path / "model.safetensors")
+    assert found.keys() == stored.keys() and all(torch.equal(found[name], value) for name, value in stored.items())
+    assert len(files) > 5 and all(file.stat().st_size < 25_000 for file in files)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+
+
+def bad_input(tmp_path: Path, name: str) -> tuple[list[str], str]:
+    model = tmp_path / "model"
+    shutil.copytree(BASE, model)
+    convert_to = ["from-hf", str(model), str(tmp_path / "out")]
+    weights = load_file(model / "model.safetensors")
+    if name == "cut":
+        content = (model / "model.safetensors").read_bytes()
+        (model / "model.safetensors").write_bytes(content[:-1])
+        return convert_to, "model.safetensors: found"
+    if name == "renamed":
+        save_file({f"{key}x": value for key, value in weights.items()}, model / "model.safetensors")
+        return convert_to, "missing tensor model.norm.weight"
+    if name == "rope":
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"rope_scaling": {"rope_type": "yarn"}}))
+        return convert_to, "rope type 'yarn' is not supported"
+    if name == "other model":
+        assert main(convert_to) == 0
+        _, other = tiny.hf_model("qwen3")
+        return [
+            "to-hf",
+            str(tmp_path / "out"),
+            str(tmp_path / "hf"),
+            "--model",
+            str(other),
+        ], "found [4, 128], expected [4"
+    if name == "no model":
+        return ["from-hf", str(tmp_path / "none"), str(tmp_path / "out")], "holds no config.json"
+    if name == "no checkpoint":
+        return ["to-hf", str(tmp_path), str(tmp_path / "out")], "holds no checkpoint"
+    return ["from-hf", str(BASE), str(BASE)], "exists and is not empty"
+
+
+@pytest.mark.parametrize("name", ["cut", "renamed", "rope", "other model", "no model", "no checkpoint", "not empty"])
+def test_bad_input_is_named_and_leaves_nothing(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, message = bad_input(tmp_path, name)
+    capsys.readouterr()
+    before = sorted(tmp_path.rglob("*"))
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_size_is_read_or_explained() -> None:
+    assert [num_bytes(text) for text in ("500MB", "4GiB", "1.5 kb", "17")] == [500_000_000, 4 * 2**30, 1500, 17]
+    for text in ("0MB", "4 giga", "-1", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected a size such as 500MB or 4GiB"):
+            num_bytes(text)
+
+
+def test_the_card_says_what_the_weights_are(tmp_path: Path) -> None:
+    metric = {"pass@1": {"mean": 0.5, "low": 0.25, "high": 0.75}}
+    evaluations = {"before": {"metrics": metric, "problems": []}, "after": {"metrics": {}, "problems": []}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluations))
+    config = Config.model_validate(
+        {"name": "mine", "model": {"path": "somewhere", "hub": "Org/Base"}, "method": {"name": "siren", "coef": 0.1}}
+    ).model_dump()
+    found = Manifest(7, {}, {}, config, "", {"torch": "2"})
+    card = model_card(tmp_path / "checkpoints" / "step_000007", found)
+    for text in (
+        "base_model: Org/Base",
+        "- siren",
+        "`Org/Base` after 7 steps",
+        '- method: `{"name": "siren", "coef": 0.1}`',
+        "| | before | after |",
+        "| pass@1 | 50.0% (25.0% .. 75.0%) |  |",
+        '"max_response_tokens": 3072',
     ):
-        code, output = convert(*arguments)
-        assert code == 2 and message in output, output
+        assert text in card, text
+    assert "not trained" in model_card(tmp_path / "step_000000", replace(found, step=0))
+
+
+def test_the_export_states_the_dtype_of_its_weights(tmp_path: Path) -> None:
+    weights = [("model.norm.weight", torch.ones(4, dtype=torch.bfloat16))]
+    write_hf(tmp_path / "hf", weights, shapes={"model.norm.weight": (4,)}, dtype=torch.bfloat16, source=BASE, card="")
+    assert json.loads((BASE / "config.json").read_text())["dtype"] == "float32"
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert load_file(tmp_path / "hf" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
 
 
 def test_shards_are_limited_and_indexed(tmp_path: Path) -> None:
