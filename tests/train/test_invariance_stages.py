@@ -24,6 +24,7 @@ EXPERTS = [  # tensor, pipeline, data, sequence, budget of a micro-batch; the re
     ((1, 2, 2, False, 40), {"expert": 2}),
 ]
 STAGES = [
+    ((2, 1, 1, False, 60), {}),  # query and key norms, whole on ranks that hold different heads
     ((1, 2, 1, False, 50), {"virtual": 2}),
     ((1, 3, 1, False, 50), {"stage_layers": (2, 1, 1)}),
     ((2, 2, 1, True, 45), {"virtual": 2}),
