@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -30,6 +29,11 @@ from megatron_ext.model.hf_config import read_architecture
 from megatron_ext.model.hf_tables import Shape, hf_shapes
 from megatron_ext.model.safetensors_dir import SafetensorsDir
 from megatron_ext.train.config import hf_config
+
+SMALL_PARENT = """import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)"""  # a process starts with the peak of the one it is forked from
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -72,12 +76,10 @@ def random_weights(shapes: dict[str, Shape]) -> Iterator[tuple[str, Tensor]]:
 def measured(command: Sequence[str]) -> tuple[float, int]:
     """Wall time in seconds and peak resident bytes of a command. Raises RuntimeError if it fails."""
     start = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)}: exit code {process.returncode}")
-    return time.monotonic() - start, usage.ru_maxrss * 1024
+    done = subprocess.run([sys.executable, "-S", "-c", SMALL_PARENT, *command], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}")
+    return time.monotonic() - start, int(done.stdout) * 1024
 
 
 def same(left: Path, right: Path, shapes: dict[str, Shape]) -> None:

@@ -18,6 +18,7 @@ import re
 import resource
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     from_hf_parser.add_argument("model", type=Path)
     from_hf_parser.add_argument("out", type=Path)
     options = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore", module="megatron")  # that apex and Transformer Engine are absent
     start = time.monotonic()
     try:
         _refuse_to_overwrite(options.out)

@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=8,  # pyright: ignore[reportCallIssue]
         moe_intermediate_size=24,
         num_experts=4,
         num_experts_per_tok=2,
