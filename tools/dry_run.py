@@ -112,14 +112,17 @@ def data_path(config: Config) -> Iterator[str]:
     model, data = Path(config.model.path), config.data
     yield from missing(config)
     tokenizer = AutoTokenizer.from_pretrained(model if any(model.glob("tokenizer*")) else SAMPLE / "base")
-    real = Path(data.train).is_file()
-    read = config if real else config.model_copy(update={"data": data.model_copy(update={"train": str(_sample())})})
-    with RewardPool(config.reward.workers) as pool:
-        encoded, lines = load_training_data(read, score=pool.score, tokenizer=tokenizer)
-    yield from lines
+    with RewardPool(config.reward.workers) as pool, tempfile.TemporaryDirectory() as folder:
+        real, path = Path(data.train).is_file(), Path(folder) / "sample.jsonl"
+        if not real:
+            rows = (SAMPLE / "data" / "train.jsonl").read_text().splitlines(keepends=True)
+            path.write_text("".join(rows[:SAMPLE_ROWS]))
+            config = config.model_copy(update={"data": data.model_copy(update={"train": str(path)})})
+        encoded, lines = load_training_data(config, score=pool.score, tokenizer=tokenizer)
     if not real:
-        yield f"(a sample of {SAMPLE_ROWS} rows of the tiny task stood in for it)"
+        yield f"the first rows of the tiny task stand in for it: {lines[-1].removeprefix('data: ')}"
         return
+    yield from lines
     yield f"longest prompt: {max(len(ids) for _, ids in encoded)} tokens"
     epochs = config.train.steps * config.rollout.prompts / len(encoded)
     yield f"the run: {config.train.steps} steps = {epochs:.1f} epochs -> {config.run_dir}"
@@ -220,14 +223,14 @@ class Shards:
 
 def build_shards(config: Config) -> list[Any]:
     """One ``train.shards.Shard`` for each pipeline rank, of its first tensor, expert and data-parallel rank."""
-    warnings.simplefilter("ignore")  # Megatron's, once for every rank
-    from megatron_ext.train.objective import create_method
-    from megatron_ext.train.shards import build_shard
+    with warnings.catch_warnings(record=True):  # Megatron's, that Transformer Engine and Apex are absent
+        from megatron_ext.train.objective import create_method
+        from megatron_ext.train.shards import build_shard
 
-    p, needs = config.parallel, create_method(config).needs
-    architecture = read_architecture(hf_config(config.model.path))
-    ranks = range(0, p.world, p.world // p.pipeline)
-    return [build_shard(config, architecture, needs, rank) for rank in ranks]
+        p, needs = config.parallel, create_method(config).needs
+        architecture = read_architecture(hf_config(config.model.path))
+        ranks = range(0, p.world, p.world // p.pipeline)
+        return [build_shard(config, architecture, needs, rank) for rank in ranks]
 
 
 def first_step(plan: Plan) -> list[str]:
@@ -246,14 +249,6 @@ def first_step(plan: Plan) -> list[str]:
         f"  sync      {num_parameters(plan.architecture) * 2 / 1e9:.1f} GB of weights to every engine",
     ]
     return lines
-
-
-def _sample() -> Path:
-    """A few rows of the tiny task as a file of their own."""
-    rows = (SAMPLE / "data" / "train.jsonl").read_text().splitlines(keepends=True)[:SAMPLE_ROWS]
-    path = Path(tempfile.mkdtemp(prefix="sample-")) / "sample.jsonl"
-    path.write_text("".join(rows))
-    return path
 
 
 if __name__ == "__main__":
