@@ -132,10 +132,17 @@ class Batch:
     num_tokens: int
     old_value: Tensor | None = None  # [T] fp32, of the critic before the first update, when the method needs it
     returns: Tensor | None = None  # [T] fp32, what the critic learns
+    importance: Tensor | None = (
+        None  # [T] fp32, weight of the policy loss against the engine's draw (train/mismatch.py)
+    )
 
     def token(self, value_B: Tensor) -> Tensor:
         """``[B] -> [T]``: each token's value of its sequence."""
         return value_B[self.sequence]
+
+    def corrected(self, policy_loss: Tensor) -> Tensor:
+        """``[T]``: the policy loss as if the tokens had been drawn from the trainer's old policy."""
+        return policy_loss if self.importance is None else self.importance * policy_loss
 
     def rows(self, index: list[int]) -> tuple[Batch, Tensor]:
         """The given sequences, in the given order, and the positions ``[T']`` of their tokens here."""
@@ -154,5 +161,5 @@ class Batch:
 
 _PER_TOKEN = (  # fields of a Batch besides ``sequence``
     *("mask", "weight", "old_logprob", "rollout_logprob", "ref_logprob"),
-    *("advantage", "old_value", "returns"),
+    *("advantage", "old_value", "returns", "importance"),
 )

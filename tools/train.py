@@ -9,7 +9,8 @@ Starts the recipe's ranks on this machine (parallel.ranks_per_node) unless a lau
 command resumes from the newest valid checkpoint of the run.
 
 Exit codes: 0 done, 75 stopped by a signal with its state saved (run the command again), 2 configuration or
-data, 3 the verifier cannot be trusted or an alarm stopped the run (alarms.stop), 1 anything else.
+data, 3 the verifier or the rollout engine cannot be trusted, or an alarm stopped the run (alarms.stop), 1 anything
+else.
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ def _train(config: Config) -> int:
     from megatron_ext.rollout.rewards import VerifierError
     from megatron_ext.train.alarms import AlarmError
     from megatron_ext.train.loop import run
+    from megatron_ext.train.mismatch import MismatchError
 
     try:
         return run(config)
@@ -113,7 +115,7 @@ def _train(config: Config) -> int:
     except VerifierError as error:
         print(f"reward health\n{error}", file=sys.stderr)
         return HEALTH
-    except AlarmError as error:
+    except (AlarmError, MismatchError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"training health\n{error}", file=sys.stderr)
         return HEALTH

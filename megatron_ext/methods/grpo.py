@@ -72,7 +72,7 @@ class GRPO(Method):
         loss = torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - self.clip_low, 1 + self.clip_high))
         if self.dual_clip is not None:
             loss = torch.where(advantage < 0, torch.min(loss, -advantage * self.dual_clip), loss)
-        return loss
+        return batch.corrected(loss)
 
     def regulariser(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor | float:
         """What a method adds to the objective, per token and weighted, ``[T]``."""

@@ -42,4 +42,4 @@ class KLCov(Selective):
     def policy_loss(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
         log_r = log_ratio(stats.logprob, batch.old_logprob)
         penalty = torch.where(plan.token["penalised"], self.kl_coef * log_r.abs(), 0.0)
-        return -self.advantage(batch, stats, plan) * log_r.exp() + penalty
+        return batch.corrected(-self.advantage(batch, stats, plan) * log_r.exp()) + penalty

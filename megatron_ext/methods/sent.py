@@ -71,7 +71,8 @@ class SENT(Selective):
     def policy_loss(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
         if self.variant == "paper":
             return super().policy_loss(batch, stats, plan)
-        return -self.advantage(batch, stats, plan) * log_ratio(stats.logprob, batch.old_logprob).exp()
+        ratio = log_ratio(stats.logprob, batch.old_logprob).exp()
+        return batch.corrected(-self.advantage(batch, stats, plan) * ratio)
 
     def regulariser(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
         if self.variant == "paper":

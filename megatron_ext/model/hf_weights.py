@@ -1,7 +1,7 @@
 """Hugging Face weights into this rank's Megatron parameters, and all ranks' parameters out as Hugging Face tensors.
 
-    load_weights    each rank reads its own slices of the safetensors files; a check names all that does not fit
-    stream_weights  whole HF tensors, one by one, on every rank: what rollout engines are fed with
+    load_weights   each rank reads its own slices of the safetensors files; a check names all that does not fit
+    PolicyWeights  whole HF tensors, one by one, on every rank: what rollout engines are fed with
 
 Which parameter is made of which tensors is in hf_tables.py.
 """
@@ -9,6 +9,7 @@ Which parameter is made of which tensors is in hf_tables.py.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,24 @@ def own_experts(a: Architecture, rank: int | None = None) -> range:
     return range(first, first + count)
 
 
-def stream_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """The policy's weights as whole HF tensors (see ``stream``)."""
-    return stream(policy, [{name: p.detach() for name, p in module.named_parameters()} for module in policy.modules])
+@dataclass(frozen=True)
+class PolicyWeights:
+    """The policy's weights as whole HF tensors; every iteration streams those of its moment (see ``stream``)."""
+
+    policy: Policy
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        modules = self.policy.modules
+        return stream(self.policy, [{name: p.detach() for name, p in m.named_parameters()} for m in modules])
+
+    def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, dtype and shape of what an iteration yields, in its order."""
+        dtype = next(self.policy.modules[0].parameters()).dtype
+        return [(name, dtype, shape) for name, shape in stream_names(self.policy)]
 
 
 def stream(policy: Policy, tensors: Sequence[Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors named and laid out like the policy's parameters as whole HF tensors, one by one, on the CPU.
+    """Tensors named and laid out like the policy's parameters as whole HF tensors, one by one, on the ranks' device.
 
     ``tensors`` (weights, gradients) has a mapping for each module of this rank. Every rank gets every tensor, in the
     order of ``stream_names``. Collective: all ranks must consume the iterator.
@@ -97,7 +109,7 @@ def stream(policy: Policy, tensors: Sequence[Mapping[str, Tensor]]) -> Iterator[
                 )
                 if pipeline.size() > 1:
                     dist.broadcast(value, src=dist.get_process_group_ranks(pipeline)[source], group=pipeline)
-                yield name, value.cpu()
+                yield name, value
 
 
 def stream_names(policy: Policy) -> list[tuple[str, tuple[int, ...]]]:

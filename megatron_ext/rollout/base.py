@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from megatron_ext.types import Sample
@@ -29,15 +30,36 @@ class Request:
     seed: int
 
 
+class Weights(Protocol):
+    """A model's weights under their Hugging Face names, whole, one tensor at a time.
+
+    Each iteration is a fresh pass over all of them and a collective: every rank of the trainer makes it, to its end.
+    """
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
+
+    def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, dtype and shape of what an iteration yields, in its order; no collective."""
+        ...
+
+
 class RolloutEngine(Protocol):
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take Hugging Face-named weights, streamed one tensor at a time."""
+    """Every method is called on every rank of the trainer, in the same order."""
+
+    tokenizer: Any
+
+    def update_weights(self, weights: Weights, version: int) -> None:
+        """Take new weights. An engine may iterate over them again until the next update, while it generates."""
         ...
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, on_batch: Callable[[list[Sample]], None] | None = None
     ) -> list[Sample]:
         """One sample per request, in order. ``on_batch`` sees samples as they are finished, for progress."""
+        ...
+
+    def sleep(self) -> None:
+        """Give the device's memory to the trainer until the next ``update_weights``."""
         ...
 
     def close(self) -> None: ...

@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 from transformers.utils import logging
 
 from megatron_ext import host
@@ -31,9 +38,7 @@ class HFEngine:
         self.model = model.to(host.device()).eval()
         self.batch_size = batch_size
         self.version = 0
-        self._eos = _eos_ids(self.model)
-        if not self._eos:
-            raise ValueError(f"{model_path}: generation_config.json and config.json name no eos_token_id; add one")
+        self._eos = eos_ids(model_path)
 
     @torch.no_grad()
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -62,6 +67,9 @@ class HFEngine:
             if on_batch is not None:
                 on_batch(batch)
         return [samples[i] for i in range(len(requests))]
+
+    def sleep(self) -> None:
+        """Nothing to release: the weights stay where they are."""
 
     def close(self) -> None:
         del self.model
@@ -135,7 +143,13 @@ def _as_stored(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
             yield f"{at}.{number}.up_proj.weight", up
 
 
-def _eos_ids(model) -> list[int]:
-    eos = model.generation_config.eos_token_id
-    eos = model.config.eos_token_id if eos is None else eos
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+def eos_ids(model_path: str | Path) -> list[int]:
+    """The tokens that end a response. Raises ValueError when the model directory names none."""
+    try:
+        eos = GenerationConfig.from_pretrained(model_path).eos_token_id
+    except OSError:
+        eos = None
+    eos = AutoConfig.from_pretrained(model_path).eos_token_id if eos is None else eos
+    if eos is None:
+        raise ValueError(f"{model_path}: generation_config.json and config.json name no eos_token_id; add one")
+    return [eos] if isinstance(eos, int) else list(eos)

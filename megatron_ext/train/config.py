@@ -52,9 +52,24 @@ class DataConfig(Section):
     stage_starts: list[Positive] = []  # first steps of its stages after the first; empty: equal shares of the run
 
 
+class ServersConfig(Section):
+    """Of engine vllm_server: vLLM in processes of their own, on the GPUs of other nodes or (num) of this one."""
+
+    urls: list[str] = []  # servers that run already; empty: the run starts its own on the first node
+    num: Positive = 1  # how many it starts
+    port: Annotated[int, Field(ge=1024, le=65535)] = 8100  # of the first one; the others follow
+    devices: list[str] = []  # CUDA_VISIBLE_DEVICES of each one that is started
+    address: str = ""  # of rank 0 for the weight transfer, where the servers are on other machines
+    deadline_s: Annotated[float, Field(gt=0)] = 1800.0  # for one response
+    max_restarts: NonNegative = 3  # of all servers together, in the whole run
+
+
 class RolloutConfig(Section):
-    engine: Literal["hf", "vllm"] = "hf"  # transformers' generate, or vLLM in the trainer's processes
+    engine: Literal["hf", "vllm", "vllm_server"] = "hf"  # transformers; vLLM in the trainer's processes, or in its own
     tensor: Positive = 1  # ranks that share the weights of one vLLM engine
+    memory_share: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of the GPU's memory: what a vLLM engine may take, awake
+    eager: bool = False  # vLLM without compilation: starts at once, generates slower
+    servers: ServersConfig = ServersConfig()
     prompts: Positive = 128  # prompts per step
     samples: Positive = 8  # responses per prompt: the group size G
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -95,6 +110,7 @@ class TrainConfig(Section):
     micro_batch_tokens: Positive = 16384  # token budget of one packed micro-batch
     seed: NonNegative = 0
     max_bad_steps: Positive = 3  # consecutive steps with a non-finite gradient before the run stops
+    importance_cap: Annotated[float, Field(ge=0)] = 0.0  # truncated importance sampling of the engine's draw; 0 = off
 
 
 class ParallelConfig(Section):
@@ -134,6 +150,7 @@ class AlarmsConfig(Section):
     entropy_floor: Annotated[float, Field(ge=0, lt=1)] = 0.2  # 0 = off
     entropy_ceiling: Annotated[float, Field(gt=1)] = 3.0
     zero_advantage_share: Fraction = 0.9  # of the responses; 1 = off
+    mismatch: Annotated[float, Field(ge=0)] = 0.2  # mean nats between engine and trainer; always stops; 0 = off
     stop: bool = False  # save and end the run, exit code 3, while an alarm lasts
 
 
@@ -218,12 +235,7 @@ def layout_faults(config: Config) -> list[str]:
             f"train.micro_batch_tokens: {config.train.micro_batch_tokens} cannot hold one sequence of "
             f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}; raise it to at least {longest}"
         )
-    shared = config.rollout.tensor
-    if shared > 1 and (config.rollout.engine == "hf" or p.ranks_per_node % shared):
-        faults.append(
-            f"rollout.tensor: {shared} ranks cannot share an engine: rollout.engine is {config.rollout.engine} and "
-            f"parallel.ranks_per_node is {p.ranks_per_node}; hf takes 1, vllm a divisor of the ranks of a node"
-        )
+    faults += _engine_faults(config)
     if config.rollout.dynamic_sampling and config.rollout.samples == 1:
         faults.append(
             "rollout.dynamic_sampling: keeps groups whose rewards differ, but rollout.samples is 1: raise "
@@ -234,6 +246,22 @@ def layout_faults(config: Config) -> list[str]:
     if config.data.stage_starts and not config.data.curriculum:
         faults.append("data.stage_starts: there are no stages without data.curriculum; remove it, or name a curriculum")
     return faults + _check_model(config)
+
+
+def _engine_faults(config: Config) -> list[str]:
+    rollout, faults = config.rollout, []
+    shared, ranks, servers = rollout.tensor, config.parallel.ranks_per_node, rollout.servers
+    if shared > 1 and (rollout.engine == "hf" or (rollout.engine == "vllm" and ranks % shared)):
+        faults.append(
+            f"rollout.tensor: {shared} ranks cannot share an engine: rollout.engine is {rollout.engine} and "
+            f"parallel.ranks_per_node is {ranks}; hf takes 1, vllm a divisor of the ranks of a node"
+        )
+    if servers.devices and len(servers.devices) != servers.num:
+        faults.append(
+            f"rollout.servers.devices: {len(servers.devices)} entries for rollout.servers.num = {servers.num} servers; "
+            "give one string of device numbers for each"
+        )
+    return faults
 
 
 def file_faults(config: Config) -> list[str]:

@@ -18,14 +18,15 @@ from megatron_ext import host
 from megatron_ext.model.build import build_policy, build_reference
 from megatron_ext.model.critic import build_critic
 from megatron_ext.model.hf_config import read_architecture
-from megatron_ext.model.hf_weights import stream_weights
-from megatron_ext.rollout.hf import HFEngine
+from megatron_ext.model.hf_weights import PolicyWeights
+from megatron_ext.rollout.base import RolloutEngine
 from megatron_ext.rollout.rewards import RewardPool
 from megatron_ext.train import checkpoint, parallel
 from megatron_ext.train.alarms import Alarms
 from megatron_ext.train.config import Config, ConfigError, hf_config
 from megatron_ext.train.curriculum import data_order
 from megatron_ext.train.data import load_training_data
+from megatron_ext.train.engine import check_engine, create_engine
 from megatron_ext.train.manifest import differing_keys
 from megatron_ext.train.metrics import MetricsWriter, Watch, sample_record, token_texts, write_config
 from megatron_ext.train.objective import create_method
@@ -38,12 +39,13 @@ from megatron_ext.train.trained import Trained
 from megatron_ext.types import Episode, TokenStats
 
 FREE = (  # keys a resumed run may change one by one, besides whole sections (see check_resume)
-    *("train.steps", "train.micro_batch_tokens", "train.max_bad_steps", "rollout.batch_size", "name"),
+    *("train.steps", "train.micro_batch_tokens", "train.max_bad_steps", "name"),
+    *("rollout.batch_size", "rollout.tensor", "rollout.memory_share", "rollout.eager"),
     *("model.fused_head", "model.offload_reference", "model.recompute"),
     *("reward.workers", "reward.deadline_s", "reward.max_timeout_share"),
 )
 FREE_SECTIONS = (
-    *("parallel.", "checkpoint.", "log.", "alarms."),
+    *("parallel.", "checkpoint.", "log.", "alarms.", "rollout.servers."),
     *("data.train", "data.curriculum", "data.hub", "model.path", "model.hub", "model.weights"),
 )
 DONE, REQUEUE = 0, 75  # exit codes: finished; stopped by a signal with its state saved
@@ -55,7 +57,7 @@ class Run:
 
     config: Config
     learner: Learner
-    engine: HFEngine
+    engine: RolloutEngine
     pool: RewardPool
     problems: list[EncodedProblem]
     order: DataOrder
@@ -65,8 +67,7 @@ class Run:
 
     def sync(self) -> None:
         """Stream the policy's weights to the engine, stamped with the number of steps they have seen."""
-        policy = self.learner.policy
-        self.engine.update_weights(stream_weights(policy), self.step)
+        self.engine.update_weights(PolicyWeights(self.learner.policy), self.step)
 
     def draw(self, count: int) -> list[EncodedProblem]:
         """The next ``count`` problems."""
@@ -138,6 +139,7 @@ def run(config: Config) -> int:
             state.save()
         if writer is not None:
             writer.close()
+        state.engine.close()
     dist.barrier()
     if state.step < steps and state.alarms.stopping:
         raise state.alarms.stopped()
@@ -151,6 +153,7 @@ def train_step(run: Run, watch: Watch) -> tuple[dict[str, float], list[dict[str,
     stale = {e.sample.weight_version for e in episodes} - {run.step}
     if stale:
         raise RuntimeError(f"rollout: samples of weight versions {sorted(stale)}, expected {run.step} only")
+    run.engine.sleep()
     metrics, old = run.learner.step(episodes, watch)
     values, warnings = run.alarms.check(metrics)
     metrics |= sampled | values | {"data/epoch": float(run.order.epoch), "data/stage": float(run.order.stage)}
@@ -167,11 +170,7 @@ def build(config: Config, pool: RewardPool) -> Run:
     torch.manual_seed(config.train.seed)
     random.seed(config.train.seed)
     np.random.seed(config.train.seed)
-    if config.rollout.engine == "vllm":
-        raise ConfigError(
-            "rollout.engine: vllm is planned and dry-run but not driven by this version; set rollout.engine=hf "
-            "rollout.tensor=1, and see with python -m tools.plan RECIPE whether that fits"
-        )
+    check_engine(config.rollout)
     method = create_method(config)
     problems = _load_data(config, pool)
     order = data_order(config, [problem for problem, _ in problems])
@@ -194,7 +193,13 @@ def build(config: Config, pool: RewardPool) -> Run:
     if method.needs.value:
         value_model = build_critic(architecture, start.fill, **layout)
         critic = Trained.build(value_model, config.critic, section="critic")
-    engine = HFEngine(config.model.path, batch_size=config.rollout.batch_size)
+    engine = create_engine(
+        config.model.path,
+        config.rollout,
+        dtype=config.model.dtype,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        log_dir=config.run_dir,
+    )
     run = Run(
         config=config,
         learner=Learner(config, method, actor, critic, reference),

@@ -25,7 +25,7 @@ from megatron_ext import host
 from megatron_ext.methods.base import Method, Needs, Plan, Reducer, num_valid
 from megatron_ext.model.build import Policy
 from megatron_ext.model.forward import forward, forward_backward
-from megatron_ext.train import critic, packing, parallel
+from megatron_ext.train import critic, mismatch, packing, parallel
 from megatron_ext.train.config import Config
 from megatron_ext.train.metrics import Watch
 from megatron_ext.train.packing import Micros
@@ -63,6 +63,7 @@ class Learner:
         packed = [self.pack([episodes[i] for i in rows]) for rows in minis]
         whole, old = self.look(episodes, packed, watch)
         metrics = summarise(whole, old, episodes, self.reduce)
+        mismatch.check(metrics, self.config)
         metrics |= self.method.observe(whole, old, self.reduce)
         parts = [whole.rows(rows) for rows in minis]
         batches = [(self.weigh(batch), position) for batch, position in parts]
@@ -166,13 +167,15 @@ class Learner:
         reward = torch.tensor([e.reward.value for e in episodes], dtype=torch.float32, device=to)
         group = torch.tensor([e.group for e in episodes], device=to)
         sequence = torch.repeat_interleave(torch.arange(len(episodes), device=to), lengths)
-        rollout = torch.tensor([x for e in episodes for x in e.sample.logprobs], dtype=torch.float32, device=to)
+        reported = torch.tensor([x for e in episodes for x in e.sample.logprobs], dtype=torch.float32, device=to)
+        rollout = mismatch.known(reported, old.logprob)
         batch = Batch(
             sequence=sequence,
             mask=~reward.isnan()[sequence],
             weight=torch.zeros_like(old.logprob),
             old_logprob=old.logprob,
             rollout_logprob=rollout,
+            importance=mismatch.importance(old.logprob, rollout, self.config.train.importance_cap),
             ref_logprob=ref,
             reward=reward,
             advantage=torch.zeros_like(old.logprob),

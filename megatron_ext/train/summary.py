@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 
 import torch
 
@@ -27,6 +28,7 @@ def summarise(batch: Batch, old: TokenStats, episodes: Sequence[Episode], reduce
         "reward/mean": torch.where(valid, batch.reward, 0.0),
         "response/length": torch.bincount(batch.sequence, minlength=len(batch.reward)),
         "response/truncated": batch.truncated,
+        "response/unknown_logprobs": torch.tensor([sum(not isfinite(x) for x in e.sample.logprobs) for e in episodes]),
         "reward/nan": ~valid,
         "advantage/zero": ~credited,
         **{f"reward/outcome/{outcome.value}": judged == i for i, outcome in enumerate(ids)},

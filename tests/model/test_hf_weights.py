@@ -74,7 +74,7 @@ def in_layout(world: int, path: str, layout: dict[str, Any], sequences: Sequence
         policy = build.build_reference(architecture, dtype=torch.float32, **layout)
         for module in policy.modules:
             hf_weights.load_weights(module, architecture, path)
-        streamed = list(hf_weights.stream_weights(policy))
+        streamed = list(hf_weights.PolicyWeights(policy))
         multiple = layout.get("tensor", 1) if layout.get("sequence") else 1
         packed = [packing.pack([sequences[i] for i in rows], multiple=multiple) for rows in bins(sequences)]
         with torch.no_grad():

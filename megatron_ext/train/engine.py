@@ -1,0 +1,67 @@
+"""The configuration's rollout engine: transformers, or vLLM in this process or behind HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_ext.rollout.base import RolloutEngine
+from megatron_ext.rollout.vllm_version import vllm_fault
+from megatron_ext.train.config import ConfigError, RolloutConfig
+
+
+def check_engine(rollout: RolloutConfig) -> None:
+    """Raise ConfigError where the engine's package is missing or is of a version that cannot be driven."""
+    if rollout.engine != "hf" and (fault := vllm_fault()):
+        raise ConfigError(f"rollout.engine: {rollout.engine}: {fault}")
+
+
+def create_engine(
+    model_path: str | Path, rollout: RolloutConfig, *, dtype: str, max_prompt_tokens: int, log_dir: Path
+) -> RolloutEngine:
+    """Build it, on every rank. Raises ConfigError for a model directory that no engine can serve.
+
+    ``log_dir`` takes the output of servers that are started.
+    """
+    check_engine(rollout)
+    max_tokens = max_prompt_tokens + rollout.max_response_tokens
+    try:
+        if rollout.engine == "hf":
+            from megatron_ext.rollout.hf import HFEngine
+
+            return HFEngine(model_path, batch_size=rollout.batch_size)
+        if rollout.engine == "vllm":
+            from megatron_ext.rollout.vllm import VLLMEngine
+
+            return VLLMEngine(
+                model_path,
+                dtype=dtype,
+                max_tokens=max_tokens,
+                batch_size=rollout.batch_size,
+                tensor=rollout.tensor,
+                memory_share=rollout.memory_share,
+                eager=rollout.eager,
+            )
+        from megatron_ext.rollout.vllm_server import ServerEngine
+
+        servers = rollout.servers
+        return ServerEngine(
+            model_path,
+            dtype=dtype,
+            max_tokens=max_tokens,
+            batch_size=rollout.batch_size,
+            tensor=rollout.tensor,
+            memory_share=rollout.memory_share,
+            eager=rollout.eager,
+            urls=servers.urls,
+            num=servers.num,
+            port=servers.port,
+            devices=servers.devices,
+            address=servers.address,
+            deadline_s=servers.deadline_s,
+            max_restarts=servers.max_restarts,
+            log_dir=log_dir,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.path: {model_path} cannot be served by rollout.engine={rollout.engine}: {error}"
+        ) from None
