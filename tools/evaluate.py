@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from importlib.metadata import version
@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from megatron_ext.evaluation import CONFIDENCE, bootstrap, majority, per_problem
-from megatron_ext.train.config import ConfigError, hf_config
+from megatron_ext.train.config import ConfigError, RolloutConfig, hf_config
 
 if TYPE_CHECKING:
     from megatron_ext.rollout.base import Request, Sampling
@@ -37,13 +37,20 @@ if TYPE_CHECKING:
 
 JUDGED_AT_ONCE = 1024
 VOTING = ("correct", "wrong")  # other outcomes have no readable answer to the question asked
-OTHER_NAMES = {"data.train": "--data", "data.max_prompt_tokens": "--max-prompt-tokens", "model.path": "MODEL"}
+OTHER_NAMES = {
+    "data.train": "--data",
+    "data.max_prompt_tokens": "--max-prompt-tokens",
+    "model.path": "MODEL",
+    "rollout.": "--",
+}
 
 
 class Engine(Protocol):
     """What is used of a rollout engine."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]: ...
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, on_batch: Callable[[list[Sample]], None] | None = None
+    ) -> list[Sample]: ...
 
 
 class Pool(Protocol):
@@ -95,30 +102,36 @@ def evaluate(
     data: str | Path,
     settings: Settings,
     *,
-    batch_size: int = 256,
+    rollout: RolloutConfig | None = None,
     workers: int = 0,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Evaluate the model directory ``model`` on the JSON Lines file ``data``; the result is plain JSON.
 
-    ``workers`` judge (0: one per core). Progress goes to ``console`` (None: silent). Raises ConfigError for a
-    missing model or file and for faulty data, VerifierError when judgements cannot be trusted.
+    ``rollout`` names the engine and its options (None: transformers). ``workers`` judge (0: one per core). Progress
+    goes to ``console`` (None: silent). Raises ConfigError for a missing model or file, faulty data and an engine that
+    is not installed, VerifierError when judgements cannot be trusted.
     """
-    hf_config(model)
+    hf = hf_config(model)
     if not Path(data).is_file():
         raise ConfigError(f"--data: no such file: {data}; give a JSON Lines file with prompt and answer")
-    from megatron_ext.rollout.hf import HFEngine
     from megatron_ext.rollout.rewards import RewardPool
     from megatron_ext.train.data import encode_problems, load_problems
+    from megatron_ext.train.engine import check_engine, create_engine
 
+    rollout = (rollout or RolloutConfig()).model_copy(update={"max_response_tokens": settings.max_response_tokens})
+    check_engine(rollout)
     console = console or Console(quiet=True)
     with RewardPool(workers) as pool:
         problems, report = load_problems(data, score=pool.score)
         console.print(report.summary(), markup=False, highlight=False)
-        try:
-            engine = HFEngine(model, batch_size=batch_size)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"MODEL: {model} cannot be loaded: {error}") from None
+        engine = create_engine(
+            model,
+            rollout,
+            dtype=hf.get("dtype") or hf.get("torch_dtype") or "float32",
+            max_prompt_tokens=settings.max_prompt_tokens,
+            log_dir=Path("runs"),
+        )
         encoded, report = encode_problems(
             engine.tokenizer,
             problems[: settings.limit],
@@ -127,13 +140,14 @@ def evaluate(
         )
         if report.faults:
             console.print(report.summary(), markup=False, highlight=False)
-        result = measure(engine, pool, encoded, settings, batch_size=batch_size, console=console)
+        result = measure(engine, pool, encoded, settings, console=console)
         template = getattr(engine.tokenizer, "chat_template", None)
         engine.close()
     return {
         "model": str(model),
         "data": {"path": str(data), "sha256": hashlib.sha256(Path(data).read_bytes()).hexdigest()},
         "chat_template_sha256": hashlib.sha256(str(template).encode()).hexdigest() if template else None,
+        "engine": rollout.engine,
         "versions": {name: version(name) for name in ("megatron-entropy", "math-verify", "transformers", "torch")},
         **result,
     }
@@ -145,7 +159,6 @@ def measure(
     problems: Sequence[tuple[Problem, tuple[int, ...]]],
     settings: Settings,
     *,
-    batch_size: int,
     console: Console,
 ) -> dict[str, Any]:
     """Sample every problem ``settings.samples`` times, judge, and reduce to metrics with 95 % intervals.
@@ -155,7 +168,7 @@ def measure(
     start = time.perf_counter()
     columns = (TextColumn("{task.description:<10}"), BarColumn(bar_width=None), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
-        samples = _generate(engine, [ids for _, ids in problems], settings, batch_size, progress)
+        samples = _generate(engine, [ids for _, ids in problems], settings, progress)
         seconds = time.perf_counter() - start
         answers = [
             (problem, sample.text) for (problem, _), row in zip(problems, samples, strict=True) for sample in row
@@ -308,7 +321,13 @@ def main(arguments: list[str] | None = None) -> int:
             options.model,
             options.data,
             Settings(**values),
-            batch_size=options.batch_size,
+            rollout=RolloutConfig(
+                engine=options.engine,
+                tensor=options.tensor,
+                memory_share=options.memory_share,
+                eager=options.eager,
+                batch_size=options.batch_size,
+            ),
             workers=options.workers,
             console=console,
         )
@@ -328,23 +347,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _generate(
-    engine: Engine, prompts: Sequence[tuple[int, ...]], settings: Settings, batch_size: int, progress: Progress
+    engine: Engine, prompts: Sequence[tuple[int, ...]], settings: Settings, progress: Progress
 ) -> list[list[Sample]]:
-    """``samples`` responses per prompt; prompts of similar length are decoded together."""
+    """``samples`` responses per prompt."""
     from megatron_ext.rollout.base import Request, Sampling
     from megatron_ext.rollout.sampling import seed_of
 
     sampling = Sampling(settings.temperature, settings.top_p, settings.max_response_tokens)
     places = [(row, number) for row in range(len(prompts)) for number in range(settings.samples)]
-    places.sort(key=lambda place: len(prompts[place[0]]))
-    drawn: dict[tuple[int, int], Sample] = {}
+    requests = [Request(prompts[row], seed_of(settings.seed, row, number)) for row, number in places]
     task = progress.add_task("sampling", total=len(places))
-    for first in range(0, len(places), batch_size):
-        part = places[first : first + batch_size]
-        requests = [Request(prompts[row], seed_of(settings.seed, row, number)) for row, number in part]
-        drawn.update(zip(part, engine.generate(requests, sampling), strict=True))
-        progress.advance(task, len(part))
-    return [[drawn[row, number] for number in range(settings.samples)] for row in range(len(prompts))]
+    drawn = engine.generate(requests, sampling, lambda done: progress.advance(task, len(done)))
+    return [drawn[first : first + settings.samples] for first in range(0, len(drawn), settings.samples)]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -362,7 +376,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt-suffix", default="", help="text after every prompt, as in the recipe")
     add("--seed", type=int, default=default.seed, help="(%(default)s)")
     add("--limit", type=int, help="only the first problems of the file")
-    add("--batch-size", type=int, default=256, help="responses decoded at once (%(default)s)")
+    engine = RolloutConfig()
+    add(
+        "--engine",
+        choices=("hf", "vllm"),
+        default=engine.engine,
+        help="what samples: transformers or vLLM (%(default)s)",
+    )
+    add("--batch-size", type=int, default=engine.batch_size, help="responses decoded at once (%(default)s)")
+    add("--tensor", type=int, default=1, help="GPUs that share the weights of a vLLM engine (%(default)s)")
+    add("--memory-share", type=float, default=0.9, help="of each GPU's memory, for vLLM (%(default)s)")
+    add("--eager", action="store_true", help="vLLM without compilation: starts at once, generates slower")
     add("--workers", type=int, default=0, help="processes that judge; 0: one per core, at most 16")
     add("--out", type=Path, help="JSON file to add the evaluation to")
     add("--label", default="evaluation", help="its name in the file, such as before or after (%(default)s)")

@@ -214,16 +214,19 @@ def make(config: Config, options: argparse.Namespace, console: Console) -> Path:
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name}: expected at least 1, found {getattr(options, name)}")
     check_layout(config)
-    from megatron_ext.rollout.hf import HFEngine
     from megatron_ext.rollout.rewards import RewardPool
     from megatron_ext.train.curriculum import FORMAT, fingerprint
     from megatron_ext.train.data import load_training_data
+    from megatron_ext.train.engine import create_engine
 
     with RewardPool(config.reward.workers, deadline_s=config.reward.deadline_s) as pool:
-        try:
-            engine = HFEngine(config.model.path, batch_size=config.rollout.batch_size)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"model.path: {config.model.path} cannot be loaded: {error}") from None
+        engine = create_engine(
+            config.model.path,
+            config.rollout,
+            dtype=config.model.dtype,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            log_dir=out.parent,
+        )
         problems, lines = load_training_data(config, score=pool.score, tokenizer=engine.tokenizer)
         console.print("\n".join(lines), markup=False, highlight=False)
         if len(problems) < options.stages:

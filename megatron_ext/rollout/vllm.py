@@ -25,7 +25,7 @@ from megatron_ext.rollout.base import Request, Sampling, Weights
 from megatron_ext.rollout.hf import eos_ids
 from megatron_ext.types import Sample
 
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read when vllm is imported
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vllm is imported
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the scheduler must run here: external_launcher demands it
 
 from vllm import LLM, SamplingParams  # noqa: E402
@@ -67,6 +67,7 @@ class VLLMEngine:
         config = AutoConfig.from_pretrained(model_path)
         max_tokens = min(max_tokens, config.max_position_embeddings)
         vllm_transfer.register()
+        _forget_shared_memory(self.group)
         self.llm = LLM(
             model=str(model_path),
             dtype=dtype,  # pyright: ignore[reportArgumentType]
@@ -178,6 +179,19 @@ def _engine_group(tensor: int) -> dist.ProcessGroup | None:
     ranks = range(dist.get_world_size())
     mine, _ = dist.new_subgroups_by_enumeration([list(ranks[first : first + tensor]) for first in ranks[::tensor]])
     return mine
+
+
+def _forget_shared_memory(group: dist.ProcessGroup | None) -> None:
+    """vLLM's CPU build gives its shared memory the same name in every launched run; a killed one leaves it.
+
+    A run that still uses its own has it mapped, and keeps it.
+    """
+    if group is None or group.size() == 1 or torch.cuda.is_available():
+        return
+    if group.rank() == 0:
+        for file in Path("/dev/shm").glob("-tp:*-cpushm_*"):
+            file.unlink(missing_ok=True)
+    dist.barrier(group)
 
 
 def _for_device(config: Any, share: float, *, batch_size: int, max_tokens: int, dtype: str) -> dict[str, Any]:

@@ -63,5 +63,5 @@ def create_engine(
         )
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model.path: {model_path} cannot be served by rollout.engine={rollout.engine}: {error}"
+            f"model.path: {model_path} cannot be loaded by rollout.engine={rollout.engine}: {error}"
         ) from None

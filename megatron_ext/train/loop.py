@@ -139,8 +139,8 @@ def run(config: Config) -> int:
             state.save()
         if writer is not None:
             writer.close()
-        state.engine.close()
     dist.barrier()
+    state.engine.close()  # last: vLLM takes the process group down with it
     if state.step < steps and state.alarms.stopping:
         raise state.alarms.stopped()
     return DONE if state.step == steps else REQUEUE

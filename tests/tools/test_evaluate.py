@@ -71,9 +71,7 @@ def test_numbers_by_hand():
             3: ["hm", "hm", "A=bomb", "hm"],  # nobody votes
         }
     )
-    result = measure(
-        engine, FakePool(), problems("7", "x", "8", "0"), Settings(samples=4), batch_size=3, console=SILENT
-    )
+    result = measure(engine, FakePool(), problems("7", "x", "8", "0"), Settings(samples=4), console=SILENT)
     rows = result["problems"]
     assert [(row["id"], row["n"], row["c"], row["majority"]) for row in rows] == [
         ("p0", 4, 3, True),
@@ -89,18 +87,18 @@ def test_numbers_by_hand():
     assert result["response"]["truncated"]["mean"] == 1 / 16
     assert rows[0]["length"] == 3 and rows[3]["length"] == (2 + 2 + 6 + 2) / 4
     assert result["outcomes"] == {"correct": 6 / 16, "wrong": 5 / 16, "no_answer": 4 / 16, "timeout": 1 / 16}
-    assert engine.batches == [3, 3, 3, 3, 3, 1] and len(set(engine.seeds)) == 16
+    assert len(set(engine.seeds)) == 16
     assert result["decoding"]["ks"] == [1, 2, 4]
     json.dumps(result, allow_nan=False)
 
 
-def test_seeds_do_not_depend_on_batching_or_on_later_problems():
-    def seeds(count: int, batch_size: int) -> list[int]:
+def test_seeds_do_not_depend_on_later_problems():
+    def seeds(count: int) -> list[int]:
         engine = FakeEngine({i: ["A=1"] * 2 for i in range(count)})
-        measure(engine, FakePool(), problems(*"1" * count), Settings(samples=2), batch_size=batch_size, console=SILENT)
+        measure(engine, FakePool(), problems(*"1" * count), Settings(samples=2), console=SILENT)
         return engine.seeds
 
-    assert seeds(3, 2) == seeds(3, 100) == seeds(5, 7)[:6]
+    assert seeds(3) == seeds(5)[:6]
 
 
 def test_answers_are_compared_to_the_earliest_and_numbers_without_the_verifier():

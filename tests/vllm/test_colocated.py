@@ -1,0 +1,161 @@
+"""vLLM in the trainer's processes: weights streamed from Megatron shards, against transformers on the same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_ext.rollout.base import Request, Sampling
+from megatron_ext.rollout.hf import HFEngine
+from megatron_ext.rollout.sampling import seed_of
+from megatron_ext.types import Sample
+from tests import gloo
+
+BASE = Path(__file__).parents[2] / "recipes" / "tiny" / "base"
+GREEDY, NUCLEUS = Sampling(0.0, 1.0, 16), Sampling(0.8, 0.7, 16)
+UPDATES = 3
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The tiny base model, and three more of its shape: what training would make of it, one after the other."""
+    folders = [BASE]
+    model = AutoModelForCausalLM.from_pretrained(BASE)
+    for update in range(UPDATES):
+        torch.manual_seed(update)
+        for parameter in model.parameters():
+            parameter.data += 0.1 * parameter.data.std() * torch.randn_like(parameter)
+        folder = tmp_path_factory.mktemp(f"policy-{update + 1}")
+        model.save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            if (BASE / name).is_file():
+                shutil.copy(BASE / name, folder)
+        folders.append(folder)
+    return folders
+
+
+def requests(count: int) -> list[Request]:
+    """Prompts of 1 to 30 tokens, and two that are longer than a block of the prefix cache."""
+    draw, vocab = random.Random(5), AutoConfig.from_pretrained(BASE).vocab_size
+    lengths = [150, 150, *(draw.randint(1, 30) for _ in range(count - 2))]
+    return [Request(tuple(draw.randrange(2, vocab) for _ in range(n)), seed_of(0, i)) for i, n in enumerate(lengths)]
+
+
+def rollouts(rank: int, world: int, folders: list[Path], shared: int) -> list[tuple[list[Sample], list[Sample]]]:
+    """This rank's greedy and drawn samples after each update of a policy whose training is tensor-parallel."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1"}
+    from megatron_ext import host
+    from megatron_ext.model import build, hf_config, hf_weights
+    from megatron_ext.rollout.vllm import VLLMEngine
+    from megatron_ext.train import config, parallel
+
+    host.enter()
+    parallel.initialize(config.ParallelConfig(ranks_per_node=world, tensor=world))
+    architecture = hf_config.read_architecture(config.hf_config(folders[0]))
+    policy = build.build_policy(architecture, tensor=world, pipeline=1, sequence=False, dtype=torch.float32)
+    engine = VLLMEngine(folders[0], dtype="float32", max_tokens=200, tensor=shared, eager=True)
+    mine = requests(11)[rank::world]
+    found = []
+    for version, folder in enumerate(folders[1:], 1):
+        for module in policy.modules:
+            hf_weights.load_weights(module, architecture, folder)
+        engine.update_weights(hf_weights.PolicyWeights(policy), version)
+        engine.sleep()
+        finished: list[Sample] = []
+        greedy = engine.generate(mine, GREEDY, finished.extend)
+        assert sorted(map(str, finished)) == sorted(map(str, greedy))
+        found.append((greedy, engine.generate(mine, NUCLEUS)))
+    return found
+
+
+@pytest.mark.parametrize("shared", [1, 2])
+def test_training_at_tp_2_feeds_engines_at_tp_1_and_2(policies: list[Path], shared: int) -> None:
+    ranks = gloo.run(rollouts, 2, policies, shared, timeout=120)
+    wanted = requests(11)
+    for update, folder in enumerate(policies[1:]):
+        reference = HFEngine(folder)
+        for rank in range(2):
+            greedy, drawn = ranks[rank][update]
+            expected = reference.generate(wanted[rank::2], GREEDY)
+            for a, b in zip(greedy, expected, strict=True):
+                assert (a.prompt_ids, a.response_ids, a.text, a.truncated) == (
+                    *(b.prompt_ids, b.response_ids, b.text, b.truncated),
+                )
+                assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+                assert a.weight_version == update + 1
+            for sample in drawn:
+                assert sample.logprobs == pytest.approx(nucleus_of(reference, sample, NUCLEUS), abs=1e-4)
+
+
+def nucleus_of(reference: HFEngine, sample: Sample, sampling: Sampling) -> list[float]:
+    """Log-probs of a given response under temperature and a renormalised nucleus, in fp64, by definition."""
+    ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids]])
+    with torch.no_grad():
+        logits = reference.model(ids).logits[0, len(sample.prompt_ids) - 1 : -1].double() / sampling.temperature
+    found = []
+    for row, token in zip(logits.softmax(-1), sample.response_ids, strict=True):
+        order = row.argsort(descending=True).tolist()
+        kept: list[int] = []
+        while sum(float(row[i]) for i in kept) < sampling.top_p:
+            kept.append(order[len(kept)])
+        assert token in kept
+        found.append(float((row[token] / row[kept].sum()).log()))
+    return found
+
+
+def alone(_rank: int, _world: int, folder: Path, case: str) -> Any:
+    from megatron_ext.rollout.vllm import VLLMEngine
+
+    torch.distributed.destroy_process_group()
+    engine = VLLMEngine(folder, dtype="float32", max_tokens=64, eager=True)
+    if case == "draws":
+        many = [Request(requests(3)[2].prompt_ids[:4], seed_of(1, i)) for i in range(200)]
+        again = engine.generate(many[::-1][:7], Sampling(2.0, 1.0, 8))
+        return engine.generate(many, Sampling(2.0, 1.0, 8)), again
+    weights = list(AutoModelForCausalLM.from_pretrained(folder).state_dict().items())
+    with pytest.raises(ValueError, match="left out .*norm"):
+        engine.update_weights(Listed([pair for pair in weights if pair[0] != "model.norm.weight"]), 1)
+    return None
+
+
+class Listed(list):
+    """Weights that are all there."""
+
+    def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        return [(name, value.dtype, tuple(value.shape)) for name, value in self]
+
+
+def test_a_response_follows_from_its_seed_and_seeds_differ() -> None:
+    [(drawn, again)] = gloo_alone("draws")
+    for a, b in zip(drawn[::-1], again, strict=False):
+        assert a.response_ids == b.response_ids and a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+    assert len({sample.response_ids for sample in drawn}) > 20
+
+
+def test_weights_that_do_not_cover_the_model_are_refused() -> None:
+    gloo_alone("missing")
+
+
+def gloo_alone(case: str) -> list[Any]:
+    return gloo.run(alone, 1, BASE, case, timeout=120)
+
+
+def test_generation_ends_where_the_model_directory_says(tmp_path: Path) -> None:
+    from megatron_ext.rollout.hf import eos_ids
+
+    shutil.copytree(BASE, tmp_path / "model")
+    for name in ("config.json", "generation_config.json"):
+        file = tmp_path / "model" / name
+        if file.is_file():
+            file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "eos_token_id"}))
+    with pytest.raises(ValueError, match="no eos_token_id"):
+        eos_ids(tmp_path / "model")
