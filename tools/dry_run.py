@@ -27,6 +27,7 @@ from typing import Any
 
 from megatron_ext.model.hf_config import Architecture, read_architecture
 from megatron_ext.plan.layout import Plan, make_plan
+from megatron_ext.plan.memory import num_engines
 from megatron_ext.plan.sizes import hf_tensors, num_parameters
 from megatron_ext.plan.speed import GPU_MEMORY, RATES
 from megatron_ext.train.config import Config, ConfigError, hf_config
@@ -237,7 +238,7 @@ def first_step(plan: Plan) -> list[str]:
     """What the run would do first."""
     c = plan.config
     t, p, r = plan.tokens(), c.parallel, c.rollout
-    engines = p.world // r.tensor
+    engines = num_engines(c)
     lines = [
         "the first step:",
         f"  rollout   {engines} {r.engine} engines sample {t['responses']} responses to {t['prompts']} prompts at "

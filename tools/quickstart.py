@@ -1,13 +1,15 @@
 """The main job on a laptop: train the tiny model with SIREN, evaluate before and after, export, report.
 
-    python -m tools.quickstart [key=value ...]
+    python -m tools.quickstart [--engine vllm] [key=value ...]
 
 Runs the ordinary tools one after the other: tools.evaluate (before), tools.train, tools.convert to-hf,
-tools.evaluate (after), tools.report. Everything lands under runs/quickstart/; a second call resumes.
+tools.evaluate (after), tools.report. Everything lands under runs/quickstart/ (runs/quickstart-vllm/); a second call
+resumes.
 """
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import time
@@ -19,21 +21,27 @@ from rich.table import Table
 RECIPE = "recipes/siren/siren-tiny-cpu.toml"
 BASE = "recipes/tiny/base"
 HELD_OUT = "recipes/tiny/data/eval.jsonl"
-RUN = Path("runs/quickstart")
-EVALUATION = RUN / "evaluation.json"
+EVALUATION = "evaluation.json"
 ROWS = ("avg@8", "maj@8", "pass@8")
 
 
-def main(overrides: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.quickstart", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--engine", choices=("hf", "vllm"), default="hf", help="what samples responses (%(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, for example train.steps=20")
+    options = parser.parse_intermixed_args(arguments)
     console, start = Console(), time.monotonic()
-    if (RUN / "hf").exists():
-        console.print(f"{RUN} is finished; remove it to start over", markup=False)
+    name = "quickstart" if options.engine == "hf" else f"quickstart-{options.engine}"
+    run = Path("runs") / name
+    if (run / "hf").exists():
+        console.print(f"{run} is finished; remove it to start over", markup=False)
     else:
+        engine = [f"rollout.engine={options.engine}", "rollout.eager=true"]
         for title, command in (
-            ("before", evaluate(BASE, "before")),
-            ("train", ["tools.train", RECIPE, 'name="quickstart"', *(overrides or [])]),
-            ("export", ["tools.convert", "to-hf", str(RUN), str(RUN / "hf")]),
-            ("after", evaluate(str(RUN / "hf"), "after")),
+            ("before", evaluate(BASE, "before", run, options.engine)),
+            ("train", ["tools.train", RECIPE, f"name={name}", *engine, *options.overrides]),
+            ("export", ["tools.convert", "to-hf", str(run), str(run / "hf")]),
+            ("after", evaluate(str(run / "hf"), "after", run, options.engine)),
         ):
             console.rule(title)
             code = subprocess.run([sys.executable, "-m", *command]).returncode
@@ -41,26 +49,27 @@ def main(overrides: list[str] | None = None) -> int:
                 return code
     from tools.report import write_report
 
-    report = write_report(RUN)
+    report = write_report(run)
     console.rule("result")
-    console.print(result())
-    for path in (report, RUN / "metrics.jsonl", EVALUATION, RUN / "hf"):
+    console.print(result(run))
+    for path in (report, run / "metrics.jsonl", run / EVALUATION, run / "hf"):
         console.print(f"  {path}", markup=False, highlight=False)
     console.print(f"  {time.monotonic() - start:.0f} s", highlight=False)
     return 0
 
 
-def evaluate(model: str, label: str) -> list[str]:
-    options = ["--data", HELD_OUT, "--samples", "8", "--max-response-tokens", "32"]
-    return ["tools.evaluate", model, *options, "--out", str(EVALUATION), "--label", label]
+def evaluate(model: str, label: str, run: Path, engine: str) -> list[str]:
+    options = ["--data", HELD_OUT, "--samples", "8", "--max-prompt-tokens", "48", "--max-response-tokens", "32"]
+    sampling = ["--engine", engine, "--eager"]
+    return ["tools.evaluate", model, *options, *sampling, "--out", str(run / EVALUATION), "--label", label]
 
 
-def result() -> Table:
+def result(run: Path) -> Table:
     """Before, after and their paired difference with its 95 % interval."""
     from megatron_ext.evaluation import differences
     from tools.evaluate import load_evaluations
 
-    found = load_evaluations(EVALUATION)
+    found = load_evaluations(run / EVALUATION)
     before, after = found["before"], found["after"]
     changes = differences(before, after)
     table = Table(title=f"{after['num_problems']} held-out problems, 8 responses each")

@@ -37,7 +37,7 @@ class Plan:
         """Full-length sequences that one engine decodes at once."""
         if self.config.rollout.engine == "hf":
             return self.config.rollout.batch_size
-        cache = min(rank.phases["rollout"]["KV cache"] for rank in self.ranks)
+        cache = memory.engine_cache(self.architecture, self.config, self.gpu_memory)
         return memory.kv_capacity(self.architecture, self.config, cache)
 
     @property
@@ -145,6 +145,9 @@ def _variants(plan: Plan) -> Iterator[tuple[float, dict[str, Any]]]:
     if c.rollout.engine == "hf":
         sizes = tuple(c.rollout.batch_size >> shift for shift in range(8) if c.rollout.batch_size >> shift)
         knobs.append([(0.5 * cost, change) for cost, change in _ladder("rollout.batch_size", sizes[0], sizes)])
+    elif c.rollout.engine == "vllm":
+        shares = _ladder("rollout.memory_share", c.rollout.memory_share, (0.3, 0.4, 0.5, 0.6, 0.7, 0.8))
+        knobs.append([(0.5 * cost, change) for cost, change in shares])
     for choice in itertools.product(*knobs):
         changes = {key: value for _, change in choice for key, value in change.items()}
         sequence = changes.get("parallel.tensor", p.tensor) > 1

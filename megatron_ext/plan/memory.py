@@ -25,6 +25,7 @@ RESERVE = 4e9  # assumed: CUDA context, NCCL buffers, cuBLAS workspaces, fragmen
 IMBALANCE = 1.5  # assumed: tokens of the busiest expert-parallel rank over the mean
 HEAD_CHUNK = 1024  # rows whose logits the fused head holds at once (ops/linear_policy_stats.py)
 EXCHANGE_PER_ROW = 4096  # 256 keys and logits a row, sent and received (ops/nucleus.py)
+VLLM_PREFILL = 8192  # assumed: tokens of a prompt pass of vLLM, its max_num_batched_tokens
 PHASES = ("rollout", "score", "update")
 
 
@@ -137,11 +138,28 @@ def engine_weights(a: Architecture, config: Config) -> float:
 
 
 def engine_working(a: Architecture, config: Config) -> float:
-    """What the embedded engine needs beside weights and KV cache: activations of a prefill, or logits of a step."""
+    """What an engine needs beside weights and KV cache: activations of a prefill, or logits of a step."""
     r, element = config.rollout, element_bytes(config)
     wide = a.experts.ffn_size * a.experts.top_k if a.experts else a.ffn_size
-    prefill = r.batch_size * config.data.max_prompt_tokens * (3 * wide + 3 * a.hidden_size) * element
+    tokens = r.batch_size * config.data.max_prompt_tokens if r.engine == "hf" else VLLM_PREFILL
+    prefill = tokens * (3 * wide / r.tensor + 3 * a.hidden_size) * element
     return max(prefill, r.batch_size * a.vocab_size * 24)  # 24: six fp32 copies of a step's logits while sampling
+
+
+def engine_cache(a: Architecture, config: Config, gpu_memory: float) -> float:
+    """KV cache of a vLLM engine on one GPU: what its share of the memory leaves beside weights and work."""
+    return config.rollout.memory_share * gpu_memory - engine_weights(a, config) - engine_working(a, config)
+
+
+def num_engines(config: Config) -> int:
+    """Copies of the model that sample."""
+    servers = config.rollout.servers
+    return (len(servers.urls) or servers.num) if external(config) else config.parallel.world // config.rollout.tensor
+
+
+def external(config: Config) -> bool:
+    """Whether the engines have GPUs of their own."""
+    return config.rollout.engine == "vllm_server"
 
 
 @dataclass(frozen=True)
@@ -167,7 +185,7 @@ class RankMemory:
 def rank_memory(
     a: Architecture, config: Config, roles: Roles, rank: int, *, gpu_memory: float, num_micro_batches: int
 ) -> RankMemory:
-    """Every item of every phase. A vLLM engine sleeps outside of rollouts and fills what it is left with KV cache."""
+    """Every item of every phase. A vLLM engine fills its share with KV cache and sleeps between rollouts."""
     p, element = config.parallel, element_bytes(config)
     own, last = rank_buffers(a, p, rank), rank == p.pipeline - 1
     state = {"reserve": RESERVE, **trained_bytes(own, element)}
@@ -175,16 +193,16 @@ def rank_memory(
         state["critic"] = sum(trained_bytes(rank_buffers(a, p, rank, critic=True), element).values())
     reference = {"reference": own.parameters * element} if roles.reference else {}
     resident = {} if config.model.offload_reference else reference
-    engine = {"rollout weights": engine_weights(a, config)}
-    asleep = engine if config.rollout.engine == "hf" else {}
+    engine = {} if external(config) else {"rollout weights": engine_weights(a, config)}
+    asleep = dict(engine) if config.rollout.engine == "hf" else {}
     layers = [layer for chunk in stage_layers(a, p)[rank] for layer in chunk]
     scored = config.train.micro_batch_tokens * element * working_layer(a, p, layers, "none")
     micro = {"activations": activations(a, config, rank, config.model.recompute, num_micro_batches)}
+    if not external(config):
+        embedded = config.rollout.engine == "hf"
+        cache = kv_cache(a, config) if embedded else max(0.0, engine_cache(a, config, gpu_memory))
+        engine |= {"rollout work": engine_working(a, config), "KV cache": cache}
     rollout = state | resident | engine
-    if config.rollout.engine == "hf":
-        rollout |= {"rollout work": engine_working(a, config), "KV cache": kv_cache(a, config)}
-    else:
-        rollout |= {"KV cache": max(0.0, 0.95 * gpu_memory - sum(rollout.values()))}
     phases = {
         "rollout": rollout,
         "score": state | reference | asleep | {"activations": scored} | _head_item(a, config, last, grad=False),
@@ -208,7 +226,7 @@ def kv_cache(a: Architecture, config: Config) -> float:
 def kv_capacity(a: Architecture, config: Config, cache: float) -> int:
     """Full-length sequences that fit in ``cache`` bytes on each GPU of an engine."""
     per_sequence = config.longest_sequence * kv_bytes_per_token(a, config) / config.rollout.tensor
-    return int(cache // per_sequence)
+    return max(0, int(cache // per_sequence))
 
 
 def _head_item(a: Architecture, config: Config, last: bool, *, grad: bool) -> dict[str, float]:

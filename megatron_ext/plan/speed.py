@@ -109,8 +109,8 @@ def exchange_seconds(a: Architecture, config: Config, rates: Rates) -> float:
 
 def rollout_seconds(a: Architecture, config: Config, rates: Rates, lengths: Lengths) -> float:
     """The embedded engine decodes batch after batch to its longest response; vLLM replaces finished sequences."""
-    r, p = config.rollout, config.parallel
-    responses = r.prompts * r.samples / (p.world / r.tensor)  # of one engine
+    r = config.rollout
+    responses = r.prompts * r.samples / memory.num_engines(config)  # of one engine
     weights = memory.engine_weights(a, config)
     kv = memory.kv_bytes_per_token(a, config) / r.tensor * lengths.total
     speed = rates.bandwidth * rates.decode
@@ -119,7 +119,7 @@ def rollout_seconds(a: Architecture, config: Config, rates: Rates, lengths: Leng
         together = responses / batches
         step = max((weights + together * kv) / speed, a.num_layers * rates.launch_s)
         return batches * r.max_response_tokens * step
-    together = min(responses, 256)  # vLLM's default max_num_seqs
+    together = min(responses, r.batch_size)
     step = max((weights + together * kv) / speed, a.num_layers * rates.launch_s / 10)
     steps = max(responses * lengths.response / together, r.max_response_tokens)
     return steps * step

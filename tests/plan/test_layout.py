@@ -134,5 +134,18 @@ def test_an_engine_needs_room_for_a_sequence() -> None:
     roomy = plan(asleep)
     assert roomy.fits and "rollout weights" not in roomy.worst.phases["update"]
     assert roomy.kv_sequences > 500
-    tight = plan(asleep, gpu_memory=25e9)
+    tight = plan(asleep, gpu_memory=8e9)  # half of it is 4 GB, of which weights and a prefill take 4.7
     assert tight.kv_sequences == 0 and not tight.fits
+
+
+def test_an_engine_takes_its_share_of_the_memory() -> None:
+    for share in (0.3, 0.6):
+        rollout = plan(config(rollout={"engine": "vllm", "tensor": 2, "memory_share": share})).worst.phases["rollout"]
+        engine = [rollout[item] for item in ("rollout weights", "rollout work", "KV cache")]
+        assert sum(engine) == pytest.approx(share * 80e9)
+
+
+def test_servers_have_gpus_of_their_own() -> None:
+    apart = plan(config(rollout={"engine": "vllm_server", "tensor": 2, "servers": {"num": 3}}))
+    assert not {"rollout weights", "KV cache"} & apart.worst.phases["rollout"].keys()
+    assert apart.kv_sequences > 50 and memory.num_engines(apart.config) == 3
