@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,10 +23,11 @@ class FakeEngine:
     """Answers prompt ``(p,)`` with the p-th script in the order of the samples' seeds."""
 
     def __init__(self, scripts: dict[int, list[str]]):
-        self.scripts, self.batches, self.seeds = scripts, [], []
+        self.scripts, self.seeds = scripts, []
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
-        self.batches.append(len(requests))
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, on_batch: Callable[[list[Sample]], None] | None = None
+    ) -> list[Sample]:
         self.seeds += [request.seed for request in requests]
         texts = [self.scripts[request.prompt_ids[0]].pop(0) for request in requests]
         return [
