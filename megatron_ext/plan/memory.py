@@ -203,6 +203,10 @@ def rank_memory(
         cache = kv_cache(a, config) if embedded else max(0.0, engine_cache(a, config, gpu_memory))
         engine |= {"rollout work": engine_working(a, config), "KV cache": cache}
     rollout = state | resident | engine
+    if config.model.offload_optimizer:
+        rollout |= {"gradients": 0.0, "optimizer": 0.0}
+        if roles.critic:
+            rollout["critic"] = rank_buffers(a, p, rank, critic=True).padded * element
     phases = {
         "rollout": rollout,
         "score": state | reference | asleep | {"activations": scored} | _head_item(a, config, last, grad=False),

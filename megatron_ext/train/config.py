@@ -38,6 +38,9 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     fused_head: bool = False  # statistics from hidden states: the logits are never stored whole, 4 GEMMs instead of 3
     offload_reference: bool = False  # the reference's weights wait in host memory between two uses
+    offload_optimizer: bool = (
+        False  # gradients are freed, optimizer state waits in host memory while responses are drawn
+    )
     recompute: Literal["none", "mlp", "full"] = "none"  # what backward computes again: nothing, MLPs, whole layers
 
 
@@ -77,6 +80,7 @@ class RolloutConfig(Section):
     max_response_tokens: Positive = 3072
     batch_size: Positive = 256  # sequences decoded at once by one rank
     dynamic_sampling: bool = False  # drop groups whose rewards are all equal and draw others in their place (DAPO)
+    oversample: Annotated[float, Field(ge=1)] = 1.0  # of it: the first round draws this many times the prompts
     max_generations: Positive = 10  # rounds of it in one step; then dropped groups fill the batch
 
 

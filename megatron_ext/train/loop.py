@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +42,7 @@ from megatron_ext.types import Episode, TokenStats
 FREE = (  # keys a resumed run may change one by one, besides whole sections (see check_resume)
     *("train.steps", "train.micro_batch_tokens", "train.max_bad_steps", "name"),
     *("rollout.batch_size", "rollout.tensor", "rollout.memory_share", "rollout.eager"),
-    *("model.fused_head", "model.offload_reference", "model.recompute"),
+    *("model.fused_head", "model.offload_reference", "model.offload_optimizer", "model.recompute"),
     *("reward.workers", "reward.deadline_s", "reward.max_timeout_share"),
 )
 FREE_SECTIONS = (
@@ -68,6 +69,18 @@ class Run:
     def sync(self) -> None:
         """Stream the policy's weights to the engine, stamped with the number of steps they have seen."""
         self.engine.update_weights(PolicyWeights(self.learner.policy), self.step)
+
+    @contextmanager
+    def optimizers_present(self) -> Iterator[None]:
+        """Optimizer state and gradients are on the device; under ``model.offload_optimizer`` only inside."""
+        if not self.config.model.offload_optimizer:
+            yield
+            return
+        for each in self.learner.trained.values():
+            each.restore()
+        yield
+        for each in self.learner.trained.values():
+            each.offload()
 
     def draw(self, count: int) -> list[EncodedProblem]:
         """The next ``count`` problems."""
@@ -101,15 +114,16 @@ class Run:
         return None if self.learner.reference is None else weights_identity(self.config.model)
 
     def save(self) -> None:
-        checkpoint.save(
-            self.config.run_dir / "checkpoints",
-            self.step,
-            trained=self.learner.trained,
-            state=self.state(),
-            config=self.config.model_dump(),
-            layout=self.config.parallel.model_dump(),
-            keep=self.config.checkpoint.keep,
-        )
+        with self.optimizers_present():
+            checkpoint.save(
+                self.config.run_dir / "checkpoints",
+                self.step,
+                trained=self.learner.trained,
+                state=self.state(),
+                config=self.config.model_dump(),
+                layout=self.config.parallel.model_dump(),
+                keep=self.config.checkpoint.keep,
+            )
 
 
 def run(config: Config) -> int:
@@ -154,7 +168,8 @@ def train_step(run: Run, watch: Watch) -> tuple[dict[str, float], list[dict[str,
     if stale:
         raise RuntimeError(f"rollout: samples of weight versions {sorted(stale)}, expected {run.step} only")
     run.engine.sleep()
-    metrics, old = run.learner.step(episodes, watch)
+    with run.optimizers_present():
+        metrics, old = run.learner.step(episodes, watch)
     values, warnings = run.alarms.check(metrics)
     metrics |= sampled | values | {"data/epoch": float(run.order.epoch), "data/stage": float(run.order.stage)}
     run.step += 1
@@ -220,6 +235,8 @@ def build(config: Config, pool: RewardPool) -> Run:
         for line in loaded.refused:
             _tell(f"checkpoint: {line}")
         _tell(f"resuming after step {loaded.step} of {config.train.steps}")
+    with run.optimizers_present():
+        pass  # at rest from the start
     run.sync()
     return run
 

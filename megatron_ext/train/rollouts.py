@@ -6,11 +6,12 @@ model its tensor- and pipeline-parallel ranks sample and judge a part each and e
 them train on the same ones.
 
 Dynamic sampling (DAPO, arXiv 2503.14476): a group whose rewards are all equal has no advantage. It is dropped, and
-further prompts are drawn until ``rollout.prompts`` groups are left, in at most ``rollout.max_generations`` rounds. A
-round after the first draws as many prompts as the share of useful groups so far makes necessary. The step trains on
-the first useful groups in order of place, so the choice depends on seeds and rewards alone, not on the layout; those
-beyond the last one needed are lost, with their prompts. When the rounds are used up, the step's first dropped groups
-fill the gap (DAPO's code ends the run there): they add tokens without an advantage, and are counted.
+further prompts are drawn until ``rollout.prompts`` groups are left, in at most ``rollout.max_generations`` rounds. The
+first draws ``rollout.oversample`` times the prompts, a later one as many as the share of useful groups so far makes
+necessary. The step trains on the first useful groups in order of place, so the choice depends on seeds and rewards
+alone, not on the layout; those beyond the last one needed are lost, with their prompts. When the rounds are used up,
+the step's first dropped groups fill the gap (DAPO's code ends the run there): they add tokens without an advantage, and
+are counted.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class Rollouts:
         from 0 in the order of the whole step's batch.
         """
         rollout = self.config.rollout
-        episodes = self.generate(draw(rollout.prompts), first=0)
+        wanted = math.ceil(rollout.prompts * rollout.oversample) if rollout.dynamic_sampling else rollout.prompts
+        episodes = self.generate(draw(wanted), first=0)
         if not rollout.dynamic_sampling:
             return [episode for group in episodes.values() for episode in group], {}
         verdicts = share_verdicts(episodes)

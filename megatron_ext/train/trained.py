@@ -42,6 +42,17 @@ class Trained:
         scheduler = build_scheduler(optimizer, lr=o.lr, warmup_steps=o.warmup_steps, weight_decay=o.weight_decay)
         return cls(model, optimizer, scheduler, section)
 
+    def offload(self) -> None:
+        """Free the gradients and move the optimizer's state to host memory, until ``restore``."""
+        self.optimizer.offload_to_cpu()
+        for chunk in self.model.chunks:
+            chunk.offload_grad_buffers()
+
+    def restore(self) -> None:
+        self.optimizer.restore_from_cpu()
+        for chunk in self.model.chunks:
+            chunk.restore_grad_buffers()
+
     def zero_grad(self) -> None:
         for chunk in self.model.chunks:
             chunk.zero_grad_buffer()

@@ -23,8 +23,6 @@ LAYOUTS = [(1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 1, 4), (4, 2, 2)]  # world, tens
 class Engine:
     """A response is its seed."""
 
-    def update_weights(self, weights: Any, version: int) -> None: ...
-
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, on_batch: Callable[[list[Sample]], None] | None = None
     ) -> list[Sample]:
@@ -46,12 +44,18 @@ class Pool:
 
 
 def collected(
-    rank: int, world: int, tensor: int, everything: float | None, rounds: int, dynamic: bool
+    rank: int, world: int, tensor: int, everything: float | None, rounds: int, dynamic: bool, oversample: float = 1.0
 ) -> tuple[list[Episode], dict[str, float], list[int]]:
     """Two steps' episodes of this rank, the last step's metrics, and the problems that a third step would take."""
     config = Config(
         parallel=ParallelConfig(ranks_per_node=world, tensor=tensor),
-        rollout=RolloutConfig(prompts=PROMPTS, samples=SAMPLES, dynamic_sampling=dynamic, max_generations=rounds),
+        rollout=RolloutConfig(
+            prompts=PROMPTS,
+            samples=SAMPLES,
+            dynamic_sampling=dynamic,
+            oversample=oversample,
+            max_generations=rounds,
+        ),
         train=TrainConfig(mini_batch_prompts=MINI, seed=11),
     )
     parallel.initialize(config.parallel)
@@ -109,6 +113,12 @@ def test_every_group_that_trains_has_an_advantage(one_rank: Any) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
 def test_which_groups_train_does_not_depend_on_the_layout(layout: tuple, one_rank: Any) -> None:
     assert trained(layout) == one_rank
+
+
+def test_oversampling_draws_more_at_first_and_trains_on_as_many(one_rank: Any) -> None:
+    [(episodes, metrics, _)] = gloo.run(collected, 1, 1, None, 10, True, 6.0)
+    assert metrics["dynamic/generations"] == 1 < one_rank[1]["dynamic/generations"]
+    assert len(episodes) == 2 * PROMPTS * SAMPLES and metrics["dynamic/surplus"] > 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:4], ids=str)
