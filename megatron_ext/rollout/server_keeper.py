@@ -1,0 +1,38 @@
+"""Runs a server for a trainer and ends it with the trainer. A script of the standard library alone.
+
+    python server_keeper.py COMMAND...
+
+Standard input is a pipe whose other end the trainer holds and never writes to: it closes when the trainer wants the
+server to end, and also when the trainer dies, however it dies. The server then gets SIGTERM and ten seconds. Whichever
+of the two ends first, the whole process group is killed, so that no worker of the server outlives it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+GRACE_S = 10.0
+
+
+def main() -> None:
+    server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+    threading.Thread(target=_end_with_the_trainer, args=(server,), daemon=True).start()
+    server.wait()
+    os.killpg(0, signal.SIGKILL)
+
+
+def _end_with_the_trainer(server: subprocess.Popen[bytes]) -> None:
+    os.read(sys.stdin.fileno(), 1)
+    server.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        server.wait(GRACE_S)
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

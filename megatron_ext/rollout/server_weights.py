@@ -1,0 +1,142 @@
+"""The trainer's weights to vLLM servers, through vLLM's own trainer-side classes: what is sent, and to whom."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import ParamMeta, TrainerWeightTransferEngine, WeightSource
+from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+from megatron_ext.rollout import vllm_transfer
+from megatron_ext.rollout.base import Weights
+from megatron_ext.rollout.server_http import RequestRefused, ServerFault, ask_all
+
+NCCL = "nccl"
+CHUNK_BYTES = 512 * 2**20  # gathered on all ranks before any of it is sent
+
+
+class Source(WeightSource):
+    """The stream as vLLM wants it. ``weights`` is set before each round; ``barrier`` waits for all of the trainer.
+
+    Tensors are gathered in chunks, and a chunk is sent only when all ranks have gathered it: the servers' NCCL group
+    and the trainer's must not wait for each other on one GPU.
+    """
+
+    def __init__(self, barrier: Callable[[], None]) -> None:
+        self.weights: Weights | None = None
+        self.barrier = barrier
+
+    def metadata(self) -> list[ParamMeta]:
+        assert self.weights is not None
+        return [ParamMeta(*each) for each in self.weights.metadata()]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        assert self.weights is not None
+        chunk: list[tuple[str, Tensor]] = []
+        size = 0
+        for name, value in self.weights:
+            chunk.append((name, value))
+            size += value.nbytes
+            if size >= CHUNK_BYTES:
+                yield from self._gathered(chunk)
+                chunk, size = [], 0
+        yield from self._gathered(chunk)
+
+    def _gathered(self, chunk: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.barrier()
+        yield from chunk
+
+
+class Servers:
+    """All servers as the one client that vLLM's trainer side speaks to (VLLMWeightSyncClient). Rank 0 uses it.
+
+    A server that fails a call is asked nothing more in this round, and noted in ``faults``: the others get their
+    weights, and the trainer's ranks finish the collective that the stream is.
+    """
+
+    def __init__(self, deadline_s: float) -> None:
+        self.deadline_s = deadline_s  # of one call
+        self.worlds: dict[str, int] = {}  # workers of each server
+        self.faults: dict[str, str] = {}
+        self.version = ""
+
+    def begin(self, urls: list[str], version: str) -> None:
+        """A new round: stop generation, forget what the servers have cached."""
+        self.worlds, self.faults, self.version = dict.fromkeys(urls, 0), {}, version
+        self._call("/pause?mode=abort")
+
+    def end(self) -> dict[str, str]:
+        """Let them generate again; the servers that failed, with the reason."""
+        self._call("/resume")
+        return self.faults
+
+    def count_workers(self) -> int:
+        """How many ranks the servers add to a group with the trainer's first one."""
+        for url, answer in self._call("/get_world_size", get=True).items():
+            self.worlds[url] = answer["world_size"]
+        return sum(self.worlds.values())
+
+    def shutdown_weight_transfer_engine(self) -> None:
+        self._call("/shutdown_weight_transfer_engine")
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        bodies, offset = {}, init_info.get("rank_offset", 0)
+        for url, world in self.worlds.items():
+            own = init_info | ({"rank_offset": offset} if "rank_offset" in init_info else {})
+            bodies[url] = {"init_info": own}
+            offset += world
+        self._call("/init_weight_transfer_engine", bodies)
+
+    def start_weight_update(self) -> None:
+        self._call("/start_weight_update")
+
+    def update_weights(self, update_info: Any) -> None:
+        self._call("/update_weights", dict.fromkeys(self.worlds, {"update_info": update_info}))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """vLLM's engines leave the version out: it is the round's."""
+        body = {"weight_version": weight_version or self.version}
+        self._call("/finish_weight_update", dict.fromkeys(self.worlds, body))
+
+    def _call(self, path: str, bodies: Mapping[str, Any] | None = None, *, get: bool = False) -> dict[str, Any]:
+        live = [url for url in self.worlds if url not in self.faults]
+        answers = ask_all(live, path, bodies=bodies, get=get, deadline_s=self.deadline_s)
+        failed = {url: each for url, each in answers.items() if isinstance(each, (ServerFault, RequestRefused))}
+        self.faults |= {url: str(each) for url, each in failed.items()}
+        return {url: answer for url, answer in answers.items() if url not in self.faults}
+
+
+def backend() -> str:
+    """How weights travel on this machine."""
+    return NCCL if torch.cuda.is_available() else vllm_transfer.INLINE
+
+
+def connect(
+    client: Servers, source: Source, *, rank: int, address: str, on_chief: Callable[[Callable[[], Any]], Any]
+) -> TrainerWeightTransferEngine[Any]:
+    """A transfer to the servers of ``client``'s round. Collective; ``on_chief`` runs a function on rank 0 for all.
+
+    With NCCL rank 0 and all workers of all servers are one group; a server that dies while tensors are broadcast stops
+    rank 0 in NCCL, and the run with it.
+    """
+    vllm_transfer.register()
+    if backend() == vllm_transfer.INLINE:
+        init: Any = vllm_transfer.InlineTrainerInit(rank=rank)
+    else:
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        world, port = on_chief(lambda: (1 + client.count_workers(), free_port(address)))
+        init = NCCLTrainerInitInfo(rank=rank, master_address=address, master_port=port, world_size=world)
+    return WeightTransferTrainerFactory.trainer_init(init, client=client, source=source)
+
+
+def free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]

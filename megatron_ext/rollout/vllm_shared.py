@@ -1,0 +1,70 @@
+"""What vLLM in this process and vLLM behind HTTP have in common: how a response is asked for and read.
+
+Imports no vllm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import psutil
+import torch
+
+from megatron_ext.rollout.base import Request, Sampling
+from megatron_ext.types import Sample
+
+CACHE_SLACK = 64 * 2**20  # bytes of a CPU's KV cache for blocks that are not full
+
+
+def sampling_parameters(request: Request, sampling: Sampling, eos: list[int]) -> dict[str, Any]:
+    """Of vllm.SamplingParams, for one response with the log-probs of its own tokens."""
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_tokens": sampling.max_response_tokens,
+        "seed": request.seed,
+        "stop_token_ids": eos,
+        "logprobs": 0,  # of the sampled token alone
+        "detokenize": False,
+    }
+
+
+def finished_sample(
+    request: Request,
+    tokenizer: Any,
+    *,
+    response: Sequence[int],
+    logprobs: Iterable[float],
+    finish_reason: str | None,
+    versions: Iterable[str],
+) -> Sample:
+    """vLLM's answer as a sample. ``versions`` are the labels of the weights it was drawn with: the oldest counts."""
+    return Sample(
+        prompt_ids=request.prompt_ids,
+        response_ids=tuple(response),
+        logprobs=tuple(logprobs),
+        text=tokenizer.decode(response, skip_special_tokens=True),
+        truncated=finish_reason == "length",
+        weight_version=min(version_of(label) for label in versions),
+    )
+
+
+def version_of(label: str) -> int:
+    """The number of a version that vLLM reports; the weights it started with have none."""
+    return int(label) if label.isdigit() else 0
+
+
+def cpu_arguments(config: Any, *, engines: int, batch_size: int, max_tokens: int, dtype: str) -> dict[str, Any]:
+    """vLLM's engine arguments on a CPU with ``engines`` of them: a KV cache for a full batch, if there is room.
+
+    Prompts are never cut: vLLM 0.32 cannot take back a seeded draw that it made for a part of a prompt there.
+    """
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * width * getattr(torch, dtype).itemsize
+    room = psutil.virtual_memory().available // 2 // engines
+    return {
+        "kv_cache_memory_bytes": min(batch_size * max_tokens * per_token + CACHE_SLACK, room),
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(max_tokens, 8192),
+    }
