@@ -71,6 +71,9 @@ class HFEngine:
     def sleep(self) -> None:
         """Nothing to release: the weights stay where they are."""
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def close(self) -> None:
         del self.model
 

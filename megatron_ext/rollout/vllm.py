@@ -128,6 +128,9 @@ class VLLMEngine:
                 on_batch(list(own.values()))
         return [samples[number] for number in range(len(requests))]
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def close(self) -> None:
         del self.llm
 

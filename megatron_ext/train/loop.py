@@ -171,7 +171,12 @@ def train_step(run: Run, watch: Watch) -> tuple[dict[str, float], list[dict[str,
     with run.optimizers_present():
         metrics, old = run.learner.step(episodes, watch)
     values, warnings = run.alarms.check(metrics)
-    metrics |= sampled | values | {"data/epoch": float(run.order.epoch), "data/stage": float(run.order.stage)}
+    metrics |= (
+        run.engine.metrics()
+        | sampled
+        | values
+        | {"data/epoch": float(run.order.epoch), "data/stage": float(run.order.stage)}
+    )
     run.step += 1
     for line in warnings:
         _tell(f"step {run.step}: {line}")
