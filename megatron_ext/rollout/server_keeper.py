@@ -1,10 +1,10 @@
 """Runs a server for a trainer and ends it with the trainer. A script of the standard library alone.
 
-    python server_keeper.py COMMAND...
+    python server_keeper.py GRACE_S COMMAND...
 
 Standard input is a pipe whose other end the trainer holds and never writes to: it closes when the trainer wants the
-server to end, and also when the trainer dies, however it dies. The server then gets SIGTERM and ten seconds. Whichever
-of the two ends first, the whole process group is killed, so that no worker of the server outlives it.
+server to end, and also when the trainer dies, however it dies. The server then gets SIGTERM and ``GRACE_S`` seconds.
+Whichever of the two ends first, the whole process group is killed, so that no worker of the server outlives it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ import subprocess
 import sys
 import threading
 
-GRACE_S = 10.0
-
 
 def main() -> None:
-    server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+    server = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL)
     threading.Thread(target=_end_with_the_trainer, args=(server,), daemon=True).start()
     server.wait()
     os.killpg(0, signal.SIGKILL)
@@ -30,7 +28,7 @@ def _end_with_the_trainer(server: subprocess.Popen[bytes]) -> None:
     os.read(sys.stdin.fileno(), 1)
     server.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        server.wait(GRACE_S)
+        server.wait(float(sys.argv[1]))
     os.killpg(0, signal.SIGKILL)
 
 

@@ -25,6 +25,7 @@ from megatron_ext.rollout.server_http import CHECK_S, RequestRefused, ServerFaul
 
 START_S = 1800.0  # to load a large model and compile it
 POLL_S = 0.2
+GRACE_S = 10.0  # for a server to end by itself
 TAIL_BYTES = 3000  # of a server's output in an error
 TRAINERS_OWN = (  # variables of torchrun and of the trainer's own vLLM that must not reach a server
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE"),
@@ -50,7 +51,7 @@ class ServerProcess:
         with self.log_file.open("ab") as output:
             self._log_start = output.tell()
             self._process = subprocess.Popen(
-                [sys.executable, "-IS", server_keeper.__file__, *self.command],
+                [sys.executable, "-IS", server_keeper.__file__, str(GRACE_S), *self.command],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -85,7 +86,7 @@ class ServerProcess:
         assert self._process.stdin is not None
         self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(server_keeper.GRACE_S + 5)
+            self._process.wait(GRACE_S + 5)
         self.kill()
 
     def tail(self) -> str:

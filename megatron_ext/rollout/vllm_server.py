@@ -74,7 +74,7 @@ class ServerEngine:
         self.rank = dist.get_rank() if self.distributed else 0
         self.world = dist.get_world_size() if self.distributed else 1
         # ranks wait in it for servers that start and for the longest response: for longer than in the trainer's groups
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if self.distributed else None
+        self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if self.distributed else None
         self.deadline_s, self.slots = deadline_s, -(-batch_size // self.world)
         self.address = address or LOOPBACK
         self.version, self.weights = 0, None
@@ -87,29 +87,27 @@ class ServerEngine:
                 return _running([url.rstrip("/") for url in urls], max_tokens)
             self._check_place(devices, address)
             free_ports(self.address, port, num)
-            sizes = {"batch_size": batch_size, "max_tokens": max_tokens, "dtype": dtype}
+            sizes: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens, "dtype": dtype}
+            on_gpu = {"gpu_memory_utilization": memory_share}
             options = {
                 "dtype": dtype,
                 "tensor_parallel_size": tensor,
                 "max_model_len": max_tokens,
                 "max_num_seqs": batch_size,
                 "enforce_eager": eager,
-                **(
-                    {"gpu_memory_utilization": memory_share}
-                    if torch.cuda.is_available()
-                    else cpu_arguments(config, engines=num, **sizes)
-                ),
+                **(on_gpu if torch.cuda.is_available() else cpu_arguments(config, engines=num, **sizes)),
             }
-            processes = [
-                ServerProcess(
-                    f"http://{self.address}:{port + n}",
-                    serve_command(model_path, host=self.address, port=port + n, backend=backend(), options=options),
-                    _environment(devices[n] if devices else None, num),
-                    log_dir / f"server-{n}.log",
+
+            def process(number: int) -> ServerProcess:
+                at = port + number
+                return ServerProcess(
+                    f"http://{self.address}:{at}",
+                    serve_command(model_path, host=self.address, port=at, backend=backend(), options=options),
+                    _environment(devices[number] if devices else None, num),
+                    log_dir / f"server-{number}.log",
                 )
-                for n in range(num)
-            ]
-            return Fleet(processes, [], max_restarts=max_restarts)
+
+            return Fleet(map(process, range(num)), [], max_restarts=max_restarts)
 
         self.urls: list[str] = self._on_chief(lambda: self._start(create()))
 
@@ -235,7 +233,7 @@ class ServerEngine:
         if self.rank == 0:
             try:
                 box[0] = function()
-            except (ValueError, RolloutError) as error:
+            except (OSError, ValueError, RolloutError) as error:
                 box[1] = error
         if self.distributed:
             dist.broadcast_object_list(box, src=0, group=self.group)

@@ -1,0 +1,239 @@
+"""Servers of the real vLLM on CPU: weights, versions and faults, against transformers on the same weights."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_ext.rollout import server_http, server_round
+from megatron_ext.rollout.base import Request, RolloutError, Sampling
+from megatron_ext.rollout.hf import HFEngine
+from megatron_ext.rollout.server_round import Round
+from megatron_ext.rollout.vllm_server import ServerEngine
+from megatron_ext.types import Sample
+from tests import gloo
+
+BASE = Path(__file__).parents[2] / "recipes" / "tiny" / "base"
+GREEDY = Sampling(0.0, 1.0, 16)
+MAX_TOKENS = 256
+
+
+class Frozen:
+    """Weights that stay what they are (rollout/base.py::Weights)."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.tensors.items()
+
+    def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        return [(name, value.dtype, tuple(value.shape)) for name, value in self]
+
+
+class Truth:
+    """transformers on the tiny model, and the weights of versions of it."""
+
+    def __init__(self) -> None:
+        self.engine = HFEngine(BASE)
+        self.base = {name: value.detach().clone() for name, value in self.engine.model.named_parameters()}
+
+    def weights(self, version: int) -> Frozen:
+        draw = torch.Generator().manual_seed(version)
+        return Frozen(
+            {
+                name: value + 0.1 * value.std() * torch.randn(value.shape, generator=draw)
+                for name, value in self.base.items()
+            }
+        )
+
+    def check(self, samples: list[Sample], version: int, sampling: Sampling = GREEDY) -> None:
+        """Tokens, log-probs and labels are those of the version's weights."""
+        self.engine.update_weights(self.weights(version), version)
+        requests = [Request(sample.prompt_ids, 0) for sample in samples]
+        for found, expected in zip(samples, self.engine.generate(requests, sampling), strict=True):
+            assert (found.response_ids, found.text, found.truncated, found.weight_version) == (
+                expected.response_ids,
+                expected.text,
+                expected.truncated,
+                version,
+            )
+            torch.testing.assert_close(found.logprobs, expected.logprobs, atol=1e-4, rtol=0)
+
+
+def requests(count: int, seed: int = 5) -> list[Request]:
+    draw = random.Random(seed)
+    return [Request(tuple(draw.randrange(2, 60) for _ in range(draw.randint(1, 30))), i) for i in range(count)]
+
+
+def new_engine(log_dir: Path, **options: Any) -> ServerEngine:
+    common: dict[str, Any] = {"dtype": "float32", "max_tokens": MAX_TOKENS, "batch_size": 64, "eager": True}
+    return ServerEngine(BASE, log_dir=log_dir, **(common | options))
+
+
+@pytest.fixture(scope="module")
+def truth() -> Truth:
+    return Truth()
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerEngine]:
+    engine = new_engine(
+        tmp_path_factory.mktemp("servers"), num=2, port=free_ports_from(), deadline_s=60, max_restarts=2
+    )
+    groups = [process.pid for process in engine.fleet.processes.values()]
+    yield engine
+    groups += [process.pid for process in engine.fleet.processes.values() if process.alive()]
+    engine.close()
+    assert not [pid for pid in groups if members(pid)]
+
+
+def free_ports_from() -> int:
+    """The first of two neighbouring ports that nobody listens at."""
+    for port in range(20000 + os.getpid() % 5000, 60000, 2):
+        with socket.socket() as one, socket.socket() as two:
+            try:
+                one.bind(("127.0.0.1", port))
+                two.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("no free ports")
+
+
+def members(group: int) -> list[int]:
+    """The processes of a process group that are not dead."""
+    found = []
+    for process in psutil.process_iter(["status"]):
+        try:
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except ProcessLookupError:
+            continue
+    return found
+
+
+def post(url: str, path: str, body: Any = None) -> Any:
+    answer = server_http.ask_all([url], path, bodies={url: body}, deadline_s=20)[url]
+    assert not isinstance(answer, Exception), answer
+    return answer
+
+
+def spoil(url: str) -> None:
+    """Behind the engine's back: other weights, labelled as the ones the server started with."""
+    post(url, "/weight_checker", {"action": "reset"})
+    post(url, "/update_weight_version", {"new_version": "default"})
+
+
+def test_every_update_reaches_all_servers(engine: ServerEngine, truth: Truth) -> None:
+    prompts = requests(13)
+    for version in (1, 2, 3):
+        engine.update_weights(truth.weights(version), version)
+        finished: list[Sample] = []
+        samples = engine.generate(prompts, GREEDY, finished.extend)
+        truth.check(samples, version)
+        assert [sample.prompt_ids for sample in samples] == [request.prompt_ids for request in prompts]
+        assert sorted(map(str, finished)) == sorted(map(str, samples))
+    for url in engine.urls:  # not one server alone
+        one = Round([url], "3", 64, 60, engine.tokenizer, engine.eos)
+        got: dict[int, Sample] = {}
+        asyncio.run(one.run(prompts, GREEDY, got.__setitem__))
+        truth.check([got[number] for number in range(len(prompts))], 3)
+
+
+def test_logprobs_are_those_of_the_nucleus_and_a_seed_fixes_its_response(engine: ServerEngine, truth: Truth) -> None:
+    engine.update_weights(truth.weights(4), 4)
+    sampling, prompts = Sampling(0.8, 0.7, 16), requests(8)
+    samples = engine.generate(prompts, sampling)
+    again = engine.generate(prompts[::-1], sampling)[::-1]
+    assert [sample.response_ids for sample in again] == [sample.response_ids for sample in samples]
+    truth.engine.update_weights(truth.weights(4), 4)
+    for sample in samples:
+        ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids]])
+        with torch.no_grad():
+            scores = truth.engine.model(ids).logits[0, len(sample.prompt_ids) - 1 : -1] / sampling.temperature
+        for at, token, found in zip(scores.double().softmax(-1), sample.response_ids, sample.logprobs, strict=True):
+            order = at.sort(descending=True)
+            kept = order.indices[: int((order.values.cumsum(0) < sampling.top_p).sum()) + 1]
+            assert token in kept
+            assert abs((at[token] / at[kept].sum()).log().item() - found) < 1e-4
+
+
+def test_old_weights_are_noticed_and_replaced(engine: ServerEngine, truth: Truth) -> None:
+    engine.update_weights(truth.weights(5), 5)
+    stale, restarts = engine.num_stale, engine.num_restarts
+    spoil(engine.urls[1])
+    truth.check(engine.generate(requests(13), GREEDY), 5)
+    assert engine.num_stale > stale and engine.num_restarts == restarts
+    assert engine.metrics()["servers/stale"] == engine.num_stale
+
+
+def two_ranks(rank: int, world: int, urls: list[str], log_dir: Path, weights: Frozen) -> Any:
+    engine = new_engine(log_dir, urls=urls, deadline_s=60)
+    engine.update_weights(weights, 6)
+    if rank == 0:
+        spoil(urls[0])
+    samples = engine.generate(requests(5, seed=rank), GREEDY)
+    engine.close()
+    return samples, engine.metrics()
+
+
+def test_two_ranks_share_servers_that_run_already(engine: ServerEngine, truth: Truth, tmp_path: Path) -> None:
+    found = gloo.run(two_ranks, 2, engine.urls, tmp_path, truth.weights(6))
+    for samples, _ in found:
+        truth.check(samples, 6)
+    assert found[0][1] == found[1][1]
+    assert found[0][1]["servers/stale"] > 0
+
+
+def test_a_killed_and_a_hanging_server_are_replaced(
+    engine: ServerEngine, truth: Truth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.update_weights(truth.weights(7), 7)
+    restarts, failed = engine.num_restarts, engine.num_failed
+    monkeypatch.setattr(server_round, "HEALTH_S", 0.5)
+    killed, hanging = (engine.fleet.processes[url] for url in engine.urls)
+    engine.fleet.max_restarts = restarts + 2
+    finished: list[Sample] = []
+
+    def strike(done: list[Sample]) -> None:
+        if not finished:
+            os.killpg(killed.pid, signal.SIGKILL)
+            os.killpg(hanging.pid, signal.SIGSTOP)
+        finished.extend(done)
+
+    given_up: list[float] = []
+    repair = engine.fleet.repair
+
+    def timed(faults: dict[str, str]) -> None:
+        given_up.append(time.monotonic())
+        repair(faults)
+
+    monkeypatch.setattr(engine.fleet, "repair", timed)
+    prompts, start = requests(60), time.monotonic()
+    truth.check(engine.generate(prompts, GREEDY, strike), 7)
+    assert given_up[0] - start < 30  # far below the minute that a response may take
+    assert engine.num_restarts == restarts + 2
+    assert engine.num_failed > failed
+    assert len(finished) == 60  # what was answered before the strike was not asked for again
+
+
+def test_no_restart_is_left(engine: ServerEngine, truth: Truth) -> None:
+    engine.update_weights(truth.weights(8), 8)
+    engine.fleet.max_restarts = engine.num_restarts
+    process = engine.fleet.processes[engine.urls[0]]
+    os.killpg(process.pid, signal.SIGKILL)
+    with pytest.raises(RolloutError, match=rf"max_restarts allows {engine.num_restarts}(.|\n)*{process.log_file.name}"):
+        engine.generate(requests(4), GREEDY)
