@@ -1,6 +1,6 @@
 """How a vLLM worker takes new weights where NCCL does not serve: backends registered with vLLM's own factory.
 
-    in_process   the weights themselves, handed over inside one process (rollout/vllm.py)
+    in_process   the weights themselves, handed over inside one process (rollout/vllm_colocated.py)
     inline       base64 in the HTTP request: servers on a machine without NCCL (rollout/vllm_server.py)
 
 vLLM imports this file in each of its workers: ``register`` is the entry point ``vllm.general_plugins`` of this package.
@@ -12,7 +12,7 @@ import base64
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class NoInit(WeightTransferInitInfo):
     """There is nothing to agree on beforehand."""
 
 
-class Transfer(WeightTransferEngine[NoInit, Update]):
+class Transfer(WeightTransferEngine[NoInit, Update], Generic[Update]):
     """Loads checkpoint-format tensors layer by layer: each layer is processed for its kernels when it is complete.
 
     ``finish_weight_update`` raises ValueError naming the parameters that no tensor has filled.
@@ -166,4 +166,4 @@ def _chunks(weights: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, T
 
 def _encoded(value: Tensor) -> str:
     flat = value.detach().cpu().contiguous().view(-1)
-    return base64.b64encode(flat.view(torch.uint8).numpy()).decode("ascii")
+    return base64.b64encode(memoryview(flat.view(torch.uint8).numpy())).decode("ascii")

@@ -30,7 +30,7 @@ def create_engine(
 
             return HFEngine(model_path, batch_size=rollout.batch_size)
         if rollout.engine == "vllm":
-            from megatron_ext.rollout.vllm import VLLMEngine
+            from megatron_ext.rollout.vllm_colocated import VLLMEngine
 
             return VLLMEngine(
                 model_path,

@@ -55,7 +55,7 @@ def rollouts(rank: int, world: int, folders: list[Path], shared: int) -> list[tu
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1"}
     from megatron_ext import host
     from megatron_ext.model import build, hf_config, hf_weights
-    from megatron_ext.rollout.vllm import VLLMEngine
+    from megatron_ext.rollout.vllm_colocated import VLLMEngine
     from megatron_ext.train import config, parallel
 
     host.enter()
@@ -113,7 +113,7 @@ def nucleus_of(reference: HFEngine, sample: Sample, sampling: Sampling) -> list[
 
 
 def alone(_rank: int, _world: int, folder: Path, case: str) -> Any:
-    from megatron_ext.rollout.vllm import VLLMEngine
+    from megatron_ext.rollout.vllm_colocated import VLLMEngine
 
     torch.distributed.destroy_process_group()
     engine = VLLMEngine(folder, dtype="float32", max_tokens=64, eager=True)

@@ -169,6 +169,7 @@ def _engine_group(tensor: int) -> dist.ProcessGroup | None:
         return None
     ranks = range(dist.get_world_size())
     mine, _ = dist.new_subgroups_by_enumeration([list(ranks[first : first + tensor]) for first in ranks[::tensor]])
+    assert isinstance(mine, dist.ProcessGroup)  # every rank is in one of them
     return mine
 
 
