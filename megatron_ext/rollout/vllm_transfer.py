@@ -166,4 +166,4 @@ def _chunks(weights: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, T
 
 def _encoded(value: Tensor) -> str:
     flat = value.detach().cpu().contiguous().view(-1)
-    return base64.b64encode(memoryview(flat.view(torch.uint8).numpy())).decode("ascii")
+    return base64.b64encode(flat.view(torch.uint8).numpy().tobytes()).decode("ascii")
