@@ -9,27 +9,31 @@ Whichever of the two ends first, the whole process group is killed, so that no w
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
+
+SETTLE_S = 0.5  # for the workers of a server that has ended to remove their shared memory
 
 
 def main() -> None:
     server = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL)
     threading.Thread(target=_end_with_the_trainer, args=(server,), daemon=True).start()
     server.wait()
+    time.sleep(SETTLE_S)
     os.killpg(0, signal.SIGKILL)
 
 
 def _end_with_the_trainer(server: subprocess.Popen[bytes]) -> None:
     os.read(sys.stdin.fileno(), 1)
     server.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
+    try:
         server.wait(float(sys.argv[1]))
-    os.killpg(0, signal.SIGKILL)
+    except subprocess.TimeoutExpired:
+        os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":
