@@ -103,6 +103,7 @@ def _launch(config: Config, options: argparse.Namespace) -> int:
 
 
 def _train(config: Config) -> int:
+    from megatron_ext.rollout.base import RolloutError
     from megatron_ext.rollout.rewards import VerifierError
     from megatron_ext.train.alarms import AlarmError
     from megatron_ext.train.loop import run
@@ -115,7 +116,7 @@ def _train(config: Config) -> int:
     except VerifierError as error:
         print(f"reward health\n{error}", file=sys.stderr)
         return HEALTH
-    except (AlarmError, MismatchError) as error:
+    except (AlarmError, MismatchError, RolloutError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"training health\n{error}", file=sys.stderr)
         return HEALTH
