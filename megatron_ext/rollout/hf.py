@@ -8,18 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-)
+from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 from transformers.utils import logging
 
 from megatron_ext import host
 from megatron_ext.rollout.base import Request, Sampling
+from megatron_ext.rollout.model_files import eos_ids, load_tokenizer
 from megatron_ext.rollout.sampling import gumbel, nucleus_logprobs
 from megatron_ext.types import Sample
 
@@ -33,7 +27,7 @@ class HFEngine:
 
     def __init__(self, model_path: str | Path, *, batch_size: int = 256) -> None:
         logging.disable_progress_bar()
-        self.tokenizer = AutoTokenizer.from_pretrained(model_path)
+        self.tokenizer = load_tokenizer(model_path)
         model: Any = AutoModelForCausalLM.from_pretrained(model_path)
         self.model = model.to(host.device()).eval()
         self.batch_size = batch_size
@@ -144,15 +138,3 @@ def _as_stored(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
             gate, up = expert.chunk(2)
             yield f"{at}.{number}.gate_proj.weight", gate
             yield f"{at}.{number}.up_proj.weight", up
-
-
-def eos_ids(model_path: str | Path) -> list[int]:
-    """The tokens that end a response. Raises ValueError when the model directory names none."""
-    try:
-        eos = GenerationConfig.from_pretrained(model_path).eos_token_id
-    except OSError:
-        eos = None
-    eos = AutoConfig.from_pretrained(model_path).eos_token_id if eos is None else eos
-    if eos is None:
-        raise ValueError(f"{model_path}: generation_config.json and config.json name no eos_token_id; add one")
-    return [eos] if isinstance(eos, int) else list(eos)

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from megatron_ext.rollout.base import Request, Sampling, Weights
-from megatron_ext.rollout.hf import eos_ids
+from megatron_ext.rollout.model_files import eos_ids, load_tokenizer
 from megatron_ext.rollout.vllm_shared import cpu_arguments, finished_sample, sampling_parameters
 from megatron_ext.types import Sample
 
@@ -58,7 +58,7 @@ class VLLMEngine:
         eager: bool = False,
     ) -> None:
         """``max_tokens``: of prompt and response together. ``memory_share``: of the GPU's memory, while awake."""
-        self.tokenizer = AutoTokenizer.from_pretrained(model_path)
+        self.tokenizer = load_tokenizer(model_path)
         self.group = _engine_group(tensor)
         self.version = 0
         self.asleep = False

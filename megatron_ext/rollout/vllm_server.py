@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from megatron_ext.rollout.base import Request, RolloutError, Sampling, Weights
-from megatron_ext.rollout.hf import eos_ids
+from megatron_ext.rollout.model_files import eos_ids, load_tokenizer
 from megatron_ext.rollout.server_http import check_servers
 from megatron_ext.rollout.server_round import Outcome, Round
 from megatron_ext.rollout.servers import Fleet, ServerProcess, free_ports, serve_command
@@ -66,7 +66,7 @@ class ServerEngine:
     ) -> None:
         """``max_tokens``: of prompt and response together. ``batch_size``: sequences one server decodes at once.
         ``address``: this node's, where servers or ranks are on others. ``deadline_s``: for one response."""
-        self.tokenizer = AutoTokenizer.from_pretrained(model_path)
+        self.tokenizer = load_tokenizer(model_path)
         self.eos = eos_ids(model_path)
         config = AutoConfig.from_pretrained(model_path)
         max_tokens = min(max_tokens, config.max_position_embeddings)

@@ -62,6 +62,6 @@ def create_engine(
             log_dir=log_dir,
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.path: {model_path} cannot be loaded by rollout.engine={rollout.engine}: {error}"
-        ) from None
+        known = str(error).startswith("rollout.")  # an option at fault, and not the model
+        where = "" if known else f"model.path: {model_path} cannot be loaded by rollout.engine={rollout.engine}: "
+        raise ConfigError(f"{where}{error}") from None

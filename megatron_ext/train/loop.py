@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer
 
 from megatron_ext import host
 from megatron_ext.model.build import build_policy, build_reference
@@ -21,6 +20,7 @@ from megatron_ext.model.critic import build_critic
 from megatron_ext.model.hf_config import read_architecture
 from megatron_ext.model.hf_weights import PolicyWeights
 from megatron_ext.rollout.base import RolloutEngine
+from megatron_ext.rollout.model_files import load_tokenizer
 from megatron_ext.rollout.rewards import RewardPool
 from megatron_ext.train import checkpoint, parallel
 from megatron_ext.train.alarms import Alarms
@@ -284,11 +284,11 @@ def _load_data(config: Config, pool: RewardPool) -> list[EncodedProblem]:
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+            tokenizer = load_tokenizer(config.model.path)
             box[0], lines = load_training_data(config, score=pool.score, tokenizer=tokenizer)
             for line in lines:
                 _tell(line)
-        except ConfigError as error:
+        except ValueError as error:  # a ConfigError, or a model directory without tokenizer
             box[1] = str(error)
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
