@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from megatron_ext.rollout.base import RolloutEngine
 from megatron_ext.rollout.vllm_version import vllm_fault
@@ -23,7 +24,14 @@ def create_engine(
     ``log_dir`` takes the output of servers that are started.
     """
     check_engine(rollout)
-    max_tokens = max_prompt_tokens + rollout.max_response_tokens
+    vllm: dict[str, Any] = {
+        "dtype": dtype,
+        "max_tokens": max_prompt_tokens + rollout.max_response_tokens,
+        "batch_size": rollout.batch_size,
+        "tensor": rollout.tensor,
+        "memory_share": rollout.memory_share,
+        "eager": rollout.eager,
+    }
     try:
         if rollout.engine == "hf":
             from megatron_ext.rollout.hf import HFEngine
@@ -32,35 +40,10 @@ def create_engine(
         if rollout.engine == "vllm":
             from megatron_ext.rollout.vllm_colocated import VLLMEngine
 
-            return VLLMEngine(
-                model_path,
-                dtype=dtype,
-                max_tokens=max_tokens,
-                batch_size=rollout.batch_size,
-                tensor=rollout.tensor,
-                memory_share=rollout.memory_share,
-                eager=rollout.eager,
-            )
+            return VLLMEngine(model_path, **vllm)
         from megatron_ext.rollout.vllm_server import ServerEngine
 
-        servers = rollout.servers
-        return ServerEngine(
-            model_path,
-            dtype=dtype,
-            max_tokens=max_tokens,
-            batch_size=rollout.batch_size,
-            tensor=rollout.tensor,
-            memory_share=rollout.memory_share,
-            eager=rollout.eager,
-            urls=servers.urls,
-            num=servers.num,
-            port=servers.port,
-            devices=servers.devices,
-            address=servers.address,
-            deadline_s=servers.deadline_s,
-            max_restarts=servers.max_restarts,
-            log_dir=log_dir,
-        )
+        return ServerEngine(model_path, **vllm, **rollout.servers.model_dump(), log_dir=log_dir)
     except (OSError, ValueError) as error:
         known = str(error).startswith("rollout.")  # an option at fault, and not the model
         where = "" if known else f"model.path: {model_path} cannot be loaded by rollout.engine={rollout.engine}: "
