@@ -28,7 +28,13 @@ RECIPE = "recipes/grpo/grpo-tiny-cpu.toml"
 BASE = Path("recipes/tiny/base")
 WARM_UP = 2  # steps
 WORST = 1e-4  # mean nats between engine and trainer, float32
-LARGE = {"hidden_size": 320, "intermediate_size": 960, "num_hidden_layers": 6, "num_attention_heads": 8}
+LARGE = {
+    "hidden_size": 384,
+    "intermediate_size": 1152,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+}
 PROMPTS, SAMPLES = 8, 8  # of a step, in one update
 
 
