@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ FLAT = [0.4] * STEPS
 
 @pytest.fixture
 def plan() -> Plan:
-    return load_plan(Path("recipes/lab/lab.toml"))
+    return replace(load_plan(Path("recipes/lab/lab.toml")), seeds=3)
 
 
 @pytest.fixture
