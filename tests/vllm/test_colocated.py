@@ -21,6 +21,7 @@ from tests import gloo
 BASE = Path(__file__).parents[2] / "recipes" / "tiny" / "base"
 GREEDY, NUCLEUS = Sampling(0.0, 1.0, 16), Sampling(0.8, 0.7, 16)
 UPDATES = 3
+KEPT: list[Any] = []  # engines live as long as their rank: vLLM takes the process group down with it
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,7 @@ def rollouts(rank: int, world: int, folders: list[Path], shared: int) -> list[tu
     architecture = hf_config.read_architecture(config.hf_config(folders[0]))
     policy = build.build_policy(architecture, tensor=world, pipeline=1, sequence=False, dtype=torch.float32)
     engine = VLLMEngine(folders[0], dtype="float32", max_tokens=200, tensor=shared, eager=True)
+    KEPT.append(engine)
     mine = requests(11)[rank::world]
     found = []
     for version, folder in enumerate(folders[1:], 1):
@@ -116,6 +118,7 @@ def alone(_rank: int, _world: int, folder: Path, case: str) -> Any:
 
     torch.distributed.destroy_process_group()
     engine = VLLMEngine(folder, dtype="float32", max_tokens=64, eager=True)
+    KEPT.append(engine)
     if case == "draws":
         many = [Request(requests(3)[2].prompt_ids[:4], seed_of(1, i)) for i in range(200)]
         again = engine.generate(many[::-1][:7], Sampling(2.0, 1.0, 8))
