@@ -26,6 +26,7 @@ from megatron_ext.rollout.vllm_shared import cpu_arguments, finished_sample, sam
 from megatron_ext.types import Sample
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vllm is imported
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # workers of one NUMA node could not all be bound to it
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the scheduler must run here: external_launcher demands it
 
 from vllm import LLM, SamplingParams  # noqa: E402
@@ -60,6 +61,7 @@ class VLLMEngine:
         """``max_tokens``: of prompt and response together. ``memory_share``: of the GPU's memory, while awake."""
         self.tokenizer = load_tokenizer(model_path)
         self.group = _engine_group(tensor)
+        self.here = self.group is not None or tensor == 1  # else vLLM starts workers: to evaluate, not to be updated
         self.version = 0
         self.asleep = False
         self.eos = eos_ids(model_path)
@@ -77,16 +79,18 @@ class VLLMEngine:
             enforce_eager=eager,
             logprobs_mode="processed_logprobs",
             enable_prefix_caching=True,
-            weight_transfer_config=WeightTransferConfig(backend=vllm_transfer.IN_PROCESS),
+            weight_transfer_config=WeightTransferConfig(backend=vllm_transfer.IN_PROCESS) if self.here else None,
             disable_log_stats=True,
             use_tqdm_on_load=False,
             seed=0,
             **_for_device(config, memory_share, batch_size=batch_size, max_tokens=max_tokens, dtype=dtype),
         )
-        self.llm.init_weight_transfer_engine({"init_info": {}})
+        if self.here:
+            self.llm.init_weight_transfer_engine({"init_info": {}})
 
     def update_weights(self, weights: Weights, version: int) -> None:
         """Load the stream layer by layer; what was computed with older weights is forgotten."""
+        assert self.here
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
         self.llm.start_weight_update()
