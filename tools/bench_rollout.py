@@ -115,11 +115,9 @@ def random_model(folder: Path) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config: Any = AutoConfig.from_pretrained(BASE)
-    for name, value in LARGE.items():
-        setattr(config, name, value)
-    config.layer_types = None
-    config = type(config)(**{k: v for k, v in config.to_dict().items() if k not in ("layer_types", "head_dim")})
+    base: Any = AutoConfig.from_pretrained(BASE)
+    derived = ("layer_types", "head_dim")  # from the sizes
+    config = type(base)(**{name: value for name, value in base.to_dict().items() if name not in derived} | LARGE)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     model.lm_head.weight.data[config.eos_token_id] = 0.0

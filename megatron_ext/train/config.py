@@ -38,9 +38,7 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     fused_head: bool = False  # statistics from hidden states: the logits are never stored whole, 4 GEMMs instead of 3
     offload_reference: bool = False  # the reference's weights wait in host memory between two uses
-    offload_optimizer: bool = (
-        False  # gradients are freed, optimizer state waits in host memory while responses are drawn
-    )
+    offload_optimizer: bool = False  # its state waits in host memory, gradients are freed, while responses are drawn
     recompute: Literal["none", "mlp", "full"] = "none"  # what backward computes again: nothing, MLPs, whole layers
 
 
