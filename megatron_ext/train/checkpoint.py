@@ -15,6 +15,7 @@ import functools
 import io
 import pickle
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -217,8 +218,11 @@ def _padding_counted(optimizer: Any) -> Iterator[None]:
 
 
 def _is_extra(name: str) -> bool:
-    """Transformer Engine's FP8 recipe state: pickled objects, and empty for the dtypes used here."""
-    return name.endswith("_extra_state")
+    """Transformer Engine's FP8 recipe state: pickled objects, and empty for the dtypes used here.
+
+    A layer has one ``_extra_state``, a grouped layer one more for each further expert: ``_extra_state1`` and so on.
+    """
+    return re.search(r"(^|\.)_extra_state\d*$", name) is not None
 
 
 def _allocate(optimizer: Any) -> None:
