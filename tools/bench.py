@@ -1,6 +1,7 @@
 """Benchmarks that check before they time.
 
     python -m tools.bench ops [--device cpu|cuda] [--tp N] [--rows 256] [--vocab 151936 32000] [--dtype float32]
+    python -m tools.bench ops --count      launches, synchronisations, bytes and compiled kernels, on any machine
     python -m tools.bench rollout [--engines hf vllm vllm_server] [--steps 8]        (tools/bench_rollout.py)
 
 Writes ``runs/bench/ops-<device>-tp<N>.json`` and ``.svg``, or ``runs/bench/rollout.json``. A result that is wrong ends
@@ -29,6 +30,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--top-p", type=float, default=0.8)
     parser.add_argument("--repeat", type=int, default=9, help="interleaved repetitions; medians are reported")
+    parser.add_argument(
+        "--count", action="store_true", help="of ops: count what a GPU would be asked for, time nothing"
+    )
     parser.add_argument("--out", default="runs/bench")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, help="of rollout")
     parser.add_argument("--steps", type=int, default=8, help="of rollout: of every run")
@@ -38,6 +42,10 @@ def main(arguments: Sequence[str]) -> int:
         from tools.bench_rollout import run as run_rollout
 
         return run_rollout(options)
+    if options.count:
+        from tools.bench_count import run as run_count
+
+        return run_count(options)
     if options.tp > 1 and not launched():
         return run_ranks("tools.bench", arguments, options.tp)
     from tools.bench_ops import run

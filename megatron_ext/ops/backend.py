@@ -1,46 +1,56 @@
-"""Which row work runs where: Triton kernels on a GPU, the portable torch path elsewhere. Decided once, and logged."""
+"""Who does the operators' work: Triton kernels on a GPU, torch elsewhere. Decided once for a device, and logged."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Mapping
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_ext.ops import rows
-from megatron_ext.ops.rows import RowGradient
-from megatron_ext.ops.window import Window
+from megatron_ext.ops import portable
+from megatron_ext.ops.options import Forward, Options
 
 log = logging.getLogger(__name__)
 
 
-class RowWork(Protocol):
-    """The two functions of rows.py and of kernels/rows.py."""
+class Implementation(Protocol):
+    """The two functions of portable.py and of kernels/implementation.py.
 
-    def summarise(
-        self, logits: Tensor, column: Tensor, scale: Tensor, real: int, **options: Any
-    ) -> tuple[Tensor, Window | None]: ...
+    ``logits`` ``[T, shard.width]`` with ``targets`` ``[T]`` int64 and ``scale`` ``[T, 1]``, 1 / temperature in the
+    dtype of the arithmetic. ``forward`` may exchange over the shard's group, ``backward`` does not; it writes the
+    gradient to ``out``, which may be ``logits``. The rows of ``saved`` belong to those of ``logits``.
+    """
 
-    def gradient(
-        self, logits: Tensor, column: Tensor, scale: Tensor, real: int, row: RowGradient, out: Tensor
+    def forward(self, logits: Tensor, targets: Tensor, scale: Tensor, options: Options) -> Forward: ...
+
+    def backward(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        scale: Tensor,
+        saved: tuple[Tensor, ...],
+        upstream: Mapping[str, Tensor],
+        options: Options,
+        out: Tensor,
     ) -> None: ...
 
 
-def row_work(logits: Tensor) -> RowWork:
-    """fp64 is for checks: always the portable path."""
-    return rows if logits.dtype == torch.float64 else decide(logits.device.type)  # pyright: ignore[reportReturnType]
+def implementation(logits: Tensor) -> Implementation:
+    """fp64 is for checks: always torch's."""
+    return portable if logits.dtype == torch.float64 else decide(logits.device.type)
 
 
 @cache
-def decide(device: str) -> RowWork:
-    """The row work of a device type."""
+def decide(device: str) -> Implementation:
+    """The implementation for a device type."""
     if device == "cuda" and importlib.util.find_spec("triton"):
-        from megatron_ext.ops.kernels import rows as kernels
+        from megatron_ext.ops.kernels import implementation as kernels
 
         log.info("policy statistics on %s: Triton kernels", device)
-        return kernels  # pyright: ignore[reportReturnType]
+        return kernels
     log.info("policy statistics on %s: portable torch path", device)
-    return rows  # pyright: ignore[reportReturnType]
+    return portable

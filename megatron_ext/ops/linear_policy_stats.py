@@ -2,14 +2,14 @@
 
     logits = hidden @ weight^T      hidden [T, D], weight [V/TP, D] (this rank's rows of the output layer)
 
-Forward: for each chunk of rows one GEMM, the row work of policy_stats, and the chunk's logits are dropped; the exchange
-is one for all chunks. Backward: for each chunk the GEMM again, the gradient written over its logits, then
+Forward: for each chunk of rows one GEMM and the work of policy_stats, exchange included, then the chunk's logits are
+dropped. Backward: for each chunk the GEMM again, the gradient written over its logits, then
 
     d_hidden = d_logits @ weight, summed over the group        d_weight = d_logits^T @ hidden, accumulated in fp32
 
 Four GEMMs instead of three: for when 2 * T * V / TP bytes of logits do not fit. With ``sequence_parallel`` hidden is
 this rank's ``[T / TP, D]`` of the rows: it is gathered forward and again backward, and d_hidden is reduce-scattered.
-Saved: hidden and weight, which the caller keeps anyway, and at most eight numbers a row.
+Saved: hidden and weight, which the caller keeps anyway, and the row numbers of policy_stats.
 """
 
 from __future__ import annotations
@@ -20,24 +20,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ext.ops.backend import row_work
+from megatron_ext.ops.backend import implementation
 from megatron_ext.ops.collectives import all_gather, group_size, sum_over_ranks, sum_own_rows
-from megatron_ext.ops.nucleus import Rule
-from megatron_ext.ops.shard import VocabShard
-from megatron_ext.ops.stats import (
+from megatron_ext.ops.options import (
     NUCLEUS,
     WINDOW,
     Options,
     PolicyStats,
+    Rule,
     check,
-    finish,
-    local_columns,
-    row_gradient,
+    given,
+    join,
+    returned,
     row_scale,
+    without_gradient,
 )
-from megatron_ext.ops.window import Window
+from megatron_ext.ops.shard import VocabShard
 
-CHUNK = 1024  # rows whose logits exist at once
+CHUNK_BYTES = 1 << 29  # of logits that exist at once: fewer chunks as tensor parallelism narrows the shard
+
+
+def chunk_rows(width: int, element_bytes: int) -> int:
+    """Rows of logits of a shard ``width`` columns wide that :func:`linear_policy_stats` holds at once."""
+    return max(1, CHUNK_BYTES // (width * element_bytes))
 
 
 def linear_policy_stats(
@@ -51,10 +56,10 @@ def linear_policy_stats(
     nucleus: str = "reach",
     want: Sequence[str] = ("logprob", "entropy"),
     grad: Sequence[str] = ("logprob",),
-    ties: str = "all",
     window: int = WINDOW,
     sequence_parallel: bool = False,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
+    main_grad: Tensor | None = None,
 ) -> PolicyStats:
     """:func:`policy_stats` of ``hidden @ weight^T``, with gradients for hidden and weight.
 
@@ -63,29 +68,41 @@ def linear_policy_stats(
             ``sequence_parallel`` this rank's ``[rows / TP, D]``.
         weight: ``[shard.width, D]`` in the dtype of hidden.
         targets: ``[rows]`` int64, global token ids (all rows, also with ``sequence_parallel``).
-        chunk: rows whose logits exist at once.
+        chunk: rows whose logits exist at once; None: as many as CHUNK_BYTES hold.
+        main_grad: fp32 ``[shard.width, D]`` that the gradient of the weight is added to, chunk by chunk. Autograd then
+            gets an uninitialised tensor in its place, which the caller must ignore (Megatron's
+            ``grad_added_to_main_grad``).
 
-    The other arguments, the outputs and the errors are those of :func:`policy_stats`. Rows the windows cannot decide
-    (slow rows) cost their chunk's logits once more. The gradient of the weight is summed in fp32 over the chunks, then
-    rounded to the weight's dtype; the sum over data-parallel ranks is the caller's.
+    The other arguments, the outputs and the errors are those of :func:`policy_stats`. Without ``main_grad`` the
+    gradient of the weight is summed in fp32 over the chunks, then rounded to the weight's dtype; the sum over
+    data-parallel ranks is the caller's.
     """
     if hidden.ndim != 2 or weight.shape != (shard.width, hidden.shape[1]) or weight.dtype != hidden.dtype:
         raise ValueError(
             f"linear_policy_stats: hidden is {hidden.dtype} {list(hidden.shape)} and weight {weight.dtype} "
             f"{list(weight.shape)}, expected [rows, D] and [{shard.width}, D] of one dtype for {shard}"
         )
-    if chunk < 1:
+    if chunk is not None and chunk < 1:
         raise ValueError(f"linear_policy_stats: chunk is {chunk}, expected at least 1 row")
-    rule = Rule(top_p, nucleus, ties) if top_p is not None and any(name in NUCLEUS for name in want) else None
+    rule = Rule(top_p, nucleus) if top_p is not None and any(name in NUCLEUS for name in want) else None
     options = Options(shard, rule, tuple(want), tuple(grad), window)
     T = len(hidden) * (group_size(shard.group) if sequence_parallel else 1)
-    check(T, hidden.dtype, targets, temperature, options, top_p, nucleus, ties)
+    check("linear_policy_stats", T, hidden.dtype, targets, temperature, options, top_p, nucleus)
     scale = row_scale(temperature, T, hidden)
-    outputs = _LinearPolicyStatsFunction.apply(hidden, weight, targets, scale, options, sequence_parallel, chunk)
-    return PolicyStats(*outputs)
+    rows = chunk or chunk_rows(shard.width, hidden.element_size())
+    return PolicyStats(
+        *_LinearPolicyStatsFunction.apply(hidden, weight, targets, scale, options, sequence_parallel, rows, main_grad)
+    )
 
 
 class _LinearPolicyStatsFunction(torch.autograd.Function):
+    """
+    saved       [T, D] hidden ([T/TP, D] with sequence_parallel), [V/TP, D] weight: the caller's tensors
+                what policy_stats saves besides the logits
+    forward     a GEMM a chunk; gathers hidden with sequence_parallel; the exchange of policy_stats a chunk
+    backward    three GEMMs a chunk; gathers hidden again; sums d_hidden over the group once
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -96,37 +113,34 @@ class _LinearPolicyStatsFunction(torch.autograd.Function):
         options: Options,
         sequence_parallel: bool,
         chunk: int,
+        main_grad: Tensor | None,
     ) -> tuple:
-        shard = options.shard
-        everything = _all_rows(hidden, shard, sequence_parallel)
-        columns, parts = local_columns(targets, shard), []
+        everything, parts = _all_rows(hidden, options.shard, sequence_parallel), []
         for index in _chunks(len(targets), chunk):
             logits = everything[index] @ weight.T
-            parts.append(
-                row_work(logits).summarise(logits, columns[index], scale[index], shard.real, **options.summary)
-            )
-        sums = torch.cat([part[0] for part in parts])
-        windows = [part[1] for part in parts if part[1] is not None]
-
-        window = Window.join(windows) if windows else None
-        outputs, cut, saved = finish(
-            ctx, sums, window, _Recompute(everything, weight, shard, chunk), targets, scale, options
-        )
-        ctx.sequence_parallel, ctx.chunk = sequence_parallel, chunk
-        ctx.save_for_backward(hidden, weight, targets, scale, cut, *saved)
+            parts.append(implementation(logits).forward(logits, targets[index], scale[index], options))
+        found = join(parts)
+        outputs = returned(found, options)
+        ctx.options, ctx.sequence_parallel, ctx.chunk, ctx.main_grad = options, sequence_parallel, chunk, main_grad
+        ctx.save_for_backward(hidden, weight, targets, scale, *found.saved)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*without_gradient(outputs, options))
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden, weight, targets, scale, cut, *saved = ctx.saved_tensors
+        hidden, weight, targets, scale, *saved = ctx.saved_tensors
         options, shard = ctx.options, ctx.options.shard
-        row, columns = row_gradient(saved, scale, cut, upstream, options), local_columns(targets, shard)
+        gradients = given(upstream, options)
         everything = _all_rows(hidden, shard, ctx.sequence_parallel)
-        d_hidden = torch.empty_like(everything)
-        d_weight = torch.zeros_like(weight, dtype=scale.dtype) if ctx.needs_input_grad[1] else None
+        d_hidden, d_weight = torch.empty_like(everything), ctx.main_grad
+        if d_weight is None and ctx.needs_input_grad[1]:
+            d_weight = torch.zeros_like(weight, dtype=scale.dtype)
         for index in _chunks(len(targets), ctx.chunk):
             logits = everything[index] @ weight.T
-            row_work(logits).gradient(logits, columns[index], scale[index], shard.real, row.rows(index), logits)
+            part = tuple(value[index] for value in saved)
+            own = {name: value[index] for name, value in gradients.items()}
+            implementation(logits).backward(logits, targets[index], scale[index], part, own, options, logits)
             torch.mm(logits, weight, out=d_hidden[index])
             if d_weight is not None:
                 _accumulate(d_weight, logits, everything[index])
@@ -134,28 +148,9 @@ class _LinearPolicyStatsFunction(torch.autograd.Function):
             d_hidden = sum_own_rows(d_hidden, shard.group)
         else:
             d_hidden = sum_over_ranks(d_hidden, shard.group)
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None, None
-
-
-class _Recompute:
-    """Logits of any rows once more, to the bit: a product of other rows may round otherwise, and then the crossing's
-    logit would not be found again in the backward. So whole chunks are multiplied, and the last one is kept."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, shard: VocabShard, chunk: int) -> None:
-        self.hidden, self.weight, self.real, self.chunk = hidden, weight, shard.real, chunk
-        self.at, self.logits = -1, hidden[:0]
-
-    def __call__(self, index: Tensor) -> Tensor:
-        parts = [self._of_chunk(at)[index[index // self.chunk == at] % self.chunk] for at in self._chunks_of(index)]
-        return torch.cat(parts)[:, : self.real]
-
-    def _chunks_of(self, index: Tensor) -> list[int]:
-        return (index // self.chunk).unique().tolist()  # index ascends, so the parts are in its order
-
-    def _of_chunk(self, at: int) -> Tensor:
-        if at != self.at:
-            self.at, self.logits = at, self.hidden[at * self.chunk : (at + 1) * self.chunk] @ self.weight.T
-        return self.logits
+        if ctx.main_grad is not None:
+            d_weight = torch.empty_like(weight)
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), *[None] * 6
 
 
 def _all_rows(hidden: Tensor, shard: VocabShard, sequence_parallel: bool) -> Tensor:
@@ -170,7 +165,7 @@ def _accumulate(d_weight: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
     """``d_weight += d_logits^T @ hidden`` with products and sums in the dtype of ``d_weight``."""
     if d_logits.dtype == d_weight.dtype:
         d_weight.addmm_(d_logits.T, hidden)
-    elif d_logits.is_cuda:
-        d_weight += torch.mm(d_logits.T, hidden, out_dtype=d_weight.dtype)
+    elif d_logits.is_cuda:  # the GEMM adds to its output: no second tensor of the weight's size
+        torch.ops.aten.addmm.dtype_out(d_weight, d_logits.T, hidden, d_weight.dtype, out=d_weight)
     else:
         d_weight.addmm_(d_logits.T.to(d_weight.dtype), hidden.to(d_weight.dtype))

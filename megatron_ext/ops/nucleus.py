@@ -8,13 +8,13 @@ crossing's key with all ranks' masses, four bits a round. Masses are fp64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_ext.ops.collectives import all_gather, all_to_all, group_rank, group_size
+from megatron_ext.ops.options import Rule
 from megatron_ext.ops.shard import VocabShard
 from megatron_ext.ops.window import Window, ascending, from_order_key, merge_windows, order_key
 
@@ -23,29 +23,11 @@ BLOCK = 1 << 19  # window entries, or logits, handled at once
 
 
 @dataclass(frozen=True)
-class Rule:
-    """Where the nucleus ends. ``limit`` is infinite for top_p 1: the crossing is then the lowest finite logit."""
-
-    top_p: float
-    nucleus: str  # reach | below
-    ties: str  # all | by_id
-
-    @property
-    def limit(self) -> float:
-        return self.top_p if self.top_p < 1 else float("inf")
-
-    @property
-    def keep_equal(self) -> bool:
-        return self.nucleus == "reach"
-
-
-@dataclass(frozen=True)
 class Rows:
-    """What every rank knows of every row after the exchange, ``[T, 1]`` each; the last six only with a nucleus.
+    """What every rank knows of every row after the exchange, ``[T, 1]`` each; the last four only with a nucleus.
 
     ``total`` and ``mass`` are relative to ``maximum``: sums of e^((x - maximum) * scale). ``size`` is -1 for a row that
-    was not certified. ``cut_rank`` and ``cut_count`` (ties by id): ranks before keep all their tokens equal to theta,
-    that rank the first ``cut_count``, ranks after it none.
+    was not certified.
     """
 
     maximum: Tensor
@@ -56,8 +38,6 @@ class Rows:
     mass: Tensor | None = None
     nucleus_entropy: Tensor | None = None
     size: Tensor | None = None
-    cut_rank: Tensor | None = None
-    cut_count: Tensor | None = None
 
 
 def merge(sums: Tensor, scale: Tensor) -> Rows:
@@ -90,9 +70,8 @@ def exchange_windows(sums: Tensor, window: Window, scale: Tensor, shard: VocabSh
         _decide(*_unpacked(payload[:, i : i + step], sums.dtype, window.entries.dtype), scale[i : i + step], rule)
         for i in range(0, own, step)
     ]
-    result = torch.cat(results) if results else torch.empty((0, 10), dtype=torch.float64, device=sums.device)
-    columns = 10 if rule.ties == "by_id" else 8
-    result = all_gather(result[:, :columns].to(sums.dtype), shard.group).flatten(0, 1)[:T]
+    result = torch.cat(results) if results else torch.empty((0, 8), dtype=torch.float64, device=sums.device)
+    result = all_gather(result.to(sums.dtype), shard.group).flatten(0, 1)[:T]
     return Rows(*result.split(1, dim=1))
 
 
@@ -110,7 +89,7 @@ def _unpacked(payload: Tensor, dtype: torch.dtype, entries: torch.dtype) -> tupl
 
 
 def _decide(sums: Tensor, windows: list[Window], scale: Tensor, rule: Rule) -> Tensor:
-    """The columns of ``Rows`` for the owner's rows ``[n, 10]``, in fp64."""
+    """The columns of ``Rows`` for the owner's rows ``[n, 8]``, in fp64."""
     rows, scale = merge(sums, scale), scale.double()
     maxima = [part[:, :1] for part in sums]
     logit, count = merge_windows(windows, maxima)
@@ -122,62 +101,46 @@ def _decide(sums: Tensor, windows: list[Window], scale: Tensor, rule: Rule) -> T
     certified = (before < logit.shape[1]) & (theta > floor)
     above = logit > theta
     sums_above = torch.stack([torch.where(above, v, 0).sum(-1) for v in (mass, mass * d, count)], -1)
-    if rule.ties == "by_id":
-        parts = [part.unpack(maximum) for part, maximum in zip(windows, maxima, strict=True)]
-    else:
-        parts = [(logit, count)]
-    equal = torch.cat([torch.where(v == theta, n, 0).sum(-1, keepdim=True) for v, n in parts], 1)
+    equal = torch.where(logit == theta, count, 0).sum(-1, keepdim=True)
     inside = close(rows, theta, sums_above, equal.double(), scale, rule)
-    size = torch.where(certified | rows.total.isnan(), inside[:, 2:3], -1)
-    closed = [theta.double(), inside[:, :2], size, inside[:, 3:]]
-    return torch.cat([rows.maximum, rows.total, rows.entropy, rows.target, *closed], 1)
+    size = torch.where(certified | rows.total.isnan(), inside[:, 2:], -1)
+    return torch.cat([rows.maximum, rows.total, rows.entropy, rows.target, theta.double(), inside[:, :2], size], 1)
 
 
 def close(rows: Rows, theta: Tensor, above: Tensor, equal: Tensor, scale: Tensor, rule: Rule) -> Tensor:
-    """Apply the rule at theta: ``[n, 5]`` of (mass, entropy, size, cut_rank, cut_count).
+    """Apply the rule at theta: ``[n, 3]`` of (mass, entropy, size).
 
-    ``above`` ``[n, 3]``: mass, sum of mass * d and tokens above theta; ``equal`` ``[n, world]``: tokens equal to it.
+    ``above`` ``[n, 3]``: mass, sum of mass * d and tokens above theta; ``equal`` ``[n, 1]``: tokens equal to it.
     """
     d = ((theta.double() - rows.maximum) * scale).clamp_min(-1e30)
-    one, ties = d.exp(), equal.sum(-1, keepdim=True)
-    if rule.ties == "by_id":
-        needed = ((rule.limit * rows.total - above[:, :1]) / one).ceil()
-        needed = torch.minimum(needed.nan_to_num(torch.inf).clamp_min(1), ties)
-        keep = needed if rule.keep_equal else needed - 1
-    else:
-        keep = ties if rule.keep_equal else torch.zeros_like(ties)
+    one = d.exp()
+    keep = equal if rule.keep_equal else torch.zeros_like(equal)
     mass = above[:, :1] + keep * one
     moment = above[:, 1:2] + keep * one * d
     size = above[:, 2:3] + keep
     some = (size > 0) & ~rows.total.isnan()
     safe = torch.where(some, mass, 1)
     entropy = torch.where(some, safe.log() - moment / safe, torch.where(rows.total.isnan(), rows.total, 0))
-    through = equal.cumsum(-1)
-    cut_rank = (through < keep).sum(-1, keepdim=True).clamp_max(equal.shape[1] - 1)
-    cut_count = keep - (through - equal).gather(1, cut_rank)
-    return torch.cat([mass, entropy, size, cut_rank.double(), cut_count], 1)
+    return torch.cat([mass, entropy, size], 1)
 
 
-def search(
-    logits_of: Callable[[Tensor], Tensor], slow: Tensor, rows: Rows, scale: Tensor, shard: VocabShard, rule: Rule
-) -> Rows:
+def search(logits: Tensor, slow: Tensor, rows: Rows, scale: Tensor, shard: VocabShard, rule: Rule) -> Rows:
     """``rows`` with the uncertified rows ``slow`` ``[n]`` decided by the search for their crossing's key.
 
-    ``logits_of(index)`` gives a copy of the raw logits ``[len(index), shard.real]`` of any rows. Collectives: per
-    block of rows, one for the range, one a round (4 for bf16, 8 for fp32) and one for the sums.
+    ``logits`` ``[T, shard.real]`` are all rows'. Collectives: per block of rows, one for the range, one a round (4 for
+    bf16, 8 for fp32) and one for the sums.
     """
     assert rows.theta is not None and rows.mass is not None and rows.nucleus_entropy is not None
     assert rows.size is not None
     theta, mass, entropy, size = (v.clone() for v in (rows.theta, rows.mass, rows.nucleus_entropy, rows.size))
-    cuts = [v.clone() for v in (rows.cut_rank, rows.cut_count) if v is not None]
     for index in slow.split(max(1, BLOCK // shard.width)):
-        x = logits_of(index)
+        x = logits[index]
         part = Rows(*(v[index].double() for v in (rows.maximum, rows.total, rows.entropy, rows.target)))
         found, closed = _search_block(x, part, scale[index].double(), shard, rule)
         theta[index] = found.to(theta.dtype)
-        for value, column in zip((mass, entropy, size, *cuts), closed.split(1, dim=1), strict=False):
+        for value, column in zip((mass, entropy, size), closed.split(1, dim=1), strict=True):
             value[index] = column.to(value.dtype)
-    return Rows(rows.maximum, rows.total, rows.entropy, rows.target, theta, mass, entropy, size, *cuts)
+    return Rows(rows.maximum, rows.total, rows.entropy, rows.target, theta, mass, entropy, size)
 
 
 def _search_block(x: Tensor, rows: Rows, scale: Tensor, shard: VocabShard, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -214,4 +177,4 @@ def _search_block(x: Tensor, rows: Rows, scale: Tensor, shard: VocabShard, rule:
     sums = e.sum(-1, keepdim=True, dtype=torch.float64), e.mul_(d).sum(-1, keepdim=True, dtype=torch.float64)
     local = torch.cat([*sums, V - end, end - start], 1)
     merged = all_gather(local, group)  # [world, n, 4]
-    return theta, close(rows, theta, merged[..., :3].sum(0), merged[..., 3].movedim(0, 1), scale, rule)
+    return theta, close(rows, theta, merged[..., :3].sum(0), merged[..., 3:].sum(0), scale, rule)

@@ -21,21 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ext.ops.backend import row_work
-from megatron_ext.ops.nucleus import Rule
-from megatron_ext.ops.shard import VocabShard
-from megatron_ext.ops.stats import (
+from megatron_ext.ops.backend import implementation
+from megatron_ext.ops.options import (
     DIFFERENTIABLE,
     NUCLEUS,
     WINDOW,
     Options,
     PolicyStats,
+    Rule,
     check,
-    finish,
-    local_columns,
-    row_gradient,
+    given,
+    returned,
     row_scale,
+    without_gradient,
 )
+from megatron_ext.ops.shard import VocabShard
 
 __all__ = ["DIFFERENTIABLE", "NUCLEUS", "PolicyStats", "policy_stats"]
 
@@ -50,7 +50,6 @@ def policy_stats(
     nucleus: str = "reach",
     want: Sequence[str] = ("logprob", "entropy"),
     grad: Sequence[str] = ("logprob",),
-    ties: str = "all",
     window: int = WINDOW,
     inplace_backward: bool = False,
 ) -> PolicyStats:
@@ -67,8 +66,6 @@ def policy_stats(
             (entropy 0, no gradient).
         want: names of the outputs to compute.
         grad: names of the wanted outputs that carry a gradient: logprob, entropy, nucleus_entropy, nucleus_logprob.
-        ties: tokens that share the crossing's logit belong together (``all``, the same under any permutation or
-            sharding), or one by one in the order of their ids (``by_id``, a stable sort's choice).
         window: logits of a row sent to its owner; more certify flatter rows.
         inplace_backward: the backward writes the gradient over ``logits``, for a buffer nobody else reads; a second
             backward then raises.
@@ -78,35 +75,37 @@ def policy_stats(
     """
     if logits.ndim != 2 or logits.shape[1] != shard.width:
         raise ValueError(f"policy_stats: logits are {list(logits.shape)}, expected [rows, {shard.width}] for {shard}")
-    rule = Rule(top_p, nucleus, ties) if top_p is not None and any(name in NUCLEUS for name in want) else None
+    rule = Rule(top_p, nucleus) if top_p is not None and any(name in NUCLEUS for name in want) else None
     options = Options(shard, rule, tuple(want), tuple(grad), window)
-    check(len(logits), logits.dtype, targets, temperature, options, top_p, nucleus, ties)
+    check("policy_stats", len(logits), logits.dtype, targets, temperature, options, top_p, nucleus)
     scale = row_scale(temperature, len(logits), logits)
     return PolicyStats(*_PolicyStatsFunction.apply(logits, targets, scale, options, inplace_backward))
 
 
 class _PolicyStatsFunction(torch.autograd.Function):
-    """The row work (rows.py), the exchange (nucleus.py), and what the backward must know (stats.py)."""
+    """
+    saved       [rows, V/TP]  logits, the caller's tensor: no copy
+                [rows, 8]     fp32 numbers (4 without a nucleus): maximum, total, entropy, target's logit, theta, mass,
+                              nucleus entropy, size; the portable path with a nucleus keeps [rows, 256] twice
+    forward     reads the logits once; exchanges over the group as backend.py's implementation says
+    backward    reads them once and writes as much, over them with ``inplace``; exchanges nothing
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, scale: Tensor, options: Options, inplace: bool) -> tuple:
-        shard = options.shard
-        column = local_columns(targets, shard)
-        sums, window = row_work(logits).summarise(logits, column, scale, shard.real, **options.summary)
-
-        def logits_of(index: Tensor) -> Tensor:
-            return logits[index, : shard.real]
-
-        outputs, cut, saved = finish(ctx, sums, window, logits_of, targets, scale, options)
-        ctx.inplace = inplace
-        ctx.save_for_backward(logits, targets, scale, cut, *saved)
+        found = implementation(logits).forward(logits, targets, scale, options)
+        outputs = returned(found, options)
+        ctx.options, ctx.inplace = options, inplace
+        ctx.save_for_backward(logits, targets, scale, *found.saved)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*without_gradient(outputs, options))
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
-        logits, targets, scale, cut, *saved = ctx.saved_tensors
-        shard = ctx.options.shard
-        row = row_gradient(saved, scale, cut, upstream, ctx.options)
+        logits, targets, scale, *saved = ctx.saved_tensors
         out = logits.detach() if ctx.inplace else torch.empty_like(logits)
-        row_work(logits).gradient(logits.detach(), local_columns(targets, shard), scale, shard.real, row, out)
+        implementation(logits).backward(
+            logits.detach(), targets, scale, tuple(saved), given(upstream, ctx.options), ctx.options, out
+        )
         return out, None, None, None, None

@@ -45,7 +45,6 @@ class RowGradient(NamedTuple):
     nucleus: tuple[Tensor, Tensor] | None  # a_n, b_n
     theta: Tensor | None
     keep_equal: bool  # a logit equal to theta belongs to the nucleus
-    cut: Tensor | None  # int64: the last local column equal to theta that belongs to the nucleus
     size: Tensor | None  # tokens in the nucleus over all ranks
     blocks: Blocks | None  # where the forward found the highest logits of this shard, if it looked for them by blocks
 
@@ -64,11 +63,11 @@ class RowGradient(NamedTuple):
 
     def rows(self, rows: slice) -> RowGradient:
         nucleus = None if self.nucleus is None else (self.nucleus[0][rows], self.nucleus[1][rows])
-        part = [None if v is None else v[rows] for v in (self.b, self.theta, self.cut, self.size)]
-        b, theta, cut, size = part
+        part = [None if v is None else v[rows] for v in (self.b, self.theta, self.size)]
+        b, theta, size = part
         fixed = self.maximum[rows], self.a[rows], b, self.at_target[rows]
         blocks = None if self.blocks is None else self.blocks.rows(rows)
-        return RowGradient(*fixed, nucleus, theta, self.keep_equal, cut, size, blocks)
+        return RowGradient(*fixed, nucleus, theta, self.keep_equal, size, blocks)
 
 
 def summarise(
@@ -138,7 +137,7 @@ def _dense(
     within = row.nucleus if nucleus else None
     inside = extra = None
     if within is not None and row.theta is not None:
-        inside = in_nucleus(x, row.theta, row.keep_equal, torch.arange(x.shape[1], device=x.device), row.cut)
+        inside = in_nucleus(x, row.theta, row.keep_equal)
     torch.sub(x, row.maximum, out=d).mul_(scale / math.log(2))
     if row.b is not None or within is not None:
         d.clamp_min_(LOWEST)
@@ -160,7 +159,7 @@ def _dense(
 def _few(logits: Tensor, index: Tensor, column: Tensor, scale: Tensor, row: RowGradient) -> tuple[Tensor, Tensor]:
     """Rows and columns of the nucleus' entries, and the whole gradient at each: it replaces the dense part's."""
     assert row.theta is not None and row.nucleus is not None and row.blocks is not None
-    at = positions_above(logits, index, row.blocks, row.theta, row.keep_equal, row.cut)
+    at = positions_above(logits, index, row.blocks, row.theta, row.keep_equal)
     which = at[0]
     numbers = torch.cat([row.maximum, scale, row.a + row.nucleus[0], row.nucleus[1], row.at_target], 1)
     if row.b is not None:

@@ -239,16 +239,12 @@ def _members(row: Tensor, block: Tensor, n: int, V: int) -> tuple[Tensor, Tensor
     return row[inside], column[inside]
 
 
-def in_nucleus(x: Tensor, theta: Tensor, keep_equal: bool, column: Tensor, cut: Tensor | None) -> Tensor:
-    """Mask of the logits above theta; those equal to it belong if ``keep_equal``, or up to column ``cut``."""
-    if cut is None:
-        return (x >= theta) & (x > -torch.inf) if keep_equal else x > theta
-    return (x > theta) | ((x == theta) & (column <= cut))
+def in_nucleus(x: Tensor, theta: Tensor, keep_equal: bool) -> Tensor:
+    """Mask of the logits above theta; those equal to it belong if ``keep_equal``."""
+    return (x >= theta) & (x > -torch.inf) if keep_equal else x > theta
 
 
-def positions_above(
-    x: Tensor, index: Tensor, blocks: Blocks, theta: Tensor, keep_equal: bool, cut: Tensor | None
-) -> Tensor:
+def positions_above(x: Tensor, index: Tensor, blocks: Blocks, theta: Tensor, keep_equal: bool) -> Tensor:
     """``[2, n]``: row and column of the entries of ``x`` ``[R, V]``, in the rows ``index``, that are in the nucleus.
 
     Every row's theta must be higher than the least of its blocks' maxima: nothing of its nucleus is then elsewhere.
@@ -257,5 +253,5 @@ def positions_above(
     row, place = (blocks.maxima[index] >= theta[index]).nonzero(as_tuple=True)
     row = index[row]
     row, column = _members(row, blocks.place[row, place].long(), n, V)
-    kept = in_nucleus(x[row, column], theta[row, 0], keep_equal, column, None if cut is None else cut[row, 0])
+    kept = in_nucleus(x[row, column], theta[row, 0], keep_equal)
     return torch.stack([row[kept], column[kept]])

@@ -22,10 +22,8 @@ def language_like(rows: int, vocab: int, dtype=torch.float32, seed: int = 0) -> 
     return logits, torch.where(torch.arange(rows) % 2 == 0, logits.float().argmax(-1), targets)
 
 
-def reference_stats(
-    logits: Tensor, targets: Tensor, temperature, top_p: float, nucleus: str, ties: str = "all"
-) -> dict[str, Tensor]:
-    mask = reference.nucleus_mask(logits, top_p, temperature, nucleus, ties)
+def reference_stats(logits: Tensor, targets: Tensor, temperature, top_p: float, nucleus: str) -> dict[str, Tensor]:
+    mask = reference.nucleus_mask(logits, top_p, temperature, nucleus)
     return {
         "logprob": reference.logprob(logits, targets, temperature),
         "entropy": reference.entropy(logits, temperature),

@@ -99,7 +99,7 @@ def test_no_logits_of_all_rows_exist(monkeypatch):
     """The widest product is a chunk's: counted at the row work, forward and backward."""
     from megatron_ext.ops import rows
 
-    seen = []
+    seen: list[int] = []
 
     def counted(original):
         def call(logits, *arguments, **options):

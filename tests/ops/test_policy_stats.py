@@ -13,11 +13,7 @@ from tests.ops.cases import ALL, assert_values, language_like, padded_shard, ref
 
 ROWS, VOCAB = 12, 101
 GRADS = (*[(name,) for name in DIFFERENTIABLE], DIFFERENTIABLE)
-CASES = [
-    {"nucleus": nucleus, "ties": ties, "window": window}
-    for nucleus in ("reach", "below")
-    for ties, window in (("all", 256), ("all", 8), ("by_id", 256), ("by_id", 8))
-]
+CASES = [{"nucleus": nucleus, "window": window} for nucleus in ("reach", "below") for window in (256, 8)]
 
 
 def world_group(world: int):
@@ -58,7 +54,7 @@ def test_values_and_gradients_equal_the_reference_on_every_shard(world, dtype, s
     logits, targets = language_like(ROWS, VOCAB, dtype)
     logits = (logits * spread).round() if spread != 1 else logits
     for i, case in enumerate(CASES):
-        rule = (0.8, case["nucleus"], case["ties"])
+        rule = (0.8, case["nucleus"])
         values = ranks[0][i]["values"]
         for name in ALL:
             assert all(torch.equal(values[name], rank[i]["values"][name]) for rank in ranks), name
@@ -126,7 +122,7 @@ def test_ties_infinities_and_extremes(top_p, world, dtype):
     logits, targets = extreme_rows()
     for i, case in enumerate(CASES):
         for rank in ranks:
-            assert_values(rank[i], logits.to(dtype), targets, 1.0, top_p, case["nucleus"], case["ties"])
+            assert_values(rank[i], logits.to(dtype), targets, 1.0, top_p, case["nucleus"])
 
 
 def test_gradients_of_rows_with_infinities_are_finite():
@@ -167,13 +163,10 @@ def run_empty_shard(rank: int, world: int) -> dict[str, Tensor]:
     local, shard = torch.full((3, 4), 50.0), VocabShard(rank * 4, rank * 4 + 4, 5, world_group(world))
     local[:, : shard.real] = logits[:, shard.start : shard.start + shard.real]
     local.requires_grad_()
-    out = {}
-    for ties in ("all", "by_id"):
-        stats = policy_stats(local, targets, shard, top_p=0.8, want=ALL, grad=("logprob",), ties=ties, window=1)
-        (gradient,) = torch.autograd.grad(stats["logprob"].sum(), local)
-        assert not gradient[:, shard.real :].any()
-        out = {name: stats[name].detach() for name in ALL}
-    return out
+    stats = policy_stats(local, targets, shard, top_p=0.8, want=ALL, grad=("logprob",), window=1)
+    (gradient,) = torch.autograd.grad(stats["logprob"].sum(), local)
+    assert not gradient[:, shard.real :].any()
+    return {name: stats[name].detach() for name in ALL}
 
 
 def test_shards_of_padding_only():
@@ -184,11 +177,9 @@ def test_shards_of_padding_only():
 
 def test_no_rows():
     logits = torch.empty(0, 30, requires_grad=True)
-    for ties in ("all", "by_id"):
-        targets = torch.empty(0, dtype=torch.int64)
-        out = policy_stats(logits, targets, VocabShard(0, 30, 30), top_p=0.8, want=ALL, ties=ties)
-        (gradient,) = torch.autograd.grad(out["logprob"].sum(), logits)
-        assert out["nucleus_entropy"].shape == (0,) and gradient.shape == (0, 30)
+    out = policy_stats(logits, torch.empty(0, dtype=torch.int64), VocabShard(0, 30, 30), top_p=0.8, want=ALL)
+    (gradient,) = torch.autograd.grad(out["logprob"].sum(), logits)
+    assert out["nucleus_entropy"].shape == (0,) and gradient.shape == (0, 30)
 
 
 def test_the_backward_in_place_writes_over_the_logits_and_cannot_run_twice():
@@ -234,7 +225,6 @@ def test_the_backward_of_large_rows_in_many_blocks(monkeypatch):
         ({"grad": ("entropy",), "want": ("logprob",)}, "expected wanted outputs"),
         ({"want": NUCLEUS}, "top_p in"),
         ({"nucleus": "above"}, "'reach' or 'below'"),
-        ({"ties": "by_value"}, "'all' or 'by_id'"),
         ({"window": 0}, "window"),
         ({"temperature": torch.ones(3)}, r"temperature"),
         ({"temperature": 0.0}, r"temperature"),

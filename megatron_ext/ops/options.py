@@ -1,0 +1,165 @@
+"""What the operators of this package take and return, whoever does the work: options, outputs, checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_ext.ops.collectives import group_size
+from megatron_ext.ops.shard import VocabShard
+
+NUCLEUS = ("nucleus_entropy", "nucleus_mass", "nucleus_size", "nucleus_logprob", "target_in_nucleus")
+DIFFERENTIABLE = ("logprob", "entropy", "nucleus_entropy", "nucleus_logprob")
+WINDOW = 256  # highest logits of a row that a rank sends; twice as many keys of bf16 logits, in as many bytes
+
+
+@dataclass(frozen=True)
+class PolicyStats:
+    """Row statistics ``[rows]``, fp32 (fp64 for fp64 logits), in nats; None where not wanted.
+
+    ``nucleus_logprob`` is minus infinity for a target outside the nucleus (see ``target_in_nucleus``, bool).
+    ``slow_rows`` counts the rows whose threshold was searched for; int64 scalar on the device of the logits, None
+    without a nucleus.
+    """
+
+    logprob: Tensor | None = None
+    entropy: Tensor | None = None
+    nucleus_entropy: Tensor | None = None
+    nucleus_mass: Tensor | None = None
+    nucleus_size: Tensor | None = None
+    nucleus_logprob: Tensor | None = None
+    target_in_nucleus: Tensor | None = None
+    slow_rows: Tensor | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = getattr(self, name)
+        if value is None:
+            raise KeyError(f"PolicyStats: {name} was not computed; name it in want")
+        return value
+
+
+OUTPUTS = tuple(field.name for field in fields(PolicyStats))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Where the nucleus ends. ``limit`` is infinite for top_p 1: the crossing is then the lowest finite logit."""
+
+    top_p: float
+    nucleus: str  # reach | below
+
+    @property
+    def limit(self) -> float:
+        return self.top_p if self.top_p < 1 else float("inf")
+
+    @property
+    def keep_equal(self) -> bool:
+        return self.nucleus == "reach"
+
+
+class Options(NamedTuple):
+    """The arguments of one call that are not tensors."""
+
+    shard: VocabShard
+    rule: Rule | None  # None: no nucleus output is wanted
+    want: tuple[str, ...]
+    grad: tuple[str, ...]
+    window: int
+
+    @property
+    def moment(self) -> bool:
+        """Whether sum e^d d is asked for."""
+        return "entropy" in self.want
+
+    @property
+    def held_share(self) -> float:
+        """The share of a shard's mass that its window should hold.
+
+        What lies below the crossing holds about 1 - top_p of the whole mass: half of it is spread over the ranks.
+        """
+        return 1 - (1 - self.rule.top_p) / (2 * group_size(self.shard.group)) if self.rule else 1.0
+
+    @property
+    def nucleus_grad(self) -> bool:
+        return any(name in NUCLEUS for name in self.grad)
+
+
+class Forward(NamedTuple):
+    """What the work of a forward leaves, each tensor with a first axis of rows."""
+
+    outputs: dict[str, Tensor]  # by name, at least those wanted
+    saved: tuple[Tensor, ...]  # what the backward needs besides logits, targets and scale
+    fallback: Tensor | None  # int64 scalar: rows whose threshold was searched for; None without a nucleus
+
+
+def join(parts: Sequence[Forward]) -> Forward:
+    """The forwards of consecutive rows as one."""
+    if len(parts) == 1:
+        return parts[0]
+    outputs = {name: torch.cat([part.outputs[name] for part in parts]) for name in parts[0].outputs}
+    saved = tuple(torch.cat(values) for values in zip(*(part.saved for part in parts), strict=True))
+    counts = [part.fallback for part in parts if part.fallback is not None]
+    return Forward(outputs, saved, torch.stack(counts).sum() if counts else None)
+
+
+def returned(found: Forward, options: Options) -> tuple[Tensor | None, ...]:
+    """The outputs of an autograd function in the order of :class:`PolicyStats`."""
+    outputs = {name: found.outputs[name] for name in options.want} | {"slow_rows": found.fallback}
+    return tuple(outputs.get(name) for name in OUTPUTS)
+
+
+def without_gradient(outputs: tuple[Tensor | None, ...], options: Options) -> list[Tensor]:
+    """Those of ``returned`` that carry none."""
+    return [o for name, o in zip(OUTPUTS, outputs, strict=True) if o is not None and name not in options.grad]
+
+
+def given(upstream: Sequence[Tensor | None], options: Options) -> dict[str, Tensor]:
+    """The upstream gradients ``[rows]`` by name, from those in the order of :class:`PolicyStats`."""
+    named = zip(OUTPUTS, upstream, strict=True)
+    return {name: value for name, value in named if value is not None and name in options.grad}
+
+
+def row_scale(temperature: float | Tensor, rows: int, like: Tensor) -> Tensor:
+    """1 / temperature ``[rows, 1]`` in the dtype of the arithmetic: fp32, or fp64 for fp64 logits."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if isinstance(temperature, Tensor):
+        scale = temperature.detach().to(like.device).double().reciprocal().to(dtype)
+    else:  # filled on the device: a copy from the host would wait for it
+        scale = torch.full((), 1 / temperature, dtype=dtype, device=like.device)
+    return scale.expand(rows)[:, None]
+
+
+def check(
+    caller: str,
+    rows: int,
+    dtype: torch.dtype,
+    targets: Tensor,
+    temperature: float | Tensor,
+    options: Options,
+    top_p: float | None,
+    nucleus: str,
+) -> None:
+    """Raise ValueError, naming the caller, for arguments that do not fit together."""
+    known = [name for name in OUTPUTS if name != "slow_rows"]
+    if dtype not in (torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"{caller}: logits are {dtype}, expected bfloat16, float32 or float64")
+    if targets.shape != (rows,) or targets.dtype != torch.int64:
+        raise ValueError(f"{caller}: targets are {targets.dtype} {list(targets.shape)}, expected int64 [{rows}]")
+    if isinstance(temperature, Tensor) and temperature.shape not in ((), (rows,)):
+        raise ValueError(f"{caller}: temperature is {list(temperature.shape)}, expected a number or [{rows}]")
+    if not isinstance(temperature, Tensor) and not temperature > 0:
+        raise ValueError(f"{caller}: temperature is {temperature}, expected more than 0")
+    if unknown := [name for name in options.want if name not in known]:
+        raise ValueError(f"{caller}: want has unknown outputs {unknown}; known are {known}")
+    if wrong := [name for name in options.grad if name not in options.want or name not in DIFFERENTIABLE]:
+        raise ValueError(f"{caller}: grad names {wrong}; expected wanted outputs among {list(DIFFERENTIABLE)}")
+    if any(name in NUCLEUS for name in options.want) and (top_p is None or not 0 < top_p <= 1):
+        raise ValueError(f"{caller}: nucleus outputs need top_p in (0, 1], found {top_p}")
+    if nucleus not in ("reach", "below"):
+        raise ValueError(f"{caller}: nucleus is {nucleus!r}, expected 'reach' or 'below'")
+    if options.window < 1:
+        raise ValueError(f"{caller}: window is {options.window}, expected at least 1")
