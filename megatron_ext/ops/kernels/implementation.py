@@ -138,7 +138,7 @@ def _search(logits: Tensor, scale: Tensor, options: Options, numbers: Tensor, ro
     )
     common = logits, logits.stride(0), scale, scale.stride(0), numbers, state
     world, gathered = group_size(group), bins
-    fixed: dict[str, Any] = {
+    fixed = {
         "TOP_P": top_p,
         "WORLD": world,
         "COLUMNS": nucleus.SEARCH_COLUMNS,
