@@ -111,6 +111,7 @@ def on_ranks(rank: int, world: int, V: int, dtype: torch.dtype) -> list[dict[str
 def compare_ranks(V: int = 3001) -> dict[str, float]:
     """Two and four ranks: the same bits on all, values against fp64, gradients against one rank's portable path."""
     worst = {}
+    gloo.run(below_a_floor, 2, timeout=300)
     for world in (2, 4):
         for dtype in DTYPES:
             logits, targets, temperature = rows_of(V, dtype)
@@ -125,6 +126,21 @@ def compare_ranks(V: int = 3001) -> dict[str, float]:
                 got = {n: torch.cat([part[n] for part in parts], 1) for n in values if n.startswith("gradient")}
                 worst[f"{world} ranks {dtype} {setting}"] = worst_ratio(got, expected, V)
     return worst
+
+
+def below_a_floor(rank: int, world: int) -> dict[str, Tensor]:
+    """The cutoff lies in rank 1's window, below what rank 0 left out of its own: 140 tokens that belong above it."""
+    full = torch.full((2, 10_240), -20.0, dtype=torch.bfloat16)
+    full[:, 0], full[:, 31:4480:32] = 20.0, 12.0
+    full[:, 6000:8000] = 11.9375 - 0.0625 * (torch.arange(2000) % 8)
+    targets = torch.tensor([0, 7000])
+    shard = VocabShard(rank * 5120, (rank + 1) * 5120, 10_240, torch.distributed.group.WORLD)
+    local = full[:, shard.start : shard.stop].clone()
+    with mock.patch.object(backend, "decide", lambda _: kernels):
+        out = policy_stats(local, targets, shard, top_p=0.8, want=ALL, grad=())
+    assert out["slow_rows"] == 2
+    assert_values({name: out[name] for name in ALL}, full, targets, 1.0, 0.8, "reach")
+    return {}
 
 
 def whole_nucleus(device: str) -> None:
