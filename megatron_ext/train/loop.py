@@ -196,17 +196,16 @@ def build(config: Config, pool: RewardPool) -> Run:
     order = data_order(config, [problem for problem, _ in problems])
     layout: dict[str, Any] = {
         "dtype": getattr(torch, config.model.dtype),
-        "fused_head": config.model.fused_head,
         "recompute": config.model.recompute,
         **parallel.model_layout(config.parallel),
     }
     architecture = read_architecture(hf_config(config.model.path))
     start = Start(config.model, architecture)
-    policy = build_policy(architecture, **layout)
+    policy = build_policy(architecture, fused_head=config.model.fused_head, **layout)
     start.fill(policy.modules)
     reference: Reference | None = None
     if method.needs.reference:
-        frozen = build_reference(architecture, **layout)
+        frozen = build_reference(architecture, fused_head=config.model.fused_head, **layout)
         start.fill(frozen.modules)
         reference = Reference(frozen, device=host.device(), offload=config.model.offload_reference)
     actor, critic = Trained.build(policy, config.optimizer), None
