@@ -1,10 +1,14 @@
-"""Process groups of a layout, and the reducer that methods see."""
+"""Process groups of a layout, and the reducer that methods see.
+
+Tensors travel on Megatron's groups. Python objects, and every wait for something that only some ranks do, belong on
+their gloo twins: NCCL would serialise an object through the GPU and gives up after its timeout.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +21,8 @@ from megatron_ext.model.megatron_config import ModelLayout
 from megatron_ext.train.config import ParallelConfig
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=1)  # of the gloo twins: one rank may verify data or write for hours
+_twins: dict[tuple[int, ...], dist.ProcessGroup] = {}  # by the ranks of the group; of more than one rank
 
 
 def initialize(layout: ParallelConfig, *, timeout_s: float = 600) -> None:
@@ -35,6 +41,31 @@ def initialize(layout: ParallelConfig, *, timeout_s: float = 600) -> None:
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
     )
+    _make_twins()
+
+
+def gloo(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
+    """The ranks of ``group`` (the data-, pipeline- or model-parallel one; None: all) over gloo."""
+    return _twins[tuple(dist.get_process_group_ranks(group))]
+
+
+def _make_twins() -> None:
+    """Every rank takes part in making every group, its own or not, in one order."""
+    _twins.clear()
+    world = tuple(range(dist.get_world_size()))
+    _twins[world] = _new_gloo(world)
+    own = {tuple(dist.get_process_group_ranks(g)) for g in (groups.data(), groups.pipeline(), groups.model())}
+    everyone: list[set[tuple[int, ...]]] = [own] * len(world)
+    dist.all_gather_object(everyone, own, group=_twins[world])
+    for ranks in sorted(set().union(*everyone) - {world}):
+        if len(ranks) > 1:
+            twin = _new_gloo(ranks)
+            if ranks in own:
+                _twins[ranks] = twin
+
+
+def _new_gloo(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    return cast(dist.ProcessGroup, dist.new_group(list(ranks), backend="gloo", timeout=PATIENCE))
 
 
 def model_layout(layout: ParallelConfig) -> dict[str, Any]:
@@ -56,9 +87,15 @@ class DataReducer:
 
     def concat(self, value: Tensor) -> Tensor:
         """All ranks' vectors one after the other, in rank order."""
-        parts: list[Tensor] = [torch.empty(0)] * self.group.size()
-        dist.all_gather_object(parts, value.cpu(), group=self.group)
-        return torch.cat(parts).to(value.device)
+        own, size = value.to(host.device()), self.group.size()
+        lengths = own.new_empty(size, dtype=torch.int64)
+        dist.all_gather_into_tensor(lengths, torch.full_like(lengths[:1], len(own)), group=self.group)
+        counts = lengths.tolist()
+        padded = torch.cat([own, own.new_zeros(max(counts) - len(own))])
+        gathered = own.new_empty(size * len(padded))
+        dist.all_gather_into_tensor(gathered, padded, group=self.group)
+        parts = zip(gathered.view(size, len(padded)), counts, strict=True)
+        return torch.cat([part[:count] for part, count in parts]).to(value.device)
 
 
 def largest(value: int) -> int:
@@ -85,7 +122,7 @@ def from_last_stage(tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
         return tensors
     last = dist.get_process_group_ranks(group)[-1]
     box = [None if tensors is None else {name: value.cpu() for name, value in tensors.items()}]
-    dist.broadcast_object_list(box, src=last, group=group)
+    dist.broadcast_object_list(box, src=last, group=gloo(group))
     assert box[0] is not None
     return {name: value.to(host.device()) for name, value in box[0].items()}
 
@@ -95,5 +132,5 @@ def from_first_copy(value: T) -> T:
     box = [value]
     for group, source in ((groups.pipeline(), -1), (groups.data(), 0)):
         if group.size() > 1:
-            dist.broadcast_object_list(box, src=dist.get_process_group_ranks(group)[source], group=group)
+            dist.broadcast_object_list(box, src=dist.get_process_group_ranks(group)[source], group=gloo(group))
     return box[0]

@@ -29,6 +29,7 @@ from megatron_ext.rollout.base import Request, RolloutEngine, Sampling
 from megatron_ext.rollout.rewards import RewardPool
 from megatron_ext.rollout.sampling import seed_of
 from megatron_ext.rollout.verify import Outcome
+from megatron_ext.train import parallel
 from megatron_ext.train.config import Config, RolloutConfig
 from megatron_ext.train.metrics import Watch
 from megatron_ext.types import Episode, Problem
@@ -166,6 +167,8 @@ def report(verdicts: Sequence[Verdict], rollout: RolloutConfig) -> dict[str, flo
 
 def gathered(own: dict[Any, Any], group: dist.ProcessGroup) -> dict[Any, Any]:
     """The dictionaries of all ranks of ``group`` as one."""
+    if group.size() == 1:
+        return dict(own)
     parts: list[dict[Any, Any]] = [{} for _ in range(group.size())]
-    dist.all_gather_object(parts, own, group=group)
+    dist.all_gather_object(parts, own, group=parallel.gloo(group))
     return {key: value for part in parts for key, value in part.items()}
