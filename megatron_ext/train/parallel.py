@@ -7,6 +7,8 @@ their gloo twins: NCCL would serialise an object through the GPU and gives up af
 from __future__ import annotations
 
 import dataclasses
+import pickle
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -96,6 +98,19 @@ class DataReducer:
         dist.all_gather_into_tensor(gathered, padded, group=self.group)
         parts = zip(gathered.view(size, len(padded)), counts, strict=True)
         return torch.cat([part[:count] for part, count in parts]).to(value.device)
+
+
+def swap(outgoing: Sequence[T], group: dist.ProcessGroup) -> list[T]:
+    """``outgoing[r]`` goes to rank r of ``group``; what each rank had for this one, in rank order. Python objects."""
+    if group.size() == 1:
+        return list(outgoing)
+    sent = [torch.frombuffer(bytearray(pickle.dumps(each)), dtype=torch.uint8) for each in outgoing]
+    sizes = torch.tensor([len(each) for each in sent])
+    coming = torch.empty_like(sizes)
+    dist.all_to_all_single(coming, sizes, group=gloo(group))
+    received = torch.empty(int(coming.sum()), dtype=torch.uint8)
+    dist.all_to_all_single(received, torch.cat(sent), coming.tolist(), sizes.tolist(), group=gloo(group))
+    return [pickle.loads(part.numpy().tobytes()) for part in received.split(coming.tolist())]
 
 
 def largest(value: int) -> int:

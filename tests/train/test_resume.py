@@ -67,3 +67,13 @@ def test_a_run_with_one_update_a_step_goes_on(tmp_path: Path) -> None:
     assert max(step["mismatch/max"] for step in steps) < 1e-4
     assert whole_run.metrics(tmp_path / "killed") == steps
     assert whole_run.contents(tmp_path / "killed", 3) == whole_run.contents(tmp_path / "whole", 3)
+
+
+def test_groups_dealt_over_ranks_are_dealt_the_same_again(tmp_path: Path) -> None:
+    assert whole_run.train(tmp_path / "whole", recipe("siren"), "train.steps=3", world=2) == 0
+    whole_run.train_and_die(tmp_path / "killed", recipe("siren"), "train.steps=3", after=2, world=2)
+    assert whole_run.train(tmp_path / "killed", recipe("siren"), "train.steps=3", world=2) == 0
+    steps = whole_run.metrics(tmp_path / "whole")
+    assert all(1 <= step["data/imbalance"] < 1.5 for step in steps)
+    assert whole_run.metrics(tmp_path / "killed") == steps
+    assert whole_run.contents(tmp_path / "killed", 3) == whole_run.contents(tmp_path / "whole", 3)
