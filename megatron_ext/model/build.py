@@ -47,7 +47,7 @@ class Policy:
     @property
     def head_weight(self) -> Tensor:
         """``[V/TP, D]``: the output layer's rows of this rank, on the last stage."""
-        last = self.modules[-1]
+        last: Any = self.modules[-1]
         return last.shared_embedding_or_output_weight() if self.architecture.tied else last.output_layer.weight
 
     @property

@@ -50,12 +50,13 @@ def learner_of(path: str, world: int, method: dict, layout: dict, mini: int = 4,
     """On this rank, with the tiny model's weights and its engine's made-up log-probs let pass."""
     host.enter()
     spread = ParallelConfig(**{**layout, "ranks_per_node": world})
+    options: dict[str, Any] = {"alarms": AlarmsConfig(mismatch=0)} | sections
     config = Config(
         parallel=spread,
         rollout=RolloutConfig(prompts=4, samples=4, temperature=0.8, max_response_tokens=12),
-        train=TrainConfig(mini_batch_prompts=mini, micro_batch_tokens=60, **sections.pop("train", {})),
+        train=TrainConfig(mini_batch_prompts=mini, micro_batch_tokens=60, **options.pop("train", {})),
         method=method,
-        **({"alarms": AlarmsConfig(mismatch=0)} | sections),
+        **options,
     )
     parallel.initialize(spread)
     architecture = hf_config.read_architecture(train_config.hf_config(path))
@@ -77,14 +78,15 @@ def counted(learner: Learner, *, standing: bool = False) -> tuple[dict[str, floa
     ``standing``: the weights stay and the gradients are left in the buffers.
     """
     passes: list[tuple[bool, bool]] = []
-    real, module = forward._statistics, forward
+    module: Any = forward
+    real = module._statistics
 
     def statistics(policy: Any, needs: Needs, temperature: float, *, with_grad: bool) -> Any:
         if policy is learner.policy:
             passes.append((with_grad, needs.nucleus_p is not None))
         return real(policy, needs, temperature, with_grad=with_grad)
 
-    module._statistics = statistics  # type: ignore[assignment]
+    module._statistics = statistics
     if standing:
         learner.actor.update = lambda max_bad_steps: (1.0, 0.0)  # type: ignore[method-assign]
     share = len(tiny.episodes()) // learner.config.parallel.data
