@@ -67,7 +67,17 @@ def _make_twins() -> None:
 
 
 def _new_gloo(ranks: tuple[int, ...]) -> dist.ProcessGroup:
-    return cast(dist.ProcessGroup, dist.new_group(list(ranks), backend="gloo", timeout=PATIENCE))
+    """A device bound to the default group is out of the way meanwhile.
+
+    With one, torch 2.13 has every rank outside the new group split NCCL's communicator, whatever the new group's
+    backend is, and wait there for the members, which do not.
+    """
+    world: Any = dist.group.WORLD
+    bound, world.bound_device_id = world.bound_device_id, None
+    try:
+        return cast(dist.ProcessGroup, dist.new_group(list(ranks), backend="gloo", timeout=PATIENCE))
+    finally:
+        world.bound_device_id = bound
 
 
 def model_layout(layout: ParallelConfig) -> dict[str, Any]:
