@@ -43,7 +43,7 @@ def initialize(layout: ParallelConfig, *, timeout_s: float = 600) -> None:
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
     )
-    _make_twins()
+    _make_twins(layout)
 
 
 def gloo(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
@@ -51,19 +51,17 @@ def gloo(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
     return _twins[tuple(dist.get_process_group_ranks(group))]
 
 
-def _make_twins() -> None:
+def _make_twins(layout: ParallelConfig) -> None:
     """Every rank takes part in making every group, its own or not, in one order."""
     _twins.clear()
-    world = tuple(range(dist.get_world_size()))
-    _twins[world] = _new_gloo(world)
-    own = {tuple(dist.get_process_group_ranks(g)) for g in (groups.data(), groups.pipeline(), groups.model())}
-    everyone: list[set[tuple[int, ...]]] = [own] * len(world)
-    dist.all_gather_object(everyone, own, group=_twins[world])
-    for ranks in sorted(set().union(*everyone) - {world}):
-        if len(ranks) > 1:
-            twin = _new_gloo(ranks)
-            if ranks in own:
-                _twins[ranks] = twin
+    everyone = tuple(range(layout.world))
+    sizes = {"tp": layout.tensor, "dp": layout.data, "pp": layout.pipeline}
+    ranks_of = parallel_state.RankGenerator(**sizes, ep=1, cp=1, order="tp-cp-ep-dp-pp").get_ranks  # as Megatron's
+    apart = {tuple(ranks) for kind in ("dp", "pp", "tp-pp") for ranks in ranks_of(kind) if len(ranks) > 1}
+    for ranks in sorted(apart | {everyone}):
+        twin = _new_gloo(ranks)
+        if dist.get_rank() in ranks:
+            _twins[ranks] = twin
 
 
 def _new_gloo(ranks: tuple[int, ...]) -> dist.ProcessGroup:

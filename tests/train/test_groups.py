@@ -97,11 +97,12 @@ def test_rank_0_may_verify_and_write_for_hours() -> None:
 def bound(rank: int, world: int) -> tuple[int, Any]:
     """Twins made while the default group has a device: the size of the data-parallel one's, and the device after."""
     host.enter()
-    parallel.initialize(ParallelConfig(ranks_per_node=world, tensor=2))
+    layout = ParallelConfig(ranks_per_node=world, tensor=2)
+    parallel.initialize(layout)
     everyone: Any = dist.group.WORLD
     everyone.bound_device_id = torch.device("cuda", 0)
     try:
-        parallel._make_twins()
+        parallel._make_twins(layout)
         return parallel.gloo(parallel.groups.data()).size(), everyone.bound_device_id
     finally:
         everyone.bound_device_id = None
@@ -110,6 +111,23 @@ def bound(rank: int, world: int) -> tuple[int, Any]:
 def test_twins_are_made_beside_a_bound_device() -> None:
     """A rank that is not in a group must not enter NCCL for it: its members do not."""
     assert gloo.run(bound, 4) == [(2, torch.device("cuda", 0))] * 4
+
+
+def twins_match(rank: int, world: int, layout: dict[str, Any]) -> bool:
+    host.enter()
+    parallel.initialize(ParallelConfig(ranks_per_node=world, **layout))
+    for group in (parallel.groups.data(), parallel.groups.pipeline(), parallel.groups.model(), None):
+        ranks = dist.get_process_group_ranks(group)
+        if len(ranks) > 1:
+            own: list[int] = [0] * len(ranks)
+            dist.all_gather_object(own, rank, group=parallel.gloo(group))
+            assert own == ranks, (own, ranks)
+    return True
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2}], ids=str)
+def test_a_twin_has_the_ranks_of_its_group(layout: dict[str, Any]) -> None:
+    assert all(gloo.run(twins_match, 4, layout))
 
 
 def gathered(rank: int, world: int) -> list[tuple]:
