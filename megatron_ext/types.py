@@ -121,7 +121,7 @@ class Batch:
     sequence: Tensor  # [T] int64, index of the token's sequence, non-decreasing
     mask: Tensor  # [T] bool, tokens that train
     weight: Tensor  # [T] fp32
-    old_logprob: Tensor  # [T] fp32, recomputed by the trainer before the first update
+    old_logprob: Tensor  # [T] fp32, recomputed by the trainer before the first update, or in it (NaN until then)
     rollout_logprob: Tensor  # [T] fp32, reported by the engine
     ref_logprob: Tensor | None  # [T] fp32, of the reference model, when the method needs it
     advantage: Tensor  # [T] fp32

@@ -82,6 +82,7 @@ CHARTS = (
     Chart("Responses", "Mismatch", "|log-prob of the engine - of the trainer|", ("mismatch/mean", "mismatch/max")),
     Chart("Machine", "Time", "seconds per step, by phase", ("time/*",), stacked=True),
     Chart("Machine", "Speed", "tokens per second", ("speed/*",)),
+    Chart("Machine", "Imbalance", "tokens of the data-parallel rank with the most, over the mean", ("data/imbalance",)),
 )
 HIDDEN = ("step", "time/step_s")
 COUNTERS = ("reward/outcome/", "reward/nan", "grad/skipped", "group/single")

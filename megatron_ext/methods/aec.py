@@ -44,10 +44,10 @@ class AEC(GRPO):
 
     @property
     def needs(self) -> Needs:
-        return replace(super().needs, entropy=True, entropy_grad=True)
+        return replace(super().needs, old=True, entropy=True, entropy_grad=True)
 
-    def observe(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> dict[str, float]:
-        assert stats.entropy is not None
+    def observe(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
+        assert stats is not None and stats.entropy is not None
         value = stats.entropy if self.measure == "entropy" else -stats.logprob
         entropy = token_mean(value, batch.mask, reduce)
         below = entropy < self.target

@@ -52,10 +52,10 @@ class AER(GRPO):
 
     @property
     def needs(self) -> Needs:
-        return replace(super().needs, entropy=True, entropy_grad=True)
+        return replace(super().needs, old=True, entropy=True, entropy_grad=True)
 
-    def observe(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> dict[str, float]:
-        assert stats.entropy is not None
+    def observe(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
+        assert stats is not None and stats.entropy is not None
         entropy = token_mean(stats.entropy, batch.mask, reduce)
         if self.h_0 is None:
             self.h_0 = entropy

@@ -39,13 +39,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class Needs:
-    """The statistics a method asks of the operator. One fused call computes exactly these."""
+    """The statistics a method asks of the operator. One fused call computes exactly these.
+
+    Where a step has one update and a method asks for none of ``old``, ``current`` and ``value``, that update measures
+    the policy that sampled: before ``loss``, ``Batch.old_logprob`` is then unknown (NaN).
+    """
 
     entropy: bool = False
     entropy_grad: bool = False
     nucleus_p: float | None = None
     nucleus: Literal["reach", "below"] = "reach"
     nucleus_grad: bool = False
+    old: bool = False  # observe() needs the statistics of the policy that sampled, before its first update
     current: bool = False  # prepare() needs the statistics of the policy as it is before this mini-batch
     reference: bool = False  # log-probs of the reference model
     value: bool = False  # a critic, trained beside the policy: its values before the step, value_loss() after it
@@ -101,10 +106,11 @@ class Method:
         """The whole step's batch of this rank with the advantage of each token: here, that of its response."""
         return replace(batch, advantage=batch.token(self.advantages(self.rewards(batch), batch.group)))
 
-    def observe(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> dict[str, float]:
+    def observe(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
         """See the whole step's batch under the policy that sampled it, before its first update.
 
-        Here anchors are measured and controllers advance; what is returned goes into the step's metrics.
+        ``stats`` are given when ``needs.old`` is set, otherwise where they happen to be known. Here anchors are
+        measured and controllers advance; what is returned goes into the step's metrics.
         """
         return {}
 

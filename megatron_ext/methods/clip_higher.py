@@ -53,7 +53,7 @@ class ClipHigher(GRPO):
         excess = length - (self.overlong_max - self.overlong_buffer)
         return (-excess / self.overlong_buffer).clamp(max=0.0)
 
-    def observe(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> dict[str, float]:
+    def observe(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
         report = super().observe(batch, stats, reduce)
         if self.overlong_max is None:
             return report

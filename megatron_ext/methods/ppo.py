@@ -65,7 +65,7 @@ class PPO(ClipHigher):
         advantage = torch.where(batch.mask, advantage, 0.0)
         return replace(batch, advantage=advantage.to(batch.old_value.dtype), returns=returns.to(batch.old_value.dtype))
 
-    def observe(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> dict[str, float]:
+    def observe(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
         assert batch.old_value is not None and batch.returns is not None
         self.step += 1
         mean, variance = mean_and_variance(batch.returns, batch.mask, reduce)

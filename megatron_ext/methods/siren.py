@@ -67,10 +67,11 @@ class SIREN(DrGRPO, Selective):
     @property
     def needs(self) -> Needs:
         if not self.top_p_mask:
-            return replace(super().needs, entropy=True, entropy_grad=True)
-        return replace(super().needs, nucleus_p=self.p, nucleus=self.nucleus, nucleus_grad=True)
+            return replace(super().needs, old=True, entropy=True, entropy_grad=True)
+        return replace(super().needs, old=True, nucleus_p=self.p, nucleus=self.nucleus, nucleus_grad=True)
 
-    def observe(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> dict[str, float]:
+    def observe(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
+        assert stats is not None
         hbar, weight = self.selected_entropy(batch, self.entropy(stats), batch.num_sequences, reduce)
         if self.h_anchor is None:
             self.h_anchor = hbar

@@ -34,18 +34,20 @@ from megatron_ext.ops.shard import VocabShard
 
 @dataclass(frozen=True)
 class Policy:
-    """This rank's part of a model. ``chunks`` are what Megatron's schedules take: ``modules``, wrapped if trained."""
+    """This rank's part of a model. ``chunks`` are what Megatron's schedules take: ``modules``, wrapped if trained.
+
+    ``fused_head``: its statistics are taken from hidden states, the logits of a micro-batch never exist together.
+    """
 
     architecture: Architecture
     modules: list[GPTModel]
     chunks: list[Any]
+    fused_head: bool = False
 
     @property
-    def head_weight(self) -> Tensor | None:
-        """The output layer's rows of this rank when the model ends at hidden states, None when it gives logits."""
-        last = self.modules[-1]
-        if not isinstance(last, HiddenStateModel) or not last.post_process:
-            return None
+    def head_weight(self) -> Tensor:
+        """``[V/TP, D]``: the output layer's rows of this rank, on the last stage."""
+        last: Any = self.modules[-1]
         return last.shared_embedding_or_output_weight() if self.architecture.tied else last.output_layer.weight
 
     @property
@@ -67,7 +69,10 @@ class Policy:
 
 
 class HiddenStateModel(GPTModel):
-    """A GPTModel whose last stage returns hidden states, before any upcast: the head is linear_policy_stats."""
+    """A GPTModel whose last stage returns hidden states: ``[S, 1, D]``, ``[S/TP, 1, D]`` with sequence parallelism.
+
+    What is read of them is chosen before the output layer (forward.py).
+    """
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states
@@ -77,7 +82,6 @@ def build_modules(
     architecture: Architecture,
     *,
     dtype: torch.dtype,
-    fused_head: bool = False,
     recompute: str = "none",
     **layout: Any,
 ) -> list[GPTModel]:
@@ -90,7 +94,7 @@ def build_modules(
     stages, rank = spread.stages(architecture.num_layers), groups.pipeline().rank()
     own = range(rank, len(stages), spread.pipeline)
     modules = [
-        (HiddenStateModel if fused_head else GPTModel)(
+        HiddenStateModel(
             config=config,
             transformer_layer_spec=block_spec(config, _with_experts(architecture, stages, stage)),  # pyright: ignore
             vocab_size=architecture.padded_vocab(spread.tensor),
@@ -107,6 +111,8 @@ def build_modules(
     for module in modules:
         module.rotary_pos_emb.inv_freq = rope.frequencies(architecture, module.rotary_pos_emb.inv_freq.device)
         _mark_parameters(module)
+        if module.post_process:
+            _give_whole_rows(module.output_layer)
     return [module.to(device=host.device(), dtype=dtype) for module in modules]
 
 
@@ -128,17 +134,27 @@ def _mark_parameters(module: GPTModel) -> None:
             vars(parameter)["allreduce"] = False
 
 
+def _give_whole_rows(head: ColumnParallelLinear) -> None:
+    """Each row comes to the output layer whole, on every tensor-parallel rank, and goes back with its whole gradient.
+
+    Megatron would gather all rows of the sequence under sequence parallelism. The sum over ranks runs while the
+    weight's gradient is computed.
+    """
+    head.sequence_parallel = False
+    head.allreduce_dgrad = groups.tensor().size() > 1
+
+
 def _with_experts(architecture: Architecture, stages: Sequence[int], stage: int) -> list[bool]:
     first = sum(stages[:stage])
     return [architecture.has_experts(layer) for layer in range(first, first + stages[stage])]
 
 
-def build_policy(architecture: Architecture, **options: Any) -> Policy:
+def build_policy(architecture: Architecture, *, fused_head: bool = False, **options: Any) -> Policy:
     """``build_modules`` ready for training."""
-    return wrap(architecture, build_modules(architecture, **options))
+    return wrap(architecture, build_modules(architecture, **options), fused_head=fused_head)
 
 
-def wrap(architecture: Architecture, modules: list[GPTModel]) -> Policy:
+def wrap(architecture: Architecture, modules: list[GPTModel], *, fused_head: bool = False) -> Policy:
     """The modules wrapped for data parallelism with a distributed-optimizer gradient buffer in fp32."""
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
@@ -146,15 +162,15 @@ def wrap(architecture: Architecture, modules: list[GPTModel]) -> Policy:
     chunks = [DistributedDataParallel(config=module.config, ddp_config=ddp, module=module) for module in modules]
     for module in modules:
         module.config.finalize_model_grads_func = _finalize
-    return Policy(architecture, modules, chunks)
+    return Policy(architecture, modules, chunks, fused_head)
 
 
-def build_reference(architecture: Architecture, **options: Any) -> Policy:
+def build_reference(architecture: Architecture, *, fused_head: bool = False, **options: Any) -> Policy:
     """``build_modules`` frozen: no gradients, no wrapper."""
     modules = build_modules(architecture, **options)
     for module in modules:
         module.requires_grad_(False)
-    return Policy(architecture, modules, list(modules))
+    return Policy(architecture, modules, list(modules), fused_head)
 
 
 def _finalize(model: list, num_tokens: Any = None, **kwargs: Any) -> None:

@@ -39,7 +39,6 @@ class ValueHead(torch.nn.Linear):
 
 def build_critic(architecture: Architecture, fill: Callable[[list[GPTModel]], None], **layout: Any) -> Policy:
     """This rank's part of the critic, ready for training. ``fill`` gives its modules the policy's first weights."""
-    layout["fused_head"] = True  # it ends at hidden states
     modules: list[Any] = list(build_modules(architecture, **layout))
     fill(modules)
     for module in modules:

@@ -1,5 +1,10 @@
 """Packed micro-batches through Megatron's pipeline schedules to token statistics. PP ends here.
 
+The last stage gives hidden states. The rows that predict a response token are chosen from them, and only those are
+multiplied by the output layer:
+
+    hidden [S, 1, D] or [S/TP, 1, D]  ->  rows [T, D]  ->  logits [T, V/TP]  ->  statistics [T]
+
 ``forward`` runs without gradient; ``forward_backward`` adds the loss's gradient into Megatron's buffers.
 Both return the statistics of each micro-batch on the last pipeline stage and None on the others.
 """
@@ -93,21 +98,28 @@ def run_pipeline(
 def _statistics(
     policy: Policy, needs: Needs, temperature: float, *, with_grad: bool
 ) -> Callable[[Tensor, PackedSequences], TokenStats]:
-    """Reads token statistics from logits, or from hidden states through the fused head."""
+    """Reads token statistics from hidden states, through the output layer or the fused head."""
     shard = policy.vocab_shard
     want, grad = _outputs(needs)
     options: Any = {"temperature": temperature, "top_p": needs.nucleus_p, "nucleus": needs.nucleus}
     options |= {"want": want, "grad": grad if with_grad else ()}
 
     def read(output: Tensor, micro: PackedSequences) -> TokenStats:
-        targets, weight = micro.targets.to(output.device), policy.head_weight
-        if weight is None:  # output [1, S, V/TP]
-            found = policy_stats(output[0].index_select(0, micro.rows.to(output.device)), targets, shard, **options)
-        else:
-            found = linear_policy_stats(hidden_rows(policy, output, micro), weight, targets, shard, **options)
+        rows, targets = hidden_rows(policy, output, micro), micro.targets.to(output.device)
+        if policy.fused_head:
+            found = linear_policy_stats(rows, policy.head_weight, targets, shard, **options)
+        else:  # nobody else reads these logits: the backward writes their gradient over them
+            found = policy_stats(logits_of(policy, rows), targets, shard, inplace_backward=with_grad, **options)
         return TokenStats(**{name: found[name] for name in want})
 
     return read
+
+
+def logits_of(policy: Policy, rows: Tensor) -> Tensor:
+    """``[T, D] -> [T, V/TP]``: Megatron's own product, whose backward sums the rows' gradient over the ranks."""
+    weight = policy.head_weight if policy.architecture.tied else None
+    logits, _ = policy.modules[-1].output_layer(rows, weight=weight)
+    return logits
 
 
 def hidden_rows(policy: Policy, output: Tensor, micro: PackedSequences) -> Tensor:

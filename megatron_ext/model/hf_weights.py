@@ -8,6 +8,8 @@ Which parameter is made of which tensors is in hf_tables.py.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,26 +92,20 @@ def stream(policy: Policy, tensors: Sequence[Mapping[str, Tensor]]) -> Iterator[
     """Tensors named and laid out like the policy's parameters as whole HF tensors, one by one, on the ranks' device.
 
     ``tensors`` (weights, gradients) has a mapping for each module of this rank. Every rank gets every tensor, in the
-    order of ``stream_names``. Collective: all ranks must consume the iterator.
+    order of ``stream_names``. Collective: all ranks must consume the iterator. What a layer's experts consist of is
+    exchanged at once, likewise the rest of a layer, and is what this holds beside the tensor that it yields.
     """
-    pipeline, dtype = groups.pipeline(), next(iter(tensors[0].values())).dtype
+    pipeline = groups.pipeline()
     for stage, ranked in enumerate(_streamed_rules(policy)):
         number, source = divmod(stage, pipeline.size())
-        for variants in zip(*ranked, strict=True):  # one rule of each expert-parallel rank
-            rule = variants[groups.expert().rank()]
-            whole = _gather(tensors[number][rule.megatron], variants) if source == pipeline.rank() else None
-            named = [
-                (name, shape) for each in _distinct(variants) for name, shape in zip(each.hf, each.shapes, strict=True)
-            ]
-            for index, (name, shape) in enumerate(named):
-                value = (
-                    torch.empty(shape, dtype=dtype, device=host.device())
-                    if whole is None
-                    else whole[index].contiguous()
-                )
-                if pipeline.size() > 1:
-                    dist.broadcast(value, src=dist.get_process_group_ranks(pipeline)[source], group=pipeline)
-                yield name, value
+        for bundle in _bundles(ranked):
+            own = [variants[groups.expert().rank()] for variants in bundle]
+            held = [tensors[number][rule.megatron] for rule in own] if source == pipeline.rank() else None
+            gathered = _gather(held, own, next(iter(tensors[0].values())).dtype)
+            if pipeline.size() > 1:
+                dist.broadcast(gathered, src=dist.get_process_group_ranks(pipeline)[source], group=pipeline)
+            yield from _whole_tensors(bundle, gathered)
+            del gathered  # before the next is made
 
 
 def stream_names(policy: Policy) -> list[tuple[str, tuple[int, ...]]]:
@@ -139,15 +135,53 @@ def _distinct(variants: Sequence[Rule]) -> Sequence[Rule]:
     return variants if variants[0].expert else variants[:1]
 
 
-def _gather(own: Tensor, variants: Sequence[Rule]) -> list[Tensor]:
-    """The HF tensors of all ``variants``, from the ranks of this stage that hold them."""
-    group = groups.expert_model() if variants[0].expert else groups.tensor()
-    own = own.contiguous()
-    parts = [torch.empty_like(own) for _ in range(group.size())]
-    dist.all_gather(parts, own, group=group)
-    width = groups.expert_tensor().size() if variants[0].expert else group.size()
-    return [
-        tensor
-        for number, rule in enumerate(_distinct(variants))
-        for tensor in rule.layout.join(parts[number * width : (number + 1) * width])
-    ]
+def _bundles(ranked: Sequence[Sequence[Rule]]) -> Iterator[list[tuple[Rule, ...]]]:
+    """The rules of a stage, one of each expert-parallel rank side by side, in the parts that travel together."""
+
+    def part(variants: tuple[Rule, ...]) -> tuple[str, bool]:
+        names = variants[0].megatron.split(".")
+        return ".".join(names[:3]) if names[1] == "layers" else variants[0].megatron, variants[0].expert
+
+    for _, bundle in itertools.groupby(zip(*ranked, strict=True), part):
+        yield list(bundle)
+
+
+def _gather(held: Sequence[Tensor] | None, rules: Sequence[Rule], dtype: torch.dtype) -> Tensor:
+    """``[ranks, elements]``: each rank's ``held`` end to end, of the ranks of this stage that share ``rules`` out.
+
+    Uninitialised where nothing is held: on the ranks of other stages.
+    """
+    group, size = _sharing(rules[0])
+    own = None if held is None else torch.cat([tensor.flatten() for tensor in held])
+    if own is not None and group.size() == 1:
+        return own[None]
+    elements = sum(map(math.prod, _part_shapes(rules, size)))
+    gathered = torch.empty((group.size(), elements), dtype=dtype, device=host.device())
+    if own is not None:
+        dist.all_gather_into_tensor(gathered.flatten(), own, group=group)
+    return gathered
+
+
+def _whole_tensors(bundle: Sequence[tuple[Rule, ...]], gathered: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The HF tensors of a bundle from what ``_gather`` got."""
+    _, size = _sharing(bundle[0][0])
+    shapes = _part_shapes([variants[0] for variants in bundle], size)
+    by_rule = gathered.split([math.prod(shape) for shape in shapes], 1)
+    for variants, shape, parts in zip(bundle, shapes, by_rule, strict=True):
+        for number, rule in enumerate(_distinct(variants)):
+            own = [part.view(shape) for part in parts[number * size : (number + 1) * size]]
+            for name, whole in zip(rule.hf, rule.layout.join(own), strict=True):
+                yield name, whole.clone(memory_format=torch.contiguous_format)  # and not a view of what is gathered
+
+
+def _sharing(rule: Rule) -> tuple[dist.ProcessGroup, int]:
+    """The ranks of a stage that hold the rules of a bundle among them, and over how many one parameter is cut."""
+    if rule.expert:
+        return groups.expert_model(), groups.expert_tensor().size()
+    return groups.tensor(), groups.tensor().size()
+
+
+def _part_shapes(rules: Sequence[Rule], size: int) -> list[torch.Size]:
+    """The shape of each parameter on one of the ``size`` ranks that it is cut over."""
+    with torch.device("meta"):
+        return [rule.layout.cut([torch.empty(shape) for shape in rule.shapes], 0, size).shape for rule in rules]

@@ -144,6 +144,7 @@ class LogConfig(Section):
     dir: str = "runs"  # the run's folder is dir/name
     tensorboard: bool = True
     samples: NonNegative = 4  # responses kept per step for the report, with their token entropies
+    nucleus: bool = False  # report the nucleus' entropy and size also where the method does not use them: it costs time
 
 
 class AlarmsConfig(Section):

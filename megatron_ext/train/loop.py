@@ -153,7 +153,7 @@ def run(config: Config) -> int:
             state.save()
         if writer is not None:
             writer.close()
-    dist.barrier()
+    dist.barrier(group=parallel.gloo())
     state.engine.close()  # last: vLLM takes the process group down with it
     if state.step < steps and state.alarms.stopping:
         raise state.alarms.stopped()
@@ -196,17 +196,16 @@ def build(config: Config, pool: RewardPool) -> Run:
     order = data_order(config, [problem for problem, _ in problems])
     layout: dict[str, Any] = {
         "dtype": getattr(torch, config.model.dtype),
-        "fused_head": config.model.fused_head,
         "recompute": config.model.recompute,
         **parallel.model_layout(config.parallel),
     }
     architecture = read_architecture(hf_config(config.model.path))
     start = Start(config.model, architecture)
-    policy = build_policy(architecture, **layout)
+    policy = build_policy(architecture, fused_head=config.model.fused_head, **layout)
     start.fill(policy.modules)
     reference: Reference | None = None
     if method.needs.reference:
-        frozen = build_reference(architecture, **layout)
+        frozen = build_reference(architecture, fused_head=config.model.fused_head, **layout)
         start.fill(frozen.modules)
         reference = Reference(frozen, device=host.device(), offload=config.model.offload_reference)
     actor, critic = Trained.build(policy, config.optimizer), None
@@ -274,8 +273,8 @@ class StopSignal:
 
     def requested(self) -> bool:
         """Whether any rank has been asked; the same answer on every rank."""
-        flag = torch.tensor([int(self._received)], device=host.device())
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        flag = torch.tensor([int(self._received)])
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=parallel.gloo())  # rank 0 may be writing for long
         return bool(flag)
 
 
@@ -290,7 +289,7 @@ def _load_data(config: Config, pool: RewardPool) -> list[EncodedProblem]:
                 _tell(line)
         except ValueError as error:  # a ConfigError, or a model directory without tokenizer
             box[1] = str(error)
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=parallel.gloo())
     if box[1] is not None:
         raise ConfigError(box[1])
     return box[0]
@@ -315,7 +314,9 @@ def _writer(config: Config, step: int) -> MetricsWriter:
 
 
 def _samples(run: Run, episodes: Sequence[Episode], old: TokenStats) -> list[dict[str, Any]]:
-    """The first responses of different prompts, token by token, for the report."""
+    """The first responses of different prompts, token by token, for the report, which rank 0 writes."""
+    if dist.get_rank() != 0:
+        return []
     chosen = range(0, len(episodes), run.config.rollout.samples)[: run.config.log.samples]
     assert old.entropy is not None
     ends = torch.tensor([len(e.sample.response_ids) for e in episodes]).cumsum(0).tolist()

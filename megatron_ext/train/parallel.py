@@ -1,10 +1,16 @@
-"""Process groups of a layout, and the reducer that methods see."""
+"""Process groups of a layout, and the reducer that methods see.
+
+Tensors travel on Megatron's groups. Python objects, and every wait for something that only some ranks do, belong on
+their gloo twins: NCCL would serialise an object through the GPU and gives up after its timeout.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import pickle
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +23,8 @@ from megatron_ext.model.megatron_config import ModelLayout
 from megatron_ext.train.config import ParallelConfig
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=1)  # of the gloo twins: one rank may verify data or write for hours
+_twins: dict[tuple[int, ...], dist.ProcessGroup] = {}  # by the ranks of the group; of more than one rank
 
 
 def initialize(layout: ParallelConfig, *, timeout_s: float = 600) -> None:
@@ -35,6 +43,39 @@ def initialize(layout: ParallelConfig, *, timeout_s: float = 600) -> None:
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
     )
+    _make_twins(layout)
+
+
+def gloo(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
+    """The ranks of ``group`` (the data-, pipeline- or model-parallel one; None: all) over gloo."""
+    return _twins[tuple(dist.get_process_group_ranks(group))]
+
+
+def _make_twins(layout: ParallelConfig) -> None:
+    """Every rank takes part in making every group, its own or not, in one order."""
+    _twins.clear()
+    everyone = tuple(range(layout.world))
+    sizes = {"tp": layout.tensor, "dp": layout.data, "pp": layout.pipeline}
+    ranks_of = parallel_state.RankGenerator(**sizes, ep=1, cp=1, order="tp-cp-ep-dp-pp").get_ranks  # as Megatron's
+    apart = {tuple(ranks) for kind in ("dp", "pp", "tp-pp") for ranks in ranks_of(kind) if len(ranks) > 1}
+    for ranks in sorted(apart | {everyone}):
+        twin = _new_gloo(ranks)
+        if dist.get_rank() in ranks:
+            _twins[ranks] = twin
+
+
+def _new_gloo(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    """A device bound to the default group is out of the way meanwhile.
+
+    With one, torch 2.13 has every rank outside the new group split NCCL's communicator, whatever the new group's
+    backend is, and wait there for the members, which do not.
+    """
+    world: Any = dist.group.WORLD
+    bound, world.bound_device_id = world.bound_device_id, None
+    try:
+        return cast(dist.ProcessGroup, dist.new_group(list(ranks), backend="gloo", timeout=PATIENCE))
+    finally:
+        world.bound_device_id = bound
 
 
 def model_layout(layout: ParallelConfig) -> dict[str, Any]:
@@ -56,9 +97,28 @@ class DataReducer:
 
     def concat(self, value: Tensor) -> Tensor:
         """All ranks' vectors one after the other, in rank order."""
-        parts: list[Tensor] = [torch.empty(0)] * self.group.size()
-        dist.all_gather_object(parts, value.cpu(), group=self.group)
-        return torch.cat(parts).to(value.device)
+        own, size = value.to(host.device()), self.group.size()
+        lengths = own.new_empty(size, dtype=torch.int64)
+        dist.all_gather_into_tensor(lengths, torch.full_like(lengths[:1], len(own)), group=self.group)
+        counts = lengths.tolist()
+        padded = torch.cat([own, own.new_zeros(max(counts) - len(own))])
+        gathered = own.new_empty(size * len(padded))
+        dist.all_gather_into_tensor(gathered, padded, group=self.group)
+        parts = zip(gathered.view(size, len(padded)), counts, strict=True)
+        return torch.cat([part[:count] for part, count in parts]).to(value.device)
+
+
+def swap(outgoing: Sequence[T], group: dist.ProcessGroup) -> list[T]:
+    """``outgoing[r]`` goes to rank r of ``group``; what each rank had for this one, in rank order. Python objects."""
+    if group.size() == 1:
+        return list(outgoing)
+    sent = [torch.frombuffer(bytearray(pickle.dumps(each)), dtype=torch.uint8) for each in outgoing]
+    sizes = torch.tensor([len(each) for each in sent])
+    coming = torch.empty_like(sizes)
+    dist.all_to_all_single(coming, sizes, group=gloo(group))
+    received = torch.empty(int(coming.sum()), dtype=torch.uint8)
+    dist.all_to_all_single(received, torch.cat(sent), coming.tolist(), sizes.tolist(), group=gloo(group))
+    return [pickle.loads(part.numpy().tobytes()) for part in received.split(coming.tolist())]
 
 
 def largest(value: int) -> int:
@@ -85,7 +145,7 @@ def from_last_stage(tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
         return tensors
     last = dist.get_process_group_ranks(group)[-1]
     box = [None if tensors is None else {name: value.cpu() for name, value in tensors.items()}]
-    dist.broadcast_object_list(box, src=last, group=group)
+    dist.broadcast_object_list(box, src=last, group=gloo(group))
     assert box[0] is not None
     return {name: value.to(host.device()) for name, value in box[0].items()}
 
@@ -95,5 +155,5 @@ def from_first_copy(value: T) -> T:
     box = [value]
     for group, source in ((groups.pipeline(), -1), (groups.data(), 0)):
         if group.size() > 1:
-            dist.broadcast_object_list(box, src=dist.get_process_group_ranks(group)[source], group=group)
+            dist.broadcast_object_list(box, src=dist.get_process_group_ranks(group)[source], group=gloo(group))
     return box[0]

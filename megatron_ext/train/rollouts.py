@@ -1,9 +1,12 @@
 """One step's prompts -> judged episodes of this data-parallel rank.
 
-A prompt's place is its number in the step's order of data. Places are dealt to the data-parallel ranks in turn, so
-that a mini-batch (the next ``train.mini_batch_prompts`` places) has as many groups on each. Within one copy of the
-model its tensor- and pipeline-parallel ranks sample and judge a part each and exchange the episodes, so that all of
-them train on the same ones.
+A prompt's place is its number in the step's order of data. To sample, places are dealt to the data-parallel ranks in
+turn. Within one copy of the model its tensor- and pipeline-parallel ranks sample and judge a part each and exchange the
+episodes, so that all of them train on the same ones.
+
+To train, the whole groups of each mini-batch (the next ``train.mini_batch_prompts`` of them) are dealt anew: as many to
+every data-parallel rank, and so that the one with the most tokens, for which all others wait, has few (``deal``). A
+step's loss is a sum over tokens with weights fixed before, so who trains on which changes rounding only.
 
 Dynamic sampling (DAPO, arXiv 2503.14476): a group whose rewards are all equal has no advantage. It is dropped, and
 further prompts are drawn until ``rollout.prompts`` groups are left, in at most ``rollout.max_generations`` rounds. The
@@ -29,6 +32,7 @@ from megatron_ext.rollout.base import Request, RolloutEngine, Sampling
 from megatron_ext.rollout.rewards import RewardPool
 from megatron_ext.rollout.sampling import seed_of
 from megatron_ext.rollout.verify import Outcome
+from megatron_ext.train import parallel
 from megatron_ext.train.config import Config, RolloutConfig
 from megatron_ext.train.metrics import Watch
 from megatron_ext.types import Episode, Problem
@@ -49,7 +53,7 @@ class Rollouts:
     watch: Watch
 
     def collect(self, draw: Draw) -> tuple[list[Episode], dict[str, float]]:
-        """The episodes this data-parallel rank trains on, in order of place and sample, and ``dynamic/*`` metrics.
+        """The episodes this data-parallel rank trains on, in order of place and sample, and metrics.
 
         A response's seed depends on the run's seed, the step and its place, not on the layout. Groups are numbered
         from 0 in the order of the whole step's batch.
@@ -57,18 +61,19 @@ class Rollouts:
         rollout = self.config.rollout
         wanted = math.ceil(rollout.prompts * rollout.oversample) if rollout.dynamic_sampling else rollout.prompts
         episodes = self.generate(draw(wanted), first=0)
-        if not rollout.dynamic_sampling:
-            return [episode for group in episodes.values() for episode in group], {}
-        verdicts = share_verdicts(episodes)
-        generations = 1
-        while verdicts.count("useful") < rollout.prompts and generations < rollout.max_generations:
-            more = self.generate(draw(num_to_draw(verdicts, rollout.prompts)), first=len(verdicts))
-            episodes |= more
-            verdicts += share_verdicts(more)
-            generations += 1
-        chosen = choose(verdicts, rollout.prompts)
-        own = exchange(episodes, chosen, self.config.train.mini_batch_prompts)
-        return own, {"dynamic/generations": float(generations)} | report(verdicts, rollout)
+        chosen, metrics = list(range(wanted)), {}
+        if rollout.dynamic_sampling:
+            verdicts = share_verdicts(episodes)
+            generations = 1
+            while verdicts.count("useful") < rollout.prompts and generations < rollout.max_generations:
+                more = self.generate(draw(num_to_draw(verdicts, rollout.prompts)), first=len(verdicts))
+                episodes |= more
+                verdicts += share_verdicts(more)
+                generations += 1
+            chosen = choose(verdicts, rollout.prompts)
+            metrics = {"dynamic/generations": float(generations)} | report(verdicts, rollout)
+        own, imbalance = exchange(episodes, chosen, self.config.train.mini_batch_prompts)
+        return own, metrics | {"data/imbalance": imbalance}
 
     def generate(self, problems: Sequence[EncodedProblem], *, first: int) -> dict[int, list[Episode]]:
         """``place -> group`` of this data-parallel rank's part of ``problems``, whose places begin at ``first``."""
@@ -124,32 +129,56 @@ def choose(verdicts: Sequence[Verdict], wanted: int) -> list[int]:
     return sorted(by_use[:wanted])
 
 
-def deal(holders: Sequence[int], mini_batch: int, num_ranks: int) -> list[int]:
-    """Which rank trains on each chosen group: as many of each mini-batch on every rank, as few moved as possible."""
-    owners: list[int] = []
-    for start in range(0, len(holders), mini_batch):
-        part = holders[start : start + mini_batch]
-        room = Counter(dict.fromkeys(range(num_ranks), len(part) // num_ranks))
-        stays: list[int | None] = []
-        for rank in part:
-            stays.append(rank if room[rank] else None)
-            room[rank] -= room[rank] > 0
-        vacant = iter(sorted(room.elements()))
-        owners += [next(vacant) if rank is None else rank for rank in stays]
+def deal(tokens: Sequence[int], holders: Sequence[int], mini_batch: int, num_ranks: int) -> list[int]:
+    """Which rank trains on each group: of each mini-batch as many groups on every rank, and about as many tokens.
+
+    The longest group first, to the rank with the fewest tokens that has room; of equals, to the one that holds it.
+    """
+    owners = [0] * len(tokens)
+    for start in range(0, len(tokens), mini_batch):
+        part = range(start, min(start + mini_batch, len(tokens)))
+        load, room = [0] * num_ranks, [len(part) // num_ranks] * num_ranks
+        for number in sorted(part, key=lambda number: (-tokens[number], number)):
+            vacant = (rank for rank in range(num_ranks) if room[rank])
+            owner = min(vacant, key=lambda rank: (load[rank], rank != holders[number], rank))
+            owners[number] = owner
+            load[owner] += tokens[number]
+            room[owner] -= 1
     return owners
 
 
-def exchange(episodes: dict[int, list[Episode]], chosen: Sequence[int], mini_batch: int) -> list[Episode]:
-    """This rank's share of the ``chosen`` groups, numbered anew from 0; groups are whole on a rank."""
+def imbalance(tokens: Sequence[int], owners: Sequence[int], mini_batch: int, num_ranks: int) -> float:
+    """The largest rank's number of tokens over the mean of all, averaged over mini-batches: 1 is balance."""
+    ratios = []
+    for start in range(0, len(tokens), mini_batch):
+        load = Counter(dict.fromkeys(range(num_ranks), 0))
+        for number in range(start, min(start + mini_batch, len(tokens))):
+            load[owners[number]] += tokens[number]
+        ratios.append(max(load.values()) * num_ranks / load.total())
+    return sum(ratios) / len(ratios)
+
+
+def exchange(episodes: dict[int, list[Episode]], chosen: Sequence[int], mini_batch: int) -> tuple[list[Episode], float]:
+    """This rank's share of the ``chosen`` groups, numbered anew from 0, and the share's ``imbalance``.
+
+    Groups are whole on a rank.
+    """
     data = groups.data()
-    holders = [place % data.size() for place in chosen]
-    owners = deal(holders, mini_batch, data.size())
     held = {number: episodes[place] for number, place in enumerate(chosen) if place in episodes}
-    leaving = {number: group for number, group in held.items() if owners[number] != data.rank()}
-    if owners != holders:
-        held |= gathered(leaving, data)
-    own = [number for number, owner in enumerate(owners) if owner == data.rank()]
-    return [replace(episode, group=number) for number in own for episode in held[number]]
+    lengths = gathered({number: num_tokens(group) for number, group in held.items()}, data)
+    tokens = [lengths[number] for number in range(len(chosen))]
+    owners = deal(tokens, [place % data.size() for place in chosen], mini_batch, data.size())
+    leaving: list[dict[int, list[Episode]]] = [{} for _ in range(data.size())]
+    for number, group in held.items():
+        leaving[owners[number]][number] = group
+    own = {number: group for part in parallel.swap(leaving, data) for number, group in part.items()}
+    dealt = [replace(episode, group=number) for number in sorted(own) for episode in own[number]]
+    return dealt, imbalance(tokens, owners, mini_batch, data.size())
+
+
+def num_tokens(group: Sequence[Episode]) -> int:
+    """Prompts and responses: what a training pass reads."""
+    return sum(len(episode.sample.prompt_ids) + len(episode.sample.response_ids) for episode in group)
 
 
 def report(verdicts: Sequence[Verdict], rollout: RolloutConfig) -> dict[str, float]:
@@ -166,6 +195,8 @@ def report(verdicts: Sequence[Verdict], rollout: RolloutConfig) -> dict[str, flo
 
 def gathered(own: dict[Any, Any], group: dist.ProcessGroup) -> dict[Any, Any]:
     """The dictionaries of all ranks of ``group`` as one."""
+    if group.size() == 1:
+        return dict(own)
     parts: list[dict[Any, Any]] = [{} for _ in range(group.size())]
-    dist.all_gather_object(parts, own, group=group)
+    dist.all_gather_object(parts, own, group=parallel.gloo(group))
     return {key: value for part in parts for key, value in part.items()}

@@ -53,17 +53,16 @@ def build_shard(config: Config, architecture: Architecture, needs: Needs, rank: 
     host.enter()
     options: dict[str, Any] = {
         "dtype": getattr(torch, config.model.dtype),
-        "fused_head": config.model.fused_head,
         "recompute": config.model.recompute,
         **parallel.model_layout(config.parallel),
     }
     with _as_rank(config.parallel, rank):
         reference = critic = None
         with host.on_meta():
-            policy = build_policy(architecture, **options)
+            policy = build_policy(architecture, fused_head=config.model.fused_head, **options)
             trained = Trained.build(policy, config.optimizer)
             if needs.reference:
-                reference = build_reference(architecture, **options)
+                reference = build_reference(architecture, fused_head=config.model.fused_head, **options)
             if needs.value:
                 critic = Trained.build(
                     build_critic(architecture, lambda modules: None, **options), config.critic, section="critic"

@@ -1,6 +1,7 @@
 """One training step: episodes in, updated policy and metrics out.
 
-old     = statistics of the policy that sampled, over the whole step        (no gradient)
+old     = statistics of the policy that sampled, over the whole step        (no gradient; not by a pass of its own
+                                                                            where the only update can measure them)
 value   = the critic's values, where the method has one                     (no gradient)
 batch   = method.credit(step, value)                                        advantages, returns
 method.observe(batch, old)                                                  anchors, controllers
@@ -35,6 +36,8 @@ from megatron_ext.train.token_weights import token_weights
 from megatron_ext.train.trained import Trained, totals
 from megatron_ext.types import Batch, Episode, TokenStats
 
+NUCLEUS_P = 0.8  # of the reported nucleus where the method has none
+
 
 @dataclass
 class Learner:
@@ -62,9 +65,9 @@ class Learner:
         minis = [list(range(i, i + per_mini)) for i in range(0, len(episodes), per_mini)]
         packed = [self.pack([episodes[i] for i in rows]) for rows in minis]
         whole, old = self.look(episodes, packed, watch)
-        metrics = summarise(whole, old, episodes, self.reduce)
-        mismatch.check(metrics, self.config)
-        metrics |= self.method.observe(whole, old, self.reduce)
+        if old is None:
+            return self.only_update(whole, episodes, packed, watch)
+        metrics = self.described(whole, old, episodes) | self.method.observe(whole, old, self.reduce)
         parts = [whole.rows(rows) for rows in minis]
         batches = [(self.weigh(batch), position) for batch, position in parts]
         updates: Counter[str] = Counter()
@@ -84,17 +87,48 @@ class Learner:
                     phase.advance(tokens=len(batch.mask))
         return metrics | {name: value / len(minis) for name, value in updates.items()}, old
 
-    def look(self, episodes: Sequence[Episode], packed: list[Micros], watch: Watch) -> tuple[Batch, TokenStats]:
-        """The whole step as the models see it before its first update: the batch with its advantages, statistics."""
+    def only_update(
+        self, whole: Batch, episodes: Sequence[Episode], packed: list[Micros], watch: Watch
+    ) -> tuple[dict[str, float], TokenStats]:
+        """The step's one update, whose own forward measures the policy that sampled: ``step`` without a pass before."""
+        [micros] = packed
+        metrics = self.method.observe(whole, None, self.reduce)
+        with watch.phase("update", total=1) as phase:
+            plan = self.method.prepare(whole, None, self.reduce)
+            results, values = self.backward(whole, plan, micros, self.reported, measures_old=True)
+            old = self.joined(results, micros)
+            metrics |= self.described(known_old(whole, old.logprob), old, episodes) | values | plan.report
+            metrics |= self.apply()
+            phase.advance(tokens=len(whole.mask))
+        return metrics, old
+
+    @property
+    def update_measures_old(self) -> bool:
+        """Whether the step's only update sees the policy that sampled before anything needs its statistics."""
+        config, needs = self.config, self.method.needs
+        single = config.train.mini_batch_prompts == config.rollout.prompts
+        return single and not (needs.old or needs.current or needs.value or config.train.importance_cap)
+
+    @property
+    def reported(self) -> Needs:
+        """What the method needs, and what a step reports of the policy that sampled."""
         needs = self.method.needs
-        observed = replace(needs, entropy=True, nucleus_p=needs.nucleus_p or 0.8)
-        ref = value = None
+        logged = NUCLEUS_P if self.config.log.nucleus else None
+        return replace(needs, entropy=True, nucleus_p=needs.nucleus_p or logged)
+
+    def look(self, episodes: Sequence[Episode], packed: list[Micros], watch: Watch) -> tuple[Batch, TokenStats | None]:
+        """The whole step as the models see it before its first update: the batch with its advantages, statistics.
+
+        No statistics where the update measures them.
+        """
+        old = ref = value = None
         with watch.phase("old_logprob", total=len(packed)) as phase:
-            parts = []
-            for micros in packed:
-                parts.append(self.statistics(self.policy, micros, observed))
-                phase.advance(tokens=len(parts[-1].logprob))
-            old = TokenStats(**{n: torch.cat([p.present()[n] for p in parts]) for n in parts[0].present()})
+            if not self.update_measures_old:
+                parts = []
+                for micros in packed:
+                    parts.append(self.statistics(self.policy, micros, self.reported))
+                    phase.advance(tokens=len(parts[-1].logprob))
+                old = TokenStats(**{n: torch.cat([p.present()[n] for p in parts]) for n in parts[0].present()})
             if self.reference is not None:
                 with self.reference.present() as reference:
                     ref = torch.cat([self.statistics(reference, micros, Needs()).logprob for micros in packed])
@@ -102,11 +136,21 @@ class Learner:
                 value = torch.cat([critic.values(self.critic, micros) for micros in packed])
         return self.weigh(self.batch(episodes, old, ref, value)), old
 
+    def described(self, batch: Batch, old: TokenStats, episodes: Sequence[Episode]) -> dict[str, float]:
+        """What the step's batch looks like. Raises MismatchError where the engine samples from another policy."""
+        metrics = summarise(batch, old, episodes, self.reduce)
+        mismatch.check(metrics, self.config)
+        return metrics
+
     def update(self, batch: Batch, current: TokenStats | None, micros: Micros) -> dict[str, float]:
         """One optimizer step on one mini-batch."""
         plan, values = self.gradients(batch, current, micros)
+        return values | plan.report | self.apply()
+
+    def apply(self) -> dict[str, float]:
+        """The optimizer step with the gradient in the buffers."""
         norm, lr = self.actor.update(self.config.train.max_bad_steps)
-        return values | plan.report | {"grad/norm": norm, "optimizer/lr": lr, "grad/skipped": float(norm != norm)}
+        return {"grad/norm": norm, "optimizer/lr": lr, "grad/skipped": float(norm != norm)}
 
     def update_critic(self, model: Trained, batch: Batch, micros: Micros) -> dict[str, float]:
         """The same for the critic, whose loss needs nothing but the values."""
@@ -117,11 +161,23 @@ class Learner:
     def gradients(self, batch: Batch, current: TokenStats | None, micros: Micros) -> tuple[Plan, dict[str, float]]:
         """Leave the gradient of the mini-batch's loss in the optimizer's buffers; the metrics of its tokens."""
         plan = self.method.prepare(batch, current, self.reduce)
+        _, metrics = self.backward(batch, plan, micros, self.method.needs)
+        return plan, metrics
+
+    def backward(
+        self, batch: Batch, plan: Plan, micros: Micros, needs: Needs, *, measures_old: bool = False
+    ) -> tuple[list[TokenStats] | None, dict[str, float]]:
+        """``gradients`` under a plan, with the statistics of each micro-batch on the last stage.
+
+        With ``measures_old`` they are also those of the policy that sampled: every ratio is 1.
+        """
         splits = [batch.rows(rows) for rows, _ in micros]
         sums: list[dict[str, Tensor]] = []
 
         def loss(number: int, stats: TokenStats) -> Tensor:
             micro, position = splits[number]
+            if measures_old:
+                micro = known_old(micro, stats.logprob.detach())
             part = plan.select(position)
             value = self.method.loss(micro, stats, part).sum()
             with torch.no_grad():
@@ -131,11 +187,11 @@ class Learner:
 
         self.actor.zero_grad()
         temperature = self.config.rollout.temperature
-        forward_backward(self.policy, [packed for _, packed in micros], self.method.needs, temperature, loss)
+        results = forward_backward(self.policy, [packed for _, packed in micros], needs, temperature, loss)
         state = self.method.state_dict()
         if state:  # a micro-batch's loss may have moved it, on the last stages only: a run has one state
             self.method.load_state_dict(parallel.from_first_copy(state))
-        return plan, totals(sums, batch, self.reduce)
+        return results, totals(sums, batch, self.reduce)
 
     def pack(self, episodes: Sequence[Episode]) -> Micros:
         """Micro-batches of a mini-batch: the rows of each and its packed tokens; as many on every rank."""
@@ -149,7 +205,12 @@ class Learner:
 
     def statistics(self, policy: Policy, micros: Micros, needs: Needs) -> TokenStats:
         """Statistics of a mini-batch without gradient, in the order of its tokens, on every stage."""
-        results = forward(policy, [packed for _, packed in micros], needs, self.config.rollout.temperature)
+        return self.joined(
+            forward(policy, [packed for _, packed in micros], needs, self.config.rollout.temperature), micros
+        )
+
+    def joined(self, results: list[TokenStats] | None, micros: Micros) -> TokenStats:
+        """The last stage's statistics of each micro-batch in the order of the mini-batch's tokens, on every stage."""
         joined = None
         if results is not None:
             order = packing.positions(micros).to(host.device())
@@ -159,26 +220,27 @@ class Learner:
         return TokenStats(**parallel.from_last_stage(joined))
 
     def batch(
-        self, episodes: Sequence[Episode], old: TokenStats, ref: Tensor | None, value: Tensor | None = None
+        self, episodes: Sequence[Episode], old: TokenStats | None, ref: Tensor | None, value: Tensor | None = None
     ) -> Batch:
-        """The whole step on this rank with its advantages, not yet weighed."""
+        """The whole step on this rank with its advantages, not yet weighed; ``old`` None: not known yet."""
         to = host.device()
         lengths = torch.tensor([len(e.sample.response_ids) for e in episodes], device=to)
         reward = torch.tensor([e.reward.value for e in episodes], dtype=torch.float32, device=to)
         group = torch.tensor([e.group for e in episodes], device=to)
         sequence = torch.repeat_interleave(torch.arange(len(episodes), device=to), lengths)
         reported = torch.tensor([x for e in episodes for x in e.sample.logprobs], dtype=torch.float32, device=to)
-        rollout = mismatch.known(reported, old.logprob)
+        old_logprob = torch.full_like(reported, torch.nan) if old is None else old.logprob
+        rollout = mismatch.known(reported, old_logprob)
         batch = Batch(
             sequence=sequence,
             mask=~reward.isnan()[sequence],
-            weight=torch.zeros_like(old.logprob),
-            old_logprob=old.logprob,
+            weight=torch.zeros_like(old_logprob),
+            old_logprob=old_logprob,
             rollout_logprob=rollout,
-            importance=mismatch.importance(old.logprob, rollout, self.config.train.importance_cap),
+            importance=mismatch.importance(old_logprob, rollout, self.config.train.importance_cap),
             ref_logprob=ref,
             reward=reward,
-            advantage=torch.zeros_like(old.logprob),
+            advantage=torch.zeros_like(old_logprob),
             group=group,
             truncated=torch.tensor([e.sample.truncated for e in episodes], device=to),
             num_sequences=0,
@@ -200,3 +262,9 @@ class Learner:
             max_response_tokens=self.config.rollout.max_response_tokens,
         )
         return replace(batch, weight=weight, num_sequences=num_sequences, num_tokens=num_tokens)
+
+
+def known_old(batch: Batch, old_logprob: Tensor) -> Batch:
+    """A batch whose old policy was not known yet, now that it is measured."""
+    rollout = mismatch.known(batch.rollout_logprob, old_logprob)
+    return replace(batch, old_logprob=old_logprob, rollout_logprob=rollout)

@@ -15,7 +15,8 @@ from megatron_ext.types import Batch, Episode, TokenStats
 def summarise(batch: Batch, old: TokenStats, episodes: Sequence[Episode], reduce: Reducer) -> dict[str, float]:
     """Means over the step's valid responses and tokens; shares of outcomes; counts of unusable groups.
 
-    ``mismatch/*`` compares the engine's log-probs with the trainer's for the same tokens and weights.
+    The nucleus is described where it was computed. ``mismatch/*`` compares the engine's log-probs with the trainer's
+    for the same tokens and weights.
     """
     valid = ~batch.reward.isnan()
     _, std, size = group_statistics(batch.reward, batch.group)
@@ -38,11 +39,13 @@ def summarise(batch: Batch, old: TokenStats, episodes: Sequence[Episode], reduce
         "group/solved": leaders & (std == 0) & (batch.reward > 0),
         "group/single": leaders & (size < 2),
     }
-    assert old.entropy is not None and old.nucleus_entropy is not None and old.nucleus_size is not None
-    per_token = {
+    entropies = {
         "entropy/full": old.entropy,
         "entropy/nucleus": old.nucleus_entropy,
         "entropy/nucleus_size": old.nucleus_size,
+    }
+    per_token = {
+        **{name: value for name, value in entropies.items() if value is not None},
         "logprob/mean": old.logprob,
         "mismatch/mean": gap.abs(),
         "mismatch/ratio": (-gap).exp(),

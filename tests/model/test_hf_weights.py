@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_ext import host
 from megatron_ext.model import build, groups, hf_config, hf_tables, hf_weights, rope
-from megatron_ext.model.forward import run_pipeline
+from megatron_ext.model.forward import hidden_rows, logits_of, run_pipeline
 from megatron_ext.train import config as train_config
 from megatron_ext.train import packing, parallel
 from megatron_ext.train.config import ParallelConfig
@@ -90,7 +90,7 @@ def bins(sequences: Sequences) -> list[list[int]]:
 
 def whole_logits(policy: build.Policy, output: Tensor, micro: PackedSequences) -> Tensor:
     """``[T, V]`` of the rows that predict a response token."""
-    own = output[0].index_select(0, micro.rows).contiguous()
+    own = logits_of(policy, hidden_rows(policy, output, micro))
     parts = [torch.empty_like(own) for _ in range(groups.tensor().size())]
     dist.all_gather(parts, own, group=groups.tensor())
     return torch.cat(parts, 1)[:, : policy.architecture.vocab_size]

@@ -54,3 +54,26 @@ def test_dynamic_sampling_goes_on_where_it_drew_last(tmp_path: Path) -> None:
     assert max(step["dynamic/generations"] for step in steps) > 1
     assert whole_run.metrics(tmp_path / "killed") == steps
     assert whole_run.contents(tmp_path / "killed", 3) == whole_run.contents(tmp_path / "whole", 3)
+
+
+def test_a_run_with_one_update_a_step_goes_on(tmp_path: Path) -> None:
+    """Its old log-probs are those of the update itself (tests/train/test_passes.py)."""
+    options = ("train.mini_batch_prompts=4", "train.steps=3", "parallel.pipeline=2", "log.samples=2")
+    assert whole_run.train(tmp_path / "whole", recipe("entropy_bonus"), *options, world=2) == 0
+    whole_run.train_and_die(tmp_path / "killed", recipe("entropy_bonus"), *options, after=2, world=2)
+    assert whole_run.train(tmp_path / "killed", recipe("entropy_bonus"), *options, world=2) == 0
+    steps = whole_run.metrics(tmp_path / "whole")
+    assert [step["kl/old"] for step in steps] == [0.0] * 3 and all(step["grad/norm"] > 0 for step in steps)
+    assert max(step["mismatch/max"] for step in steps) < 1e-4
+    assert whole_run.metrics(tmp_path / "killed") == steps
+    assert whole_run.contents(tmp_path / "killed", 3) == whole_run.contents(tmp_path / "whole", 3)
+
+
+def test_groups_dealt_over_ranks_are_dealt_the_same_again(tmp_path: Path) -> None:
+    assert whole_run.train(tmp_path / "whole", recipe("siren"), "train.steps=3", world=2) == 0
+    whole_run.train_and_die(tmp_path / "killed", recipe("siren"), "train.steps=3", after=2, world=2)
+    assert whole_run.train(tmp_path / "killed", recipe("siren"), "train.steps=3", world=2) == 0
+    steps = whole_run.metrics(tmp_path / "whole")
+    assert all(1 <= step["data/imbalance"] < 1.5 for step in steps)
+    assert whole_run.metrics(tmp_path / "killed") == steps
+    assert whole_run.contents(tmp_path / "killed", 3) == whole_run.contents(tmp_path / "whole", 3)

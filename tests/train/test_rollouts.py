@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from torch import Tensor
 
+from megatron_ext import methods
+from megatron_ext.model import hf_weights
 from megatron_ext.rollout.base import Request, Sampling
 from megatron_ext.train import parallel
 from megatron_ext.train.config import Config, ParallelConfig, RolloutConfig, TrainConfig
 from megatron_ext.train.metrics import Watch
 from megatron_ext.train.order import DataOrder
-from megatron_ext.train.rollouts import Rollouts, choose, deal, num_to_draw, verdict_of
+from megatron_ext.train.rollouts import Rollouts, choose, deal, imbalance, num_to_draw, num_tokens, verdict_of
 from megatron_ext.types import Episode, Problem, Reward, Sample
-from tests import gloo
+from tests import gloo, tiny
+from tests.train.test_invariance import gathered_gradients, worst
+from tests.train.test_passes import learner_of
 
 PROMPTS, SAMPLES, MINI, NUM_PROBLEMS = 8, 4, 4, 40
 LAYOUTS = [(1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 1, 4), (4, 2, 2)]  # world, tensor, data
 
 
 class Engine:
-    """A response is its seed."""
+    """A response is its seed, and now and then a long one."""
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, on_batch: Callable[[list[Sample]], None] | None = None
     ) -> list[Sample]:
-        return [Sample(r.prompt_ids, (1,), (0.0,), str(r.seed), False, 0) for r in requests]
+        lengths = [2 ** (r.seed % 9) for r in requests]
+        return [
+            Sample(r.prompt_ids, (1,) * n, (0.0,) * n, str(r.seed), False, 0)
+            for r, n in zip(requests, lengths, strict=True)
+        ]
 
 
 class Pool:
@@ -77,7 +90,10 @@ def summary(episodes: list[Episode]) -> list[tuple[int, str, str, float]]:
 
 
 def trained(layout: tuple, everything: float | None = None, rounds: int = 10, dynamic: bool = True) -> Any:
-    """All ranks' episodes of each mini-batch in order of group; metrics and next problems, equal on all ranks."""
+    """All ranks' episodes of each mini-batch in order of group; metrics and next problems, equal on all ranks.
+
+    Without the imbalance, which alone depends on the layout.
+    """
     world, tensor, data = layout
     results = gloo.run(collected, world, tensor, everything, rounds, dynamic)
     assert all(result[1:] == results[0][1:] for result in results)
@@ -89,6 +105,7 @@ def trained(layout: tuple, everything: float | None = None, rounds: int = 10, dy
         assert len(copy) == share * len(minis)
         for mini, episodes in enumerate(minis):
             episodes += copy[mini * share : (mini + 1) * share]
+    assert results[0][1].pop("data/imbalance") >= 1
     return [sorted(episodes, key=lambda e: e[0]) for episodes in minis], results[0][1], results[0][2]
 
 
@@ -161,11 +178,72 @@ def test_a_round_draws_what_the_share_so_far_makes_necessary() -> None:
     assert num_to_draw(few[1:], 4) == 4
 
 
-def test_groups_move_only_where_they_must() -> None:
-    assert deal([0, 1, 0, 1], 4, 2) == [0, 1, 0, 1]
-    assert deal([0, 0, 0, 1], 4, 2) == [0, 0, 1, 1]
-    assert deal([1, 1, 0, 0], 2, 2) == [1, 0, 0, 1]  # two mini-batches
-    assert deal([2, 2, 2, 2, 2, 0], 6, 3) == [2, 2, 0, 1, 1, 0]
+def test_the_longest_groups_are_dealt_first_and_move_only_for_balance() -> None:
+    assert deal([5, 5, 5, 5], [0, 1, 0, 1], 4, 2) == [0, 1, 0, 1]
+    assert deal([5, 5, 5, 5], [0, 0, 0, 1], 4, 2) == [0, 1, 0, 1]  # as many groups on each
+    assert deal([9, 1, 1, 1], [0, 1, 0, 1], 4, 2) == [0, 1, 1, 0]  # the rank with the longest has to take another
+    assert deal([9, 1, 1, 9], [0, 1, 0, 1], 2, 2) == [0, 1, 0, 1]  # two mini-batches: each is balanced alone
+
+
+def skewed(seed: int, count: int, samples: int = 8) -> list[int]:
+    """Tokens of groups whose responses are long-tailed: log-normal around 1,000, cut at 8,192."""
+    draw = random.Random(seed)
+    return [sum(min(8192, round(1000 * math.exp(draw.gauss(0, 1)))) for _ in range(samples)) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("ranks", "per_rank"), [(2, 16), (8, 4), (16, 2), (16, 8)])
+def test_the_largest_rank_has_few_tokens_more_than_the_mean(ranks: int, per_rank: int) -> None:
+    """Against dealing in turn, over ten mini-batches."""
+    mini = ranks * per_rank
+    tokens = [n for seed in range(10) for n in skewed(seed, mini)]
+    holders = [number % ranks for number in range(len(tokens))]
+    owners = deal(tokens, holders, mini, ranks)
+    for start in range(0, len(tokens), mini):
+        assert Counter(owners[start : start + mini]) == dict.fromkeys(range(ranks), per_rank)
+    before, after = (imbalance(tokens, dealt, mini, ranks) for dealt in (holders, owners))
+    assert after - 1 < (before - 1) / 2
+    assert deal(tokens, owners, mini, ranks) == owners  # whoever holds them, but for ties
+
+
+def test_greedy_dealing_is_near_the_best_there_is() -> None:
+    for seed in range(30):
+        tokens = skewed(seed, 6, samples=1)
+        halves = [sum(tokens[i] for i in half) for half in itertools.combinations(range(6), 3)]
+        best = min(max(half, sum(tokens) - half) for half in halves)
+        dealt = deal(tokens, [0, 1] * 3, 6, 2)
+        largest = max(sum(n for n, owner in zip(tokens, dealt, strict=True) if owner == rank) for rank in (0, 1))
+        assert best <= largest <= best * 7 / 6
+
+
+def test_ranks_are_balanced_after_sampling() -> None:
+    """What is reported is what the ranks got."""
+    results = gloo.run(collected, 4, 1, None, 10, False)
+    loads = [
+        [num_tokens(episodes[i : i + SAMPLES]) for i in range(0, len(episodes), SAMPLES)] for episodes, _, _ in results
+    ]
+    ratios = [max(step) * 4 / sum(step) for step in zip(*loads, strict=True)]  # one group a mini-batch and rank
+    assert results[0][1]["data/imbalance"] == pytest.approx(sum(ratios[2:]) / 2)
+
+
+def gradients_of_shares(rank: int, world: int, path: str, method: dict) -> list[dict[str, Tensor]]:
+    """A step's gradient with the first groups on the first rank, and as they are dealt for balance."""
+    learner, everything = learner_of(path, world, method, {"ranks_per_node": 2}), tiny.episodes()
+    tokens = [num_tokens([e for e in everything if e.group == group]) for group in range(4)]
+    found = []
+    for owners in ([0, 0, 1, 1], deal(tokens, [0, 1, 0, 1], 4, 2)):
+        learner.method.load_state_dict(methods.create(method).state_dict())
+        learner.actor.update = lambda max_bad_steps: (1.0, 0.0)  # type: ignore[method-assign]
+        learner.step([e for e in everything if owners[e.group] == rank], Watch(1, show=False))
+        whole = hf_weights.stream(learner.policy, gathered_gradients(learner.policy))
+        found.append({name: gradient.clone() for name, gradient in whole})
+    assert owners != [0, 0, 1, 1]
+    return found
+
+
+@pytest.mark.parametrize("method", [{"name": "siren", "coef": 0.7}, {"name": "forking_tokens"}], ids=str)
+def test_who_trains_on_a_group_changes_no_gradient(method: dict) -> None:
+    for plain, balanced in gloo.run(gradients_of_shares, 2, str(tiny.hf_model()[1]), method):
+        assert worst(balanced, plain) < 1e-6 and all(gradient.any() for gradient in plain.values())
 
 
 def test_a_reward_that_is_none_does_not_make_a_group_useful() -> None:

@@ -1,0 +1,101 @@
+"""The output layer multiplies the rows that predict a response token, and no others, and its logits exist once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_ext import host
+from megatron_ext.methods.base import Needs
+from megatron_ext.model import build, forward, hf_config
+from megatron_ext.train import config as train_config
+from megatron_ext.train import packing, parallel
+from megatron_ext.train.config import ParallelConfig
+from megatron_ext.types import TokenStats
+from tests import gloo, tiny
+
+PROMPT, RESPONSE, SEQUENCES = 12, 10, 4  # more prompt than response
+ROWS = SEQUENCES * RESPONSE
+NEEDS = Needs(entropy=True, entropy_grad=True, nucleus_p=0.8, nucleus_grad=True)
+LAYOUTS = [
+    {},
+    {"tensor": 2},
+    {"tensor": 2, "sequence": True},
+    {"pipeline": 2},
+]
+
+
+class Products(TorchDispatchMode):
+    """Matrix products with an operand or a result of the logits' width, in the order of their execution.
+
+    For each the rows of its logits, and the storages of those logits: held, so that none is used twice.
+    """
+
+    def __init__(self, width: int, hidden_size: int) -> None:
+        super().__init__()
+        self.width, self.hidden_size = width, hidden_size
+        self.rows: list[int] = []
+        self.held: dict[int, Tensor] = {}
+        self.scattered: list[int] = []  # rows of what is filled with zeros or copied at that width
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "bmm"):
+            for tensor in (*args, result):
+                self.note(tensor)
+        at_width = isinstance(result, Tensor) and result.ndim > 1 and result.shape[-1] == self.width
+        if at_width and name in ("index_select", "index_select_backward", "index_add_", "new_zeros", "zeros"):
+            self.scattered.append(len(result))
+        return result
+
+    def note(self, tensor: Any) -> None:
+        if isinstance(tensor, Tensor) and tensor.ndim == 2 and self.width in tensor.shape:
+            rows = next((n for n in tensor.shape if n != self.width), self.width)
+            if rows != self.hidden_size:  # the weight itself and its gradient
+                self.rows.append(rows)
+                self.held[tensor.untyped_storage().data_ptr()] = tensor
+
+
+def products(rank: int, world: int, path: str, layout: dict[str, Any], tied: bool) -> tuple[list[int], int, list[int]]:
+    """Of one micro-batch: rows in each product, how many tensors of logits' width took part, and what was scattered."""
+    host.enter()
+    parallel.initialize(ParallelConfig(ranks_per_node=world, **layout))
+    architecture = hf_config.read_architecture(train_config.hf_config(path))
+    policy = build.build_policy(architecture, dtype=torch.float32, **layout)
+    for parameter in (p for module in policy.modules for p in module.parameters()):
+        parameter.data.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.2)
+    draw = torch.Generator().manual_seed(3)
+    sequences = [
+        (torch.randint(tiny.VOCAB, (PROMPT,), generator=draw).tolist(), torch.randint(60, (RESPONSE,)).tolist())
+        for _ in range(SEQUENCES)
+    ]
+    micro = packing.pack(sequences, multiple=layout.get("tensor", 1))
+
+    def loss(_: int, stats: TokenStats) -> Tensor:
+        assert stats.entropy is not None and stats.nucleus_entropy is not None
+        return (stats.logprob + stats.entropy + stats.nucleus_entropy).sum()
+
+    with Products(policy.vocab_shard.width, architecture.hidden_size) as seen:
+        forward.forward_backward(policy, [micro], NEEDS, 1.0, loss)
+    return seen.rows, len(seen.held), seen.scattered
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+def test_only_response_rows_are_multiplied_and_their_gradient_takes_the_place_of_the_logits(
+    layout: dict[str, Any], tied: bool
+) -> None:
+    _, path = tiny.hf_model("qwen2", tied)
+    world = layout.get("tensor", 1) * layout.get("pipeline", 1)
+    found = gloo.run(products, world, str(path), layout, tied)
+    for rank, (rows, tensors, scattered) in enumerate(found):
+        last = rank >= world - layout.get("tensor", 1)
+        # logits = rows W^T, then d_rows = d_logits W and d_W = d_logits^T rows
+        assert rows == [ROWS] * 3 * last
+        assert tensors == last
+        assert scattered == []

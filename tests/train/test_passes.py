@@ -1,0 +1,176 @@
+"""A step runs the policy as often as its method needs, and a pass left out changes no gradient and no metric."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_ext import host, methods
+from megatron_ext.methods.base import Needs
+from megatron_ext.model import build, forward, hf_config, hf_weights
+from megatron_ext.train import config as train_config
+from megatron_ext.train import parallel
+from megatron_ext.train.config import (
+    AlarmsConfig,
+    Config,
+    LogConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+    TrainConfig,
+)
+from megatron_ext.train.metrics import Watch
+from megatron_ext.train.mismatch import MismatchError
+from megatron_ext.train.reference import Reference
+from megatron_ext.train.step import Learner
+from megatron_ext.train.trained import Trained
+from tests import gloo, tiny
+from tests.train.test_invariance import gathered_gradients, worst
+
+BONUS = {"name": "entropy_bonus", "coef": 0.3}
+SIREN = {"name": "siren", "coef": 0.7}
+LAYOUTS: list[dict[str, Any]] = [{}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {"ranks_per_node": 2}]
+ONCE = ("grpo", "dr_grpo", "clip_higher", "nsr", "psr", "w_reinforce", "entropy_bonus", "entropy_advantage")
+CASES = [
+    *(({"name": name}, {}) for name in ONCE),
+    ({"name": "grpo", "beta": 0.2}, {"pipeline": 2}),
+    ({"name": "entropic", "scope": "micro_batch"}, {"ranks_per_node": 2}),
+    *((BONUS, layout) for layout in LAYOUTS),
+]
+
+
+def world_of(layout: dict[str, Any]) -> int:
+    return layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("ranks_per_node", 1)
+
+
+def learner_of(path: str, world: int, method: dict, layout: dict, mini: int = 4, **sections: Any) -> Learner:
+    """On this rank, with the tiny model's weights and its engine's made-up log-probs let pass."""
+    host.enter()
+    spread = ParallelConfig(**{**layout, "ranks_per_node": world})
+    options: dict[str, Any] = {"alarms": AlarmsConfig(mismatch=0)} | sections
+    config = Config(
+        parallel=spread,
+        rollout=RolloutConfig(prompts=4, samples=4, temperature=0.8, max_response_tokens=12),
+        train=TrainConfig(mini_batch_prompts=mini, micro_batch_tokens=60, **options.pop("train", {})),
+        method=method,
+        **options,
+    )
+    parallel.initialize(spread)
+    architecture = hf_config.read_architecture(train_config.hf_config(path))
+    shape: dict[str, Any] = parallel.model_layout(spread) | {"dtype": torch.float32}
+    policy, frozen = build.build_policy(architecture, **shape), build.build_reference(architecture, **shape)
+    for module in policy.modules + frozen.modules:
+        hf_weights.load_weights(module, architecture, path)
+    for module in frozen.modules:
+        for parameter in module.parameters():
+            parameter.data *= 0.9
+    created = methods.create(method)
+    reference = Reference(frozen, device=host.device(), offload=False) if created.needs.reference else None
+    return Learner(config, created, Trained.build(policy, OptimizerConfig(lr=1e-3)), None, reference)
+
+
+def counted(learner: Learner, *, standing: bool = False) -> tuple[dict[str, float], Any, list[tuple[bool, bool]]]:
+    """One step's metrics, its old statistics, and of each pass of the policy whether it has a gradient and a nucleus.
+
+    ``standing``: the weights stay and the gradients are left in the buffers.
+    """
+    passes: list[tuple[bool, bool]] = []
+    module: Any = forward
+    real = module._statistics
+
+    def statistics(policy: Any, needs: Needs, temperature: float, *, with_grad: bool) -> Any:
+        if policy is learner.policy:
+            passes.append((with_grad, needs.nucleus_p is not None))
+        return real(policy, needs, temperature, with_grad=with_grad)
+
+    module._statistics = statistics
+    if standing:
+        learner.actor.update = lambda max_bad_steps: (1.0, 0.0)  # type: ignore[method-assign]
+    share = len(tiny.episodes()) // learner.config.parallel.data
+    own = tiny.episodes()[parallel.groups.data().rank() * share :][:share]
+    metrics, old = learner.step(own, Watch(1, show=False))
+    module._statistics = real
+    return metrics, old, passes
+
+
+class Asking(Learner):
+    """A learner that always runs the pass before the update."""
+
+    update_measures_old = False  # type: ignore[assignment]
+
+
+def both_ways(rank: int, world: int, path: str, method: dict, layout: dict) -> list[tuple]:
+    """Metrics, old log-probs, passes and gradients of a step of one update: with the pass before it, and without."""
+    learner = learner_of(path, world, method, layout)
+    state, found = learner.method.state_dict(), []
+    for kind in (Asking, Learner):
+        learner.method.load_state_dict(dict(state))
+        each = kind(learner.config, learner.method, learner.actor, None, learner.reference)
+        metrics, old, passes = counted(each, standing=True)
+        gradients = dict(hf_weights.stream(learner.policy, gathered_gradients(learner.policy)))
+        found.append((metrics, old.present(), passes, gradients))
+    return found
+
+
+@pytest.mark.parametrize(("method", "layout"), CASES, ids=str)
+def test_one_update_a_step_needs_no_pass_before_it(method: dict, layout: dict) -> None:
+    world = world_of(layout)
+    for with_pass, without in gloo.run(both_ways, world, str(tiny.hf_model()[1]), method, layout):
+        (expected, old, both, gradients), (metrics, seen, alone, own) = with_pass, without
+        assert (both, alone) == ([(False, False), (True, False)], [(True, False)])
+        assert metrics.keys() == expected.keys() and metrics == pytest.approx(expected, rel=1e-6, abs=1e-6)
+        assert seen.keys() == old.keys() == {"logprob", "entropy"}
+        assert all(torch.allclose(seen[name], value, rtol=1e-6, atol=1e-6) for name, value in old.items())
+        assert worst(own, gradients) < 1e-6 and any(gradient.any() for gradient in gradients.values())
+
+
+def test_all_methods_that_ask_for_nothing_before_the_update_are_here() -> None:
+    needs = {name: methods.create({"name": name}).needs for name in methods.METHODS}
+    assert set(ONCE) == {name for name, own in needs.items() if not (own.old or own.current or own.value)}
+
+
+def passes_of(rank: int, world: int, path: str, method: dict, mini: int, sections: dict) -> list[tuple[bool, bool]]:
+    learner = learner_of(path, world, method, {}, mini, **sections)
+    return counted(learner)[2]
+
+
+LOOK, NUCLEUS_LOOK, UPDATE, NUCLEUS_UPDATE = (False, False), (False, True), (True, False), (True, True)
+
+
+@pytest.mark.parametrize(
+    ("method", "mini", "sections", "expected"),
+    [
+        ({"name": "grpo"}, 4, {}, [UPDATE]),
+        ({"name": "grpo"}, 2, {}, [LOOK, LOOK, UPDATE, UPDATE]),
+        ({"name": "grpo"}, 4, {"train": {"importance_cap": 2.0}}, [LOOK, UPDATE]),
+        ({"name": "grpo"}, 4, {"log": LogConfig(nucleus=True)}, [NUCLEUS_UPDATE]),
+        ({"name": "grpo"}, 2, {"log": LogConfig(nucleus=True)}, [NUCLEUS_LOOK, NUCLEUS_LOOK, UPDATE, UPDATE]),
+        ({"name": "aec"}, 4, {}, [LOOK, UPDATE]),
+        ({"name": "forking_tokens"}, 4, {}, [LOOK, UPDATE]),
+        (SIREN, 4, {}, [NUCLEUS_LOOK, NUCLEUS_UPDATE]),
+        (SIREN, 2, {}, [NUCLEUS_LOOK, NUCLEUS_LOOK, NUCLEUS_UPDATE, NUCLEUS_LOOK, NUCLEUS_UPDATE]),
+        ({**SIREN, "scope": "micro_batch"}, 2, {}, [NUCLEUS_LOOK, NUCLEUS_LOOK, NUCLEUS_UPDATE, NUCLEUS_UPDATE]),
+    ],
+    ids=str,
+)
+def test_every_pass_is_needed(method: dict, mini: int, sections: dict, expected: list) -> None:
+    assert gloo.run(passes_of, 1, str(tiny.hf_model()[1]), method, mini, sections) == [expected]
+
+
+def refused(rank: int, world: int, path: str) -> tuple[bool, bool]:
+    """Whether an engine that samples from other weights stops the step, and whether the weights had moved by then."""
+    learner = learner_of(path, world, {"name": "grpo"}, {}, alarms=AlarmsConfig(mismatch=0.2))
+    before = [p.detach().clone() for module in learner.policy.modules for p in module.parameters()]
+    try:
+        counted(learner)
+    except MismatchError:
+        after: list[Tensor] = [p for module in learner.policy.modules for p in module.parameters()]
+        return True, not all(map(torch.equal, before, after))
+    return False, True
+
+
+def test_another_policy_is_refused_before_the_only_update() -> None:
+    assert gloo.run(refused, 1, str(tiny.hf_model()[1])) == [(True, False)]
