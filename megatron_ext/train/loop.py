@@ -46,7 +46,7 @@ FREE = (  # keys a resumed run may change one by one, besides whole sections (se
     *("reward.workers", "reward.deadline_s", "reward.max_timeout_share"),
 )
 FREE_SECTIONS = (
-    *("parallel.", "checkpoint.", "log.", "alarms.", "rollout.servers."),
+    *("parallel.", "checkpoint.", "log.", "alarms.", "rollout.servers.", "model.fusions."),
     *("data.train", "data.curriculum", "data.hub", "model.path", "model.hub", "model.weights"),
 )
 DONE, REQUEUE = 0, 75  # exit codes: finished; stopped by a signal with its state saved
