@@ -377,7 +377,8 @@ def _set_rng(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *position))
     torch.set_rng_state(states["torch"])
-    tracker.set_states(states["tracker"])
+    if ("cuda" in states) == torch.cuda.is_available():  # states of the other device's generator do not fit
+        tracker.set_states(states["tracker"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
 

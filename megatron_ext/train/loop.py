@@ -132,7 +132,7 @@ def run(config: Config) -> int:
     Raises ConfigError (data or configuration), VerifierError, AlarmError, CheckpointError or TrainingError.
     """
     host.enter()
-    parallel.initialize(config.parallel)
+    parallel.initialize(config.parallel, seed=config.train.seed)
     chief = dist.get_rank() == 0
     with _reward_pool(config) as pool:
         state = build(config, pool)

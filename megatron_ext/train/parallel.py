@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from megatron_ext import host
@@ -19,10 +20,14 @@ from megatron_ext.train.config import ParallelConfig
 T = TypeVar("T")
 
 
-def initialize(layout: ParallelConfig, *, timeout_s: float = 600) -> None:
-    """Join the default group (from the launcher's environment, unless a test already did) and make Megatron's."""
+def initialize(layout: ParallelConfig, *, seed: int = 0, timeout_s: float = 600) -> None:
+    """Join the default group (from the launcher's environment, unless a test already did) and make Megatron's.
+
+    ``seed`` starts the random states that Megatron keeps for tensor-, expert- and data-parallel regions.
+    """
     if not dist.is_initialized():
-        dist.init_process_group(host.backend(), timeout=timedelta(seconds=timeout_s))
+        device = host.device() if torch.cuda.is_available() else None  # NCCL connects now, and knows its GPU
+        dist.init_process_group(host.backend(), timeout=timedelta(seconds=timeout_s), device_id=device)
     if dist.get_world_size() != layout.world:
         raise ValueError(
             f"parallel: the recipe's world is nodes {layout.nodes} x ranks_per_node {layout.ranks_per_node} = "
@@ -35,6 +40,7 @@ def initialize(layout: ParallelConfig, *, timeout_s: float = 600) -> None:
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
     )
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
 def model_layout(layout: ParallelConfig) -> dict[str, Any]:
