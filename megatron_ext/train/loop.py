@@ -19,6 +19,7 @@ from megatron_ext.model.build import build_policy, build_reference
 from megatron_ext.model.critic import build_critic
 from megatron_ext.model.hf_config import read_architecture
 from megatron_ext.model.hf_weights import PolicyWeights
+from megatron_ext.model.megatron_config import Fusions
 from megatron_ext.rollout.base import RolloutEngine
 from megatron_ext.rollout.model_files import load_tokenizer
 from megatron_ext.rollout.rewards import RewardPool
@@ -198,11 +199,13 @@ def build(config: Config, pool: RewardPool) -> Run:
         "dtype": getattr(torch, config.model.dtype),
         "fused_head": config.model.fused_head,
         "recompute": config.model.recompute,
+        "fusions": Fusions(**config.model.fusions.model_dump()),
         **parallel.model_layout(config.parallel),
     }
+    overlap = parallel.overlap(config.parallel)
     architecture = read_architecture(hf_config(config.model.path))
     start = Start(config.model, architecture)
-    policy = build_policy(architecture, **layout)
+    policy = build_policy(architecture, overlap=overlap, **layout)
     start.fill(policy.modules)
     reference: Reference | None = None
     if method.needs.reference:
@@ -211,7 +214,7 @@ def build(config: Config, pool: RewardPool) -> Run:
         reference = Reference(frozen, device=host.device(), offload=config.model.offload_reference)
     actor, critic = Trained.build(policy, config.optimizer), None
     if method.needs.value:
-        value_model = build_critic(architecture, start.fill, **layout)
+        value_model = build_critic(architecture, start.fill, overlap=overlap, **layout)
         critic = Trained.build(value_model, config.critic, section="critic")
     engine = create_engine(
         config.model.path,

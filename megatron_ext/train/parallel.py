@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_ext import host
 from megatron_ext.model import groups
+from megatron_ext.model.build import Overlap
 from megatron_ext.model.megatron_config import ModelLayout
 from megatron_ext.train.config import ParallelConfig
 
@@ -46,6 +47,11 @@ def initialize(layout: ParallelConfig, *, seed: int = 0, timeout_s: float = 600)
 def model_layout(layout: ParallelConfig) -> dict[str, Any]:
     """What of the layout concerns the model: the fields of ``ModelLayout`` (model/megatron_config.py)."""
     return layout.model_dump(include={field.name for field in dataclasses.fields(ModelLayout)})
+
+
+def overlap(layout: ParallelConfig) -> Overlap:
+    """What of the layout concerns the communication between data-parallel ranks."""
+    return Overlap(**layout.model_dump(include={field.name for field in dataclasses.fields(Overlap)}))
 
 
 class DataReducer:
