@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext import host
+from megatron_ext.model import kernels
 from megatron_ext.model.build import build_policy, build_reference
 from megatron_ext.model.critic import build_critic
-from megatron_ext.model.hf_config import read_architecture
+from megatron_ext.model.hf_config import Architecture, read_architecture
 from megatron_ext.model.hf_weights import PolicyWeights
 from megatron_ext.model.megatron_config import Fusions
 from megatron_ext.rollout.base import RolloutEngine
@@ -204,6 +205,7 @@ def build(config: Config, pool: RewardPool) -> Run:
     }
     overlap = parallel.overlap(config.parallel)
     architecture = read_architecture(hf_config(config.model.path))
+    _tell(f"kernels: {_kernels(config, architecture)}")
     start = Start(config.model, architecture)
     policy = build_policy(architecture, overlap=overlap, **layout)
     start.fill(policy.modules)
@@ -247,6 +249,20 @@ def build(config: Config, pool: RewardPool) -> Run:
         pass  # at rest from the start
     run.sync()
     return run
+
+
+def _kernels(config: Config, architecture: Architecture) -> str:
+    """What the layers run on, in one line. Raises ConfigError where that would not do."""
+    try:
+        return kernels.describe(
+            architecture,
+            tensor=config.parallel.tensor,
+            dtype=getattr(torch, config.model.dtype),
+            longest=config.longest_sequence,
+            fusions=Fusions(**config.model.fusions.model_dump()),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def check_resume(saved: dict[str, Any], current: dict[str, Any]) -> None:

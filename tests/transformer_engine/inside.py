@@ -7,7 +7,9 @@ The functions take ``(rank, world, **JSON)``.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import inspect
 import json
 import sys
 import warnings
@@ -24,10 +26,14 @@ import torch  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories  # noqa: E402
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
+from packaging.version import Version  # noqa: E402
+from transformer_engine.pytorch import DotProductAttention  # noqa: E402
+from transformer_engine.pytorch.attention.dot_product_attention import utils  # noqa: E402
 from transformer_engine.pytorch.module.base import TransformerEngineBaseModule  # noqa: E402
 
 from megatron_ext import host  # noqa: E402
-from megatron_ext.model import hf_config, hf_weights, layers  # noqa: E402
+from megatron_ext.model import hf_config, hf_weights, kernels, layers  # noqa: E402
 from megatron_ext.model.build import Policy, build_policy  # noqa: E402
 from megatron_ext.model.megatron_config import Fusions  # noqa: E402
 from megatron_ext.train import checkpoint, parallel  # noqa: E402
@@ -35,6 +41,7 @@ from megatron_ext.train.config import Config, OptimizerConfig, ParallelConfig  #
 from megatron_ext.train.config import hf_config as read_json  # noqa: E402
 from megatron_ext.train.trained import Trained  # noqa: E402
 from tests import gloo  # noqa: E402
+from tests.train.tiny_run import TINY as ARCHITECTURE  # noqa: E402
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -144,6 +151,40 @@ def contents(each: Trained) -> dict[str, Any]:
         "moments": digest.hexdigest(),
         "optimizers": sorted({type(part.optimizer).__module__ for part in optimizers(each)}),
     }
+
+
+def attention(rank: int, world: int, gpus: list[dict[str, Any]], options: dict[str, Any]) -> list[str]:
+    """What is said of the kernels on each GPU: compute capability, cuDNN's answer, flash-attn's version or none."""
+    host.enter()
+    found = []
+    bindings: Any = BINDINGS
+    for gpu in gpus:
+        capability = tuple(gpu["capability"])
+        for name, value in {"capability": capability, "properties": None, "name": gpu["name"]}.items():
+            setattr(torch.cuda, f"get_device_{name}", lambda *_, value=value: value)
+        utils.get_device_compute_capability = lambda capability=capability: capability
+        backend = getattr(bindings.NVTE_Fused_Attn_Backend, gpu["cudnn"])
+        bindings.get_fused_attn_backend = lambda *_, backend=backend: backend
+        version = gpu["flash"]
+        utils.FlashAttentionUtils.is_installed = version is not None
+        utils.FlashAttentionUtils.version = Version(version or "0")
+        utils.FlashAttentionUtils.set_flash_attention_version() if version else None
+        try:
+            found.append(
+                kernels.describe(
+                    ARCHITECTURE, dtype=getattr(torch, gpu["dtype"]), fusions=Fusions(moe_permute=False), **options
+                )
+            )
+        except ValueError as error:
+            found.append(f"refused: {error}")
+    return found
+
+
+def packed_call(rank: int, world: int) -> list[str]:
+    """What Megatron-Core passes to Transformer Engine's attention for packed sequences and it does not take."""
+    taken = inspect.signature(DotProductAttention.forward).parameters
+    passed = {field.name for field in dataclasses.fields(PackedSeqParams)} - {"cp_group", "local_cp_size"}
+    return sorted(passed - taken.keys())
 
 
 def main(function: str, options: str) -> None:

@@ -19,7 +19,9 @@ ROOT = Path(__file__).parents[2]
 def inside(function: str, *, world: int = 1, **options: Any) -> list[Any]:
     """What the function returns on each rank. Without the sources the test is skipped, or fails where CI is set."""
     if not source.available():
-        message = f"no sources of Transformer Engine {source.VERSION} in {source.SOURCE}: make build/transformer-engine/.fetched"
+        message = (
+            f"Transformer Engine {source.VERSION} is not in {source.SOURCE}: make build/transformer-engine/.fetched"
+        )
         pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
     command = [sys.executable, "-m", "tests.transformer_engine.inside", function]
     done = subprocess.run(

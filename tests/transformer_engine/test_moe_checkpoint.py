@@ -40,9 +40,7 @@ def test_it_resumes_bitwise(saved: tuple[Path, str, list[Any]]) -> None:
         assert before["weights"] == {name: digest(value) for name, value in stored.items()}
 
 
-def test_without_transformer_engine_it_is_exported_bitwise(
-    saved: tuple[Path, str, list[Any]], tmp_path: Path
-) -> None:
+def test_without_transformer_engine_it_is_exported_bitwise(saved: tuple[Path, str, list[Any]], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.convert", "to-hf", str(saved[0]), str(tmp_path / "hf")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
