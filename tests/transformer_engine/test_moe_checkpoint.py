@@ -6,7 +6,7 @@ Its optimizer is Transformer Engine's too, whose state is laid out otherwise tha
 from __future__ import annotations
 
 import hashlib
-import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.train import whole_run
 from tests.transformer_engine.models import moe_of_16
@@ -50,19 +50,16 @@ def test_without_transformer_engine_it_is_exported_bitwise(saved: tuple[Path, st
 
 
 def test_without_transformer_engine_a_run_starts_from_it(saved: tuple[Path, str, list[Any]], tmp_path: Path) -> None:
-    """The engine samples from the checkpoint's weights; the model directory's, which are others, are not read."""
-    other = tmp_path / "other"
-    other.mkdir()
-    for file in moe_of_16().iterdir():
-        if file.suffix != ".safetensors":
-            (other / file.name).write_bytes(file.read_bytes())
-    weights = next((saved[0] / "checkpoints").glob("step_*"))
-    options = ('model.dtype="float32"', "train.steps=1")
-    recipe = "siren/siren-tiny-cpu.toml"
+    """A step from the checkpoint, beside a model directory of other weights, is one from the weights it was made of."""
+    other, recipe, options = tmp_path / "other", "siren/siren-tiny-cpu.toml", ('model.dtype="float32"', "train.steps=1")
+    shutil.copytree(moe_of_16(), other)
+    stored = load_file(other / "model.safetensors")
+    save_file({name: -value for name, value in stored.items()}, other / "model.safetensors", {"format": "pt"})
+    [weights] = (saved[0] / "checkpoints").glob("step_*")
     assert whole_run.train(tmp_path / "a", recipe, *options, f'model.path="{moe_of_16()}"') == 0
-    options = (*options, f'model.path="{moe_of_16()}"', f'model.weights="{weights}"')
-    assert whole_run.train(tmp_path / "b", recipe, *options) == 0
-    assert json.dumps(whole_run.metrics(tmp_path / "a")) == json.dumps(whole_run.metrics(tmp_path / "b"))
+    starting = (f'model.path="{other}"', f'model.weights="{weights}"')
+    assert whole_run.train(tmp_path / "b", recipe, *options, *starting) == 0
+    assert whole_run.metrics(tmp_path / "a") == whole_run.metrics(tmp_path / "b")
 
 
 def digest(value: torch.Tensor) -> str:
