@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 BENCH := .venv-bench
 VLLM := .venv-vllm
 STAMP := $(VENV)/.installed
+TE := build/transformer-engine
 ROLLOUT ?= hf
 
 .PHONY: help setup quickstart lab dry-run test lint bench clean
@@ -28,7 +29,7 @@ lab: $(STAMP)  ## train every method on the tiny task with several seeds, one pa
 dry-run: $(STAMP)  ## build every full-size recipe's shards without a GPU and compare them with the planner
 	$(BIN)/python -m tools.dry_run
 
-test: $(STAMP) $(VLLM)/.installed  ## run all tests, those with vLLM in its own environment
+test: $(STAMP) $(VLLM)/.installed $(TE)/.fetched  ## run all tests, those with vLLM in its own environment
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 	$(VLLM)/bin/python -m pytest tests/vllm
 
@@ -39,6 +40,12 @@ lint: $(STAMP)  ## ruff and pyright
 
 bench: $(BENCH)/.installed  ## time the operators against their peers (verl, Megatron-Core, Liger, gather + sort)
 	$(BENCH)/bin/python -m tools.bench ops
+
+# The tests hold names and checkpoints against Transformer Engine's own source: its wheel of Python files alone, 0.7 MB.
+$(TE)/.fetched: $(STAMP)
+	rm -rf $(TE)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(TE) transformer-engine==2.11.0
+	touch $@
 
 # vLLM's CPU build brings versions of its own, so it has an environment of its own, with everything that trains in it.
 # It asks for torchvision, torchaudio and torchcodec, whose builds for CUDA keep it from starting here.

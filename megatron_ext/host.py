@@ -1,22 +1,25 @@
 """What Megatron-Core needs on a machine without CUDA: the same code, every tensor on the CPU.
 
-``enter()`` is called once per process before Megatron-Core is used. With CUDA it only picks the device.
-Without, it installs what megatron-core 0.16 takes for granted:
+``enter()`` is called once per process before Megatron-Core is used. With CUDA it picks the device and adds one name
+that megatron-core 0.16.1 forgets; nothing else of it is touched. Without, these stand in for what Megatron-Core takes
+for granted. Each says what a GPU does in its place, and so what no test without one can see:
 
-- ``device="cuda"``, ``.cuda()`` and ``torch.cuda.current_device()`` mean the CPU;
-- ``Tensor.type()`` answers in the form the distributed optimizer compares with;
-- streams, events and synchronisation do nothing;
-- without Transformer Engine the router's matrix product falls back to torch's;
-- the token dispatcher takes its counts as numpy arrays, as it would get them off a GPU;
-- gathers and scatters of unequal parts, which gloo refuses, are padded or summed whole;
-- the CUDA RNG tracker forks nothing (every dropout probability is 0 in RL training).
+- ``device="cuda"``, ``.cuda()`` and ``torch.cuda.current_device()`` mean the CPU. A GPU: a tensor left on the host by
+  mistake fails there in the first kernel that gets it.
+- ``Tensor.type()`` answers ``torch.cuda.FloatTensor``, the form the distributed optimizer compares with. A GPU: as is.
+- Streams, events and ``synchronize`` do nothing, all work is in order. A GPU: a missing wait between streams is a race.
+- ``torch.cuda``'s random state is that of the CPU generator, and a call that waits for a CUDA context runs at once:
+  Megatron's tracker seeds, forks and restores by its own code. A GPU: a generator of its own beside the CPU's.
+- The token dispatcher takes its counts as numpy arrays. A GPU: they are copied off it, on a side stream.
+- Gathers and scatters of unequal parts are padded or summed whole. A GPU: NCCL takes them as they are, gloo does not.
+
+The forgotten name is ``te_general_gemm`` of the router: without Transformer Engine it is undefined, there as here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -38,13 +41,13 @@ def backend() -> str:
 
 
 def enter() -> None:
-    """Make this process ready for Megatron-Core. Idempotent; patches nothing where CUDA exists."""
+    """Make this process ready for Megatron-Core. Idempotent."""
     global _entered
+    _name_what_is_absent()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         return
     if _entered is None:
-        warnings.filterwarnings("ignore", module="megatron")  # that apex and Transformer Engine are absent
         _patch_cuda()
         _patch_megatron()
         _entered = contextlib.ExitStack()
@@ -163,26 +166,35 @@ def _patch_cuda() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: _host
     cuda.synchronize = lambda device=None: None
-    cuda.empty_cache = lambda: None
     cuda.Stream = cuda.Event = _NoStream
     cuda.current_stream = cuda.default_stream = lambda device=None: _NoStream()
     cuda.stream = lambda stream: contextlib.nullcontext()
-    cuda.get_rng_state = lambda device=None: torch.get_rng_state()
-    cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.default_generator.get_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.default_generator.set_state(state)
+    cuda.manual_seed = cuda.random.manual_seed = torch.default_generator.manual_seed
+    cuda.default_generators = _OneGenerator()
+
+
+class _OneGenerator:
+    """Stands for ``torch.cuda.default_generators``, a generator for each device."""
+
+    def __getitem__(self, device: Any) -> torch.Generator:
+        return torch.default_generator
 
 
 def _patch_megatron() -> None:
     from megatron.core.tensor_parallel import mappings, random
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from megatron.core.transformer.moe import token_dispatcher
 
-    utils, dispatcher = cast(Any, moe_utils), cast(Any, token_dispatcher)
-    utils.te_general_gemm = None
-    dispatcher.maybe_move_tensor_to_cpu = _as_dispatched
+    cast(Any, token_dispatcher).maybe_move_tensor_to_cpu = _as_dispatched
+    cast(Any, random)._lazy_call = lambda call: call()  # torch keeps such calls until CUDA is initialised
     maps = cast(Any, mappings)
     maps._gather_along_first_dim = _where_unequal(maps._gather_along_first_dim, _gather_unequal)
     maps._reduce_scatter_along_first_dim = _where_unequal(maps._reduce_scatter_along_first_dim, _reduce_scatter_unequal)
-    tracker: Any = random.CudaRNGStatesTracker
-    tracker.fork = lambda self, name=None: contextlib.nullcontext()
-    states: Any = random  # what recomputation saves and restores, though nothing draws
-    states._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    states._set_cuda_rng_state = lambda *_, **__: None
+
+
+def _name_what_is_absent() -> None:
+    """The router asks whether Transformer Engine's matrix product is None, and never says that it is."""
+    from megatron.core.transformer.moe import moe_utils
+
+    vars(moe_utils).setdefault("te_general_gemm", None)

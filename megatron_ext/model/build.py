@@ -28,8 +28,20 @@ from megatron_ext import host
 from megatron_ext.model import groups, rope
 from megatron_ext.model.hf_config import Architecture
 from megatron_ext.model.layers import block_spec
-from megatron_ext.model.megatron_config import ModelLayout, stage_sizes, transformer_config
+from megatron_ext.model.megatron_config import FUSED, Fusions, ModelLayout, stage_sizes, transformer_config
 from megatron_ext.ops.shard import VocabShard
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What of data-parallel communication runs beside computation: keys of [parallel] of a recipe."""
+
+    overlap_grad_reduce: bool = True  # during backward, bucket by bucket
+    overlap_param_gather: bool = True  # during the next forward
+    bucket_size: int = 0  # parameters; 0: Megatron's own
+
+
+OVERLAPPED = Overlap()
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,20 @@ class Policy:
             group=group,
         )
 
+    def finish_param_sync(self) -> None:
+        """Gather what the last update changed and no forward has asked for yet. Collective over data-parallel ranks.
+
+        A module waits for its weights before its forward; whoever reads them otherwise calls this first.
+        """
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                bucket_groups = [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]
+                for group in bucket_groups:
+                    if not group.param_gather_dispatched:
+                        group.start_param_sync()
+                for group in bucket_groups:
+                    group.finish_param_sync(skip_next_bucket_dispatch=True)
+
 
 class HiddenStateModel(GPTModel):
     """A GPTModel whose last stage returns hidden states: ``[S, 1, D]``, ``[S/TP, 1, D]`` with sequence parallelism.
@@ -83,6 +109,7 @@ def build_modules(
     *,
     dtype: torch.dtype,
     recompute: str = "none",
+    fusions: Fusions = FUSED,
     **layout: Any,
 ) -> list[GPTModel]:
     """This rank's stages with uninitialised weights, in order; ``layout`` holds the fields of ``ModelLayout``.
@@ -90,7 +117,7 @@ def build_modules(
     Megatron's process groups must exist. Raises ValueError when the layers do not fit the stages.
     """
     spread = ModelLayout(**layout)
-    config = transformer_config(architecture, spread, dtype, recompute)
+    config = transformer_config(architecture, spread, dtype, recompute=recompute, fusions=fusions)
     stages, rank = spread.stages(architecture.num_layers), groups.pipeline().rank()
     own = range(rank, len(stages), spread.pipeline)
     modules = [
@@ -113,6 +140,8 @@ def build_modules(
         _mark_parameters(module)
         if module.post_process:
             _give_whole_rows(module.output_layer)
+        if fusions.here().gradient_accumulation:
+            _accumulate_in_fp32(module)
     return [module.to(device=host.device(), dtype=dtype) for module in modules]
 
 
@@ -144,25 +173,67 @@ def _give_whole_rows(head: ColumnParallelLinear) -> None:
     head.allreduce_dgrad = groups.tensor().size() > 1
 
 
+def _accumulate_in_fp32(module: GPTModel) -> None:
+    """Transformer Engine's layers add their weight gradients to ``main_grad``, which is fp32, in the product itself.
+
+    Otherwise each micro-batch's gradient is rounded to the weight's dtype first.
+    """
+    from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+
+    for child in module.modules():
+        if isinstance(child, TransformerEngineBaseModule):
+            child.fuse_wgrad_accumulation = True
+
+
 def _with_experts(architecture: Architecture, stages: Sequence[int], stage: int) -> list[bool]:
     first = sum(stages[:stage])
     return [architecture.has_experts(layer) for layer in range(first, first + stages[stage])]
 
 
-def build_policy(architecture: Architecture, *, fused_head: bool = False, **options: Any) -> Policy:
+def build_policy(
+    architecture: Architecture, *, overlap: Overlap = OVERLAPPED, fused_head: bool = False, **options: Any
+) -> Policy:
     """``build_modules`` ready for training."""
-    return wrap(architecture, build_modules(architecture, **options), fused_head=fused_head)
+    return wrap(architecture, build_modules(architecture, **options), overlap, fused_head=fused_head)
 
 
-def wrap(architecture: Architecture, modules: list[GPTModel], *, fused_head: bool = False) -> Policy:
-    """The modules wrapped for data parallelism with a distributed-optimizer gradient buffer in fp32."""
-    ddp = DistributedDataParallelConfig(
-        use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
-    )
-    chunks = [DistributedDataParallel(config=module.config, ddp_config=ddp, module=module) for module in modules]
-    for module in modules:
-        module.config.finalize_model_grads_func = _finalize
+def wrap(architecture: Architecture, modules: list[GPTModel], overlap: Overlap, *, fused_head: bool = False) -> Policy:
+    """The modules wrapped for data parallelism with a distributed-optimizer gradient buffer in fp32.
+
+    As Megatron's training loop does it, but nothing is aligned over pipeline stages: each stage reduces its gradients
+    and gathers its weights when they are due there. Of the chunks of a stage only the first is cut into buckets.
+    """
+    config = modules[0].config  # one for all
+    chunks = [
+        DistributedDataParallel(
+            config=config,
+            ddp_config=DistributedDataParallelConfig(
+                use_distributed_optimizer=True,
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=overlap.overlap_grad_reduce,
+                overlap_param_gather=overlap.overlap_param_gather,
+                bucket_size=overlap.bucket_size or None,
+            ),
+            module=module,
+            disable_bucketing=number > 0,
+        )
+        for number, module in enumerate(modules)
+    ]
+    config.finalize_model_grads_func = _finalize
+    if overlap.overlap_grad_reduce:
+        config.no_sync_func = chunks[0].no_sync if len(chunks) == 1 else [chunk.no_sync for chunk in chunks]
+    if overlap.overlap_param_gather and modules[-1].post_process:
+        _await_head(chunks[-1])
     return Policy(architecture, modules, chunks, fused_head)
+
+
+def _await_head(chunk: DistributedDataParallel) -> None:
+    """The last norm waits for the output layer's weight, which may be read without calling that layer."""
+    module: Any = chunk.module
+    weight = module.output_layer.weight
+    if weight is not None:  # else it is the embedding's
+        bucket_group = chunk.param_to_bucket_group[weight]
+        module.decoder.final_layernorm.register_forward_pre_hook(lambda *_: bucket_group.finish_param_sync())
 
 
 def build_reference(architecture: Architecture, *, fused_head: bool = False, **options: Any) -> Policy:
@@ -195,6 +266,7 @@ def build_optimizer(
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_distributed_optimizer=True,
+        overlap_param_gather=policy.chunks[0].ddp_config.overlap_param_gather,
     )
     return get_megatron_optimizer(config, policy.chunks)  # pyright: ignore[reportArgumentType]
 

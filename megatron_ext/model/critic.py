@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_ext import host
-from megatron_ext.model.build import Policy, build_modules, wrap
+from megatron_ext.model.build import OVERLAPPED, Overlap, Policy, build_modules, wrap
 from megatron_ext.model.forward import hidden_rows, run_pipeline
 from megatron_ext.model.hf_config import Architecture
 from megatron_ext.types import PackedSequences
@@ -37,7 +37,13 @@ class ValueHead(torch.nn.Linear):
         return F.linear(input.float(), self.weight.float(), self.bias.float())[..., 0]
 
 
-def build_critic(architecture: Architecture, fill: Callable[[list[GPTModel]], None], **layout: Any) -> Policy:
+def build_critic(
+    architecture: Architecture,
+    fill: Callable[[list[GPTModel]], None],
+    *,
+    overlap: Overlap = OVERLAPPED,
+    **layout: Any,
+) -> Policy:
     """This rank's part of the critic, ready for training. ``fill`` gives its modules the policy's first weights."""
     modules: list[Any] = list(build_modules(architecture, **layout))
     fill(modules)
@@ -45,7 +51,7 @@ def build_critic(architecture: Architecture, fill: Callable[[list[GPTModel]], No
         if module.post_process:
             module.output_layer = ValueHead(architecture.hidden_size, module.config.params_dtype)
         module.share_embeddings_and_output_weights = False
-    return wrap(architecture, modules)
+    return wrap(architecture, modules, overlap)
 
 
 def values(critic: Policy, packed: Sequence[PackedSequences]) -> list[Tensor] | None:

@@ -8,11 +8,11 @@ micro-batches) runs everywhere.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core.extensions import transformer_engine
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -82,7 +82,8 @@ class PackedAttention(torch.nn.Module):
 
 
 def have_transformer_engine() -> bool:
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    """Whether Megatron-Core could import Transformer Engine, and so builds layers of it. False without a GPU."""
+    return transformer_engine.HAVE_TE
 
 
 def layer_spec(config: TransformerConfig, *, experts: bool) -> ModuleSpec:

@@ -52,6 +52,21 @@ class ModelLayout:
         return tuple(self.stage_layers)
 
 
+@dataclass(frozen=True)
+class Fusions:
+    """Which fused kernels of Transformer Engine's layers a model uses: [model.fusions] of a recipe."""
+
+    rope: bool = True
+    bias_activation: bool = True
+    gradient_accumulation: bool = True
+    moe_permute: bool = True
+
+    def here(self) -> Fusions:
+        """These where there is Transformer Engine, none where there is not."""
+        return self if have_transformer_engine() else Fusions(False, False, False, False)
+
+
+FUSED = Fusions()
 RECOMPUTE: dict[str, dict[str, Any]] = {  # what backward computes again instead of keeping it
     "none": {},
     "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"]},
@@ -60,14 +75,23 @@ RECOMPUTE: dict[str, dict[str, Any]] = {  # what backward computes again instead
 
 
 def transformer_config(
-    architecture: Architecture, layout: ModelLayout, dtype: torch.dtype, recompute: str = "none"
+    architecture: Architecture,
+    layout: ModelLayout,
+    dtype: torch.dtype,
+    *,
+    recompute: str = "none",
+    fusions: Fusions = FUSED,
 ) -> TransformerConfig:
     """The Megatron configuration of the architecture under a layout. ``recompute`` is a key of ``RECOMPUTE``.
+
+    Of ``fusions``, that of gradient accumulation is not in it but set on the layers (``build.py``): Megatron would
+    ask its own output layer for it too, which needs apex. Norms are fused in Transformer Engine anyway, and
+    ``persist_layer_norm`` is an option of apex's.
 
     ``calculate_per_token_loss`` makes Megatron add gradients over micro-batches and data-parallel ranks without
     dividing by their number: the weights of the loss already carry the whole mini-batch's counts.
     """
-    a, cuda = architecture, host.device().type == "cuda"
+    a, cuda, fused = architecture, host.device().type == "cuda", fusions.here()
     return TransformerConfig(
         num_layers=a.num_layers,
         hidden_size=a.hidden_size,
@@ -101,13 +125,13 @@ def transformer_config(
         use_cpu_initialization=not cuda,
         perform_initialization=False,
         persist_layer_norm=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
+        bias_activation_fusion=fused.bias_activation,
+        bias_dropout_fusion=False,  # there is neither
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=fused.rope,
         **RECOMPUTE[recompute],
-        **_moe_options(a, layout),
+        **_moe_options(a, layout, fused),
     )
 
 
@@ -129,7 +153,7 @@ def _pipeline_layout(a: Architecture, layout: ModelLayout) -> list[list[str]] | 
     return stages
 
 
-def _moe_options(a: Architecture, layout: ModelLayout) -> dict[str, Any]:
+def _moe_options(a: Architecture, layout: ModelLayout, fused: Fusions) -> dict[str, Any]:
     if a.experts is None:
         return {}
     mixed = [int(a.has_experts(layer)) for layer in range(a.num_layers)]
@@ -143,6 +167,7 @@ def _moe_options(a: Architecture, layout: ModelLayout) -> dict[str, Any]:
         "moe_aux_loss_coeff": 0.0,
         "moe_router_dtype": "fp32",
         "moe_grouped_gemm": have_transformer_engine(),
+        "moe_permute_fusion": fused.moe_permute,
         "expert_model_parallel_size": layout.expert,
         "expert_tensor_parallel_size": layout.expert_tensor,
     }

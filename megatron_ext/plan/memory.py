@@ -11,6 +11,7 @@ an assumption. Bytes throughout; bf16 has 2, fp32 4 per element.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -63,8 +64,14 @@ def rank_buffers(a: Architecture, p: ParallelConfig, rank: int, *, critic: bool 
     for number, layers in enumerate(chunks):
         first = rank == 0 and number == 0
         last = rank == p.pipeline - 1 and number == len(chunks) - 1
-        total += buffers(stage_parameters(a, s, layers, first=first, last=last, critic=critic), s)
+        parameters = stage_parameters(a, s, layers, first=first, last=last, critic=critic)
+        total += buffers(parameters, s, bucket_size(p) if rank == 0 and number == 0 else math.inf)
     return total
+
+
+def bucket_size(p: ParallelConfig) -> float:
+    """Elements at which Megatron-Core closes a bucket, on the first pipeline rank's first virtual stage."""
+    return (p.bucket_size or max(40_000_000, 1_000_000 * p.data)) if p.overlap_grad_reduce else math.inf
 
 
 def saved_per_token(a: Architecture, p: ParallelConfig, layer: int, recompute: Recompute) -> float:

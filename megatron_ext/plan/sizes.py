@@ -141,15 +141,17 @@ class Buffers:
         return Buffers(self.parameters + other.parameters, self.padded + other.padded, self.owned + other.owned)
 
 
-def buffers(parameters: Sequence[Parameter], s: Sharding) -> Buffers:
+def buffers(parameters: Sequence[Parameter], s: Sharding, bucket_size: float = math.inf) -> Buffers:
     """Megatron-Core's layout (core/distributed/param_and_grad_buffer.py) for the first data-parallel rank.
+
+    A bucket is full when it has ``bucket_size`` elements or more.
 
     Parameters stand in reverse order, each aligned; dense and expert ones apart; every bucket is cut into equal parts
     over its data-parallel ranks, and the first part holds the least padding.
     """
     padded = owned = 0
     for expert, ranks in ((False, s.data), (True, s.expert_data)):
-        for bucket in _buckets([p for p in reversed(parameters) if p.expert == expert]):
+        for bucket in _buckets([p for p in reversed(parameters) if p.expert == expert], bucket_size):
             spans, end = [], 0
             for size in bucket:
                 start = -(-end // ALIGNMENT) * ALIGNMENT
@@ -162,12 +164,18 @@ def buffers(parameters: Sequence[Parameter], s: Sharding) -> Buffers:
     return Buffers(sum(p.numel for p in parameters), padded, owned)
 
 
-def _buckets(parameters: Sequence[Parameter]) -> list[list[int]]:
+def _buckets(parameters: Sequence[Parameter], bucket_size: float) -> list[list[int]]:
     """Sizes bucket by bucket: a shared embedding has one of its own."""
     found: list[list[int]] = [[]]
+    end = 0  # of the open bucket
     for parameter in parameters:
         if parameter.own_bucket:
             found += [[parameter.numel], []]
-        else:
-            found[-1].append(parameter.numel)
+            end = 0
+            continue
+        found[-1].append(parameter.numel)
+        end = -(-end // ALIGNMENT) * ALIGNMENT + parameter.numel
+        if end >= bucket_size:
+            found.append([])
+            end = 0
     return [bucket for bucket in found if bucket]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import pickle
 import random
 import re
@@ -119,7 +120,7 @@ def load(root: Path, *, trained: Mapping[str, Trained], layout: dict[str, int]) 
         for name, each in trained.items():
             each.scheduler.num_steps = 0  # its load_state_dict adds the saved steps to those already made
             each.scheduler.load_state_dict(payload["scheduler"][name])
-    if layout == found.manifest.layout:
+    if json.loads(json.dumps(layout)) == found.manifest.layout:  # which was read from JSON: tuples are lists there
         _set_rng(payload["rng"][dist.get_rank()])
     else:
         refused.append(
@@ -377,7 +378,8 @@ def _set_rng(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *position))
     torch.set_rng_state(states["torch"])
-    tracker.set_states(states["tracker"])
+    if ("cuda" in states) == torch.cuda.is_available():  # states of the other device's generator do not fit
+        tracker.set_states(states["tracker"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
 

@@ -31,6 +31,15 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
+class FusionsConfig(Section):
+    """Fused kernels of Transformer Engine's layers; without Transformer Engine or a GPU they are off."""
+
+    rope: bool = True  # rotary embedding of packed sequences: one kernel, no host synchronisation
+    bias_activation: bool = True  # SwiGLU in one kernel, which keeps less for backward
+    gradient_accumulation: bool = True  # weight gradients are added in fp32 by the GEMM that computes them
+    moe_permute: bool = True  # tokens to their experts and back in one kernel each
+
+
 class ModelConfig(Section):
     path: str = ""  # directory with config.json, safetensors and tokenizer
     hub: str = ""  # where it can be had: an id on the Hugging Face Hub
@@ -40,6 +49,7 @@ class ModelConfig(Section):
     offload_reference: bool = False  # the reference's weights wait in host memory between two uses
     offload_optimizer: bool = False  # its state waits in host memory, gradients are freed, while responses are drawn
     recompute: Literal["none", "mlp", "full"] = "none"  # what backward computes again: nothing, MLPs, whole layers
+    fusions: FusionsConfig = FusionsConfig()
 
 
 class DataConfig(Section):
@@ -125,6 +135,9 @@ class ParallelConfig(Section):
     stage_layers: tuple[Positive, ...] = ()  # decoder layers of each of the pipeline x virtual stages; () = equal
     expert: Positive = 1  # ranks that share the experts of a layer out, among the data-parallel ones
     expert_tensor: Positive = 1  # tensor parallelism within an expert
+    overlap_grad_reduce: bool = True  # gradients are reduced over data-parallel ranks while backward runs
+    overlap_param_gather: bool = True  # updated weights are gathered while the next forward runs
+    bucket_size: NonNegative = 0  # parameters in one such reduction or gather; 0: max(40e6, 1e6 x data-parallel ranks)
 
     @property
     def world(self) -> int:

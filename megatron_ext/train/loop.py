@@ -15,10 +15,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext import host
+from megatron_ext.model import kernels
 from megatron_ext.model.build import build_policy, build_reference
 from megatron_ext.model.critic import build_critic
-from megatron_ext.model.hf_config import read_architecture
+from megatron_ext.model.hf_config import Architecture, read_architecture
 from megatron_ext.model.hf_weights import PolicyWeights
+from megatron_ext.model.megatron_config import Fusions
 from megatron_ext.rollout.base import RolloutEngine
 from megatron_ext.rollout.model_files import load_tokenizer
 from megatron_ext.rollout.rewards import RewardPool
@@ -46,7 +48,7 @@ FREE = (  # keys a resumed run may change one by one, besides whole sections (se
     *("reward.workers", "reward.deadline_s", "reward.max_timeout_share"),
 )
 FREE_SECTIONS = (
-    *("parallel.", "checkpoint.", "log.", "alarms.", "rollout.servers."),
+    *("parallel.", "checkpoint.", "log.", "alarms.", "rollout.servers.", "model.fusions."),
     *("data.train", "data.curriculum", "data.hub", "model.path", "model.hub", "model.weights"),
 )
 DONE, REQUEUE = 0, 75  # exit codes: finished; stopped by a signal with its state saved
@@ -132,7 +134,7 @@ def run(config: Config) -> int:
     Raises ConfigError (data or configuration), VerifierError, AlarmError, CheckpointError or TrainingError.
     """
     host.enter()
-    parallel.initialize(config.parallel)
+    parallel.initialize(config.parallel, seed=config.train.seed)
     chief = dist.get_rank() == 0
     with _reward_pool(config) as pool:
         state = build(config, pool)
@@ -197,11 +199,14 @@ def build(config: Config, pool: RewardPool) -> Run:
     layout: dict[str, Any] = {
         "dtype": getattr(torch, config.model.dtype),
         "recompute": config.model.recompute,
+        "fusions": Fusions(**config.model.fusions.model_dump()),
         **parallel.model_layout(config.parallel),
     }
+    overlap = parallel.overlap(config.parallel)
     architecture = read_architecture(hf_config(config.model.path))
+    _tell(f"kernels: {_kernels(config, architecture)}")
     start = Start(config.model, architecture)
-    policy = build_policy(architecture, fused_head=config.model.fused_head, **layout)
+    policy = build_policy(architecture, overlap=overlap, fused_head=config.model.fused_head, **layout)
     start.fill(policy.modules)
     reference: Reference | None = None
     if method.needs.reference:
@@ -210,7 +215,7 @@ def build(config: Config, pool: RewardPool) -> Run:
         reference = Reference(frozen, device=host.device(), offload=config.model.offload_reference)
     actor, critic = Trained.build(policy, config.optimizer), None
     if method.needs.value:
-        value_model = build_critic(architecture, start.fill, **layout)
+        value_model = build_critic(architecture, start.fill, overlap=overlap, **layout)
         critic = Trained.build(value_model, config.critic, section="critic")
     engine = create_engine(
         config.model.path,
@@ -243,6 +248,20 @@ def build(config: Config, pool: RewardPool) -> Run:
         pass  # at rest from the start
     run.sync()
     return run
+
+
+def _kernels(config: Config, architecture: Architecture) -> str:
+    """What the layers run on, in one line. Raises ConfigError where that would not do."""
+    try:
+        return kernels.describe(
+            architecture,
+            tensor=config.parallel.tensor,
+            dtype=getattr(torch, config.model.dtype),
+            longest=config.longest_sequence,
+            fusions=Fusions(**config.model.fusions.model_dump()),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def check_resume(saved: dict[str, Any], current: dict[str, Any]) -> None:

@@ -15,10 +15,12 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from megatron_ext import host
 from megatron_ext.model import groups
+from megatron_ext.model.build import Overlap
 from megatron_ext.model.megatron_config import ModelLayout
 from megatron_ext.train.config import ParallelConfig
 
@@ -27,10 +29,14 @@ PATIENCE = timedelta(days=1)  # of the gloo twins: one rank may verify data or w
 _twins: dict[tuple[int, ...], dist.ProcessGroup] = {}  # by the ranks of the group; of more than one rank
 
 
-def initialize(layout: ParallelConfig, *, timeout_s: float = 600) -> None:
-    """Join the default group (from the launcher's environment, unless a test already did) and make Megatron's."""
+def initialize(layout: ParallelConfig, *, seed: int = 0, timeout_s: float = 600) -> None:
+    """Join the default group (from the launcher's environment, unless a test already did) and make Megatron's.
+
+    ``seed`` starts the random states that Megatron keeps for tensor-, expert- and data-parallel regions.
+    """
     if not dist.is_initialized():
-        dist.init_process_group(host.backend(), timeout=timedelta(seconds=timeout_s))
+        device = host.device() if torch.cuda.is_available() else None  # NCCL connects now, and knows its GPU
+        dist.init_process_group(host.backend(), timeout=timedelta(seconds=timeout_s), device_id=device)
     if dist.get_world_size() != layout.world:
         raise ValueError(
             f"parallel: the recipe's world is nodes {layout.nodes} x ranks_per_node {layout.ranks_per_node} = "
@@ -43,6 +49,7 @@ def initialize(layout: ParallelConfig, *, timeout_s: float = 600) -> None:
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
     )
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     _make_twins(layout)
 
 
@@ -81,6 +88,11 @@ def _new_gloo(ranks: tuple[int, ...]) -> dist.ProcessGroup:
 def model_layout(layout: ParallelConfig) -> dict[str, Any]:
     """What of the layout concerns the model: the fields of ``ModelLayout`` (model/megatron_config.py)."""
     return layout.model_dump(include={field.name for field in dataclasses.fields(ModelLayout)})
+
+
+def overlap(layout: ParallelConfig) -> Overlap:
+    """What of the layout concerns the communication between data-parallel ranks."""
+    return Overlap(**layout.model_dump(include={field.name for field in dataclasses.fields(Overlap)}))
 
 
 class DataReducer:

@@ -24,6 +24,7 @@ from megatron_ext.model.critic import build_critic
 from megatron_ext.model.cuts import Replicated
 from megatron_ext.model.hf_config import Architecture
 from megatron_ext.model.hf_weights import module_rules, stream_names
+from megatron_ext.model.megatron_config import Fusions
 from megatron_ext.train import parallel
 from megatron_ext.train.config import Config, ParallelConfig
 from megatron_ext.train.trained import Trained
@@ -54,18 +55,22 @@ def build_shard(config: Config, architecture: Architecture, needs: Needs, rank: 
     options: dict[str, Any] = {
         "dtype": getattr(torch, config.model.dtype),
         "recompute": config.model.recompute,
+        "fusions": Fusions(**config.model.fusions.model_dump()),
         **parallel.model_layout(config.parallel),
     }
+    overlap = parallel.overlap(config.parallel)
     with _as_rank(config.parallel, rank):
         reference = critic = None
         with host.on_meta():
-            policy = build_policy(architecture, fused_head=config.model.fused_head, **options)
+            policy = build_policy(architecture, overlap=overlap, fused_head=config.model.fused_head, **options)
             trained = Trained.build(policy, config.optimizer)
             if needs.reference:
                 reference = build_reference(architecture, fused_head=config.model.fused_head, **options)
             if needs.value:
                 critic = Trained.build(
-                    build_critic(architecture, lambda modules: None, **options), config.critic, section="critic"
+                    build_critic(architecture, lambda modules: None, overlap=overlap, **options),
+                    config.critic,
+                    section="critic",
                 )
         held = _trained_bytes(trained)
         if reference is not None:

@@ -85,6 +85,8 @@ class Learner:
                         current = self.statistics(self.policy, micros, needs) if needs.current else None
                     updates.update(self.update(batch, current, micros))
                     phase.advance(tokens=len(batch.mask))
+        for each in self.trained.values():
+            each.model.finish_param_sync()
         return metrics | {name: value / len(minis) for name, value in updates.items()}, old
 
     def only_update(

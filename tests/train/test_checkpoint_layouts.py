@@ -56,6 +56,7 @@ def save(rank: int, world: int, path: str, layout: dict[str, Any], root: Path) -
     for chunk in each.model.chunks:
         chunk.finish_grad_sync()
     each.update(1)
+    each.model.finish_param_sync()
     options: dict[str, Any] = {"state": {}, "config": {"model": {"path": path}}, "layout": layout, "keep": 1}
     checkpoint.save(root, 0, trained={"policy": each}, **options)
 

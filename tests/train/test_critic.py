@@ -240,6 +240,7 @@ def broken_gradient(rank: int, world: int, case: str, path: str) -> None:
     assert math.isnan(update(math.nan)) and model.bad_steps == 1
     assert all(torch.equal(a, b) for a, b in zip(before, model.model.modules[0].parameters(), strict=True))
     assert update(0.1) > 0 and model.bad_steps == 0
+    model.model.finish_param_sync()
     assert not torch.equal(before[0], next(model.model.modules[0].parameters()))
     update(math.inf)
     with pytest.raises(TrainingError, match=r"2 updates in a row .* lower critic\.lr"):

@@ -117,6 +117,7 @@ def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(uninterrupted:
     assert not checkpoint(tmp_path, 4).exists()
     code, output = finish(tmp_path, "train.steps=4")
     assert code == 0 and "resuming after step 2 of 4" in output, output
+    assert "random states start from the seed" not in output
     assert metrics(tmp_path) == metrics(uninterrupted)
     assert contents(tmp_path, 4) == contents(uninterrupted, 4)
 

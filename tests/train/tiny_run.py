@@ -85,6 +85,7 @@ class Run:
                 chunk.finish_grad_sync()
             self.optimizer.step()
             self.scheduler.step(1)
+        self.policy.finish_param_sync()
         return self
 
     def save(self, root: Path, step: int, keep: int = 2, state: dict | None = None) -> Path:

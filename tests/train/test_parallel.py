@@ -1,0 +1,115 @@
+"""Megatron's random states are seeded before anything is built, and its own tracker works with them on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch import Tensor
+
+from megatron_ext import host
+from megatron_ext.methods.base import Needs
+from megatron_ext.model import groups
+from megatron_ext.model.build import build_policy
+from megatron_ext.model.forward import forward
+from megatron_ext.train import packing, parallel
+from megatron_ext.train.config import ParallelConfig
+from tests import gloo
+from tests.train.tiny_run import TINY, Run
+
+STATES = {"data-parallel-rng", "model-parallel-rng", "expert-parallel-rng"}
+
+
+def sequence_parallel(rank: int, world: int, seed: int | None, recompute: str = "none") -> int:
+    host.enter()
+    if seed is None:  # Megatron's groups alone
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
+    else:
+        parallel.initialize(ParallelConfig(ranks_per_node=world, tensor=world, sequence=True), seed=seed)
+    policy = build_policy(TINY, tensor=world, sequence=True, dtype=torch.float32, recompute=recompute)
+    for parameter in policy.modules[0].parameters():
+        torch.nn.init.constant_(parameter, 0.01)
+    [stats] = forward(policy, [packing.pack([([1, 2, 3], [4, 5, 6])], multiple=world)], Needs(), 1.0) or []
+    return len(stats.logprob)
+
+
+def test_sequence_parallelism_runs_through_megatrons_own_fork() -> None:
+    assert gloo.run(sequence_parallel, 2, 3) == [3, 3]
+
+
+def test_without_a_seed_the_cpu_raises_what_a_gpu_raises() -> None:
+    with pytest.raises(AssertionError, match="cuda rng state model-parallel-rng is not added"):
+        gloo.run(sequence_parallel, 2, None)
+
+
+def draws(rank: int, world: int, seed: int, layout: dict[str, Any]) -> dict[str, list[float]]:
+    """What the first draws in each of Megatron's regions would be, and that they leave no trace outside."""
+    host.enter()
+    parallel.initialize(ParallelConfig(ranks_per_node=world, **layout), seed=seed)
+    tracker: Any = get_cuda_rng_tracker()
+    assert tracker.get_states().keys() == STATES
+    found, outside = {}, torch.get_rng_state()
+    for name in sorted(STATES):
+        with tracker.fork(name):
+            first = torch.rand(2, device="cuda").tolist()
+        with tracker.fork(name):
+            assert torch.rand(2, device="cuda").tolist() != first  # it goes on where it stopped
+        found[name] = first
+    assert torch.equal(torch.get_rng_state(), outside)
+    assert int(torch.default_generator.initial_seed()) == seed
+    return found
+
+
+def test_regions_draw_as_megatron_says() -> None:
+    """Tensor-parallel ranks draw differently, data-parallel ones alike, and the seed matters."""
+    first, second, third, fourth = gloo.run(draws, 4, 5, {"tensor": 2})
+    assert first["model-parallel-rng"] != second["model-parallel-rng"]
+    assert first["data-parallel-rng"] == second["data-parallel-rng"]
+    assert (first, second) == (third, fourth)
+    assert gloo.run(draws, 4, 6, {"tensor": 2})[0] != first
+
+
+def test_experts_draw_apart() -> None:
+    first, second = gloo.run(draws, 2, 5, {"expert": 2})
+    assert first["expert-parallel-rng"] != second["expert-parallel-rng"]
+
+
+def tracked_run(rank: int, world: int, root: Any, resumed: bool) -> tuple[dict[str, Tensor], float]:
+    run = Run(world, tensor=2).fill(1)
+    tracker: Any = get_cuda_rng_tracker()
+    if resumed:
+        assert run.load(root).refused == ()
+    else:
+        with tracker.fork():
+            torch.rand(groups.tensor().rank() + 1)  # the saved states are not the seed's
+        run.save(root, 1)
+    states = {name: state.clone() for name, state in tracker.get_states().items()}
+    with tracker.fork():
+        return states, float(torch.rand(()))
+
+
+def test_a_resumed_run_has_the_trackers_states(tmp_path: Any) -> None:
+    saved = gloo.run(tracked_run, 2, tmp_path, False)
+    for (states, draw), (loaded, again) in zip(saved, gloo.run(tracked_run, 2, tmp_path, True), strict=True):
+        assert states.keys() == STATES == loaded.keys()
+        assert all(torch.equal(states[name], loaded[name]) for name in STATES) and draw == again
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_nccl_is_told_its_gpu(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def init_process_group(backend: str, **options: Any) -> None:
+        seen.update(options, backend=backend)
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", init_process_group)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    with pytest.raises(InterruptedError):
+        parallel.initialize(ParallelConfig(ranks_per_node=1))
+    expected = ("nccl", torch.device("cuda", 3)) if gpu else ("gloo", None)
+    assert (seen["backend"], seen["device_id"]) == expected

@@ -1,0 +1,135 @@
+"""The tables between Hugging Face and Megatron are held against Transformer Engine's own source.
+
+Megatron-Core builds its GPTModel from its Transformer Engine layer spec; names, shapes and places in a checkpoint are
+those of these modules, not of a list written here.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ext.model import hf_config
+from megatron_ext.model.cuts import Vocabulary
+from megatron_ext.model.hf_config import Architecture
+from megatron_ext.model.hf_tables import Rule, rules
+from megatron_ext.train import config as train_config
+from tests import tiny
+from tests.transformer_engine.models import moe_of_16
+from tests.transformer_engine.running import inside
+
+KINDS = ["qwen2", "qwen2 tied", "qwen3", "llama", "qwen3_moe_mixed", "16 experts"]
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "TP 1": (1, {}),
+    "TP 2": (2, {"tensor": 2, "sequence": True, "expert_tensor": 2}),
+    "EP 2": (2, {"expert": 2}),
+}
+
+
+@functools.cache
+def directory(kind: str) -> Path:
+    if kind == "16 experts":
+        return moe_of_16()
+    name, *tied = kind.split()
+    return tiny.hf_model(name, bool(tied))[1]
+
+
+@functools.cache
+def found(layout: str) -> list[list[dict[str, Any]]]:
+    """For each rank and kind what inside.py found."""
+    world, options = LAYOUTS[layout]
+    return inside("names", world=world, cases=[(str(directory(kind)), options) for kind in KINDS])
+
+
+def expected(kind: str, layout: str, rank: int) -> tuple[Architecture, list[Rule], int]:
+    """The architecture, this rank's rules, and over how many ranks its tensors are cut."""
+    world, options = LAYOUTS[layout]
+    architecture = hf_config.read_architecture(train_config.hf_config(directory(kind)))
+    experts = None
+    if architecture.experts is not None and "expert" in options:
+        own = architecture.experts.num // world
+        experts = range(rank * own, (rank + 1) * own)
+    numbers = range(architecture.num_layers)
+    return architecture, rules(architecture, numbers, first=True, last=True, experts=experts, fused=True), world
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_are_those_of_the_tables(kind: str, layout: str) -> None:
+    for rank, models in enumerate(found(layout)):
+        model = models[KINDS.index(kind)]
+        assert "transformer_engine.pytorch.module.layernorm_linear" in model["classes"]
+        assert "megatron_ext.model.layers" not in model["classes"]  # no stand-in of ours
+        _, own, _ = expected(kind, layout, rank)
+        assert model["parameters"].keys() == {rule.megatron for rule in own}
+        tensor = LAYOUTS[layout][1].get("tensor", 1)
+        for rule in own:
+            whole = padded(rule, tensor)
+            parts = math.prod(whole) // math.prod(model["parameters"][rule.megatron])
+            cut = not rule.megatron.endswith(("norm.weight", "norm_weight", "router.weight"))
+            assert parts == (tensor if cut else 1), rule.megatron
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_has_them_where_the_tables_say(kind: str, layout: str) -> None:
+    """Every tensor under the key, of the global shape and at the index of its rule; together they are the model."""
+    tensor = LAYOUTS[layout][1].get("tensor", 1)
+    covered: dict[tuple, set] = {}
+    for rank, models in enumerate(found(layout)):
+        architecture, own, _ = expected(kind, layout, rank)
+        places = {(rule.key, rule.index): rule for rule in own if not duplicate(architecture, rule)}
+        for key, global_shape, offset, local_shape in models[KINDS.index(kind)]["tensors"]:
+            index = tuple(offset[: len(offset) - len(local_shape)])
+            rule = places[key, index]
+            assert tuple(global_shape) == (*rule.stacked, *padded(rule, tensor)), key
+            covered.setdefault((key, index), set()).add((tuple(offset), tuple(local_shape)))
+        assert all(place in covered for place in places)
+    _, everything, _ = expected(kind, "TP 1", 0)
+    sizes = {(rule.key, rule.index): math.prod(padded(rule, tensor)) for rule in everything}
+    assert covered.keys() == sizes.keys()
+    for place, pieces in covered.items():
+        assert sum(math.prod(shape) for _, shape in pieces) == sizes[place], place
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_else_in_a_state_dict_is_an_extra_state(kind: str, layout: str) -> None:
+    for models in found(layout):
+        model = models[KINDS.index(kind)]
+        assert model["others"] and all(name.endswith("._extra_state") for name in model["others"])
+        assert all(".".join(name.split(".")[:-1]) for name in model["objects"])
+
+
+def test_sixteen_experts_have_sixteen_extra_states() -> None:
+    """In a checkpoint a grouped layer's state is taken apart: what checkpoint.py must leave out."""
+    objects = found("TP 1")[0][KINDS.index("16 experts")]["objects"]
+    for layer in range(2):
+        prefix = f"decoder.layers.{layer}.mlp.experts.linear_fc1._extra_state"
+        assert {name for name in objects if name.startswith(prefix)} == {
+            prefix,
+            *(f"{prefix}{expert}" for expert in range(1, 16)),
+        }
+
+
+def padded(rule: Rule, tensor: int) -> tuple[int, ...]:
+    """The parameter's shape in the unsharded model, its vocabulary padded as under that many ranks."""
+    if isinstance(rule.layout, Vocabulary):
+        return (-(-rule.shape[0] // tensor) * tensor, *rule.shape[1:])
+    return rule.shape
+
+
+def duplicate(architecture: Architecture, rule: Rule) -> bool:
+    return architecture.tied and rule.megatron == "output_layer.weight"
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_fusions_reach_megatron_and_the_layers(on: bool) -> None:
+    path = str(directory("16 experts"))
+    [[model]] = [found("TP 1")[0][-1:]] if on else inside("names", cases=[(path, {"fusions": False})])
+    assert [model["rope"], model["bias_activation"], model["moe_permute"]] == [on] * 3
+    assert len(model["accumulates"]) == 2 * 4 and set(model["accumulates"]) == {on}
