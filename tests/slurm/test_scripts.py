@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext.plan.device import TOTAL_BYTES
 from megatron_ext.plan.layout import make_plan
-from megatron_ext.plan.speed import GPU_MEMORY, RATES
+from megatron_ext.plan.speed import RATES
 from megatron_ext.train.config import read_config
 from tools.plan import method_roles
 
@@ -105,5 +106,5 @@ def test_a_script_asks_for_what_its_recipe_needs(script: Path) -> None:
     if "cpu" not in recipe:
         assert f"--gpus-per-node={parallel.ranks_per_node}" in options
         assert {"--exclusive", "--mem=0"} <= set(options)
-        plan = make_plan(config, method_roles(config), rates=RATES["a800"], gpu_memory=GPU_MEMORY)
+        plan = make_plan(config, method_roles(config), rates=RATES["a800"], gpu_memory=TOTAL_BYTES["a800"])
         assert sum(plan.seconds.values()) < leads[0], "a step and a save must fit between signal and time limit"
