@@ -6,7 +6,9 @@
     python -m tools.plan RECIPE --gpu a800 --mfu .3       other rates; the table says which were used
 
 Weights, gradients and optimizer are exact: the dry run (tools.train RECIPE --dry-run) compares them with the built
-shards. The rest is counted, or assumed in megatron_ext/plan/device.py; what fits leaves 3 GB free. Exit codes: 0 it fits, 1 it does not, 2 configuration.
+shards. The rest is counted, or assumed in megatron_ext/plan/device.py; what fits leaves 3 GB free.
+
+Exit codes: 0 it fits, 1 it does not, 2 configuration.
 """
 
 from __future__ import annotations
