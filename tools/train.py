@@ -77,7 +77,8 @@ def _check_launch(config: Config) -> None:
 def _set_allocator(config: Config) -> None:
     """Segments that grow: micro-batches differ in size, and fixed segments fragment. Before torch is imported.
 
-    Not beside a colocated vLLM: its sleep mode and its all-reduce map memory themselves. What is set already wins.
+    Not beside a colocated vLLM: its sleep mode maps memory itself, and its all-reduce shares the memory of CUDA graphs
+    by IPC handles, which growing segments do not have. What is set already wins.
     """
     if config.rollout.engine != "vllm" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

@@ -263,7 +263,7 @@ def _running(urls: list[str], max_tokens: int) -> Fleet:
 def _environment(devices: str | None, num: int) -> dict[str, str]:
     """Of one of ``num`` servers, over the trainer's."""
     common = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "INFO", "VLLM_NO_USAGE_STATS": "1"}
-    common["PYTORCH_ALLOC_CONF"] = "expandable_segments:False"  # the trainer's may be on; vLLM maps memory itself
+    common["PYTORCH_ALLOC_CONF"] = "expandable_segments:False"  # the trainer's grow: tools/train.py
     if devices is not None:
         common["CUDA_VISIBLE_DEVICES"] = devices
     if not torch.cuda.is_available():  # servers that bind their threads would all bind them to the same cores
