@@ -30,7 +30,7 @@ from megatron_ext.train.config import Config, ParallelConfig
 Recompute = Literal["none", "mlp", "full"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "mlp", "full")
 IMBALANCE = 1.5  # assumed: tokens of the busiest expert-parallel rank over the mean
-HEAD_CHUNK = 1024  # rows whose logits the fused head holds at once (ops/linear_policy_stats.py)
+HEAD_CHUNK_BYTES = 1 << 29  # of logits that the fused head holds at once (ops/linear_policy_stats.py)
 EXCHANGE_PER_ROW = 4096  # 256 keys and logits a row, sent and received (ops/nucleus.py)
 VLLM_PREFILL = 8192  # assumed: tokens of a prompt pass of vLLM, its max_num_batched_tokens
 PHASES = ("rollout", "score", "update")
@@ -126,11 +126,11 @@ def head(a: Architecture, config: Config, *, grad: bool) -> float:
     """
     p, element, tokens = config.parallel, element_bytes(config), config.train.micro_batch_tokens
     width = a.padded_vocab(p.tensor) // p.tensor
-    weight = width * a.hidden_size
+    weight, logits = width * a.hidden_size, tokens * width * element
     rows = tokens * a.hidden_size * element * (2 + grad) + tokens * EXCHANGE_PER_ROW  # gathered, selected, its gradient
     if config.model.fused_head:
-        return rows + HEAD_CHUNK * width * element + weight * (4 + element) * grad
-    return rows + tokens * width * element + weight * element * grad
+        return rows + min(HEAD_CHUNK_BYTES, logits) + weight * (4 + element) * grad
+    return rows + logits + weight * element * grad
 
 
 def element_bytes(config: Config) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_ext.model.hf_config import read_architecture
+from megatron_ext.ops.linear_policy_stats import CHUNK_BYTES
 from megatron_ext.plan import device, memory, speed
 from megatron_ext.plan.layout import Plan, make_plan, nearest_fit
 from megatron_ext.plan.memory import PHASES, Roles
@@ -97,7 +98,7 @@ def test_the_head_counts_what_is_alive_at_once() -> None:
     unfused = memory.head(SEVEN, config(), grad=True)
     assert unfused == logits + 2 * width * D + 3 * 2 * tokens * D + exchange
     fused = memory.head(SEVEN, config(model={"fused_head": True}), grad=True)
-    assert unfused - fused == logits - 2 * 1024 * width - 4 * width * D  # a chunk of logits, fp32 weight gradient
+    assert unfused - fused == logits - CHUNK_BYTES - 4 * width * D  # a chunk of logits, fp32 weight gradient
 
 
 def test_a_step_takes_what_its_operations_take() -> None:
