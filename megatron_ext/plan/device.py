@@ -27,8 +27,9 @@ FRAGMENTATION = 0.10  # assumed: of what is allocated anew for every micro-batch
 def communicators(a: Architecture, config: Config) -> dict[str, int]:
     """Ranks of every group over which a rank sends tensors between GPUs. NCCL buffers belong to each.
 
-    Groups of one rank are left out, and gloo's: Python objects travel over those. Megatron has two equal groups of the
-    data-parallel ranks, and one of all that share an optimizer; vLLM one of torch and one of its own for an engine.
+    Groups of one rank are left out, and gloo's: Python objects travel over those. That of the whole world counts
+    whether it is used or not: the others may be split from it. Megatron has two equal groups of the data-parallel
+    ranks, and one of all that share an optimizer; vLLM one of torch and one of its own for an engine.
     """
     p, tied_ends = config.parallel, a.tied and config.parallel.pipeline > 1
     groups = {
