@@ -1,7 +1,7 @@
 # GPU image for H100 and A800 nodes, with everything a recipe uses. Two targets, for the driver a site has:
 #   docker build --tag megatron-entropy .                             CUDA 13.0, driver 580 or newer
 #   docker build --tag megatron-entropy:cuda12 --build-arg CUDA=12 .  CUDA 12.9, driver 525 or newer
-#   docker build --build-arg APEX=0 ...                               without Apex (its build takes half an hour)
+#   docker build --build-arg APEX=1 ...                               with Apex too, which nothing here needs
 # The versions of training are pyproject.toml's; tests/test_dockerfile.py holds those named here against them.
 ARG CUDA=13
 
@@ -33,8 +33,16 @@ RUN pip install "setuptools>=78.1.1,<81" "wheel>=0.45" "packaging>=25" "cmake>=3
     && pip install "torch==${TORCH}" --extra-index-url "${TORCH_INDEX}"
 ARG TRANSFORMER_ENGINE=2.11.0
 RUN pip install --no-build-isolation "transformer-engine[${TE_CORE},pytorch]==${TRANSFORMER_ENGINE}"
-# PyPI's "apex" is another project: NVIDIA's is built from source.
-ARG APEX=1
+# Packed sequences on sm_80: Transformer Engine's cuDNN path for them starts at sm_90, and without flash-attn attention
+# takes O(S^2) memory. Transformer Engine 2.11 takes 2.1.1 to 2.8.3 and refuses 2.8.3.post1 and later. There is no wheel
+# for this torch: 72 sources are compiled, by flash-attn's README in 3 to 5 minutes on 64 cores, in 2 hours on one.
+ARG FLASH_ATTN=2.8.3
+RUN pip install "psutil>=7" "einops>=0.8" \
+    && FLASH_ATTN_CUDA_ARCHS="80;90" FLASH_ATTENTION_FORCE_BUILD=TRUE \
+        pip install --no-build-isolation --no-binary flash-attn "flash-attn==${FLASH_ATTN}"
+# Not used: the optimizer, the norms and the fused gradient accumulation are Transformer Engine's. For comparisons. Half
+# an hour to build; PyPI's "apex" is another project.
+ARG APEX=0
 ARG APEX_REVISION=26.09
 RUN if [ "${APEX}" = 1 ]; then \
         APEX_CPP_EXT=1 APEX_CUDA_EXT=1 APEX_PARALLEL_BUILD=8 pip install --no-build-isolation \

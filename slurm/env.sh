@@ -16,10 +16,13 @@ SBATCH_OPTIONS=() # (--account=my-account --partition=batch --qos=normal)
 : "${MASTER_ADDR:=}" # empty: the job's first node
 : "${MASTER_PORT:=$((20000 + ${SLURM_JOB_ID:-0} % 10000))}"
 
+: "${NUMA_BINDING:=node}" # a rank runs on the CPUs near its GPU; none: on all of the node's
+
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" # models and data are local paths
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+# export PYTORCH_ALLOC_CONF=...  # tools.train sets expandable_segments:True unless vLLM shares the trainer's processes
 # export NCCL_SOCKET_IFNAME=bond0 GLOO_SOCKET_IFNAME=bond0  # the interface nodes reach each other by
 # export NCCL_IB_HCA=mlx5                                   # the adapters of the InfiniBand or RoCE fabric
 export PYTHONUNBUFFERED=1

@@ -49,6 +49,7 @@ if [[ -n "$CONTAINER_IMAGE" ]]; then
     python=python
 fi
 launch+=("$python" -m tools.ranks --nodes "$nodes" --ranks-per-node "$ranks_per_node")
+launch+=(--numa-binding "$NUMA_BINDING")
 launch+=(--master "${MASTER_ADDR:-${hosts[0]}}:$MASTER_PORT" tools.train "$recipe" "$@")
 show "${launch[@]}"
 [[ -z "${DRY_RUN:-}" ]] || exit 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "Dockerfile").read_text()
@@ -59,3 +61,34 @@ def test_what_is_copied_exists_and_is_sent() -> None:
     assert copied == sent
     for name in copied:
         assert (ROOT / name).exists(), name
+
+
+def argument(name: str) -> str:
+    return re.findall(rf"^ARG {name}=(.*)$", TEXT, re.MULTILINE)[0]
+
+
+def test_flash_attention_is_one_that_transformer_engine_takes() -> None:
+    """Its bounds are in its attention/dot_product_attention/utils.py; a later post-release is beyond the last."""
+    bounds = {"2.11.0": ("2.1.1", "2.8.3")}  # of the pinned Transformer Engine: another one needs another line
+    oldest, newest = map(Version, bounds[argument("TRANSFORMER_ENGINE")])
+    assert oldest <= Version(argument("FLASH_ATTN")) <= newest
+    assert not oldest <= Version("2.8.3.post1") <= newest
+    [step] = [step for step in re.split(r"^(?=RUN )", TEXT, flags=re.MULTILINE) if "flash-attn==" in step]
+    assert '"flash-attn==${FLASH_ATTN}"' in step and "--no-build-isolation" in step
+    assert re.findall(r'FLASH_ATTN_CUDA_ARCHS="(.*?)"', step) == re.findall(r'NVTE_CUDA_ARCHS="(.*?)"', TEXT)
+    assert TEXT.index('"torch==${TORCH}"') < TEXT.index('"flash-attn==') < TEXT.index("COPY pyproject.toml")
+
+
+def test_apex_is_built_only_when_asked_for() -> None:
+    assert argument("APEX") == "0"
+    [step] = [step for step in re.split(r"^(?=RUN )", TEXT, flags=re.MULTILINE) if "NVIDIA/apex" in step]
+    assert step.startswith('RUN if [ "${APEX}" = 1 ]; then')
+    used = [file for room in ("megatron_ext", "tools") for file in (ROOT / room).rglob("*.py") if imports_apex(file)]
+    assert used == []
+
+
+def imports_apex(file: Path) -> bool:
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    return any(name.split(".")[0] == "apex" for name in names)

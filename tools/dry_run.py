@@ -26,15 +26,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.model.hf_config import Architecture, read_architecture
+from megatron_ext.plan.device import TOTAL_BYTES
 from megatron_ext.plan.layout import Plan, make_plan
 from megatron_ext.plan.memory import num_engines
 from megatron_ext.plan.sizes import hf_tensors, num_parameters
-from megatron_ext.plan.speed import GPU_MEMORY, RATES
+from megatron_ext.plan.speed import RATES
 from megatron_ext.train.config import Config, ConfigError, hf_config
 from tools.plan import method_roles, read_valid, table
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 FULL_SIZE = "[a-z]*/*-[0-9]*n[0-9]*g.toml"
+GPU = "h100"  # of the recipes' GPUs the one with the least memory
 SAMPLE, SAMPLE_ROWS = RECIPES / "tiny", 32  # what stands in for data and tokenizers that are not here
 RIGHT, WRONG, CONFIGURATION = 0, 1, 2
 
@@ -97,8 +99,8 @@ def dry_run(config: Config) -> int:
 
 def inspect(config: Config, shards: Shards) -> tuple[Plan, list[Check]]:
     """The plan of a valid configuration, and what was compared with the built shards."""
-    plan = make_plan(config, method_roles(config), rates=RATES["h100"], gpu_memory=GPU_MEMORY)
-    worst = f"{plan.worst.peak / 1e9:.1f} GB on the worst GPU of {GPU_MEMORY / 1e9:.0f} ({plan.worst.worst_phase})"
+    plan = make_plan(config, method_roles(config), rates=RATES[GPU], gpu_memory=TOTAL_BYTES[GPU])
+    worst = f"{plan.worst.peak / 1e9:.1f} GB on the worst GPU ({plan.worst.worst_phase}), {plan.free / 1e9:.1f} GB free"
     return plan, [packing_check(config), *shards.checks(plan), Check(worst, plan.fits)]
 
 

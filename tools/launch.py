@@ -21,7 +21,7 @@ import shlex
 import sys
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -47,6 +47,7 @@ class Site(BaseModel):
     retries: Annotated[int, Field(ge=0)] = 10
     save_seconds: Annotated[int, Field(ge=30)] = 300  # before the time limit, to save the state
     port: Annotated[int, Field(ge=1024, le=65535)] = 29500
+    numa_binding: Literal["node", "none"] = "node"  # the CPUs that a rank may use: those near its GPU, or all
     env: dict[str, str] = {}
     ssh_host: str | None = None  # None: this machine can call sbatch
     ssh_user: str = ""
@@ -70,6 +71,7 @@ def node_script(config: Config, site: Site, recipe: str, overrides: list[str]) -
     """What the one task of every node runs."""
     p = config.parallel
     ranks = [site.python, "-m", "tools.ranks", "--nodes", str(p.nodes), "--ranks-per-node", str(p.ranks_per_node)]
+    ranks += ["--numa-binding", site.numa_binding]
     train = ["tools.train", recipe, *overrides]
     return f'cd {shlex.quote(site.project_dir)}\nexec {shlex.join(ranks)} --master "$MASTER" {shlex.join(train)}\n'
 

@@ -6,7 +6,9 @@
     python -m tools.plan RECIPE --gpu a800 --mfu .3       other rates; the table says which were used
 
 Weights, gradients and optimizer are exact: the dry run (tools.train RECIPE --dry-run) compares them with the built
-shards. The rest is counted or assumed as megatron_ext/plan says. Exit codes: 0 it fits, 1 it does not, 2 configuration.
+shards. The rest is counted, or assumed in megatron_ext/plan/device.py; what fits leaves 3 GB free.
+
+Exit codes: 0 it fits, 1 it does not, 2 configuration.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_ext.plan.device import MARGIN, TOTAL_BYTES
 from megatron_ext.plan.layout import Plan, make_plan, nearest_fit
 from megatron_ext.plan.memory import PHASES, RECOMPUTE, Roles
-from megatron_ext.plan.speed import GPU_MEMORY, RATES, Lengths, Rates, default_lengths
+from megatron_ext.plan.speed import RATES, Lengths, Rates, default_lengths
 from megatron_ext.train.config import Config, ConfigError, layout_faults, read_config
 from tools.plan_chart import memory_chart
 
@@ -37,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
         return CONFIGURATION
     rates, lengths = _rates(options), default_lengths(config)
     lengths = Lengths(options.mean_prompt or lengths.prompt, options.mean_response or lengths.response)
-    plan = make_plan(config, roles, rates=rates, gpu_memory=options.memory_gb * GB, lengths=lengths)
+    total = options.memory_gb * GB if options.memory_gb else TOTAL_BYTES[options.gpu]
+    plan = make_plan(config, roles, rates=rates, gpu_memory=total, lengths=lengths)
     nearest = None if plan.fits else nearest_fit(plan, rates=rates, lengths=lengths)
     if options.svg:
         options.svg.write_text(memory_chart(plan))
@@ -86,6 +90,8 @@ def table(plan: Plan) -> list[str]:
     for item in items:
         lines.append(f"  {item:<44}" + "".join(_gb(worst.phases[phase].get(item)) for phase in PHASES))
     lines.append(f"  {'total':<44}" + "".join(_gb(worst.total(phase)) for phase in PHASES))
+    groups = ", ".join(f"{name} {ranks}" for name, ranks in facts["communicators"].items())
+    lines.append(f"NCCL communicators by their ranks: {groups or 'none'}")
     modes = ", ".join(f"{mode} {size / GB:.1f}" for mode, size in plan.activations().items())
     lines.append(f"activations by recompute mode, GB: {modes} (the recipe: {plan.config.model.recompute})")
     if len(plan.ranks) > 1:
@@ -103,12 +109,12 @@ def table(plan: Plan) -> list[str]:
 def verdict(plan: Plan, nearest: tuple[list[str], Plan] | None) -> list[str]:
     """Whether it fits, and if not what does."""
     worst = plan.worst
-    size = f"{worst.peak / GB:.1f} of {plan.gpu_memory / GB:.0f} GB ({worst.worst_phase}, pipeline rank {worst.rank})"
+    size = f"{worst.peak / GB:.1f} of {plan.gpu_memory / GB:.1f} GB ({worst.worst_phase}, pipeline rank {worst.rank})"
     if plan.fits:
         others = [mode for mode in RECOMPUTE if _too_large(plan, mode)]
         rest = f"; it would not with model.recompute = {' or '.join(others)}" if others else ""
         return [f"fits: {size}{rest}"]
-    lines = [f"does not fit: {size}"]
+    lines = [f"does not fit: {size}, expected at least {MARGIN / GB:.1f} GB free"]
     if plan.kv_sequences == 0:
         lines.append("the KV cache cannot hold one sequence of full length")
     if nearest is None:
@@ -151,8 +157,8 @@ def _parser() -> argparse.ArgumentParser:
     add("overrides", nargs="*", metavar="key=value", help="for example parallel.tensor=4")
     add("--json", action="store_true", help="print JSON")
     add("--svg", type=Path, metavar="FILE", help="write the memory as a bar chart")
-    add("--gpu", choices=sorted(RATES), default="h100", help="whose data sheet the rates come from (default h100)")
-    add("--memory-gb", type=float, default=GPU_MEMORY / GB, help="of one GPU (default 80)")
+    add("--gpu", choices=sorted(RATES), default="h100", help="whose total memory and data sheet (default h100)")
+    add("--memory-gb", type=float, help="total memory of one GPU as torch reports it (default: that of --gpu)")
     add("--flops", type=float, help="peak bf16 operations a second")
     add("--bandwidth", type=float, help="memory bandwidth, bytes a second")
     add("--network", type=float, help="bytes a second a direction between nodes, per GPU")

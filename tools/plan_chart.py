@@ -35,7 +35,7 @@ def memory_chart(plan: Plan) -> str:
         parts.append(f'<text x="{x + 6:.1f}" y="{y + 22}">{worst.total(phase) / GB:.1f} GB</text>')
     limit = LEFT + plan.gpu_memory * scale
     parts.append(f'<line x1="{limit:.1f}" x2="{limit:.1f}" y1="{TOP - 8}" y2="{bottom - 10}" class="limit"/>')
-    parts.append(f'<text x="{limit:.1f}" y="{TOP - 12}" text-anchor="middle">{plan.gpu_memory / GB:.0f} GB</text>')
+    parts.append(f'<text x="{limit:.1f}" y="{TOP - 12}" text-anchor="middle">{plan.gpu_memory / GB:.1f} GB</text>')
     for number, item in enumerate(items):
         x, y = LEFT + 220 * (number % 3), bottom + 14 + 20 * (number // 3)
         parts.append(f'<rect x="{x}" y="{y - 10}" width="12" height="12" fill="{colors[item]}"/>')

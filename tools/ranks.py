@@ -6,7 +6,8 @@ The parent starts one process per rank with the usual environment (RANK, LOCAL_R
 MASTER_PORT), passes signals on, and ends the others when one fails. SIGUSR1 asks for a save and an end: a rank that
 does not listen yet, because it is still loading, gets it again until it does. The exit code is the first failing
 rank's, so 2 (configuration), 3 (reward health) and 75 (requeue) reach the caller. On a laptop tools.train does this by
-itself; under Slurm one such launcher runs per node and takes its number from SLURM_NODEID.
+itself; under Slurm one such launcher runs per node and takes its number from SLURM_NODEID. ``--numa-binding node``
+lets each rank run on the CPUs near its GPU alone; where that cannot be known, it says so and binds none.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+
+from tools.numa import NoBinding, cpus_of_ranks
 
 REQUEUE = 75  # a rank that saved its state on a signal: the others do the same
 RESEND_S = 1.0  # between two sendings of SIGUSR1
@@ -36,11 +39,19 @@ def local_rank() -> int:
 
 
 def run_ranks(
-    module: str, arguments: Sequence[str], ranks_per_node: int, *, nodes: int = 1, node: int = 0, master: str = ""
+    module: str,
+    arguments: Sequence[str],
+    ranks_per_node: int,
+    *,
+    nodes: int = 1,
+    node: int = 0,
+    master: str = "",
+    bind: bool = False,
 ) -> int:
     """``python -m module arguments`` on this node's ranks; returns the exit code.
 
-    ``master`` is ``host:port`` of node 0; on a single node a free local port serves.
+    ``master`` is ``host:port`` of node 0; on a single node a free local port serves. ``bind``: to the CPUs near each
+    rank's GPU.
     """
     host, _, port = (master or f"127.0.0.1:{free_port()}").rpartition(":")
     environment = {
@@ -54,6 +65,7 @@ def run_ranks(
     environment.setdefault("OMP_NUM_THREADS", str(threads))
     environment.setdefault("PYTHONWARNINGS", "ignore::UserWarning,ignore::FutureWarning")  # Megatron's, once per rank
     command = [sys.executable, "-m", module, *arguments]
+    cpus = _cpus(ranks_per_node) if bind else None  # asked before the ranks start: their threads inherit the binding
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the ranks inherit it: too early a signal must not kill one
     ranks = [
         subprocess.Popen(
@@ -61,6 +73,9 @@ def run_ranks(
         )
         for rank in range(ranks_per_node)
     ]
+    if cpus is not None:
+        for rank, own in zip(ranks, cpus, strict=True):
+            os.sched_setaffinity(rank.pid, own)
 
     received: list[int] = []
 
@@ -71,6 +86,14 @@ def run_ranks(
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, forward)
     return _wait(ranks, received)
+
+
+def _cpus(num_ranks: int) -> list[set[int]] | None:
+    try:
+        return cpus_of_ranks(num_ranks)
+    except NoBinding as reason:
+        print(f"ranks: bound to no CPUs: {reason}", file=sys.stderr)
+        return None
 
 
 def _send(ranks: list[subprocess.Popen], number: int) -> None:
@@ -121,12 +144,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ranks-per-node", type=int, required=True)
     parser.add_argument("--master", default="", help="host:port of node 0 (default: a free port of this machine)")
     parser.add_argument("--node", type=int, default=int(os.environ.get("SLURM_NODEID", "0")))
+    parser.add_argument("--numa-binding", choices=("node", "none"), default="none", help="CPUs that a rank may use")
     parser.add_argument("module", help="for example tools.train")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     o = parser.parse_args(arguments)
     if o.nodes > 1 and not o.master:
         parser.error(f"--nodes {o.nodes} needs --master HOST:PORT, an address that every node reaches")
-    return run_ranks(o.module, o.arguments, o.ranks_per_node, nodes=o.nodes, node=o.node, master=o.master)
+    bind = o.numa_binding == "node"
+    return run_ranks(o.module, o.arguments, o.ranks_per_node, nodes=o.nodes, node=o.node, master=o.master, bind=bind)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = (read_valid if options.dry_run else load_config)(options.recipe, options.overrides)
         if ranks.launched():
             _check_launch(config)
+            _set_allocator(config)
             if options.dry_run and ranks.local_rank() > 0:
                 return 0  # one rank of every node tries it
         complete = _check_method(config)
@@ -71,6 +72,16 @@ def _check_launch(config: Config) -> None:
             f"{launched} launched; ask Slurm for --nodes={p.nodes} --gpus-per-node={p.ranks_per_node}, or set "
             "parallel.nodes and parallel.ranks_per_node to what there is"
         )
+
+
+def _set_allocator(config: Config) -> None:
+    """Segments that grow: micro-batches differ in size, and fixed segments fragment. Before torch is imported.
+
+    Not beside a colocated vLLM: its sleep mode maps memory itself, and its all-reduce shares the memory of CUDA graphs
+    by IPC handles, which growing segments do not have. What is set already wins.
+    """
+    if config.rollout.engine != "vllm" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _check_method(config: Config) -> dict[str, Any]:

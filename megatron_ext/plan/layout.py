@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_ext.model.hf_config import Architecture, read_architecture
-from megatron_ext.plan import memory, speed
+from megatron_ext.plan import device, memory, speed
 from megatron_ext.plan.memory import RankMemory, Roles
 from megatron_ext.plan.sizes import active_parameters, num_parameters
 from megatron_ext.plan.speed import Lengths, Rates
@@ -41,8 +41,13 @@ class Plan:
         return memory.kv_capacity(self.architecture, self.config, cache)
 
     @property
+    def free(self) -> float:
+        """Bytes left on the worst GPU in its worst phase."""
+        return self.gpu_memory - self.worst.peak
+
+    @property
     def fits(self) -> bool:
-        return self.worst.peak <= self.gpu_memory and self.kv_sequences > 0
+        return self.free >= device.MARGIN and self.kv_sequences > 0
 
     def activations(self) -> dict[str, float]:
         """Peak of the activations by recompute mode, on the pipeline rank where it is highest."""
@@ -86,6 +91,8 @@ class Plan:
             "tokens": self.tokens(),
             "roles": asdict(self.roles),
             "gpu_memory": self.gpu_memory,
+            "free": self.free,
+            "communicators": device.communicators(self.architecture, self.config),
             "fits": self.fits,
             "worst_rank": worst.rank,
             "worst_phase": worst.worst_phase,

@@ -5,8 +5,15 @@
     update    forward and backward: activations of all micro-batches in flight, the head, gradients
 
 Weights, gradients and optimizer are exact (sizes.py). Activations are counted per saved tensor of a Transformer Engine
-layer with flash attention (``saved_per_token``), the head per copy of the logits that is alive at once; the reserve is
-an assumption. Bytes throughout; bf16 has 2, fp32 4 per element.
+layer with flash attention (``saved_per_token``), the head per copy of the logits that is alive at once. What is gone
+before the first tensor, and what the allocator loses, is assumed (device.py). Bytes throughout; bf16 has 2, fp32 4 per
+element.
+
+A colocated vLLM engine takes ``rollout.memory_share`` of the GPU's total memory, not of what is free: at its start it
+refuses when less than that is free, measures weights, a prefill and its CUDA graphs, and makes the rest of the share KV
+cache. Whatever else is on the GPU, this process's own context and communicators included, must fit beside the share.
+Weights are streamed in before the KV cache is there again. While it sleeps it holds its CUDA graphs and nothing else;
+saving happens then too, and needs less than an update.
 """
 
 from __future__ import annotations
@@ -17,14 +24,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_ext.model.hf_config import Architecture
+from megatron_ext.plan import device
 from megatron_ext.plan.sizes import Buffers, Sharding, attention_widths, buffers, num_parameters, stage_parameters
 from megatron_ext.train.config import Config, ParallelConfig
 
 Recompute = Literal["none", "mlp", "full"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "mlp", "full")
-RESERVE = 4e9  # assumed: CUDA context, NCCL buffers, cuBLAS workspaces, fragmentation of the allocator
 IMBALANCE = 1.5  # assumed: tokens of the busiest expert-parallel rank over the mean
-HEAD_CHUNK = 1024  # rows whose logits the fused head holds at once (ops/linear_policy_stats.py)
+HEAD_CHUNK_BYTES = 1 << 29  # of logits that the fused head holds at once (ops/linear_policy_stats.py)
 EXCHANGE_PER_ROW = 4096  # 256 keys and logits a row, sent and received (ops/nucleus.py)
 VLLM_PREFILL = 8192  # assumed: tokens of a prompt pass of vLLM, its max_num_batched_tokens
 PHASES = ("rollout", "score", "update")
@@ -120,15 +127,17 @@ def working_layer(a: Architecture, p: ParallelConfig, layers: Sequence[int], rec
 
 
 def head(a: Architecture, config: Config, *, grad: bool) -> float:
-    """Output layer and statistics on the last stage, for a micro-batch of response tokens only."""
+    """Output layer and statistics on the last stage, for a micro-batch of response tokens only.
+
+    Rows are selected before the product, and backward writes the gradient into the logits: they are alive once.
+    """
     p, element, tokens = config.parallel, element_bytes(config), config.train.micro_batch_tokens
     width = a.padded_vocab(p.tensor) // p.tensor
-    weight = width * a.hidden_size
+    weight, logits = width * a.hidden_size, tokens * width * element
+    rows = tokens * a.hidden_size * element * (2 + grad) + tokens * EXCHANGE_PER_ROW  # gathered, selected, its gradient
     if config.model.fused_head:
-        rows = tokens * a.hidden_size * element * (2 + grad)  # gathered, selected, its gradient
-        return rows + HEAD_CHUNK * width * element + weight * (4 + element) * grad + tokens * EXCHANGE_PER_ROW
-    alive = 3 if grad else 2  # logits and the selected rows; backward: the rows, their gradient, that of all logits
-    return tokens * width * element * alive + weight * element * grad + tokens * EXCHANGE_PER_ROW
+        return rows + min(HEAD_CHUNK_BYTES, logits) + weight * (4 + element) * grad
+    return rows + logits + weight * element * grad
 
 
 def element_bytes(config: Config) -> int:
@@ -154,8 +163,9 @@ def engine_working(a: Architecture, config: Config) -> float:
 
 
 def engine_cache(a: Architecture, config: Config, gpu_memory: float) -> float:
-    """KV cache of a vLLM engine on one GPU: what its share of the memory leaves beside weights and work."""
-    return config.rollout.memory_share * gpu_memory - engine_weights(a, config) - engine_working(a, config)
+    """KV cache of a vLLM engine on one GPU: what its share of the memory leaves beside weights, work and graphs."""
+    needed = engine_weights(a, config) + engine_working(a, config) + device.graph_bytes(config)
+    return config.rollout.memory_share * gpu_memory - needed
 
 
 def num_engines(config: Config) -> int:
@@ -195,7 +205,10 @@ def rank_memory(
     """Every item of every phase. A vLLM engine fills its share with KV cache and sleeps between rollouts."""
     p, element = config.parallel, element_bytes(config)
     own, last = rank_buffers(a, p, rank), rank == p.pipeline - 1
-    state = {"reserve": RESERVE, **trained_bytes(own, element)}
+    gone = {"context": device.CONTEXT, "communicators": device.communicator_bytes(a, config)}
+    if graphs := device.graph_bytes(config):
+        gone["CUDA graphs"] = graphs
+    state = gone | trained_bytes(own, element)
     if roles.critic:
         state["critic"] = sum(trained_bytes(rank_buffers(a, p, rank, critic=True), element).values())
     reference = {"reference": own.parameters * element} if roles.reference else {}
@@ -204,7 +217,9 @@ def rank_memory(
     asleep = dict(engine) if config.rollout.engine == "hf" else {}
     layers = [layer for chunk in stage_layers(a, p)[rank] for layer in chunk]
     scored = config.train.micro_batch_tokens * element * working_layer(a, p, layers, "none")
-    micro = {"activations": activations(a, config, rank, config.model.recompute, num_micro_batches)}
+    score = {"activations": scored} | _head_item(a, config, last, grad=False)
+    update = {"activations": activations(a, config, rank, config.model.recompute, num_micro_batches)}
+    update |= _head_item(a, config, last, grad=True)
     if not external(config):
         embedded = config.rollout.engine == "hf"
         cache = kv_cache(a, config) if embedded else max(0.0, engine_cache(a, config, gpu_memory))
@@ -216,8 +231,8 @@ def rank_memory(
             rollout["critic"] = rank_buffers(a, p, rank, critic=True).padded * element
     phases = {
         "rollout": rollout,
-        "score": state | reference | asleep | {"activations": scored} | _head_item(a, config, last, grad=False),
-        "update": state | resident | asleep | micro | _head_item(a, config, last, grad=True),
+        "score": state | reference | asleep | score | _fragments(score),
+        "update": state | resident | asleep | update | _fragments(update),
     }
     return RankMemory(rank, own, phases)
 
@@ -242,3 +257,7 @@ def kv_capacity(a: Architecture, config: Config, cache: float) -> int:
 
 def _head_item(a: Architecture, config: Config, last: bool, *, grad: bool) -> dict[str, float]:
     return {"head and statistics": head(a, config, grad=grad)} if last else {}
+
+
+def _fragments(anew: dict[str, float]) -> dict[str, float]:
+    return {"fragmentation": device.FRAGMENTATION * sum(anew.values())}

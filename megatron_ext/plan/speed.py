@@ -43,8 +43,8 @@ COMMON = (
 RATES = {
     "h100": Rates(989e12, 3.35e12, 450e9, 50e9, source=f"H100 SXM data sheet, one 400 Gb/s NIC per GPU; {COMMON}"),
     "a800": Rates(312e12, 2.04e12, 200e9, 25e9, source=f"A800 SXM data sheet, one 200 Gb/s NIC per GPU; {COMMON}"),
+    "h200": Rates(989e12, 4.8e12, 450e9, 50e9, source=f"H200 SXM data sheet, one 400 Gb/s NIC per GPU; {COMMON}"),
 }
-GPU_MEMORY = 80e9  # both, as sold; what the driver keeps is in memory.RESERVE
 
 
 @dataclass(frozen=True)

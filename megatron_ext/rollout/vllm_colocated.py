@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,12 @@ from transformers import AutoConfig
 
 from megatron_ext.rollout.base import Request, Sampling, Weights
 from megatron_ext.rollout.model_files import eos_ids, load_tokenizer
-from megatron_ext.rollout.vllm_shared import cpu_arguments, finished_sample, sampling_parameters
+from megatron_ext.rollout.vllm_shared import (
+    cpu_arguments,
+    finished_sample,
+    model_runner_variable,
+    sampling_parameters,
+)
 from megatron_ext.types import Sample
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vllm is imported
@@ -57,8 +63,10 @@ class VLLMEngine:
         tensor: int = 1,
         memory_share: float = 0.5,
         eager: bool = False,
+        model_runner: str = "auto",
     ) -> None:
-        """``max_tokens``: of prompt and response together. ``memory_share``: of the GPU's memory, while awake."""
+        """``max_tokens``: of prompt and response together. ``memory_share``: of the GPU's total memory, while awake.
+        ``model_runner``: vLLM's, auto, v1 or v2."""
         self.tokenizer = load_tokenizer(model_path)
         self.group = _engine_group(tensor)
         self.here = self.group is not None or tensor == 1  # else vLLM starts workers: to evaluate, not to be updated
@@ -67,6 +75,7 @@ class VLLMEngine:
         self.eos = eos_ids(model_path)
         config = AutoConfig.from_pretrained(model_path)
         max_tokens = min(max_tokens, config.max_position_embeddings)
+        os.environ.update(model_runner_variable(model_runner))
         vllm_transfer.register()
         _forget_shared_memory(self.group)
         self.llm = LLM(
@@ -85,12 +94,19 @@ class VLLMEngine:
             seed=0,
             **_for_device(config, memory_share, batch_size=batch_size, max_tokens=max_tokens, dtype=dtype),
         )
+        self.model_runner = 2 if self.llm.llm_engine.vllm_config.use_v2_model_runner else 1
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"rollout: vLLM draws with its model runner V{self.model_runner}", flush=True)
         if self.here:
             self.llm.init_weight_transfer_engine({"init_info": {}})
 
     def update_weights(self, weights: Weights, version: int) -> None:
-        """Load the stream layer by layer; what was computed with older weights is forgotten."""
+        """Load the stream layer by layer; what was computed with older weights is forgotten.
+
+        The KV cache is away meanwhile, at the first update too: whole tensors are gathered in its place.
+        """
         assert self.here
+        self.sleep()
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
         self.llm.start_weight_update()
@@ -104,7 +120,7 @@ class VLLMEngine:
 
     def sleep(self) -> None:
         """Drop weights and KV cache until the next update. On a CPU they stay."""
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and not self.asleep:
             self.llm.sleep(level=2)
             self.asleep = True
 
@@ -133,7 +149,7 @@ class VLLMEngine:
         return [samples[number] for number in range(len(requests))]
 
     def metrics(self) -> dict[str, float]:
-        return {}
+        return {"vllm/model_runner": float(self.model_runner)}
 
     def close(self) -> None:
         del self.llm
@@ -172,7 +188,9 @@ def _engine_group(tensor: int) -> dist.ProcessGroup | None:
     if not dist.is_initialized():
         return None
     ranks = range(dist.get_world_size())
-    mine, _ = dist.new_subgroups_by_enumeration([list(ranks[first : first + tensor]) for first in ranks[::tensor]])
+    engines = [list(ranks[first : first + tensor]) for first in ranks[::tensor]]
+    # requests are Python objects: over NCCL they would pass through the GPU and cost a communicator
+    mine, _ = dist.new_subgroups_by_enumeration(engines, backend="gloo", timeout=timedelta(days=1))
     assert isinstance(mine, dist.ProcessGroup)  # every rank is in one of them
     return mine
 

@@ -24,7 +24,7 @@ from megatron_ext.rollout.model_files import eos_ids, load_tokenizer
 from megatron_ext.rollout.server_http import check_servers
 from megatron_ext.rollout.server_round import Outcome, Round
 from megatron_ext.rollout.servers import Fleet, ServerProcess, free_ports, serve_command
-from megatron_ext.rollout.vllm_shared import cpu_arguments
+from megatron_ext.rollout.vllm_shared import cpu_arguments, model_runner_variable
 from megatron_ext.types import Sample
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # of this process, read when vllm is imported
@@ -56,6 +56,7 @@ class ServerEngine:
         tensor: int = 1,
         memory_share: float = 0.5,
         eager: bool = False,
+        model_runner: str = "auto",
         urls: Sequence[str] = (),
         num: int = 1,
         port: int = 8100,
@@ -65,7 +66,8 @@ class ServerEngine:
         max_restarts: int = 3,
     ) -> None:
         """``max_tokens``: of prompt and response together. ``batch_size``: sequences one server decodes at once.
-        ``address``: this node's, where servers or ranks are on others. ``deadline_s``: for one response."""
+        ``model_runner``: vLLM's, auto, v1 or v2; a server's log says which it has. ``address``: this node's, where
+        servers or ranks are on others. ``deadline_s``: for one response."""
         self.tokenizer = load_tokenizer(model_path)
         self.eos = eos_ids(model_path)
         config = AutoConfig.from_pretrained(model_path)
@@ -103,7 +105,7 @@ class ServerEngine:
                 return ServerProcess(
                     f"http://{self.address}:{at}",
                     serve_command(model_path, host=self.address, port=at, backend=backend(), options=options),
-                    _environment(devices[number] if devices else None, num),
+                    _environment(devices[number] if devices else None, num) | model_runner_variable(model_runner),
                     log_dir / f"server-{number}.log",
                 )
 
@@ -261,6 +263,7 @@ def _running(urls: list[str], max_tokens: int) -> Fleet:
 def _environment(devices: str | None, num: int) -> dict[str, str]:
     """Of one of ``num`` servers, over the trainer's."""
     common = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "INFO", "VLLM_NO_USAGE_STATS": "1"}
+    common["PYTORCH_ALLOC_CONF"] = "expandable_segments:False"  # the trainer's grow: tools/train.py
     if devices is not None:
         common["CUDA_VISIBLE_DEVICES"] = devices
     if not torch.cuda.is_available():  # servers that bind their threads would all bind them to the same cores

@@ -17,6 +17,14 @@ from megatron_ext.types import Sample
 CACHE_SLACK = 64 * 2**20  # bytes of a CPU's KV cache for blocks that are not full
 
 
+def model_runner_variable(choice: str) -> dict[str, str]:
+    """What tells vLLM which model runner to use: ``v1``, ``v2``, or nothing for ``auto``, its own choice.
+
+    Its own is V2, of Triton kernels, unless it finds no Triton (as its build for CPUs) or a feature that V2 lacks.
+    """
+    return {} if choice == "auto" else {"VLLM_USE_V2_MODEL_RUNNER": str(int(choice == "v2"))}
+
+
 def sampling_parameters(request: Request, sampling: Sampling, eos: list[int]) -> dict[str, Any]:
     """Of vllm.SamplingParams, for one response with the log-probs of its own tokens."""
     return {

@@ -31,6 +31,7 @@ def create_engine(
         "tensor": rollout.tensor,
         "memory_share": rollout.memory_share,
         "eager": rollout.eager,
+        "model_runner": rollout.model_runner,
     }
     try:
         if rollout.engine == "hf":

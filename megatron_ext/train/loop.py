@@ -44,6 +44,7 @@ from megatron_ext.types import Episode, TokenStats
 FREE = (  # keys a resumed run may change one by one, besides whole sections (see check_resume)
     *("train.steps", "train.micro_batch_tokens", "train.max_bad_steps", "name"),
     *("rollout.batch_size", "rollout.tensor", "rollout.memory_share", "rollout.eager"),
+    "rollout.model_runner",
     *("model.fused_head", "model.offload_reference", "model.offload_optimizer", "model.recompute"),
     *("reward.workers", "reward.deadline_s", "reward.max_timeout_share"),
 )

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 
 from megatron_ext.model.hf_config import read_architecture
-from megatron_ext.plan import memory, speed
+from megatron_ext.ops.linear_policy_stats import CHUNK_BYTES
+from megatron_ext.plan import device, memory, speed
 from megatron_ext.plan.layout import Plan, make_plan, nearest_fit
 from megatron_ext.plan.memory import PHASES, Roles
 from megatron_ext.plan.speed import RATES, Lengths
 from megatron_ext.train.config import Config, ParallelConfig, hf_config
+from tools.dry_run import full_size_recipes
+from tools.plan import method_roles, read_valid
 
 MODELS = Path(__file__).parents[2] / "recipes" / "models"
 SEVEN = read_architecture(hf_config(MODELS / "qwen2.5-math-7b"))
@@ -89,10 +92,13 @@ def test_the_kv_cache_of_known_models() -> None:
 
 
 def test_the_head_counts_what_is_alive_at_once() -> None:
-    tokens, width = 16384, 152064 // 4
+    tokens, width, D = 16384, 152064 // 4, 3584
+    logits, exchange = 2 * tokens * width, 4096 * tokens
+    assert memory.head(SEVEN, config(), grad=False) == logits + 2 * 2 * tokens * D + exchange
     unfused = memory.head(SEVEN, config(), grad=True)
-    assert unfused == 3 * 2 * tokens * width + 2 * width * 3584 + 4096 * tokens
-    assert memory.head(SEVEN, config(model={"fused_head": True}), grad=True) < unfused / 2
+    assert unfused == logits + 2 * width * D + 3 * 2 * tokens * D + exchange
+    fused = memory.head(SEVEN, config(model={"fused_head": True}), grad=True)
+    assert unfused - fused == logits - CHUNK_BYTES - 4 * width * D  # a chunk of logits, fp32 weight gradient
 
 
 def test_a_step_takes_what_its_operations_take() -> None:
@@ -138,11 +144,45 @@ def test_an_engine_needs_room_for_a_sequence() -> None:
     assert tight.kv_sequences == 0 and not tight.fits
 
 
-def test_an_engine_takes_its_share_of_the_memory() -> None:
+@pytest.mark.parametrize(("eager", "graphs"), [(False, 1.5e9), (True, 0)])
+def test_an_engine_takes_its_share_of_the_total_memory(eager: bool, graphs: float) -> None:
+    """Weights, work, graphs and cache are the share; what else is on the GPU stands beside it."""
     for share in (0.3, 0.6):
-        rollout = plan(config(rollout={"engine": "vllm", "tensor": 2, "memory_share": share})).worst.phases["rollout"]
-        engine = [rollout[item] for item in ("rollout weights", "rollout work", "KV cache")]
+        found = plan(config(rollout={"engine": "vllm", "tensor": 2, "memory_share": share, "eager": eager}))
+        rollout = dict(found.worst.phases["rollout"])
+        engine = [rollout.pop(item) for item in ("rollout weights", "rollout work", "KV cache")]
+        engine.append(rollout.pop("CUDA graphs", 0))
         assert sum(engine) == pytest.approx(share * 80e9)
+        assert rollout.keys() == {"context", "communicators", "weights", "gradients", "optimizer"}
+        assert found.worst.phases["update"].get("CUDA graphs", 0) == graphs  # asleep it keeps them
+
+
+def test_a_plan_leaves_a_margin() -> None:
+    found = plan(config())
+    assert found.free == 80e9 - found.worst.peak
+    assert plan(config(), gpu_memory=found.worst.peak + 3.01e9).fits
+    assert not plan(config(), gpu_memory=found.worst.peak + 2.99e9).fits
+
+
+def test_every_gpu_has_rates_and_a_total_below_its_vendors_figure() -> None:
+    assert device.TOTAL_BYTES.keys() == RATES.keys()
+    vendors = {"h100": 81_559, "a800": 81_920, "h200": 143_771}  # MiB, nvidia-smi
+    for gpu, total in device.TOTAL_BYTES.items():
+        assert 0.96 < total / 2**20 / vendors[gpu] < 1, gpu
+
+
+@pytest.mark.parametrize("path", full_size_recipes(), ids=lambda path: path.stem)
+def test_every_full_size_recipe_leaves_three_gigabytes_in_every_phase(path: Path) -> None:
+    """Context, communicators, fragmentation and vLLM's share of the total are counted, on the smallest of the GPUs."""
+    found = read_valid(path)
+    total = min(device.TOTAL_BYTES.values())
+    planned = make_plan(found, method_roles(found), rates=RATES["h100"], gpu_memory=total)
+    for rank in planned.ranks:
+        for phase in PHASES:
+            items = rank.phases[phase]
+            assert items["context"] > 1e9 and items["communicators"] >= 3 * device.PAIR
+            assert total - sum(items.values()) >= 3e9, (rank.rank, phase)
+    assert planned.kv_sequences > 0 and planned.fits
 
 
 def test_servers_have_gpus_of_their_own() -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext.plan.device import TOTAL_BYTES
 from megatron_ext.plan.layout import make_plan
-from megatron_ext.plan.speed import GPU_MEMORY, RATES
+from megatron_ext.plan.speed import RATES
 from megatron_ext.train.config import read_config
 from tools.plan import method_roles
 
@@ -48,8 +49,11 @@ def test_outside_a_job_the_submission_and_the_launch_are_printed() -> None:
     assert launch[:4] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
     python = launch.index("-m")
     assert launch[python - 1] == f"{ROOT}/.venv/bin/python"
-    ranks = ["-m", "tools.ranks", "--nodes", "2", "--ranks-per-node", "8", "--master", "the-first-node:20000"]
+    ranks = ["-m", "tools.ranks", "--nodes", "2", "--ranks-per-node", "8", "--numa-binding", "node"]
+    ranks += ["--master", "the-first-node:20000"]
     assert launch[python:] == [*ranks, "tools.train", recipe, "train.steps=3", 'name="a b"']
+    _, launch = dry_run("siren_7b.sh", NUMA_BINDING="none")
+    assert "--numa-binding none " in " ".join(launch)
 
 
 def test_in_a_job_the_allocation_decides(tmp_path: Path) -> None:
@@ -66,10 +70,10 @@ def test_in_a_job_the_allocation_decides(tmp_path: Path) -> None:
     assert {"--nodes=3", "--ntasks=3", "--cpus-per-task=96"} <= set(launch)
     assert f"--output={ROOT}/runs/slurm/%x-%j-restart2-node%n.log" in launch
     found = " ".join(launch)
-    assert "--nodes 3 --ranks-per-node 4 --master gpu7:20031 tools.train" in found
+    assert "--nodes 3 --ranks-per-node 4 --numa-binding node --master gpu7:20031 tools.train" in found
     (launch,) = dry_run("siren_7b.sh", **job, RANKS_PER_NODE="1", RECIPE="recipes/other.toml", MASTER_ADDR="10.0.0.1")
     found = " ".join(launch)
-    assert "--ranks-per-node 1 --master 10.0.0.1:20031 tools.train recipes/other.toml" in found
+    assert "--ranks-per-node 1 --numa-binding node --master 10.0.0.1:20031 tools.train recipes/other.toml" in found
 
 
 def test_the_site_file_decides_container_and_account(tmp_path: Path) -> None:
@@ -105,5 +109,5 @@ def test_a_script_asks_for_what_its_recipe_needs(script: Path) -> None:
     if "cpu" not in recipe:
         assert f"--gpus-per-node={parallel.ranks_per_node}" in options
         assert {"--exclusive", "--mem=0"} <= set(options)
-        plan = make_plan(config, method_roles(config), rates=RATES["a800"], gpu_memory=GPU_MEMORY)
+        plan = make_plan(config, method_roles(config), rates=RATES["a800"], gpu_memory=TOTAL_BYTES["a800"])
         assert sum(plan.seconds.values()) < leads[0], "a step and a save must fit between signal and time limit"

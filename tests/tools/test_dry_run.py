@@ -35,7 +35,7 @@ def test_every_recipe_is_what_its_name_says_and_its_shards_are_what_was_planned(
     assert set(found) == {path.stem for path in full_size_recipes()} and len(found) > 60
     for name, each in found.items():
         assert each["wrong"] == [], name
-        assert each["fits"] and max(each["peak_by_rank"]) <= 80e9, name
+        assert each["fits"] and each["free"] >= 3e9, name
         nodes, gpus = map(int, re.findall(r"-(\d+)n(\d+)g$", name)[0])
         assert each["groups"]["world"] == nodes * gpus <= 64, name
         method, model = name.split("-")[0], Path(each["model"]).name

@@ -29,6 +29,7 @@ def test_every_nodes_task_calls_the_launcher_of_ranks_with_the_recipe(tmp_path: 
     environment = {"MASTER": "head:29500", "PATH": "/usr/bin:/bin"}
     printed = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True).stdout
     ranks = ["-m", "tools.ranks", "--nodes", "2", "--ranks-per-node", str(config.parallel.ranks_per_node)]
+    ranks += ["--numa-binding", "node"]
     expected = [str(tmp_path), *ranks, "--master", "head:29500", "tools.train", RECIPE, *OVERRIDES]
     assert json.loads(printed) == expected
 

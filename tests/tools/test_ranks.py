@@ -42,6 +42,60 @@ def test_each_node_starts_its_ranks_with_their_numbers(tmp_path: Path) -> None:
     assert found == [f"{rank} {rank % 2} 4 head 1234" for rank in range(4)]
 
 
+BOUND = """
+import os, sys, threading
+found = []
+thread = threading.Thread(target=lambda: found.append(sorted(os.sched_getaffinity(0))))  # of a thread, as torch's
+thread.start(); thread.join()
+open(f"{sys.argv[1]}/cpus{os.environ['RANK']}", "w").write(str(found[0]))
+"""
+SMI = """#!/bin/sh
+echo "0, GPU-aaaa-1, 00000000:1B:00.0"
+echo "1, GPU-bbbb-2, 00000000:C3:00.0"
+"""
+
+
+@pytest.mark.parametrize(
+    ("visible", "option", "near"),
+    [
+        (None, "node", ("first", "last")),
+        ("1,0", "node", ("last", "first")),
+        ("GPU-bbbb,GPU-aaaa-1", "node", ("last", "first")),
+        (None, "none", ("all", "all")),
+        ("0,7", "node", ("all", "all")),  # not listed: said, and nobody is bound
+    ],
+)
+def test_a_rank_runs_on_the_cpus_near_its_gpu(
+    visible: str | None, option: str, near: tuple[str, str], tmp_path: Path
+) -> None:
+    """The real launcher and the real affinity of its ranks; nvidia-smi and the kernel's list are made up."""
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        pytest.skip("one CPU: nothing to choose from")
+    places = {"first": cpus[:1], "last": cpus[-1:], "all": cpus}
+    for name, listed in (("0000:1b:00.0", f"{cpus[0]}"), ("0000:c3:00.0", f"{cpus[-1]}-{cpus[-1]},9000-9001")):
+        (tmp_path / "pci" / name).mkdir(parents=True)
+        (tmp_path / "pci" / name / "local_cpulist").write_text(listed + "\n")
+    (tmp_path / "nvidia-smi").write_text(SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    (tmp_path / "program.py").write_text(BOUND)
+    code = f"import pathlib; from tools import numa, ranks; numa.PCI_DEVICES = pathlib.Path({str(tmp_path / 'pci')!r})"
+    arguments = ["--ranks-per-node", "2", "--numa-binding", option, "program", str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    command = [sys.executable, "-c", f"{code}; raise SystemExit(ranks.main({arguments!r}))"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"cpus{rank}").read_text() for rank in (0, 1)] == [str(places[name]) for name in near]
+    assert ("bound to no CPUs: CUDA_VISIBLE_DEVICES names '7'" in done.stderr) == (visible == "0,7")
+
+
+def test_without_gpus_the_launcher_says_that_nobody_is_bound(tmp_path: Path) -> None:
+    launcher = launch(tmp_path, SAY, "--numa-binding", "node", PATH="/nowhere")
+    assert launcher.wait() == 0 and (tmp_path / "rank1").exists()
+
+
 @pytest.mark.parametrize("code", [2, 3, 75])
 def test_the_exit_code_is_the_ranks(tmp_path: Path, code: int) -> None:
     assert launch(tmp_path, f"raise SystemExit({code})").wait() == code

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,9 @@ def alone(_rank: int, _world: int, folder: Path, case: str) -> Any:
     torch.distributed.destroy_process_group()
     engine = VLLMEngine(folder, dtype="float32", max_tokens=64, eager=True)
     KEPT.append(engine)
+    if case == "runner":
+        found = engine.llm.collective_rpc(lambda worker: type(worker.model_runner).__module__)  # what really runs
+        return found, engine.model_runner, engine.metrics(), os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
     if case == "draws":
         many = [Request(requests(3)[2].prompt_ids[:4], seed_of(1, i)) for i in range(200)]
         again = engine.generate(many[::-1][:7], Sampling(2.0, 1.0, 8))
@@ -145,6 +150,55 @@ def test_a_response_follows_from_its_seed_and_seeds_differ() -> None:
 
 def test_weights_that_do_not_cover_the_model_are_refused() -> None:
     gloo_alone("missing")
+
+
+def test_the_model_runner_is_reported(capfd: pytest.CaptureFixture[str]) -> None:
+    """vLLM's build for CPUs has no Triton: its runner is V1, chosen by itself; GPUs have V2 (vllm.v1.worker.gpu)."""
+    [(modules, reported, metrics, variable)] = gloo_alone("runner")
+    assert modules == ["vllm.v1.worker.cpu_model_runner"] and variable is None
+    assert reported == 1 and metrics == {"vllm/model_runner": 1.0}
+    assert capfd.readouterr().out.count("rollout: vLLM draws with its model runner V1\n") == 1
+
+
+def test_the_model_runner_is_the_configured_one() -> None:
+    """vLLM's own rule, where it finds a Triton as on a GPU."""
+    code = """
+import os
+from megatron_ext.rollout.vllm_shared import model_runner_variable
+import vllm.config.vllm as module
+module.HAS_TRITON = True
+for choice in ("auto", "v1", "v2"):
+    os.environ.pop("VLLM_USE_V2_MODEL_RUNNER", None)
+    os.environ.update(model_runner_variable(choice))
+    print(choice, 2 if module.VllmConfig().use_v2_model_runner else 1)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-3:] == ["auto 2", "v1 1", "v2 2"], done.stderr[-2000:]
+
+
+def first_update(_rank: int, _world: int) -> list[str]:
+    """What an engine on a GPU asks of vLLM at its first update, at the second and when it goes to sleep."""
+    from megatron_ext.rollout.vllm_colocated import VLLMEngine
+
+    asked: list[str] = []
+
+    class Asked:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args, **kwargs: asked.append(name + "".join(kwargs.get("tags", ())))
+
+    torch.cuda.is_available = lambda: True
+    engine: Any = VLLMEngine.__new__(VLLMEngine)
+    engine.llm, engine.here, engine.asleep = Asked(), True, False
+    engine.update_weights(Listed(), 1)
+    engine.sleep()
+    engine.update_weights(Listed(), 2)
+    return asked
+
+
+def test_weights_never_arrive_beside_a_full_kv_cache() -> None:
+    [asked] = gloo.run(first_update, 1, timeout=60)
+    one = ["sleep", "wake_upweights", "start_weight_update", "update_weights", "finish_weight_update"]
+    assert asked == [*one, "wake_upkv_cache", "reset_prefix_cache"] * 2
 
 
 def gloo_alone(case: str) -> list[Any]:

@@ -1,0 +1,43 @@
+"""What the training command does before torch is imported: the allocator that a rank gets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RECIPE = "recipes/siren/siren-tiny-cpu.toml"
+NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+SEEN = """
+import os, sys
+class Torch:  # the first import of torch sees what its allocator will read
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print("at import:", os.environ.get("PYTORCH_ALLOC_CONF"))
+            os._exit(0)
+sys.meta_path.insert(0, Torch())
+from tools import train
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("engine", "given", "expected"),
+    [
+        ("hf", {}, "expandable_segments:True"),
+        ("vllm_server", {}, "expandable_segments:True"),
+        ("vllm", {}, "None"),
+        ("hf", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ("hf", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "None"),
+    ],
+)
+def test_a_ranks_segments_grow_unless_vllm_shares_its_process(engine: str, given: dict, expected: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in NAMES}
+    environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT), **given}
+    command = [sys.executable, "-c", SEEN, RECIPE, f"rollout.engine={engine}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == [f"at import: {expected}"], done.stderr
