@@ -45,6 +45,11 @@ def trained(world: int, path: str, layout: dict[str, Any]) -> Trained:
     return Trained.build(policy, OptimizerConfig(lr=0.01, clip_grad=1e9))
 
 
+def of(each: Trained, root: Path, config: dict[str, Any], layout: dict[str, Any]) -> checkpoint.Checkpoints:
+    options: dict[str, Any] = {"config": config, "layout": layout, "keep": 1, "asynchronous": True}
+    return checkpoint.Checkpoints(root, trained={"policy": each}, **options)
+
+
 def save(rank: int, world: int, path: str, layout: dict[str, Any], root: Path) -> None:
     """The checkpoint of a model after one step whose gradient is the weights themselves, so that no layout rounds."""
     each = trained(world, path, layout)
@@ -56,14 +61,15 @@ def save(rank: int, world: int, path: str, layout: dict[str, Any], root: Path) -
     for chunk in each.model.chunks:
         chunk.finish_grad_sync()
     each.update(1)
-    options: dict[str, Any] = {"state": {}, "config": {"model": {"path": path}}, "layout": layout, "keep": 1}
-    checkpoint.save(root, 0, trained={"policy": each}, **options)
+    checkpoints = of(each, root, {"model": {"path": path}}, layout)
+    checkpoints.save(0, {})
+    assert checkpoints.publish(wait=True) is not None
 
 
 def load(rank: int, world: int, path: str, layout: dict[str, Any], root: Path) -> tuple[dict, dict]:
     """The weights that a checkpoint has under a layout: as part of a resumed run, and alone."""
     each = trained(world, path, layout)
-    assert checkpoint.load(root, trained={"policy": each}, layout=layout) is not None
+    assert of(each, root, {}, layout).load() is not None
     resumed = {name: value.clone() for name, value in hf_weights.PolicyWeights(each.model)}
     for module in each.model.modules:
         for parameter in module.parameters():

@@ -62,7 +62,7 @@ def train(folder: Path, recipe: str, *overrides: str, world: int = 1) -> int:
 
 
 def train_and_die(folder: Path, recipe: str, *overrides: str, after: int, world: int = 1) -> None:
-    """The same, but every rank gets SIGKILL when it begins the step after step ``after``."""
+    """The same, but every rank gets SIGKILL when it begins the step after step ``after``, whose save is through."""
     data()
     try:
         gloo.run(_rank, world, folder, recipe, overrides, after)
@@ -82,6 +82,7 @@ def _rank(rank: int, world: int, folder: Path, recipe: str, overrides: Sequence[
 
     def train_step(run: loop.Run, watch: Any) -> Any:
         if run.step == die_after:
+            run.checkpoints.publish(wait=True)
             os.kill(os.getpid(), signal.SIGKILL)
         return real(run, watch)
 
