@@ -123,10 +123,12 @@ class Run:
     def save(self, watch: Watch) -> None:
         """Begin the checkpoint of this step, unless there is one."""
         if self.checkpoints.step != self.step:
+            self.publish(watch, wait=True)
             with watch.phase("save"):
                 self.checkpoints.save(self.step, self.state())
 
     def publish(self, watch: Watch, *, wait: bool) -> None:
+        """Commit the checkpoint that is being written, if it is; ``time/save_s`` is what this run waited for saves."""
         with watch.phase("save"):
             published = self.checkpoints.publish(wait=wait)
         if published is not None:

@@ -159,7 +159,7 @@ def _sharded_parameters(modules: Sequence[GPTModel]) -> dict[Tensor, ShardedTens
     """Each parameter with what Megatron says of its place in the whole model."""
     found = {}
     for module in modules:
-        tensors = module.sharded_state_dict()
+        tensors = module.sharded_state_dict(metadata={})
         named = {each.data: each for name, each in tensors.items() if not _is_extra(name)}
         parameters = set(module.parameters())
         assert named.keys() == parameters, [each.key for data, each in named.items() if data not in parameters]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from megatron_ext.train import checkpoint, parallel
 from megatron_ext.train import config as train_config
 from megatron_ext.train.config import OptimizerConfig, ParallelConfig
 from megatron_ext.train.manifest import CheckpointError
+from megatron_ext.train.owned_pieces import trained_pieces
 from megatron_ext.train.trained import Trained
 from megatron_ext.train.whole_tensors import CheckpointTensors, Place
 from tests import gloo, tiny
+from tests.train import known_values
 from tools import convert
 
 DENSE: list[tuple[int, dict[str, Any]]] = [
@@ -152,3 +155,52 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(reference: dict[str, P
         with pytest.raises(CheckpointError) as caught:
             stored.check(places, belongs=lambda name, belongs=belongs: name == belongs)
         assert message in str(caught.value)
+
+
+def loads_known(rank: int, world: int, layout: dict[str, Any], root: Path) -> None:
+    each = known_values.build_trained(world, layout)
+    for module in each.model.modules:
+        for parameter in module.parameters():
+            parameter.data.fill_(torch.nan)
+    loaded = of(each, root, {}, layout).load()
+    assert loaded is not None and loaded.step == known_values.STEPS and loaded.state["note"]
+    values = {(parameter, kind): whole for parameter, kind, whole in known_values.expected(each)}
+    assert all(
+        torch.equal(parameter, whole.bfloat16()) for (parameter, kind), whole in values.items() if kind == "weight"
+    )
+    count = 0
+    for parameter, own, states in known_values.held(each):
+        for kind in ("param", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(states[kind].detach(), values[parameter, kind].view(-1)[own]), kind
+        assert float(states["step"]) == known_values.STEPS
+        count += 1
+    assert count and each.scheduler.num_steps == 1 + known_values.STEPS
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [(1, {}), (2, {}), (4, known_values.LAYOUT), (4, {"tensor": 4, "sequence": True}), (2, {"pipeline": 2})],
+    ids=str,
+)
+def test_a_checkpoint_of_the_optimizer_that_was_gathered_still_loads(
+    world: int, layout: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its first pipeline stage has no experts: Megatron numbers optimizers only where there are two."""
+    with tarfile.open(Path(__file__).parent / "checkpoint_of_5053ed2.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    gloo.run(loads_known, world, layout, tmp_path)
+
+
+def saves_known(rank: int, world: int, layout: dict[str, Any], root: Path) -> None:
+    each = known_values.build_trained(world, layout)
+    trained_pieces("policy", each)  # gives the optimizer its state
+    known_values.fill(each)
+    each.scheduler.step(known_values.STEPS)
+    checkpoints = of(each, root, {}, layout)
+    checkpoints.save(known_values.STEPS, {"note": "known"})
+    assert checkpoints.publish(wait=True) is not None
+
+
+def test_a_stage_without_experts_saves_and_loads_like_the_others(tmp_path: Path) -> None:
+    gloo.run(saves_known, 2, {"pipeline": 2}, tmp_path)
+    gloo.run(loads_known, 4, known_values.LAYOUT, tmp_path)
