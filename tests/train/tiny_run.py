@@ -93,8 +93,8 @@ class Run:
             root, trained=self.trained, config=CONFIG, layout=self.layout, keep=keep, asynchronous=asynchronous
         )
 
-    def save(self, root: Path, step: int, keep: int = 2, state: dict | None = None) -> Path:
-        checkpoints = self.checkpoints(root, keep=keep)
+    def save(self, root: Path, step: int, keep: int = 2, state: dict | None = None, asynchronous: bool = True) -> Path:
+        checkpoints = self.checkpoints(root, keep=keep, asynchronous=asynchronous)
         checkpoints.save(step, STATE if state is None else state)
         published = checkpoints.publish(wait=True)
         assert published is not None

@@ -100,12 +100,15 @@ def data() -> Path:
     return path
 
 
+def steps(folder: Path) -> list[dict[str, Any]]:
+    """What the run reported."""
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """What the run reported, without what depends on the machine's speed."""
-    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     return [
-        {key: value for key, value in json.loads(line).items() if not key.startswith(("time/", "speed/"))}
-        for line in lines
+        {key: value for key, value in step.items() if not key.startswith(("time/", "speed/"))} for step in steps(folder)
     ]
 
 
