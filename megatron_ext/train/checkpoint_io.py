@@ -197,7 +197,7 @@ def read_targets(folder: Path, index: Metadata, targets: Sequence[Target]) -> No
                 uses[MetadataIndex(chunk.key, found.offsets)].append((whole[here], there))
     files: dict[str, list[MetadataIndex]] = defaultdict(list)
     for each in uses:
-        files[index.storage_data[each].relative_path].append(each)  # pyright: ignore[reportOptionalSubscript]
+        files[places_of(index)[each].relative_path].append(each)
     for name, wanted in files.items():
         with (folder / name).open("rb") as file:
             for each in wanted:
@@ -206,10 +206,15 @@ def read_targets(folder: Path, index: Metadata, targets: Sequence[Target]) -> No
                     destination.copy_(loaded[part])
 
 
+def places_of(index: Metadata) -> Places:
+    assert index.storage_data is not None
+    return index.storage_data
+
+
 def load_chunk(file: IO[bytes], index: Metadata, chunk: MetadataIndex) -> Tensor:
     """A stored chunk out of the open file that holds it."""
-    where: _StorageInfo = index.storage_data[chunk]  # pyright: ignore[reportOptionalSubscript]
-    view = _create_file_view(file, where.offset, where.length)
+    where = places_of(index)[chunk]
+    view: Any = _create_file_view(file, where.offset, where.length)  # pyright: ignore[reportArgumentType]
     return torch.load(view, map_location="cpu", weights_only=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ class HostMemory:
         if not self._block.numel() and starts[-1]:
             self._block = _page_locked(starts[-1])
         assert starts[-1] <= self._block.numel(), "what a rank owns does not grow"
-        memory, found = memoryview(self._block.numpy()), []
+        memory: Any = memoryview(cast(Any, self._block.numpy()))
+        found = []
         for each, start in zip(tensors, starts[:-1], strict=True):
             copy = torch.frombuffer(memory, dtype=each.dtype, count=each.numel(), offset=start)
             found.append(copy.copy_(each.detach().reshape(-1), non_blocking=True))
@@ -38,6 +40,6 @@ class HostMemory:
 def _page_locked(num_bytes: int) -> Tensor:
     block = torch.empty(num_bytes, dtype=torch.uint8)
     if torch.cuda.is_available():
-        runtime = torch.cuda.cudart()
+        runtime: Any = torch.cuda.cudart()
         torch.cuda.check_error(runtime.cudaHostRegister(block.data_ptr(), num_bytes, 0))
     return block

@@ -136,7 +136,7 @@ def _pieces(prefix: str, sharded: Any, parameter: Tensor, owned: range, flat: Te
     parts = [sharded] if isinstance(sharded, ShardedTensor) else list(nested_values(sharded.build()))
     for part in parts:
         assert isinstance(part, ShardedTensor) and part.data is not None and part.data.is_contiguous(), part
-        begin = part.data.storage_offset() - parameter.storage_offset()
+        begin = int(part.data.storage_offset()) - int(parameter.storage_offset())
         start, stop = max(begin, owned.start), min(begin + part.data.numel(), owned.stop)
         stacked, place = part.prepend_axis_num, start
         for offsets, sizes in rectangles(tuple(part.local_shape), start - begin, stop - begin):

@@ -23,6 +23,7 @@ from megatron_ext.train.checkpoint_io import (
     INDEX,
     Chunk,
     load_chunk,
+    places_of,
     read_index,
     write_chunks,
     write_file,
@@ -112,7 +113,7 @@ class CheckpointTensors:
         return found
 
     def _load(self, chunk: MetadataIndex) -> Tensor:
-        with (self.path / self._index.storage_data[chunk].relative_path).open("rb") as file:  # pyright: ignore
+        with (self.path / places_of(self._index)[chunk].relative_path).open("rb") as file:
             return load_chunk(file, self._index, chunk)
 
 

@@ -67,18 +67,20 @@ def known(key: str, kind: str, part: ShardedTensor) -> Tensor:
 def expected(each: Trained) -> Iterator[tuple[Tensor, str, Tensor]]:
     """(parameter, kind, its whole local tensor) by what Megatron says of its place; kind "weight" or a state's."""
     for module in each.model.modules:
-        for name, sharded in module.sharded_state_dict(metadata={}).items():
+        places: dict[str, Any] = module.sharded_state_dict(metadata={})
+        for name, sharded in places.items():
             if "_extra_state" in name:
                 continue
+            data: Any = sharded.data
             for kind in ("weight", "param", "exp_avg", "exp_avg_sq"):
-                whole = torch.empty(sharded.data.shape)
+                whole = torch.empty(data.shape)
                 if isinstance(sharded, ShardedTensor):
-                    parts = [replace(sharded, data=whole, dtype=whole.dtype)]
+                    parts: list[Any] = [replace(sharded, data=whole, dtype=whole.dtype)]
                 else:
                     parts = list(nested_values(sharded.build_fn(sharded.key, whole, sharded.replica_id, None)))
                 for part in parts:
                     part.data.copy_(known(part.key, kind, part))
-                yield sharded.data, kind, whole
+                yield data, kind, whole
 
 
 def held(each: Trained) -> Iterator[tuple[Tensor, slice, dict[str, Tensor]]]:

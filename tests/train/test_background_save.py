@@ -73,7 +73,8 @@ def test_a_checkpoint_holds_what_was_true_at_its_save(tmp_path: Path) -> None:
 
 def killed_while_writing(rank: int, world: int, folder: Path) -> None:
     """Rank 1 gets SIGKILL in its third step, while its thread still writes the checkpoint of the second."""
-    module, gate = _loop(), threading.Event()
+    gate = threading.Event()
+    module: Any = loop
     held_back(gate, "step_000002")
     real = loop.train_step
 
@@ -86,10 +87,6 @@ def killed_while_writing(rank: int, world: int, folder: Path) -> None:
 
     module.train_step = train_step
     whole_run._rank(rank, world, folder, RECIPE, OPTIONS, None)
-
-
-def _loop() -> Any:
-    return loop
 
 
 def test_a_rank_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path: Path) -> None:

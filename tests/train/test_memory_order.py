@@ -95,7 +95,9 @@ class SpyEngine:
 
 def watched(rank: int, world: int, folder: Path, stop_in: int | None) -> tuple[int, list[str]]:
     """A run below ``folder`` and what happened; a signal comes in the step after ``stop_in``."""
-    device, module, kind = Device(), _module(), checkpoint.Checkpoints
+    device = Device()
+    module: Any = loop
+    kind: Any = checkpoint.Checkpoints
     device.watch_trained()
     create, step, save = loop.create_engine, loop.train_step, kind.save
 
@@ -113,10 +115,6 @@ def watched(rank: int, world: int, folder: Path, stop_in: int | None) -> tuple[i
     module.create_engine = lambda *args, **named: SpyEngine(create(*args, **named), device)
     code = whole_run._rank(rank, world, folder, RECIPE, OPTIONS, None)
     return code, device.events
-
-
-def _module() -> Any:
-    return loop
 
 
 def test_engine_and_optimizer_take_turns(tmp_path: Path) -> None:
