@@ -14,6 +14,7 @@ see checkpoint_io.py for tensors; the other two are read with ``weights_only``.
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import random
 import time
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_ext.train import manifest, owned_pieces
 from megatron_ext.train.checkpoint_io import (
@@ -119,16 +121,22 @@ class Checkpoints:
         *,
         trained: Mapping[str, Trained],
         config: dict[str, Any],
-        layout: dict[str, int],
+        layout: dict[str, Any],
         keep: int,
         asynchronous: bool,
     ):
-        self.root, self.trained, self.config, self.layout, self.keep = root, trained, config, layout, keep
+        self.root, self.trained, self.config, self.keep = root, trained, config, keep
+        self.layout: dict[str, Any] = json.loads(json.dumps(layout))  # as a manifest gives it back: no tuples
         self.step: int | None = None  # of the last save or load
         self._memory = HostMemory() if asynchronous else None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: _Pending | None = None
         self._trusted: dict[str, manifest.Stamp] = {}  # on rank 0
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint waits to be published; the same on all ranks."""
+        return self._pending is not None
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Begin the checkpoint of ``step``; the one before is published first.
@@ -150,6 +158,8 @@ class Checkpoints:
                 if self._memory is not None:
                     copies = self._memory.copies([each.tensor for each in pieces])
                     pieces = [replace(each, tensor=copy) for each, copy in zip(pieces, copies, strict=True)]
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the thread has a stream of its own
         written = self._thread.submit(_write, partial, pieces, contents)
         if self._memory is None:
             wait([written])
@@ -196,16 +206,8 @@ class Checkpoints:
             common = torch.load(path / _COMMON, map_location="cpu", weights_only=True)
             _check_schedule(payload["scheduler"], _schedules(self.trained))
             pieces = [each for name, model in self.trained.items() for each in trained_pieces(name, model)]
-        everyone: list[set[str]] = [set()] * dist.get_world_size()
-        dist.all_gather_object(everyone, {each.chunk.key for each in pieces}, group=gloo_group())
-        wanted = set().union(*everyone)
         with together(f"fitting {path.name} to this model"):
-            faults = [f"only in the checkpoint: {key}" for key in sorted(index.state_dict_metadata.keys() - wanted)]
-            faults += [f"only in this model: {key}" for key in sorted(wanted - index.state_dict_metadata.keys())]
-            own = misfits(index, pieces)
-            faults += [f"{key}: {own[key]}" for key in sorted(own.keys() & index.state_dict_metadata.keys())]
-            if faults:
-                raise CheckpointError("\n".join(faults))
+            _check_fit(index, pieces, wanted=_keys_of_all(pieces))
         with together(f"loading {path.name}"):
             read_targets(path, index, pieces)
         with together(f"restoring {path.name}"):
@@ -257,6 +259,22 @@ def load_model(path: Path, modules: list) -> None:
                 "\n".join(f"{path.name} does not hold {key}: {faults[key]}" for key in sorted(faults))
             )
         read_targets(path, index, pieces)
+
+
+def _keys_of_all(pieces: Sequence[Piece]) -> set[str]:
+    """The keys of all ranks' pieces: a pipeline stage has only its own."""
+    everyone: list[set[str]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(everyone, {each.chunk.key for each in pieces}, group=gloo_group())
+    return set().union(*everyone)
+
+
+def _check_fit(index: Metadata, pieces: Sequence[Piece], *, wanted: set[str]) -> None:
+    found, own = index.state_dict_metadata.keys(), misfits(index, pieces)
+    faults = [f"only in the checkpoint: {key}" for key in sorted(found - wanted)]
+    faults += [f"only in this model: {key}" for key in sorted(wanted - found)]
+    faults += [f"{key}: {own[key]}" for key in sorted(own.keys() & found)]
+    if faults:
+        raise CheckpointError("\n".join(faults))
 
 
 def set_rng(states: dict[str, Any]) -> None:

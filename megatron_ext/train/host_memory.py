@@ -22,7 +22,10 @@ class HostMemory:
         self._block = torch.empty(0, dtype=torch.uint8)
 
     def copies(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Flat copies, complete on return, each in a storage of its own size. They replace those of the call before."""
+        """Flat copies, each in a storage of its own size, which replace those of the call before.
+
+        Those of tensors on a GPU are complete when its current stream is.
+        """
         starts = list(itertools.accumulate((-(-each.nbytes // ALIGNMENT) * ALIGNMENT for each in tensors), initial=0))
         if not self._block.numel() and starts[-1]:
             self._block = _page_locked(starts[-1])
@@ -32,8 +35,6 @@ class HostMemory:
         for each, start in zip(tensors, starts[:-1], strict=True):
             copy = torch.frombuffer(memory, dtype=each.dtype, count=each.numel(), offset=start)
             found.append(copy.copy_(each.detach().reshape(-1), non_blocking=True))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
         return found
 
 

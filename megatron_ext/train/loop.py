@@ -128,7 +128,9 @@ class Run:
                 self.checkpoints.save(self.step, self.state())
 
     def publish(self, watch: Watch, *, wait: bool) -> None:
-        """Commit the checkpoint that is being written, if it is; ``time/save_s`` is what this run waited for saves."""
+        """Commit the checkpoint that is being written, if it is; ``time/save_s`` is what the run waited for saves."""
+        if not self.checkpoints.is_writing:
+            return
         with watch.phase("save"):
             published = self.checkpoints.publish(wait=wait)
         if published is not None:

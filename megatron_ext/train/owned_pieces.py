@@ -47,8 +47,8 @@ def trained_pieces(name: str, each: Trained) -> list[Piece]:
     sharded, prefix = _sharded_parameters(each.model.modules), "" if name == "policy" else f"{name}."
     found = []
     for number, part in enumerate(optimizer.chained_optimizers):
-        # experts have an optimizer of their own: Megatron numbers them where there are two
-        chained = "" if each.model.architecture.experts is None else f"chained_{number}."
+        # Megatron numbers optimizers where there are two: experts have their own, empty on a stage without any
+        chained = "" if len(optimizer.chained_optimizers) == 1 else f"chained_{number}."
         for parameter, owned in _ranges(part):
             held = part._get_main_param_and_optimizer_states(parameter)
             tensors = {"": parameter.detach().view(-1)[owned.start : owned.stop]}
@@ -67,13 +67,16 @@ def module_pieces(modules: Sequence[GPTModel]) -> list[Piece]:
 
 
 def steps_taken(each: Trained) -> int:
-    """Steps of this rank's AdamW, by its own count: torch's in each parameter's state, the fused one's in the group."""
+    """Steps of this rank's AdamW, by its own count: torch's in each parameter's state, the fused one's in the group.
+
+    All that it has were stepped together; it may have none.
+    """
     optimizer: Any = each.optimizer
-    counts = [0]
     for part in _adams(optimizer):
-        counts += [int(moments["step"]) for moments in part.state.values() if "step" in moments]
-        counts += [int(group["step"]) for group in part.param_groups if "step" in group]
-    return max(counts)
+        for place in [*part.state.values(), *part.param_groups]:
+            if "step" in place:
+                return int(place["step"])
+    return 0
 
 
 def set_steps(each: Trained, steps: int) -> None:

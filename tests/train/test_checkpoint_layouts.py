@@ -185,7 +185,6 @@ def loads_known(rank: int, world: int, layout: dict[str, Any], root: Path) -> No
 def test_a_checkpoint_of_the_optimizer_that_was_gathered_still_loads(
     world: int, layout: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Its first pipeline stage has no experts: Megatron numbers optimizers only where there are two."""
     with tarfile.open(Path(__file__).parent / "checkpoint_of_5053ed2.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     gloo.run(loads_known, world, layout, tmp_path)
@@ -202,5 +201,6 @@ def saves_known(rank: int, world: int, layout: dict[str, Any], root: Path) -> No
 
 
 def test_a_stage_without_experts_saves_and_loads_like_the_others(tmp_path: Path) -> None:
+    """The optimizer of its experts has no state, and no steps."""
     gloo.run(saves_known, 2, {"pipeline": 2}, tmp_path)
     gloo.run(loads_known, 4, known_values.LAYOUT, tmp_path)
