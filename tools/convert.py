@@ -118,8 +118,7 @@ def from_hf(model: Path, out: Path) -> int:
     config = Config.model_validate({"model": {"path": str(model)}}).model_dump()
     folder = manifest.open_partial(out, 0)
     try:
-        write_tensors(folder, tensors, stored.dtype)
-        files = manifest.record_files(folder, manifest.payload_names(folder), sync=True)
+        files = write_tensors(folder, tensors, stored.dtype)
         manifest.publish(folder, step=0, files=files, layout=ParallelConfig().model_dump(), config=config)
     except BaseException:
         manifest.remove(folder)

@@ -84,7 +84,7 @@ CHARTS = (
     Chart("Machine", "Speed", "tokens per second", ("speed/*",)),
     Chart("Machine", "Imbalance", "tokens of the data-parallel rank with the most, over the mean", ("data/imbalance",)),
 )
-HIDDEN = ("step", "time/step_s")
+HIDDEN = ("step", "time/step_s", "time/save_background_s")  # the last one overlaps with other phases
 COUNTERS = ("reward/outcome/", "reward/nan", "grad/skipped", "group/single")
 OUTCOME_COLORS = {0: 2, 2: 0}  # correct is green, the others keep their place in the palette
 

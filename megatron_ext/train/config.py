@@ -152,6 +152,7 @@ class ParallelConfig(Section):
 class CheckpointConfig(Section):
     every: NonNegative = 20  # steps; 0 = only at the end
     keep: Positive = 2  # newest valid checkpoints kept
+    asynchronous: bool = True  # written while training goes on, from a copy in host memory (train/checkpoint.py: size)
 
 
 class LogConfig(Section):

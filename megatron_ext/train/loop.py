@@ -1,4 +1,9 @@
-"""A run from its configuration to its last checkpoint: rollout, reward, train, sync, save, again."""
+"""A run from its configuration to its last checkpoint: sync, rollout, reward, train, save, again.
+
+The rollout engine and the optimizer may be too large to share a device. Under ``model.offload_optimizer`` optimizer
+state and gradients are there only while the engine sleeps: it sleeps from the end of sampling until the next step's
+sync, is created when the optimizer is already at rest, and checkpoints are saved from where the state lies at rest.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +29,9 @@ from megatron_ext.model.megatron_config import Fusions
 from megatron_ext.rollout.base import RolloutEngine
 from megatron_ext.rollout.model_files import load_tokenizer
 from megatron_ext.rollout.rewards import RewardPool
-from megatron_ext.train import checkpoint, parallel
+from megatron_ext.train import parallel
 from megatron_ext.train.alarms import Alarms
+from megatron_ext.train.checkpoint import Checkpoints, set_rng
 from megatron_ext.train.config import Config, ConfigError, hf_config
 from megatron_ext.train.curriculum import data_order
 from megatron_ext.train.data import load_training_data
@@ -66,6 +72,7 @@ class Run:
     problems: list[EncodedProblem]
     order: DataOrder
     alarms: Alarms
+    checkpoints: Checkpoints
     step: int = 0  # training steps done
     stop: StopSignal = field(default_factory=lambda: StopSignal())
 
@@ -116,17 +123,21 @@ class Run:
         """Which weights the KL is taken to; None without a reference model."""
         return None if self.learner.reference is None else weights_identity(self.config.model)
 
-    def save(self) -> None:
-        with self.optimizers_present():
-            checkpoint.save(
-                self.config.run_dir / "checkpoints",
-                self.step,
-                trained=self.learner.trained,
-                state=self.state(),
-                config=self.config.model_dump(),
-                layout=self.config.parallel.model_dump(),
-                keep=self.config.checkpoint.keep,
-            )
+    def save(self, watch: Watch) -> None:
+        """Begin the checkpoint of this step, unless there is one."""
+        if self.checkpoints.step != self.step:
+            self.publish(watch, wait=True)
+            with watch.phase("save"):
+                self.checkpoints.save(self.step, self.state())
+
+    def publish(self, watch: Watch, *, wait: bool) -> None:
+        """Commit the checkpoint that is being written, if it is; ``time/save_s`` is what the run waited for saves."""
+        if not self.checkpoints.is_writing:
+            return
+        with watch.phase("save"):
+            published = self.checkpoints.publish(wait=wait)
+        if published is not None:
+            watch.count("save_background", published.seconds)
 
 
 def run(config: Config) -> int:
@@ -146,14 +157,16 @@ def run(config: Config) -> int:
         with Watch(steps, resume_step=state.step, title=config.name, show=chief) as watch:
             while state.step < steps and not state.stop.requested() and not state.alarms.stopping:
                 metrics, samples = train_step(state, watch)
+                if state.step == steps or (config.checkpoint.every and state.step % config.checkpoint.every == 0):
+                    state.save(watch)
                 metrics |= watch.times()
                 if writer is not None:
                     writer.write(state.step, metrics, samples)
-                if state.step == steps or (config.checkpoint.every and state.step % config.checkpoint.every == 0):
-                    state.save()
+                state.publish(watch, wait=False)
                 watch.step(state.step, metrics)
-        if state.step < steps:
-            state.save()
+            if state.step < steps:
+                state.save(watch)
+            state.publish(watch, wait=True)
         if writer is not None:
             writer.close()
     dist.barrier(group=parallel.gloo())
@@ -164,7 +177,9 @@ def run(config: Config) -> int:
 
 
 def train_step(run: Run, watch: Watch) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """One rollout step: sample, judge, update, sync."""
+    """One rollout step: sync, sample, judge, update."""
+    with watch.phase("sync"):
+        run.sync()
     rollouts = Rollouts(run.config, run.engine, run.pool, run.step, watch)
     episodes, sampled = rollouts.collect(run.draw)
     stale = {e.sample.weight_version for e in episodes} - {run.step}
@@ -183,13 +198,14 @@ def train_step(run: Run, watch: Watch) -> tuple[dict[str, float], list[dict[str,
     run.step += 1
     for line in warnings:
         _tell(f"step {run.step}: {line}")
-    with watch.phase("sync"):
-        run.sync()
     return metrics, _samples(run, episodes, old)
 
 
 def build(config: Config, pool: RewardPool) -> Run:
-    """Data first (a fault stops here), then model, optimizer, engine, and the newest checkpoint's state."""
+    """Data first (a fault stops here), then models, optimizers, the newest checkpoint's state, and the engine.
+
+    The engine comes last because it takes its share of the memory that is then free.
+    """
     torch.manual_seed(config.train.seed)
     random.seed(config.train.seed)
     np.random.seed(config.train.seed)
@@ -218,6 +234,21 @@ def build(config: Config, pool: RewardPool) -> Run:
     if method.needs.value:
         value_model = build_critic(architecture, start.fill, overlap=overlap, **layout)
         critic = Trained.build(value_model, config.critic, section="critic")
+    learner = Learner(config, method, actor, critic, reference)
+    checkpoints = Checkpoints(
+        config.run_dir / "checkpoints",
+        trained=learner.trained,
+        config=config.model_dump(),
+        layout=config.parallel.model_dump(),
+        keep=config.checkpoint.keep,
+        asynchronous=config.checkpoint.asynchronous,
+    )
+    loaded = checkpoints.load()
+    if loaded is not None:
+        check_resume(loaded.manifest.config, config.model_dump())
+    if config.model.offload_optimizer:
+        for each in learner.trained.values():
+            each.offload()
     engine = create_engine(
         config.model.path,
         config.rollout,
@@ -225,29 +256,14 @@ def build(config: Config, pool: RewardPool) -> Run:
         max_prompt_tokens=config.data.max_prompt_tokens,
         log_dir=config.run_dir,
     )
-    run = Run(
-        config=config,
-        learner=Learner(config, method, actor, critic, reference),
-        engine=engine,
-        pool=pool,
-        problems=problems,
-        order=order,
-        alarms=Alarms(config.alarms),
-    )
-    loaded = checkpoint.load(
-        config.run_dir / "checkpoints",
-        trained=run.learner.trained,
-        layout=config.parallel.model_dump(),
-    )
+    run = Run(config, learner, engine, pool, problems, order, Alarms(config.alarms), checkpoints)
     if loaded is not None:
-        check_resume(loaded.manifest.config, config.model_dump())
         run.load_state(loaded.step, loaded.state)
         for line in loaded.refused:
             _tell(f"checkpoint: {line}")
         _tell(f"resuming after step {loaded.step} of {config.train.steps}")
-    with run.optimizers_present():
-        pass  # at rest from the start
-    run.sync()
+        if loaded.rng is not None:
+            set_rng(loaded.rng)
     return run
 
 

@@ -20,7 +20,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -71,6 +71,10 @@ class Found:
     refused: tuple[str, ...]
 
 
+Hasher = Callable[[Path, list[str]], dict[str, Record]]  # of the named files of a directory
+Stamp = tuple[tuple[str, int, int], ...]  # names, sizes and times of change of a checkpoint's files
+
+
 def step_name(step: int) -> str:
     return f"step_{step:06d}"
 
@@ -106,11 +110,11 @@ def open_partial(root: Path, step: int) -> Path:
     return partial
 
 
-def record_files(folder: Path, names: Iterable[str], *, sync: bool = False) -> dict[str, Record]:
-    """Hash the named files, streamed, in parallel threads; ``sync`` also forces them to the disk."""
+def record_files(folder: Path, names: Iterable[str]) -> dict[str, Record]:
+    """Hash the named files, streamed, in parallel threads."""
     names = list(names)
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        return dict(zip(names, pool.map(lambda name: _record(folder / name, sync), names), strict=True))
+        return dict(zip(names, pool.map(lambda name: _record(folder / name), names), strict=True))
 
 
 def payload_names(folder: Path) -> list[str]:
@@ -122,12 +126,15 @@ def payload_names(folder: Path) -> list[str]:
 def publish(
     partial: Path, *, step: int, files: dict[str, Record], layout: dict[str, int], config: dict[str, Any]
 ) -> Path:
-    """Seal a filled partial directory with its manifest, give it its final name and commit it.
+    """Seal a filled partial directory, whose files are synced, with its manifest, name it finally and commit it.
 
     Returns the checkpoint's path. An OSError leaves what was committed before as it is. CheckpointError if
     ``files`` and the directory disagree, as they do when a rank writes to a disk that others do not see.
     """
-    astray = sorted(files.keys() ^ set(payload_names(partial)))
+    written = {name: (partial / name).stat().st_size for name in payload_names(partial)}
+    astray = sorted(
+        name for name in files.keys() | written if name not in files or written.get(name) != files[name].bytes
+    )
     if astray:
         raise CheckpointError(
             f"{partial}: expected the files written by all ranks, but {', '.join(astray[:5])} is not among them or "
@@ -160,11 +167,18 @@ def commit(root: Path, name: str) -> None:
     _sync(root)
 
 
-def retain(root: Path, *, step: int, keep: int) -> None:
+def stamp(path: Path) -> Stamp:
+    """What changes with any write to a checkpoint's files, for no more than a look at its directory."""
+    states = ((name, (path / name).stat()) for name in [*payload_names(path), MANIFEST])
+    return tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
+
+
+def retain(root: Path, *, step: int, keep: int, trusted: Mapping[str, Stamp], hash_files: Hasher) -> None:
     """Delete what is older than the ``keep`` newest valid checkpoints; ``step`` has just been committed.
 
-    All of them but the one just written are hashed again, so that a rotten checkpoint never pushes out
-    a good one. Checkpoints of later steps (of a run that was rolled back) are left alone.
+    A rotten checkpoint never pushes out a good one: all but the one just written are hashed again, unless their
+    files still have the stamp at which this run wrote or verified them. Checkpoints of later steps (of a run that
+    was rolled back) are left alone.
     """
     kept: list[int] = []
     for found_step, path in _published(root):
@@ -172,7 +186,7 @@ def retain(root: Path, *, step: int, keep: int) -> None:
             continue
         if len(kept) >= keep or found_step in kept:
             remove(path)
-        elif found_step == step or _is_valid(path):
+        elif found_step == step or _is_trusted(path, trusted) or _is_valid(path, hash_files):
             kept.append(found_step)
 
 
@@ -212,7 +226,7 @@ def read_manifest(path: Path) -> Manifest:
         raise CheckpointError(f"{path.name}: {MANIFEST} is not valid JSON: {error}") from None
 
 
-def verify(path: Path) -> Manifest:
+def verify(path: Path, hash_files: Hasher = record_files) -> Manifest:
     """Hash the checkpoint ``path`` against its manifest; CheckpointError with a line for each file that differs."""
     manifest = read_manifest(path)
     match = _PUBLISHED.fullmatch(path.name)
@@ -221,7 +235,7 @@ def verify(path: Path) -> Manifest:
         faults.append(f"{MANIFEST} is of step {manifest.step}")
     present = set(payload_names(path))
     try:
-        actual = record_files(path, sorted(manifest.files.keys() & present))
+        actual = hash_files(path, sorted(manifest.files.keys() & present))
     except OSError as error:
         raise CheckpointError(f"{path.name}: cannot be read: {error}") from None
     for name, expected in sorted(manifest.files.items()):
@@ -235,7 +249,7 @@ def verify(path: Path) -> Manifest:
     return manifest
 
 
-def newest_valid(root: Path) -> Found | None:
+def newest_valid(root: Path, hash_files: Hasher = record_files) -> Found | None:
     """The checkpoint to resume from: the one ``latest`` names or, should it be damaged, the next older one.
 
     Checkpoints newer than ``latest`` were never committed; they serve only if nothing else is valid.
@@ -260,7 +274,7 @@ def newest_valid(root: Path) -> Found | None:
     ]
     for _, path in [found for found in candidates if found not in newer] + newer:
         try:
-            manifest = verify(path)
+            manifest = verify(path, hash_files)
         except CheckpointError as error:
             lines += str(error).splitlines()
         else:
@@ -303,9 +317,16 @@ def _is_partial(path: Path) -> bool:
     return ".tmp-" in path.name and path.name.startswith(("step_", TRACKER))
 
 
-def _is_valid(path: Path) -> bool:
+def _is_trusted(path: Path, trusted: Mapping[str, Stamp]) -> bool:
     try:
-        verify(path)
+        return path.name in trusted and trusted[path.name] == stamp(path)
+    except OSError:  # a file is gone: hashing will say which
+        return False
+
+
+def _is_valid(path: Path, hash_files: Hasher) -> bool:
+    try:
+        verify(path, hash_files)
     except CheckpointError as error:
         _warn(str(error).splitlines())
         return False
@@ -317,11 +338,9 @@ def _warn(lines: list[str]) -> None:
         logger.warning("checkpoint: %s", line)
 
 
-def _record(path: Path, sync: bool) -> Record:
+def _record(path: Path) -> Record:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if sync:
-            os.fsync(file.fileno())
         return Record(digest, file.tell())
 
 

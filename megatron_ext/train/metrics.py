@@ -308,6 +308,10 @@ class Watch:
             if task is not None:
                 self._phases.stop_task(task)
 
+    def count(self, name: str, seconds: float) -> None:
+        """Add what was spent on a part elsewhere, beside the step."""
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
     def times(self) -> dict[str, float]:
         """``time/<phase>_s``, ``speed/<phase>_tokens_per_s`` and ``time/step_s`` since the last call; starts anew."""
         now = self._clock()

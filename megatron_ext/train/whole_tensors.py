@@ -7,30 +7,29 @@ at a time, ``write_tensors`` asks for one at a time: neither holds more than tha
 
 from __future__ import annotations
 
-import io
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_ext.train.checkpoint import check_index
-from megatron_ext.train.manifest import CheckpointError
+from megatron_ext.train.checkpoint_io import (
+    FORMAT,
+    FORMAT_FILE,
+    INDEX,
+    Chunk,
+    load_chunk,
+    places_of,
+    read_index,
+    write_chunks,
+    write_file,
+    write_index,
+)
+from megatron_ext.train.manifest import CheckpointError, Record
 
 Shape = tuple[int, ...]
 
@@ -56,15 +55,13 @@ class Place:
 class CheckpointTensors:
     """The tensors of the checkpoint directory ``path``, whose files the caller has verified; ``entries`` by key.
 
-    Raises CheckpointError for an index that could run code.
+    Raises CheckpointError for an index that could run code or leaves parts of a tensor out.
     """
 
     def __init__(self, path: Path):
-        check_index(path / ".metadata")
-        self.path = path
-        metadata = FileSystemReader(path).read_metadata()
-        self._storage: Any = metadata.storage_data
-        self.entries = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
+        self.path, self._index = path, read_index(path)
+        entries = self._index.state_dict_metadata
+        self.entries = {k: v for k, v in entries.items() if isinstance(v, TensorStorageMetadata)}
         self._grouped = cache(self._group)
 
     def check(self, places: Iterable[Place], belongs: Callable[[str], bool]) -> torch.dtype:
@@ -115,45 +112,31 @@ class CheckpointTensors:
             found[tuple(chunk.offsets[:axes])].append(chunk)
         return found
 
-    def _load(self, index: MetadataIndex) -> Tensor:
-        stored = self._storage[index]
-        with (self.path / stored.relative_path).open("rb") as file:
-            file.seek(stored.offset)
-            return torch.load(io.BytesIO(file.read(stored.length)), map_location="cpu", weights_only=True)
+    def _load(self, chunk: MetadataIndex) -> Tensor:
+        with (self.path / places_of(self._index)[chunk].relative_path).open("rb") as file:
+            return load_chunk(file, self._index, chunk)
 
 
-def write_tensors(folder: Path, tensors: Sequence[tuple[Place, Callable[[], Tensor]]], dtype: torch.dtype) -> None:
-    """Fill the empty ``folder`` with a checkpoint of ``tensors``, calling for each when it is written."""
-    items = [_write_item(place, dtype) for place, _ in tensors]
-    [plan], metadata = create_default_global_save_plan([SavePlan(items)])
-    writer = FileSystemWriter(folder, thread_count=1)
-    writer.set_up_storage_writer(is_coordinator=True)
-    [plan] = writer.prepare_global_plan([writer.prepare_local_plan(plan)])
-    results = writer.write_data(
-        plan, _OneByOne({item.index: get for item, (_, get) in zip(items, tensors, strict=True)})
+def write_tensors(
+    folder: Path, tensors: Sequence[tuple[Place, Callable[[], Tensor]]], dtype: torch.dtype
+) -> dict[str, Record]:
+    """Fill the empty ``folder`` with a checkpoint of ``tensors``, calling for each when it is written; its files."""
+    chunks = [_chunk(place, dtype) for place, _ in tensors]
+    name = "__0_0.distcp"
+    record, places = write_chunks(folder / name, zip(chunks, (get() for _, get in tensors), strict=True))
+    return {
+        name: record,
+        INDEX: write_index(folder, chunks, places),
+        "common.pt": write_file(folder / "common.pt", lambda file: torch.save({}, file)),
+        FORMAT_FILE: write_file(folder / FORMAT_FILE, lambda file: file.write(FORMAT)),
+    }
+
+
+def _chunk(place: Place, dtype: torch.dtype) -> Chunk:
+    return Chunk(
+        key=place.key,
+        shape=(*place.stacked, *place.shape),
+        offsets=(*place.index, *[0] * len(place.shape)),
+        sizes=(*[1] * len(place.index), *place.shape),
+        dtype=dtype,
     )
-    writer.finish(metadata, [results.wait()])
-    torch.save({}, folder / "common.pt")
-    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-
-
-def _write_item(place: Place, dtype: torch.dtype) -> WriteItem:
-    offsets = torch.Size((*place.index, *[0] * len(place.shape)))
-    chunk = ChunkStorageMetadata(offsets, torch.Size((*[1] * len(place.index), *place.shape)))
-    data = TensorWriteData(chunk, TensorProperties(dtype=dtype), torch.Size((*place.stacked, *place.shape)))
-    return WriteItem(MetadataIndex(place.key, offsets), WriteItemType.SHARD, tensor_data=data)
-
-
-class _OneByOne(DefaultSavePlanner):
-    """Has a tensor only while the writer writes it."""
-
-    def __init__(self, getters: dict[MetadataIndex, Callable[[], Tensor]]):
-        super().__init__()
-        self.getters = getters
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        assert write_item.tensor_data is not None and write_item.tensor_data.chunk is not None
-        tensor = self.getters[write_item.index]()
-        sizes = write_item.tensor_data.chunk.sizes
-        assert tensor.numel() == math.prod(sizes) and tensor.dtype == write_item.tensor_data.properties.dtype
-        return tensor.contiguous().view(sizes)

@@ -142,7 +142,7 @@ def test_a_save_killed_at_many_points_resumes_from_the_older_step(tmp_path):
     assert outcomes >= {(10, False), (10, True), (20, False)} and point > 20
 
 
-def _one_rank_fails(rank, world, root, how):
+def _one_rank_fails(rank, world, root, how, asynchronous=True):
     run = Run(world, tensor=2).fill(1)
     torch.manual_seed(0)
     run.train(1).save(root, 10)
@@ -156,7 +156,7 @@ def _one_rank_fails(rank, world, root, how):
     if rank == 1 and how == "dies":
         faults.kill_at(root, 1)
     try:
-        run.save(root, 20)
+        run.save(root, 20, asynchronous=asynchronous)
     except Exception as error:
         if how == "full":
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -165,10 +165,11 @@ def _one_rank_fails(rank, world, root, how):
     return None
 
 
+@pytest.mark.parametrize("asynchronous", [True, False], ids=["background", "waiting"])
 @pytest.mark.parametrize(("how", "culprit"), [("full", 1), ("full state", 0), ("one write", 1)])
-def test_a_disk_fault_of_one_rank_fails_the_save_on_all_ranks(tmp_path, how, culprit):
+def test_a_disk_fault_of_one_rank_fails_the_save_on_all_ranks(tmp_path, how, culprit, asynchronous):
     root = tmp_path / "root"
-    assert gloo.run(_one_rank_fails, 2, root, how) == [10, 10]
+    assert gloo.run(_one_rank_fails, 2, root, how, asynchronous) == [10, 10]
     for rank in range(2):
         fault = (tmp_path / f"fault{rank}").read_text()
         assert fault.startswith("CheckpointError: ") and f"rank {culprit}: OSError" in fault, fault

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.models.gpt import GPTModel
 from safetensors.torch import load_file
 
 from megatron_ext import host
@@ -15,9 +20,11 @@ from megatron_ext.train import checkpoint, parallel
 from megatron_ext.train import config as train_config
 from megatron_ext.train.config import OptimizerConfig, ParallelConfig
 from megatron_ext.train.manifest import CheckpointError
+from megatron_ext.train.owned_pieces import trained_pieces
 from megatron_ext.train.trained import Trained
 from megatron_ext.train.whole_tensors import CheckpointTensors, Place
 from tests import gloo, tiny
+from tests.train import known_values
 from tools import convert
 
 DENSE: list[tuple[int, dict[str, Any]]] = [
@@ -45,6 +52,11 @@ def trained(world: int, path: str, layout: dict[str, Any]) -> Trained:
     return Trained.build(policy, OptimizerConfig(lr=0.01, clip_grad=1e9))
 
 
+def of(each: Trained, root: Path, config: dict[str, Any], layout: dict[str, Any]) -> checkpoint.Checkpoints:
+    options: dict[str, Any] = {"config": config, "layout": layout, "keep": 1, "asynchronous": True}
+    return checkpoint.Checkpoints(root, trained={"policy": each}, **options)
+
+
 def save(rank: int, world: int, path: str, layout: dict[str, Any], root: Path) -> None:
     """The checkpoint of a model after one step whose gradient is the weights themselves, so that no layout rounds."""
     each = trained(world, path, layout)
@@ -57,14 +69,15 @@ def save(rank: int, world: int, path: str, layout: dict[str, Any], root: Path) -
         chunk.finish_grad_sync()
     each.update(1)
     each.model.finish_param_sync()
-    options: dict[str, Any] = {"state": {}, "config": {"model": {"path": path}}, "layout": layout, "keep": 1}
-    checkpoint.save(root, 0, trained={"policy": each}, **options)
+    checkpoints = of(each, root, {"model": {"path": path}}, layout)
+    checkpoints.save(0, {})
+    assert checkpoints.publish(wait=True) is not None
 
 
 def load(rank: int, world: int, path: str, layout: dict[str, Any], root: Path) -> tuple[dict, dict]:
     """The weights that a checkpoint has under a layout: as part of a resumed run, and alone."""
     each = trained(world, path, layout)
-    assert checkpoint.load(root, trained={"policy": each}, layout=layout) is not None
+    assert of(each, root, {}, layout).load() is not None
     resumed = {name: value.clone() for name, value in hf_weights.PolicyWeights(each.model)}
     for module in each.model.modules:
         for parameter in module.parameters():
@@ -147,3 +160,79 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(reference: dict[str, P
         with pytest.raises(CheckpointError) as caught:
             stored.check(places, belongs=lambda name, belongs=belongs: name == belongs)
         assert message in str(caught.value)
+
+
+def loads_known(rank: int, world: int, layout: dict[str, Any], root: Path) -> None:
+    each = known_values.build_trained(world, layout)
+    for module in each.model.modules:
+        for parameter in module.parameters():
+            parameter.data.fill_(torch.nan)
+    loaded = of(each, root, {}, layout).load()
+    assert loaded is not None and loaded.step == known_values.STEPS and loaded.state["note"]
+    values = {(parameter, kind): whole for parameter, kind, whole in known_values.expected(each)}
+    assert all(
+        torch.equal(parameter, whole.bfloat16()) for (parameter, kind), whole in values.items() if kind == "weight"
+    )
+    count = 0
+    for parameter, own, states in known_values.held(each):
+        for kind in ("param", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(states[kind].detach(), values[parameter, kind].view(-1)[own]), kind
+        assert float(states["step"]) == known_values.STEPS
+        count += 1
+    assert count and each.scheduler.num_steps == 1 + known_values.STEPS
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [(1, {}), (2, {}), (4, known_values.LAYOUT), (4, {"tensor": 4, "sequence": True}), (2, {"pipeline": 2})],
+    ids=str,
+)
+def test_a_checkpoint_of_the_optimizer_that_was_gathered_still_loads(
+    world: int, layout: dict[str, Any], tmp_path: Path
+) -> None:
+    with tarfile.open(Path(__file__).parent / "checkpoint_of_5053ed2.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    gloo.run(loads_known, world, layout, tmp_path)
+
+
+def saves_known(rank: int, world: int, layout: dict[str, Any], root: Path) -> None:
+    each = known_values.build_trained(world, layout)
+    trained_pieces("policy", each)  # gives the optimizer its state
+    known_values.fill(each)
+    each.scheduler.step(known_values.STEPS)
+    checkpoints = of(each, root, {}, layout)
+    checkpoints.save(known_values.STEPS, {"note": "known"})
+    assert checkpoints.publish(wait=True) is not None
+
+
+def test_a_stage_without_experts_saves_and_loads_like_the_others(tmp_path: Path) -> None:
+    """The optimizer of its experts has no state, and no steps."""
+    gloo.run(saves_known, 2, {"pipeline": 2}, tmp_path)
+    gloo.run(loads_known, 4, known_values.LAYOUT, tmp_path)
+
+
+def with_extra_states(rank: int, world: int, function: Callable, *args: Any) -> Any:
+    """``function`` where a layer of experts has what it has under Transformer Engine: 16 pickled objects."""
+    kind: Any = GPTModel
+    real = kind.sharded_state_dict
+
+    def sharded_state_dict(self: Any, *given: Any, **named: Any) -> dict[str, Any]:
+        layer = "decoder.layers.0.mlp.experts.linear_fc1._extra_state"
+        names = [f"{layer}{number or ''}" for number in range(16)]
+        extra = {name: ShardedObject(name, io.BytesIO(b"recipe"), (1,), (0,)) for name in names}
+        return real(self, *given, **named) | extra
+
+    kind.sharded_state_dict = sharded_state_dict
+    return function(rank, world, *args)
+
+
+def test_extra_states_of_experts_are_neither_saved_nor_missed(reference: dict[str, Path], tmp_path: Path) -> None:
+    model, layout = str(tiny.hf_model("qwen3_moe")[1]), {"tensor": 2, "sequence": True, "expert": 2}
+    gloo.run(with_extra_states, 4, save, model, layout, tmp_path)
+    assert not [key for key in CheckpointTensors(tmp_path / "step_000000").entries if "extra" in key]
+    assert convert.main(["to-hf", str(tmp_path), str(tmp_path / "hf")]) == 0
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    expected = load_file(reference["qwen3_moe"] / "hf" / "model.safetensors")
+    assert exported.keys() == expected.keys() and all(torch.equal(exported[n], value) for n, value in expected.items())
+    for resumed, alone in gloo.run(with_extra_states, 4, load, model, layout, tmp_path):
+        assert all(torch.equal(each[name], value) for each in (resumed, alone) for name, value in expected.items())

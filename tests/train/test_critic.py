@@ -20,8 +20,9 @@ from torch import Tensor
 from megatron_ext import host, methods
 from megatron_ext.model import build, hf_config, hf_weights
 from megatron_ext.model.critic import build_critic
-from megatron_ext.train import checkpoint, critic, parallel
 from megatron_ext.train import config as train_config
+from megatron_ext.train import critic, parallel
+from megatron_ext.train.checkpoint import Checkpoints
 from megatron_ext.train.config import Config, CriticConfig, OptimizerConfig, ParallelConfig, RolloutConfig, TrainConfig
 from megatron_ext.train.packing import Micros
 from megatron_ext.train.step import Learner
@@ -196,11 +197,17 @@ def update_critic(learner: Learner) -> list[float]:
     return learner.reduce.concat(critic.values(learner.critic, micros)).tolist()
 
 
+def checkpoints_of(learner: Learner, root: Path) -> Checkpoints:
+    layout = learner.config.parallel.model_dump()
+    return Checkpoints(root, trained=learner.trained, config={}, layout=layout, keep=1, asynchronous=False)
+
+
 def saves(rank: int, world: int, case: str, path: str, root: Path) -> tuple[list[float], list[float]]:
     learner = learner_of(case, path)
     update_critic(learner)
-    own = learner.config.parallel.model_dump()
-    checkpoint.save(root, 1, trained=learner.trained, state={}, config={}, layout=own, keep=1)
+    checkpoints = checkpoints_of(learner, root)
+    checkpoints.save(1, {})
+    assert checkpoints.publish(wait=True) is not None
     return update_critic(learner), update_critic(learner)
 
 
@@ -209,8 +216,7 @@ def resumes(rank: int, world: int, case: str, path: str, root: Path) -> tuple[li
     assert learner.critic is not None
     for parameter in learner.critic.model.modules[0].parameters():
         parameter.data.zero_()
-    loaded = checkpoint.load(root, trained=learner.trained, layout=learner.config.parallel.model_dump())
-    assert loaded is not None
+    assert checkpoints_of(learner, root).load() is not None
     return update_critic(learner), update_critic(learner)
 
 

@@ -19,14 +19,17 @@ from tests.train import faults
 SHARDS = {"__0_0.distcp": b"weights" * 100, ".metadata": b"where", "deep/common.pt": b"state"}
 
 
-def save(root: Path, step: int, keep: int = 2) -> Path:
+def save(root: Path, step: int, keep: int = 2, trusted: dict[str, manifest.Stamp] | None = None) -> Path:
     partial = manifest.open_partial(root, step)
     for name, content in SHARDS.items():
         (partial / name).parent.mkdir(exist_ok=True)
         (partial / name).write_bytes(content + b"%d" % step)
-    files = manifest.record_files(partial, manifest.payload_names(partial), sync=True)
+    files = manifest.record_files(partial, manifest.payload_names(partial))
+    for name in files:
+        with (partial / name).open() as file:
+            os.fsync(file.fileno())
     path = manifest.publish(partial, step=step, files=files, layout={"tensor": 2}, config={"a": {"b": 1e-6}})
-    manifest.retain(root, step=step, keep=keep)
+    manifest.retain(root, step=step, keep=keep, trusted=trusted or {}, hash_files=manifest.record_files)
     return path
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_ext import methods
+from megatron_ext.train import loop
 from megatron_ext.train.config import load_config
+from tests import gloo
 from tests.train import whole_run
 
 CASES = {  # options at which the state of step 1 is not that of a new method
@@ -77,3 +80,29 @@ def test_groups_dealt_over_ranks_are_dealt_the_same_again(tmp_path: Path) -> Non
     assert all(1 <= step["data/imbalance"] < 1.5 for step in steps)
     assert whole_run.metrics(tmp_path / "killed") == steps
     assert whole_run.contents(tmp_path / "killed", 3) == whole_run.contents(tmp_path / "whole", 3)
+
+
+def draws(rank: int, world: int, folder: Path, steps: int, extra: int) -> list[float]:
+    """A random number of each step of a run whose engine draws ``extra`` ones when it is made."""
+    module: Any = loop
+    create, step, found = loop.create_engine, loop.train_step, []
+
+    def created(*args: Any, **named: Any) -> Any:
+        torch.rand(extra)
+        return create(*args, **named)
+
+    def stepped(run: loop.Run, watch: Any) -> Any:
+        found.append(float(torch.rand(())))
+        return step(run, watch)
+
+    module.create_engine, module.train_step = created, stepped
+    whole_run._rank(rank, world, folder, recipe("siren"), (f"train.steps={steps}",), None)
+    return found
+
+
+def test_random_numbers_go_on_whatever_the_start_draws(tmp_path: Path) -> None:
+    whole_run.data()
+    whole = gloo.run(draws, 1, tmp_path / "whole", 3, 2)[0]
+    assert len(set(whole)) == 3
+    assert gloo.run(draws, 1, tmp_path / "parts", 2, 2)[0] == whole[:2]
+    assert gloo.run(draws, 1, tmp_path / "parts", 3, 9)[0] == whole[2:]

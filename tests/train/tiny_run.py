@@ -15,7 +15,8 @@ from megatron_ext.model import groups
 from megatron_ext.model.build import Policy, build_optimizer, build_policy, build_scheduler
 from megatron_ext.model.hf_config import Architecture
 from megatron_ext.model.hf_tables import stage_rules
-from megatron_ext.train import checkpoint, parallel
+from megatron_ext.train import parallel
+from megatron_ext.train.checkpoint import Checkpoints, LoadedState, set_rng
 from megatron_ext.train.config import ParallelConfig
 from megatron_ext.train.trained import Trained
 
@@ -88,24 +89,28 @@ class Run:
         self.policy.finish_param_sync()
         return self
 
-    def save(self, root: Path, step: int, keep: int = 2, state: dict | None = None) -> Path:
-        return checkpoint.save(
-            root,
-            step,
-            trained=self.trained,
-            state=STATE if state is None else state,
-            config=CONFIG,
-            layout=self.layout,
-            keep=keep,
+    def checkpoints(self, root: Path, *, keep: int = 2, asynchronous: bool = True) -> Checkpoints:
+        return Checkpoints(
+            root, trained=self.trained, config=CONFIG, layout=self.layout, keep=keep, asynchronous=asynchronous
         )
 
-    def load(self, root: Path) -> checkpoint.LoadedState:
+    def save(self, root: Path, step: int, keep: int = 2, state: dict | None = None, asynchronous: bool = True) -> Path:
+        checkpoints = self.checkpoints(root, keep=keep, asynchronous=asynchronous)
+        checkpoints.save(step, STATE if state is None else state)
+        published = checkpoints.publish(wait=True)
+        assert published is not None
+        return published.path
+
+    def load(self, root: Path) -> LoadedState:
         loaded = self.try_load(root)
         assert loaded is not None
         return loaded
 
-    def try_load(self, root: Path) -> checkpoint.LoadedState | None:
-        return checkpoint.load(root, trained=self.trained, layout=self.layout)
+    def try_load(self, root: Path) -> LoadedState | None:
+        loaded = self.checkpoints(root).load()
+        if loaded is not None and loaded.rng is not None:
+            set_rng(loaded.rng)
+        return loaded
 
     def whole(self) -> dict[str, torch.Tensor]:
         """Every parameter and every optimizer state as a whole Hugging Face tensor, gathered without

@@ -62,7 +62,7 @@ def train(folder: Path, recipe: str, *overrides: str, world: int = 1) -> int:
 
 
 def train_and_die(folder: Path, recipe: str, *overrides: str, after: int, world: int = 1) -> None:
-    """The same, but every rank gets SIGKILL when it begins the step after step ``after``."""
+    """The same, but every rank gets SIGKILL when it begins the step after step ``after``, whose save is through."""
     data()
     try:
         gloo.run(_rank, world, folder, recipe, overrides, after)
@@ -82,6 +82,7 @@ def _rank(rank: int, world: int, folder: Path, recipe: str, overrides: Sequence[
 
     def train_step(run: loop.Run, watch: Any) -> Any:
         if run.step == die_after:
+            run.checkpoints.publish(wait=True)
             os.kill(os.getpid(), signal.SIGKILL)
         return real(run, watch)
 
@@ -99,12 +100,15 @@ def data() -> Path:
     return path
 
 
+def steps(folder: Path) -> list[dict[str, Any]]:
+    """What the run reported."""
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """What the run reported, without what depends on the machine's speed."""
-    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     return [
-        {key: value for key, value in json.loads(line).items() if not key.startswith(("time/", "speed/"))}
-        for line in lines
+        {key: value for key, value in step.items() if not key.startswith(("time/", "speed/"))} for step in steps(folder)
     ]
 
 

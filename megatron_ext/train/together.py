@@ -1,0 +1,116 @@
+"""What the ranks of a run do together about files: one fault is everyone's, rank 0 decides, all of them hash."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_ext.train import manifest
+from megatron_ext.train.manifest import CheckpointError, Record
+
+T = TypeVar("T")
+
+
+def gloo_group() -> dist.ProcessGroup | None:
+    """A gloo group of all ranks: faults and file lists are Python objects."""
+    return None if dist.get_backend() == "gloo" else _gloo(dist.group.WORLD)
+
+
+@functools.cache
+def _gloo(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+@contextmanager
+def together(doing: str) -> Iterator[None]:
+    """Leave the block on all ranks or on none: a fault of any rank is a CheckpointError on every rank.
+
+    No collective in the block, unless none of its ranks can fail before it.
+    """
+    fault, lines = None, []
+    try:
+        yield
+    except Exception as error:
+        fault, lines = error, _lines(error)
+    everyone: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everyone, lines, group=gloo_group())
+    distinct = dict.fromkeys(line for part in everyone for line in part)
+    if distinct:
+        raise CheckpointError(f"{doing}: " + "\n".join(distinct)) from fault
+
+
+def on_first_rank(doing: str, function: Callable[[], T]) -> T:
+    """The value that ``function`` returns on rank 0, on every rank."""
+    box: list[Any] = [None]
+    with together(doing):
+        if dist.get_rank() == 0:
+            box[0] = function()
+    dist.broadcast_object_list(box, src=0, group=gloo_group())
+    return box[0]
+
+
+def gathered_on_first(value: T) -> list[T]:
+    """Every rank's value on rank 0, nothing on the others."""
+    parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, parts, dst=0, group=gloo_group())
+    return parts or []
+
+
+def everywhere(flag: bool) -> bool:
+    box = torch.tensor([int(flag)])
+    dist.all_reduce(box, op=dist.ReduceOp.MIN, group=gloo_group())
+    return bool(box)
+
+
+def with_shared_hashing(doing: str, function: Callable[[manifest.Hasher], T]) -> T:
+    """The value that ``function`` returns on rank 0, on every rank; all of them hash the files that it asks for."""
+    box: list[Any] = [None]
+    with together(doing):
+        if dist.get_rank() == 0:
+            try:
+                box[0] = function(_hash_together)
+            finally:
+                dist.broadcast_object_list([None], src=0, group=gloo_group())  # no more
+        else:
+            while (request := _received()) is not None:
+                _hash_share(*request)
+    dist.broadcast_object_list(box, src=0, group=gloo_group())
+    return box[0]
+
+
+def _hash_together(folder: Path, names: list[str]) -> dict[str, Record]:
+    dist.broadcast_object_list([(folder, names)], src=0, group=gloo_group())
+    parts = _hash_share(folder, names)
+    for part in parts:
+        if isinstance(part, OSError):
+            raise part
+    return {name: record for part in parts for name, record in part.items()}
+
+
+def _hash_share(folder: Path, names: list[str]) -> list[Any]:
+    """On rank 0, each rank's records of its share of the files, or the OSError that kept it from them."""
+    try:
+        own: Any = manifest.record_files(folder, names[dist.get_rank() :: dist.get_world_size()])
+    except OSError as error:
+        own = error
+    return gathered_on_first(own)
+
+
+def _received() -> Any:
+    box: list[Any] = [None]
+    dist.broadcast_object_list(box, src=0, group=gloo_group())
+    return box[0]
+
+
+def _lines(error: Exception) -> list[str]:
+    if isinstance(error, CheckpointError):
+        return str(error).splitlines()
+    return [f"rank {dist.get_rank()}: {type(error).__name__}: {error}"]
