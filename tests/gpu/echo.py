@@ -40,6 +40,13 @@ class EchoGroup(dist.ProcessGroup):
     def getBackendName(self) -> str:
         return "echo"
 
+    def _set_group_name(self, name: str) -> None:
+        self.name = name
+
+    @property
+    def group_name(self) -> str:
+        return self.name
+
     def allreduce(self, tensors: Sequence[Tensor], options: Any = None) -> Any:
         if options is None or options.reduceOp == dist.ReduceOp.SUM:
             for tensor in tensors:

@@ -158,7 +158,9 @@ def main(run: str, checks: Sequence[Check], arguments: list[str] | None = None) 
         _work(checks, Connection(options.worker), Here(options.rehearse, options.folder))
         return PASSED
     if unknown := set(options.only) - {check.name for check in checks}:
-        print(f"--only: no such checks: {sorted(unknown)}; there are {[check.name for check in checks]}", file=sys.stderr)
+        print(
+            f"--only: no such checks: {sorted(unknown)}; there are {[check.name for check in checks]}", file=sys.stderr
+        )
         return NO_GPU
     if not options.rehearse and not _has_gpu():
         print(
@@ -169,7 +171,7 @@ def main(run: str, checks: Sequence[Check], arguments: list[str] | None = None) 
         return NO_GPU
     out = options.out or Path("runs/gpu") / f"{run}{'-rehearsal' if options.rehearse else ''}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    chosen = [check for check in checks if not options.only or check.name in options.only]
+    chosen = [check for check in checks if not options.only or check.name in _with_earlier(checks, options.only)]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED))  # so that the worker ends with us
     report = _run(
         run,
@@ -191,11 +193,16 @@ def _parser(run: str, checks: Sequence[Check]) -> argparse.ArgumentParser:
     add("--rehearse", action="store_true", help="small sizes on the CPU: against typos, no claim")
     add("--out", type=Path, metavar="FILE", help=f"the JSON file (default runs/gpu/{run}.json)")
     add("--minutes", type=float, default=9.0, help="checks that no longer fit are skipped (default 9)")
-    add("--only", nargs="+", default=[], metavar="CHECK", help="these checks and no others")
+    add("--only", nargs="+", default=[], metavar="CHECK", help="these checks, and what they come after")
     add("--commit", help="what ran, where git does not say")
     add("--worker", type=int, help=argparse.SUPPRESS)
     add("--folder", type=Path, help=argparse.SUPPRESS)
     return parser
+
+
+def _with_earlier(checks: Sequence[Check], names: Sequence[str]) -> set[str]:
+    """The named checks and those that must pass before them."""
+    return {*names, *(other for check in checks if check.name in names for other in check.after)}
 
 
 def _has_gpu() -> bool:
@@ -222,7 +229,8 @@ def _run(
         for check, record in zip(checks, report.checks, strict=True):
             left = budget_s - (time.monotonic() - start)
             needed = 0.0 if rehearse else check.seconds
-            wanting = [other.name for other in report.checks if other.name in check.after and other.status != "passed"]
+            before = [other for other in report.checks if other.name in check.after]
+            wanting = [other.name for other in before if other.status not in ("passed", "absent")]
             if wanting:
                 record.status, record.error = "refused", f"not passed: {', '.join(wanting)}"
             elif left <= needed:
@@ -254,7 +262,7 @@ class _Worker:
         environment = {**os.environ, "PYTHONWARNINGS": "ignore::UserWarning,ignore::FutureWarning"}
         if rehearse:
             command.append("--rehearse")
-            environment["CUDA_VISIBLE_DEVICES"] = ""
+            environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # too small for more threads
         with log.open("ab") as output:
             self.process = subprocess.Popen(
                 command,
@@ -361,7 +369,9 @@ def _text(value: Value) -> str:
 
 
 def verdict(report: Report) -> str:
-    counts = {status: [r.name for r in report.checks if r.status == status] for status in ("failed", "refused", "skipped")}
+    counts = {
+        status: [r.name for r in report.checks if r.status == status] for status in ("failed", "refused", "skipped")
+    }
     troubles = [f"{len(names)} {status} ({', '.join(names)})" for status, names in counts.items() if names]
     missed = sum(line.ok is False and line.kind == "target" for record in report.checks for line in record.lines)
     if missed and not report.rehearsal:
