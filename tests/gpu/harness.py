@@ -11,6 +11,7 @@ fault outlives the call that caused it. The JSON file is rewritten after every l
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib
 import json
@@ -297,10 +298,8 @@ class _Worker:
 
     def end(self) -> None:
         self.connection.close()
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)  # with whatever it started
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
     def _tail(self) -> str:

@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
 from tests.gpu.harness import Here

@@ -149,7 +149,7 @@ def tiny_run(here: Here) -> Iterator[Line]:
 
 
 def kill_and_resume(here: Here) -> Iterator[Line]:
-    """SIGKILL after a checkpoint, then the same command: metrics and checkpoint of the uninterrupted run, to the bit."""
+    """SIGKILL after a checkpoint, then the same command: the bits of an uninterrupted run."""
     command, killed = start(here, "killed")
     while not killed.manifest(1).exists() and command.running:
         time.sleep(0.01)
@@ -180,7 +180,7 @@ def fused_head(here: Here) -> Iterator[Line]:
 
 
 def memory(here: Here) -> Iterator[Line]:
-    """The peak of each phase of a step at the 1.5B shape beside the planner's, whose layers are Transformer Engine's."""
+    """Peaks of a step at the 1.5B shape beside the planner's, which reckons with Transformer Engine's layers."""
     recipe = here.size("recipes/siren/siren-qwen2.5-math-1.5b-1n8g.toml", RECIPE)
     tokens = here.size(4_096, 80)
     layout = ("parallel.nodes=1", "parallel.ranks_per_node=1", "parallel.tensor=1", "parallel.sequence=false")
