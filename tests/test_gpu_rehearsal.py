@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed import _coalescing_manager  # as Megatron-Core does
 
 from tests.gpu import operator, training, transformer_engine
+from tests.gpu.echo import echo_group
 
 RUNS = {"operator": operator, "training": training, "transformer_engine": transformer_engine}
 FAKE = """
@@ -158,3 +161,35 @@ def test_without_a_gpu_a_run_says_so(name: str, tmp_path: Path) -> None:
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "torch sees no GPU" in done.stderr and "--rehearse" in done.stderr
     assert not (tmp_path / "out.json").exists()
+
+
+def test_the_other_ranks_of_an_echo_hold_what_this_one_holds() -> None:
+    def others(own: torch.Tensor) -> torch.Tensor:
+        return own.repeat(4, 1)
+
+    own = torch.arange(8.0)
+    with echo_group(4) as group:
+        assert dist.get_world_size() == group.size() == 4 and dist.get_rank() == 0
+        total, largest = own.clone(), own.clone()
+        dist.all_reduce(total)
+        work = dist.all_reduce(largest, op=dist.ReduceOp.MAX, async_op=True)
+        assert work is not None
+        work.wait()
+        assert torch.equal(total, others(own).sum(0)) and torch.equal(largest, own)
+        gathered, parts = torch.empty(4, 8), [torch.empty(8) for _ in range(4)]
+        dist.all_gather_into_tensor(gathered, own)
+        dist.all_gather(parts, own)
+        assert torch.equal(gathered, others(own)) and torch.equal(torch.stack(parts), others(own))
+        scattered, exchanged = torch.empty(2), torch.empty(8)
+        dist.reduce_scatter_tensor(scattered, own)
+        dist.all_to_all_single(exchanged, own)
+        assert torch.equal(scattered, 4 * own[:2]) and torch.equal(exchanged, own[:2].repeat(4))
+        with _coalescing_manager(group, async_ops=True) as manager:
+            dist.reduce_scatter_tensor(scattered, own, op=dist.ReduceOp.MAX)
+        manager.wait()
+        assert torch.equal(scattered, own[:2])
+        objects: list[Any] = [None] * 4
+        dist.all_gather_object(objects, {"rank": 0})
+        dist.barrier()
+        assert objects == [{"rank": 0}] * 4
+    assert not dist.is_initialized()

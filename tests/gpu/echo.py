@@ -47,29 +47,29 @@ class EchoGroup(dist.ProcessGroup):
     def group_name(self) -> str:
         return self.name
 
-    def allreduce(self, tensors: Sequence[Tensor], options: Any = None) -> Any:
-        if options is None or options.reduceOp == dist.ReduceOp.SUM:
+    def allreduce(self, tensors: Sequence[Tensor], opts: Any = None) -> Any:
+        if opts is None or opts.reduceOp == dist.ReduceOp.SUM:
             for tensor in tensors:
                 tensor.mul_(self.world)
         return _done(tensors)
 
-    def all_gather_single(self, out: Tensor, own: Tensor, options: Any = None) -> Any:
+    def all_gather_single(self, out: Tensor, own: Tensor, opts: Any = None) -> Any:
         out.view(self.world, -1).copy_(own.reshape(1, -1).expand(self.world, -1))
         return _done(out)
 
-    def allgather(self, outs: list[list[Tensor]], own: list[Tensor], options: Any = None) -> Any:
+    def allgather(self, outs: list[list[Tensor]], own: list[Tensor], opts: Any = None) -> Any:
         for parts, value in zip(outs, own, strict=True):
             for part in parts:
                 part.copy_(value)
         return _done(outs)
 
-    def reduce_scatter_single(self, out: Tensor, whole: Tensor, options: Any = None) -> Any:
+    def reduce_scatter_single(self, out: Tensor, whole: Tensor, opts: Any = None) -> Any:
         part = whole.reshape(self.world, -1)[0].view_as(out)
-        torch.mul(part, self.world, out=out) if options.reduceOp == dist.ReduceOp.SUM else out.copy_(part)
+        torch.mul(part, self.world, out=out) if opts.reduceOp == dist.ReduceOp.SUM else out.copy_(part)
         return _done(out)
 
     def all_to_all_single(
-        self, out: Tensor, own: Tensor, out_sizes: list[int], in_sizes: list[int], options: Any = None
+        self, out: Tensor, own: Tensor, out_sizes: list[int], in_sizes: list[int], opts: Any = None
     ) -> Any:
         """Every rank sends this one what this one sends to itself."""
         own_part = _parts(own, in_sizes, self.world)[0]
@@ -77,23 +77,23 @@ class EchoGroup(dist.ProcessGroup):
             part.copy_(own_part[: len(part)])
         return _done(out)
 
-    def broadcast(self, tensors: Sequence[Tensor], options: Any = None) -> Any:
+    def broadcast(self, tensors: Sequence[Tensor], opts: Any = None) -> Any:
         return _done(tensors)
 
-    def barrier(self, options: Any = None) -> Any:
+    def barrier(self, opts: Any = None) -> Any:
         return _done(None)
 
-    def allreduce_coalesced(self, tensors: Sequence[Tensor], options: Any = None) -> Any:
-        return self.allreduce(tensors, options)
+    def allreduce_coalesced(self, tensors: Sequence[Tensor], opts: Any = None) -> Any:
+        return self.allreduce(tensors, opts)
 
-    def all_gather_single_coalesced(self, outs: list[Tensor], own: list[Tensor], options: Any = None) -> Any:
+    def all_gather_single_coalesced(self, outs: list[Tensor], own: list[Tensor], opts: Any = None) -> Any:
         for out, value in zip(outs, own, strict=True):
             self.all_gather_single(out, value)
         return _done(outs)
 
-    def reduce_scatter_single_coalesced(self, outs: list[Tensor], wholes: list[Tensor], options: Any = None) -> Any:
+    def reduce_scatter_single_coalesced(self, outs: list[Tensor], wholes: list[Tensor], opts: Any = None) -> Any:
         for out, whole in zip(outs, wholes, strict=True):
-            self.reduce_scatter_single(out, whole, options)
+            self.reduce_scatter_single(out, whole, opts)
         return _done(outs)
 
     _allgather_base = all_gather_single

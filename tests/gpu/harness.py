@@ -24,7 +24,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -100,7 +100,7 @@ class Here:
 
     def claim(self, line: Line) -> Line:
         """A line that only a GPU can be judged by: without one a mere fact."""
-        return replace(line, kind="fact", ok=None) if self.rehearse else line
+        return fact(line.what, line.found, line.unit) if self.rehearse else line
 
 
 @dataclass(frozen=True)
@@ -352,13 +352,15 @@ def table(report: Report) -> str:
 
 
 def _row(line: Line, rehearsal: bool) -> str:
+    """What belongs to a GPU alone is not shown beside a rehearsal's figures."""
+    shown = not (rehearsal and line.kind in ("target", "anchor"))
     sign = {"limit": "<= ", "target": "aim ", "anchor": "vs "}.get(line.kind, "")
-    judged = line.ok is not None and not (rehearsal and line.kind == "target")
-    word = {"target": ("missed", "met")}.get(line.kind, ("NO", "yes"))[bool(line.ok)] if judged else ""
-    ratio = "" if line.ratio is None else f"{line.ratio:.2f}"
-    expected = "" if line.expected is None else sign + _text(line.expected)
+    word = {"target": ("missed", "met")}.get(line.kind, ("NO", "yes"))[bool(line.ok)]
+    expected = sign + _text(line.expected) if shown and line.expected is not None else ""
+    ratio = f"{line.ratio:.2f}" if shown and line.ratio is not None else ""
     name = f"  {line.what}" + (f", {line.unit}" if line.unit else "")
-    return f"{name:58}{_text(line.found):>14}{expected:>14}{ratio:>8}  {word}".rstrip()
+    judged = word if shown and line.ok is not None else ""
+    return f"{name:58}{_text(line.found):>14}{expected:>14}{ratio:>8}  {judged}".rstrip()
 
 
 def _text(value: Value) -> str:

@@ -99,7 +99,7 @@ def count(work: Work, device: str) -> Counts:
     events = _profiled(work, device)
     if device == "cpu":
         return Counts(sum(event.name.startswith("aten::") for event in events), 0, 0)
-    on_device = [event.name for event in events if event.device_type == DeviceType.CUDA]
+    on_device = [event.name for event in events if _is_kernel(event)]
     copies = sum(name.startswith(("Memcpy", "Memset")) for name in on_device)
     return Counts(len(on_device) - copies, copies, _synchronisations(work))
 
@@ -117,17 +117,21 @@ def _synchronisations(work: Work) -> int:
     return sum("synchronizing" in str(warning.message) for warning in told)
 
 
-def top_kernels(work: Work, device: str, most: int = 12) -> list[tuple[str, float, int]]:
-    """Name, milliseconds and number of the kernels (on the CPU: operators) that take longest, summed by name."""
-    kind = DeviceType.CPU if device == "cpu" else DeviceType.CUDA
+def top_kernels(work: Work, device: str) -> list[tuple[str, float, int]]:
+    """Name, milliseconds and number of all kernels (on the CPU: operators), summed by name, the longest first."""
     totals: dict[str, tuple[float, int]] = {}
     for event in _profiled(work, device):
-        if event.device_type == kind:
+        if device == "cpu" or _is_kernel(event):
             spent, number = totals.get(event.name, (0.0, 0))
-            took = event.self_cpu_time_total if device == "cpu" else event.self_device_time_total
+            took = event.self_cpu_time_total if device == "cpu" else event.time_range.elapsed_us()
             totals[event.name] = spent + took / 1e3, number + 1
     ranked = sorted(totals.items(), key=lambda item: -item[1][0])
-    return [(name, spent, number) for name, (spent, number) in ranked[:most]]
+    return [(name, spent, number) for name, (spent, number) in ranked]
+
+
+def _is_kernel(event: Any) -> bool:
+    """Or a copy; not a range that somebody marked."""
+    return event.device_type == DeviceType.CUDA and not event.is_user_annotation
 
 
 def _profiled(work: Work, device: str) -> list[Any]:

@@ -124,11 +124,18 @@ def loss_of(stats: TokenStats) -> Tensor:
 
 
 def draw(module: GPTModel) -> None:
-    """Random weights of a sane size, on the device."""
+    """Random weights on the device; the output layer's give logits as steep as a language model's.
+
+    Normal logits with a deviation of 4.5 have .8 of their mass on some 20 of 152k tokens.
+    """
     torch.manual_seed(0)
+    heads = (
+        "output_layer.weight",
+        *(["embedding.word_embeddings.weight"] if module.share_embeddings_and_output_weights else []),
+    )
     for name, parameter in module.named_parameters():
         with torch.no_grad():
-            parameter.normal_(std=0.02)
+            parameter.normal_(std=4.5 / parameter.shape[1] ** 0.5 if name in heads else 0.02)
             if "norm" in name and name.endswith("weight"):
                 parameter.add_(1)
 

@@ -25,7 +25,7 @@ AIMS = {"forward": 0.89 / 0.83, "forward + backward": 2.7 / 2.49, "with nucleus"
 PUBLISHED = {"forward": 0.89, "forward + backward": 2.6, "with nucleus": 3.1}  # TRL 7244, Fast-LLM 466, our goal
 PUBLISHED_FORWARD = {"torch: log-prob + entropy": 12.8}  # TRL 7244
 SAVED = 2.5e9
-GB = 1e9
+GB, GIB = 1e9, 2**30
 
 
 def _total(out: Any, names: tuple[str, ...]) -> Tensor:
@@ -182,9 +182,9 @@ def fused_head(here: Here) -> Iterator[Line]:
     for name, work in works.items():
         peak = measure.peak_bytes(work, here.device)
         if name == "ours":
-            yield target("ours: peak above inputs and gradients", (peak - gradients) / GB, 3.0, "GB")
+            yield target("ours: peak above inputs and gradients", (peak - gradients) / GIB, 3.0, "GiB")
         else:
-            yield fact(f"{name}: peak above inputs", peak / GB, "GB")
+            yield fact(f"{name}: peak above inputs", peak / GIB, "GiB")
 
 
 def verl_arithmetic(here: Here) -> Iterator[Line]:

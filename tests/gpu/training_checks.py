@@ -54,9 +54,9 @@ def parity(here: Here) -> Iterator[Line]:
             found = forward(policy, [packing.pack(pairs)], Needs(), 1.0)
             assert found is not None
             streamed = {name: tensor.cpu() for name, tensor in hf_weights.PolicyWeights(policy)}
-        in_fp32 = transformers_logprobs(model.to(here.device), pairs)
         if "moe" in kind:
-            model.set_experts_implementation("eager")  # grouped products know no fp64
+            model.set_experts_implementation("eager")  # grouped products know neither fp64 nor, on a GPU, fp32
+        in_fp32 = transformers_logprobs(model.to(here.device), pairs)
         exact = transformers_logprobs(model.double(), pairs)
         model.float().cpu()
         lost = float((in_fp32 - exact).abs().max())

@@ -35,13 +35,18 @@ FULL = "recipes/siren/siren-qwen2.5-math-7b-2n8g.toml"
 SHAPE = "recipes/models/qwen2.5-math-1.5b"
 MODEL_TOKENS = ((100, 400), (30, 700), (1, 5), (256, 800), (64, 64))  # prompt and response of each sequence
 FUSIONS = ("rope", "bias_activation", "gradient_accumulation", "moe_permute")
+ATTENTION = ("flash", "fmha", "sdpa", "attn")  # in the names of fused attention's kernels
 WORSE = 1.5  # times what transformers loses in bf16: kernels of another order of sums
 GB = 1e9
 
 
-def layers(here: Here) -> Iterator[Line]:
-    """Megatron-Core took Transformer Engine's layers, and calls their parameters what the tables say."""
+def present(here: Here) -> Iterator[Line]:
+    """Megatron-Core could import Transformer Engine, so its layers are what is built."""
     yield equal("layers are Transformer Engine's", have_transformer_engine(), not here.rehearse)
+
+
+def names(here: Here) -> Iterator[Line]:
+    """The layers' parameters are called, and shaped, what the tables say."""
     for kind in tiny.KINDS:
         _, path = tiny.hf_model(kind)
         architecture = read_architecture(hf_config(path))
@@ -76,6 +81,8 @@ class Truth:
         torch.manual_seed(0)
         with torch.device(here.device):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+        if experts:
+            model.set_experts_implementation("eager")  # grouped products know no fp32 on a GPU
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.normal_(std=0.02 if here.device == "cuda" else 0.2)
@@ -86,7 +93,9 @@ class Truth:
         lengths = here.size(MODEL_TOKENS, ((5, 9), (1, 3), (8, 11)))
         pairs = models.sequences(model.config.vocab_size, lengths)
         logprobs, gradients = _passes(here, model, pairs)
-        lower, lower_gradients = _passes(here, model.bfloat16(), pairs)
+        for parameter in model.parameters():  # not the buffers: rotary frequencies stay fp32, as when it is loaded
+            parameter.data = parameter.data.bfloat16()
+        lower, lower_gradients = _passes(here, model, pairs)
         lost = float((lower - logprobs).abs().mean())
         return cls(folder, weights, pairs, logprobs, gradients, lost, _distance(lower_gradients, gradients))
 
@@ -217,11 +226,11 @@ def fusions(here: Here) -> Iterator[Line]:
     """Each fused kernel on and off: both as near to fp32 as transformers is, and how far apart."""
     for experts in (False, True):
         truth, kind = Truth.of(here, experts), "experts" if experts else "dense"
-        names = FUSIONS if experts else FUSIONS[:-1]
+        keys = FUSIONS if experts else FUSIONS[:-1]
         every = _built(here, truth)
         yield from _judged(f"{kind}, all on", every, truth)
         yield fact(f"{kind}, all on: forward and backward", every.milliseconds, "ms")
-        for off in names if not here.rehearse else names[-1:]:
+        for off in here.size(keys, keys[-1:]):
             found = _built(here, truth, f"model.fusions.{off}=false")
             yield from _judged(f"{kind}, {off} off", found, truth)
             apart = float((found.logprobs - every.logprobs).abs().max())
@@ -287,13 +296,15 @@ def full_size(here: Here) -> Iterator[Line]:
 
 
 def _full_step(here: Here, name: str, overrides: list[str]) -> Iterator[Line]:
+    overrides = [*overrides, "train.micro_batch_tokens=16384"]
     small = ["data.max_prompt_tokens=8", "rollout.max_response_tokens=24", "train.micro_batch_tokens=128"]
     small = ['model.path="recipes/tiny/base"', *small] if here.rehearse else []
     config = read_config(FULL, [*overrides, *small])
     architecture = read_architecture(hf_config(config.model.path))
     lengths = (config.data.max_prompt_tokens, config.rollout.max_response_tokens)
     count = config.train.micro_batch_tokens // config.longest_sequence
-    pairs = models.sequences(architecture.vocab_size, [lengths] * count)
+    own = architecture.vocab_size // config.parallel.tensor  # tokens whose embedding and logit this rank holds
+    pairs = models.sequences(own, [lengths] * count)
     with models.first_rank_of(config.parallel):
         learning = models.Learning.build(config, architecture, create_method(config).needs, None)
         packed = [models.pack(pairs, config.parallel)]
@@ -307,5 +318,8 @@ def _full_step(here: Here, name: str, overrides: list[str]) -> Iterator[Line]:
             counts = measure.count(run, here.device)
             yield fact(f"{name}, {phase}: kernels", counts.launches)
             yield fact(f"{name}, {phase}: synchronisations torch sees", counts.synchronisations)
-            for kernel, spent, number in measure.top_kernels(run, here.device):
+            found = measure.top_kernels(run, here.device)
+            for kernel, spent, number in found[:12]:
                 yield fact(f"{name}, {phase}: {number} x {kernel[:60]}", spent, "ms")
+            attention = [kernel[:40] for kernel, *_ in found if any(word in kernel.lower() for word in ATTENTION)]
+            yield fact(f"{name}, {phase}: attention by", "; ".join(attention) or "no kernel of a known name")
