@@ -19,11 +19,13 @@ from megatron_ext.ops import VocabShard, linear_policy_stats, policy_stats
 from megatron_ext.ops.policy_stats import DIFFERENTIABLE
 from tests.gpu import measure
 from tests.gpu.echo import echo_group
-from tests.gpu.harness import Absent, Here, Line, equal, fact, limit
+from tests.gpu.harness import Absent, Here, Line, anchor, equal, fact, limit
 from tests.gpu.peers import language_rows, random_targets
 from tests.ops.cases import ALL, assert_values, language_like, truth, weighted
+from tools.bench_count import count
 
-TOP_P, LAUNCHES = 0.8, 40
+TOP_P = 0.8
+LAUNCHES, ECHO = 40, 8  # of a forward and a backward with the nucleus; what the echo's copies may add
 NUCLEUS_WANT = ("logprob", "entropy", "nucleus_entropy")
 UNIT = {torch.float32: 2**-20, torch.bfloat16: 2**-7}  # of a gradient: one step of bf16, some of fp32
 
@@ -53,11 +55,12 @@ def _version(package: str) -> str:
 
 def kernels(here: Here) -> Iterator[Line]:
     """The tests' own cases of the Triton kernels, compiled."""
-    from tests.ops.kernel_cases import compare  # it imports triton
+    from tests.ops.kernel_cases import compare, whole_nucleus  # it imports triton
 
     if here.rehearse:
         raise Absent("the interpreter runs them in tests/ops/test_kernels.py")
     worst = compare(here.device)
+    whole_nucleus(here.device)
     assert worst, "no case was compared"
     for case, ratio in worst.items():
         if not ratio <= 1:
@@ -70,13 +73,13 @@ def values(here: Here) -> Iterator[Line]:
     for V in here.size((5_003, 37_984, 151_936), (1_003, 5_003)):
         for dtype in (torch.float32, torch.bfloat16):
             logits, targets = language_like(8, V, dtype)
-            expected = truth(logits.double(), targets, 1.0, TOP_P, "reach", "all", grad=DIFFERENTIABLE)[1]
+            expected = truth(logits.double(), targets, 1.0, TOP_P, "reach", grad=DIFFERENTIABLE)[1]
             assert expected is not None
             portable = _outputs(logits.clone(), targets, V)[1]
             for layout in ("plain", "strided", "padded"):
                 local = _laid_out(logits.to(here.device), layout)
                 got, gradient = _outputs(local, targets.to(here.device), V)
-                assert_values(got, logits, targets, 1.0, TOP_P, "reach", "all")
+                assert_values(got, logits, targets, 1.0, TOP_P, "reach")
                 assert not gradient[:, V:].any(), "padding has a gradient"
                 name = f"V {V:,} {str(dtype)[6:]} {layout}: gradient"
                 yield limit(f"{name} - fp64", _of_tolerance(gradient[:, :V], expected), 1, "of tolerance")
@@ -135,7 +138,7 @@ def edges(here: Here) -> Iterator[Line]:
             assert torch.equal(dirty[n].isnan(), portable[n].isnan()), (n, dirty[n], portable[n])
         assert torch.equal(dirty_gradient.isnan(), portable_gradient.isnan()), "NaN gradients differ from the portable"
         masked = bad[3:]
-        assert_values({n: dirty[n][3:] for n in ALL}, masked, targets[3:], 1.0, TOP_P, "reach", "all")
+        assert_values({n: dirty[n][3:] for n in ALL}, masked, targets[3:], 1.0, TOP_P, "reach")
         yield limit(
             f"{name}: gradient beside minus infinity - portable",
             _of_tolerance(dirty_gradient[3:], portable_gradient[3:]),
@@ -238,9 +241,11 @@ def launches(here: Here) -> Iterator[Line]:
     """Kernels and host synchronisations of a forward and of a backward: the same whatever T is."""
     V = here.size(151_936, 4_012)
     for world in (1, 4):
-        counted = []
+        counted: list[int] = []
+        rows = here.size((1_024, 16_384), (16, 64))
+        planned = [count("log-prob + entropy + nucleus", world, T, V, torch.bfloat16)[0].launches for T in rows]
         with echo_group(world) as group:
-            for T in here.size((1_024, 16_384), (16, 64)):
+            for T, without_gpu in zip(rows, planned, strict=True):
                 shard = VocabShard(0, V // world, V, group if world > 1 else None)
                 logits = language_rows(T, V // world, here.device).requires_grad_()
                 targets = random_targets(T, V // world, here.device)
@@ -257,16 +262,19 @@ def launches(here: Here) -> Iterator[Line]:
                 ) -> object:
                     return torch.autograd.grad(outputs, x, upstream, retain_graph=True)
 
-                for name, work, most in (("forward", forward, LAUNCHES), ("backward", backward, LAUNCHES // 2)):
+                at, total = f"TP {world}, T {T:,}", 0
+                for name, work in (("forward", forward), ("backward", backward)):
                     found = measure.count(work, here.device)
-                    at = f"TP {world}, T {T:,}: {name}"
-                    yield here.claim(limit(f"{at}: kernels", found.launches, most))
-                    yield fact(f"{at}: copies and fills", found.copies)
-                    yield here.claim(limit(f"{at}: synchronisations", found.synchronisations, 0))
-                    counted.append((name, found.launches))
+                    yield fact(f"{at}: {name}: kernels", found.launches)
+                    yield fact(f"{at}: {name}: copies and fills", found.copies)
+                    yield here.claim(limit(f"{at}: {name}: synchronisations", found.synchronisations, 0))
+                    total += found.launches + found.copies
+                most = LAUNCHES if world == 1 else LAUNCHES + ECHO
+                yield here.claim(limit(f"{at}: launches of both", total, most))
+                yield anchor(f"{at}: launches beside tools.bench_count's", total, without_gpu, "")
+                counted.append(total)
                 del logits, outputs
-        half = len(counted) // 2
-        yield here.claim(equal(f"TP {world}: kernels do not grow with T", str(counted[half:]), str(counted[:half])))
+        yield here.claim(equal(f"TP {world}: launches do not grow with T", counted[-1], counted[0]))
 
 
 def registers(here: Here) -> Iterator[Line]:
