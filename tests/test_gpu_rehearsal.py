@@ -23,7 +23,7 @@ RUNS = {"operator": operator, "training": training, "transformer_engine": transf
 FAKE = """
 import os, sys, time
 from tests.gpu import harness
-from tests.gpu.harness import Absent, Check, equal, limit, main, target
+from tests.gpu.harness import Absent, Check, equal, fact, limit, main, target
 
 harness.GRACE_S = 1.0
 
@@ -32,7 +32,7 @@ def wrong(here): yield limit("error", 2.0, 1.0); yield equal("bits", True, True)
 def not_a_number(here): yield limit("error", float("nan"), 1.0)
 def raises(here): yield limit("before", 0.0, 1.0); raise RuntimeError("out of memory, say")
 def dies(here): yield limit("before", 0.0, 1.0); os._exit(7)
-def hangs(here): yield limit("before", 0.0, 1.0); time.sleep(600)
+def hangs(here): yield limit("before", 0.0, 1.0); yield fact("pid", os.getpid()); time.sleep(600)
 def missing(here): raise Absent("no such tool"); yield
 
 NAMES = ("good", "wrong", "not_a_number", "raises", "dies", "hangs", "missing")
@@ -121,22 +121,25 @@ def test_what_is_broken_is_in_the_file_and_the_run_goes_on(fake: Path) -> None:
     assert "5 failed" in printed and "1 refused (needs the wrong)" in printed
 
 
-def test_a_kill_loses_nothing(fake: Path) -> None:
-    words, environment = command("fake_run", "--rehearse", "--out", str(fake / "out.json"), path=fake)
+def test_a_kill_loses_nothing_and_leaves_nothing_behind(fake: Path) -> None:
+    out = fake / "out.json"
+    words, environment = command("fake_run", "--rehearse", "--out", str(out), path=fake)
     process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
+    checks: dict[str, Any] = {}
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        out = fake / "out.json"
-        statuses = [check["status"] for check in json.loads(out.read_text())["checks"]] if out.exists() else []
-        if statuses.count("failed") == 2:
-            break
+    while time.monotonic() < deadline and len(checks.get("hangs", {"lines": ()})["lines"]) < 2:
         time.sleep(0.01)
+        checks = {check["name"]: check for check in json.loads(out.read_text())["checks"]} if out.exists() else {}
     process.send_signal(signal.SIGKILL)
     process.wait()
-    found = json.loads((fake / "out.json").read_text())
+    found = json.loads(out.read_text())
     assert found["passed"] is False
-    assert [check["status"] for check in found["checks"]][:3] == ["passed", "failed", "failed"]
+    assert [check["status"] for check in found["checks"]][:6] == ["passed", *["failed"] * 4, "running"]
     assert found["checks"][0]["lines"][0]["found"] == 0.5
+    worker = found["checks"][5]["lines"][1]["found"]
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not Path(f"/proc/{worker}").exists()
 
 
 def test_without_time_checks_are_skipped(fake: Path) -> None:
