@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from megatron_ext import methods
+from megatron_ext import host, methods
 from megatron_ext.model import hf_weights
 from megatron_ext.rollout.base import Request, Sampling
 from megatron_ext.train import parallel
@@ -71,6 +71,7 @@ def collected(
         ),
         train=TrainConfig(mini_batch_prompts=MINI, seed=11),
     )
+    host.enter()
     parallel.initialize(config.parallel)
     order = DataOrder([range(NUM_PROBLEMS)], seed=11)
     episodes, metrics = [], {}
