@@ -107,7 +107,11 @@ def _statistics(
     def read(output: Tensor, micro: PackedSequences) -> TokenStats:
         rows, targets = hidden_rows(policy, output, micro), micro.targets.to(output.device)
         if policy.fused_head:
-            found = linear_policy_stats(rows, policy.head_weight, targets, shard, **options)
+            weight: Any = policy.head_weight
+            if with_grad:  # Megatron's buffer takes the gradient as it is made, not a second time from autograd
+                weight.grad_added_to_main_grad = True
+            main_grad = weight.main_grad if with_grad else None
+            found = linear_policy_stats(rows, weight, targets, shard, main_grad=main_grad, **options)
         else:  # nobody else reads these logits: the backward writes their gradient over them
             found = policy_stats(logits_of(policy, rows), targets, shard, inplace_backward=with_grad, **options)
         return TokenStats(**{name: found[name] for name in want})

@@ -69,9 +69,8 @@ def linear_policy_stats(
         weight: ``[shard.width, D]`` in the dtype of hidden.
         targets: ``[rows]`` int64, global token ids (all rows, also with ``sequence_parallel``).
         chunk: rows whose logits exist at once; None: as many as CHUNK_BYTES hold.
-        main_grad: fp32 ``[shard.width, D]`` that the gradient of the weight is added to, chunk by chunk. Autograd then
-            gets an uninitialised tensor in its place, which the caller must ignore (Megatron's
-            ``grad_added_to_main_grad``).
+        main_grad: fp32 ``[shard.width, D]`` that the gradient of the weight is added to, chunk by chunk; autograd then
+            gets zeros in its place.
 
     The other arguments, the outputs and the errors are those of :func:`policy_stats`. Without ``main_grad`` the
     gradient of the weight is summed in fp32 over the chunks, then rounded to the weight's dtype; the sum over
@@ -149,7 +148,7 @@ class _LinearPolicyStatsFunction(torch.autograd.Function):
         else:
             d_hidden = sum_over_ranks(d_hidden, shard.group)
         if ctx.main_grad is not None:
-            d_weight = torch.empty_like(weight)
+            d_weight = torch.zeros_like(weight)
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), *[None] * 6
 
 

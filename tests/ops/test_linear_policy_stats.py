@@ -95,6 +95,18 @@ def test_the_weight_gradient_is_summed_in_fp32():
     assert gradient[:, 0].tolist() == [0.5, -0.5]
 
 
+def test_the_weight_gradient_is_added_to_main_grad():
+    hidden, weight, targets = inputs(torch.bfloat16)
+    weight.requires_grad_()
+    shard, gradients = VocabShard(0, V, V), []
+    for main_grad in (None, torch.full((V, D), 3.0)):
+        out = linear_policy_stats(hidden, weight, targets, shard, chunk=5, main_grad=main_grad)
+        (gradient,) = torch.autograd.grad(out["logprob"].sum(), weight)
+        gradients.append(gradient)
+    assert main_grad is not None and not gradients[1].any()
+    torch.testing.assert_close(main_grad - 3, gradients[0].float(), rtol=2**-8, atol=2**-20)
+
+
 def test_no_logits_of_all_rows_exist(monkeypatch):
     """The widest product is a chunk's: counted at the row work, forward and backward."""
     from megatron_ext.ops import rows
