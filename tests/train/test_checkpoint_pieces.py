@@ -9,6 +9,7 @@ import random
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from megatron_ext.train import checkpoint, manifest
 from megatron_ext.train.checkpoint_io import Chunk, places_of, read_index, tiled, write_chunks, write_index
 from megatron_ext.train.host_memory import HostMemory
 from megatron_ext.train.manifest import CheckpointError
-from megatron_ext.train.owned_pieces import rectangles
+from megatron_ext.train.owned_pieces import groups_state, rectangles, saved_steps, set_steps, steps_taken
 from tests import gloo
 from tests.train.tiny_run import STATE, TIED, TINY, Run
 
@@ -101,6 +102,19 @@ def test_copies_stay_what_they_were_in_storages_of_their_own() -> None:
     again = memory.copies(sources)
     assert [each.data_ptr() for each in again] == [each.data_ptr() for each in copies]
     assert memory.copies([]) == [] and HostMemory().copies([]) == []
+
+
+def test_the_fused_adam_counts_its_steps_in_its_groups() -> None:
+    """As Transformer Engine's does: no count before the first step, none in the state of a parameter."""
+    fused = SimpleNamespace(state={"parameter": {"exp_avg": 0}}, param_groups=[{"params": []}, {"params": []}])
+    part = SimpleNamespace(is_stub_optimizer=False, optimizer=fused)
+    each: Any = SimpleNamespace(optimizer=SimpleNamespace(chained_optimizers=[part, part]))
+    assert steps_taken(each) == 0 == saved_steps(groups_state(each, 0))
+    set_steps(each, 0)
+    assert fused.param_groups == [{"params": []}, {"params": []}]
+    set_steps(each, 7)
+    assert [group["step"] for group in fused.param_groups] == [7, 7] and fused.state == {"parameter": {"exp_avg": 0}}
+    assert steps_taken(each) == 7 == saved_steps(groups_state(each, 7))
 
 
 # A save on real ranks
