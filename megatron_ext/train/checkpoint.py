@@ -31,7 +31,7 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_ext.train import manifest, owned_pieces
+from megatron_ext.train import manifest, owned_pieces, parallel
 from megatron_ext.train.checkpoint_io import (
     FORMAT,
     FORMAT_FILE,
@@ -51,7 +51,6 @@ from megatron_ext.train.owned_pieces import Piece, module_pieces, trained_pieces
 from megatron_ext.train.together import (
     everywhere,
     gathered_on_first,
-    gloo_group,
     on_first_rank,
     together,
     with_shared_hashing,
@@ -264,7 +263,7 @@ def load_model(path: Path, modules: list) -> None:
 def _keys_of_all(pieces: Sequence[Piece]) -> set[str]:
     """The keys of all ranks' pieces: a pipeline stage has only its own."""
     everyone: list[set[str]] = [set()] * dist.get_world_size()
-    dist.all_gather_object(everyone, {each.chunk.key for each in pieces}, group=gloo_group())
+    dist.all_gather_object(everyone, {each.chunk.key for each in pieces}, group=parallel.gloo())
     return set().union(*everyone)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,22 +10,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_ext.train import manifest
+from megatron_ext.train import manifest, parallel
 from megatron_ext.train.manifest import CheckpointError, Record
 
 T = TypeVar("T")
-
-
-def gloo_group() -> dist.ProcessGroup | None:
-    """A gloo group of all ranks: faults and file lists are Python objects."""
-    return None if dist.get_backend() == "gloo" else _gloo(dist.group.WORLD)
-
-
-@functools.cache
-def _gloo(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    group = dist.new_group(backend="gloo")
-    assert isinstance(group, dist.ProcessGroup)
-    return group
 
 
 @contextmanager
@@ -41,7 +28,7 @@ def together(doing: str) -> Iterator[None]:
     except Exception as error:
         fault, lines = error, _lines(error)
     everyone: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(everyone, lines, group=gloo_group())
+    dist.all_gather_object(everyone, lines, group=parallel.gloo())
     distinct = dict.fromkeys(line for part in everyone for line in part)
     if distinct:
         raise CheckpointError(f"{doing}: " + "\n".join(distinct)) from fault
@@ -53,20 +40,20 @@ def on_first_rank(doing: str, function: Callable[[], T]) -> T:
     with together(doing):
         if dist.get_rank() == 0:
             box[0] = function()
-    dist.broadcast_object_list(box, src=0, group=gloo_group())
+    dist.broadcast_object_list(box, src=0, group=parallel.gloo())
     return box[0]
 
 
 def gathered_on_first(value: T) -> list[T]:
     """Every rank's value on rank 0, nothing on the others."""
     parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(value, parts, dst=0, group=gloo_group())
+    dist.gather_object(value, parts, dst=0, group=parallel.gloo())
     return parts or []
 
 
 def everywhere(flag: bool) -> bool:
     box = torch.tensor([int(flag)])
-    dist.all_reduce(box, op=dist.ReduceOp.MIN, group=gloo_group())
+    dist.all_reduce(box, op=dist.ReduceOp.MIN, group=parallel.gloo())
     return bool(box)
 
 
@@ -78,16 +65,16 @@ def with_shared_hashing(doing: str, function: Callable[[manifest.Hasher], T]) ->
             try:
                 box[0] = function(_hash_together)
             finally:
-                dist.broadcast_object_list([None], src=0, group=gloo_group())  # no more
+                dist.broadcast_object_list([None], src=0, group=parallel.gloo())  # no more
         else:
             while (request := _received()) is not None:
                 _hash_share(*request)
-    dist.broadcast_object_list(box, src=0, group=gloo_group())
+    dist.broadcast_object_list(box, src=0, group=parallel.gloo())
     return box[0]
 
 
 def _hash_together(folder: Path, names: list[str]) -> dict[str, Record]:
-    dist.broadcast_object_list([(folder, names)], src=0, group=gloo_group())
+    dist.broadcast_object_list([(folder, names)], src=0, group=parallel.gloo())
     parts = _hash_share(folder, names)
     for part in parts:
         if isinstance(part, OSError):
@@ -106,7 +93,7 @@ def _hash_share(folder: Path, names: list[str]) -> list[Any]:
 
 def _received() -> Any:
     box: list[Any] = [None]
-    dist.broadcast_object_list(box, src=0, group=gloo_group())
+    dist.broadcast_object_list(box, src=0, group=parallel.gloo())
     return box[0]
 
 
