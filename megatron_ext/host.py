@@ -197,4 +197,5 @@ def _name_what_is_absent() -> None:
     """The router asks whether Transformer Engine's matrix product is None, and never says that it is."""
     from megatron.core.transformer.moe import moe_utils
 
-    vars(moe_utils).setdefault("te_general_gemm", None)
+    names: Any = vars(moe_utils)
+    names.setdefault("te_general_gemm", None)

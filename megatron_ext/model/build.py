@@ -180,7 +180,8 @@ def _accumulate_in_fp32(module: GPTModel) -> None:
     """
     from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
-    for child in module.modules():
+    children: Any = module.modules()
+    for child in children:
         if isinstance(child, TransformerEngineBaseModule):
             child.fuse_wgrad_accumulation = True
 
@@ -203,7 +204,7 @@ def wrap(architecture: Architecture, modules: list[GPTModel], overlap: Overlap, 
     As Megatron's training loop does it, but nothing is aligned over pipeline stages: each stage reduces its gradients
     and gathers its weights when they are due there. Of the chunks of a stage only the first is cut into buckets.
     """
-    config = modules[0].config  # one for all
+    config: Any = modules[0].config  # one for all
     chunks = [
         DistributedDataParallel(
             config=config,

@@ -8,6 +8,7 @@ import pytest
 from safetensors import safe_open
 
 from megatron_ext.model.hf_config import read_architecture
+from megatron_ext.plan import sizes
 from megatron_ext.plan.sizes import (
     Parameter,
     Sharding,
@@ -97,3 +98,11 @@ def test_buffers_are_padded_as_megatron_does() -> None:
     # a shared embedding ends a bucket before and after it
     found = buffers([Parameter(10, own_bucket=True), Parameter(10)], Sharding(data=1))
     assert (found.padded, found.owned) == (256, 20)
+
+
+def test_a_full_bucket_is_closed_and_padded() -> None:
+    """Two parameters of 130: in one bucket the second starts at 192 and the end, 322, is padded to 384."""
+    parameters = [sizes.Parameter(130), sizes.Parameter(130)]
+    assert sizes.buffers(parameters, sizes.Sharding()).padded == 384
+    assert sizes.buffers(parameters, sizes.Sharding(), 130).padded == 2 * 256
+    assert sizes.buffers(parameters, sizes.Sharding(), 131).padded == 384

@@ -36,7 +36,8 @@ from megatron_ext import host  # noqa: E402
 from megatron_ext.model import hf_config, hf_weights, kernels, layers  # noqa: E402
 from megatron_ext.model.build import Policy, build_policy  # noqa: E402
 from megatron_ext.model.megatron_config import Fusions  # noqa: E402
-from megatron_ext.train import checkpoint, parallel  # noqa: E402
+from megatron_ext.train import parallel  # noqa: E402
+from megatron_ext.train.checkpoint import Checkpoints  # noqa: E402
 from megatron_ext.train.config import Config, OptimizerConfig, ParallelConfig  # noqa: E402
 from megatron_ext.train.config import hf_config as read_json  # noqa: E402
 from megatron_ext.train.trained import Trained  # noqa: E402
@@ -98,20 +99,29 @@ def save(rank: int, world: int, path: str, layout: dict[str, Any], root: str) ->
     for moments in states(each):
         for value in moments.values():
             value.copy_(torch.rand(value.shape, generator=generator))
-    config = Config.model_validate({"model": {"path": path}}).model_dump()
-    description = ParallelConfig(ranks_per_node=world, **layout).model_dump()
-    options: dict[str, Any] = {"state": {}, "config": config, "layout": description, "keep": 1}
-    checkpoint.save(Path(root) / "checkpoints", 1, trained={"policy": each}, **options)
+    checkpoints = checkpoints_of(each, world, path, layout, root)
+    checkpoints.save(1, {})
+    checkpoints.publish(wait=True)
     return contents(each)
 
 
 def resume(rank: int, world: int, path: str, layout: dict[str, Any], root: str) -> dict[str, Any]:
     """What a new process has after loading that checkpoint."""
     each = trained(world, path, layout, fill=False)
-    description = ParallelConfig(ranks_per_node=world, **layout).model_dump()
-    loaded = checkpoint.load(Path(root) / "checkpoints", trained={"policy": each}, layout=description)
+    loaded = checkpoints_of(each, world, path, layout, root).load()
     assert loaded is not None and loaded.step == 1
     return contents(each) | {"refused": list(loaded.refused)}
+
+
+def checkpoints_of(each: Trained, world: int, path: str, layout: Mapping[str, Any], root: str) -> Checkpoints:
+    return Checkpoints(
+        Path(root) / "checkpoints",
+        trained={"policy": each},
+        config=Config.model_validate({"model": {"path": path}}).model_dump(),
+        layout=ParallelConfig(ranks_per_node=world, **layout).model_dump(),
+        keep=1,
+        asynchronous=False,
+    )
 
 
 def trained(world: int, path: str, layout: Mapping[str, Any], *, fill: bool) -> Trained:

@@ -52,14 +52,14 @@ class Members:
 
     def __init__(self, name: str) -> None:
         self._enumeration = name
-        self._members: dict[str, enum.IntEnum] = {}
+        self._members: dict[str, Any] = {}
 
-    def __getattr__(self, name: str) -> enum.IntEnum:
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         if name not in self._members:
-            number = len(self._members)
-            self._members[name] = enum.IntEnum(self._enumeration, {name: number})[name]
+            enumeration: Any = enum.IntEnum(self._enumeration, {name: len(self._members)})
+            self._members[name] = enumeration[name]
         return self._members[name]
 
 
@@ -84,7 +84,7 @@ def load(compute_capability: tuple[int, int] = (9, 0)) -> Bindings:
     package.__path__ = [str(SOURCE / "transformer_engine")]
     sys.modules["transformer_engine"] = package
     common: Any = importlib.import_module("transformer_engine.common")
-    bindings = Bindings("transformer_engine_torch")
+    bindings: Any = Bindings("transformer_engine_torch")
     bindings.DType = DType
     bindings.get_cudnn_version = lambda: CUDNN
     bindings.__all__ = ["get_cudnn_version"]  # what is taken by a star
