@@ -7,6 +7,8 @@ of a large layout, defined values, no communication.
 
 from __future__ import annotations
 
+# pyright: reportIncompatibleMethodOverride=false, reportAssignmentType=false
+# (torch calls these methods by position; its stubs name the parameters differently from method to method)
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

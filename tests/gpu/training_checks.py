@@ -56,7 +56,7 @@ def parity(here: Here) -> Iterator[Line]:
             streamed = {name: tensor.cpu() for name, tensor in hf_weights.PolicyWeights(policy)}
         if "moe" in kind:
             model.set_experts_implementation("eager")  # grouped products know neither fp64 nor, on a GPU, fp32
-        in_fp32 = transformers_logprobs(model.to(here.device), pairs)
+        in_fp32 = transformers_logprobs(model.to(torch.device(here.device)), pairs)  # pyright: ignore[reportArgumentType]
         exact = transformers_logprobs(model.double(), pairs)
         model.float().cpu()
         lost = float((in_fp32 - exact).abs().max())

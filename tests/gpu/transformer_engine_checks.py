@@ -260,7 +260,7 @@ def experts_run(here: Here) -> Iterator[Line]:
         eos_token_id=base["eos_token_id"],
         initializer_range=0.2,
     )
-    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(model)
+    Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(model)
     options = (f'model.path="{model}"', 'model.dtype="bfloat16"', "rollout.prompts=4", "rollout.samples=4")
     options = (*options, "train.mini_batch_prompts=2")
     first = training_checks.train(here, "experts", *options, "train.steps=1")
