@@ -20,10 +20,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from megatron_ext.methods.base import Needs
+from megatron_ext.model import kernels
 from megatron_ext.model.build import build_modules
 from megatron_ext.model.hf_config import read_architecture
 from megatron_ext.model.hf_weights import module_rules
 from megatron_ext.model.layers import have_transformer_engine
+from megatron_ext.model.megatron_config import Fusions
 from megatron_ext.train.config import AlarmsConfig, Config, hf_config, read_config
 from megatron_ext.train.objective import create_method
 from tests import tiny
@@ -295,6 +297,17 @@ def full_size(here: Here) -> Iterator[Line]:
         yield from _full_step(here, name, overrides)
 
 
+def _kernels(config: Config) -> str:
+    """What a run says when it starts. Raises ValueError where attention would not be a fused one."""
+    return kernels.describe(
+        read_architecture(hf_config(config.model.path)),
+        tensor=config.parallel.tensor,
+        dtype=getattr(torch, config.model.dtype),
+        longest=config.longest_sequence,
+        fusions=Fusions(**config.model.fusions.model_dump()),
+    )
+
+
 def _full_step(here: Here, name: str, overrides: list[str]) -> Iterator[Line]:
     overrides = [*overrides, "train.micro_batch_tokens=16384"]
     small = ["data.max_prompt_tokens=8", "rollout.max_response_tokens=24", "train.micro_batch_tokens=128"]
@@ -305,6 +318,7 @@ def _full_step(here: Here, name: str, overrides: list[str]) -> Iterator[Line]:
     count = config.train.micro_batch_tokens // config.longest_sequence
     own = architecture.vocab_size // config.parallel.tensor  # tokens whose embedding and logit this rank holds
     pairs = models.sequences(own, [lengths] * count)
+    yield fact(f"{name}: layers", _kernels(config))
     with models.first_rank_of(config.parallel):
         learning = models.Learning.build(config, architecture, create_method(config).needs, None)
         packed = [models.pack(pairs, config.parallel)]
