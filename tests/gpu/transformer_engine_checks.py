@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,16 @@ def names(here: Here) -> Iterator[Line]:
             found = {name: tuple(p.shape) for name, p in module.named_parameters()}
             expected = {rule.megatron: rule.shape for rule in module_rules(module, architecture)}
             others = sorted(set(module.state_dict()) - set(found))
-        yield equal(f"{kind}: names in one and not the other", str(sorted(found.keys() ^ expected.keys())), "[]")
+        yield equal(f"{kind}: names in one and not the other", _few(found.keys() ^ expected.keys()), "none")
         wrong = [name for name, shape in found.items() if "embed" not in name and "output_layer" not in name]
         wrong = [name for name in wrong if expected.get(name) != found[name]]
-        yield equal(f"{kind}: of another shape", str(wrong), "[]")
+        yield equal(f"{kind}: of another shape", _few(wrong), "none")
         unknown = [name for name in others if "_extra_state" not in name and not name.endswith("inv_freq")]
-        yield equal(f"{kind}: other entries of the state", str(unknown), "[]")
+        yield equal(f"{kind}: other entries of the state", _few(unknown), "none")
+
+
+def _few(found: Collection[str]) -> str:
+    return f"{len(found)}: {', '.join(sorted(found)[:3])}" if found else "none"
 
 
 @dataclass(frozen=True)
