@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed import _coalescing_manager  # as Megatron-Core does
+from torch.distributed.distributed_c10d import _coalescing_manager  # Megatron-Core uses it
 
 from tests.gpu import operator, training, transformer_engine
 from tests.gpu.echo import echo_group

@@ -7,6 +7,8 @@ of a large layout, defined values, no communication.
 
 from __future__ import annotations
 
+# pyright: reportIncompatibleMethodOverride=false, reportAssignmentType=false
+# (torch calls these methods by position; its stubs name the parameters differently from method to method)
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import _create_work_from_future
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.futures import Future
 
@@ -21,14 +24,14 @@ from torch.futures import Future
 def _done(value: Any) -> Any:
     future: Future = Future()
     future.set_result(value)
-    return torch._C._distributed_c10d._create_work_from_future(future)
+    return _create_work_from_future(future)
 
 
 class EchoGroup(dist.ProcessGroup):
     """The methods that torch.distributed's functions call, under torch 2.13's names and, below, the older ones."""
 
     def __init__(self, world: int) -> None:
-        super().__init__(0, world)
+        super().__init__(0, world)  # pyright: ignore[reportCallIssue]
         self.world = world
 
     def size(self) -> int:
@@ -41,11 +44,11 @@ class EchoGroup(dist.ProcessGroup):
         return "echo"
 
     def _set_group_name(self, name: str) -> None:
-        self.name = name
+        self.own_name = name
 
     @property
     def group_name(self) -> str:
-        return self.name
+        return self.own_name
 
     def allreduce(self, tensors: Sequence[Tensor], opts: Any = None) -> Any:
         if opts is None or opts.reduceOp == dist.ReduceOp.SUM:

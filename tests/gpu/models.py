@@ -23,6 +23,7 @@ from megatron_ext.model.build import build_policy
 from megatron_ext.model.forward import forward, forward_backward
 from megatron_ext.model.hf_config import Architecture
 from megatron_ext.model.hf_weights import module_rules
+from megatron_ext.model.megatron_config import Fusions
 from megatron_ext.train import packing, parallel
 from megatron_ext.train.config import Config, ParallelConfig
 from megatron_ext.train.trained import Trained
@@ -75,6 +76,8 @@ def build_options(config: Config) -> dict[str, Any]:
         "dtype": getattr(torch, config.model.dtype),
         "fused_head": config.model.fused_head,
         "recompute": config.model.recompute,
+        "fusions": Fusions(**config.model.fusions.model_dump()),
+        "overlap": parallel.overlap(config.parallel),
         **parallel.model_layout(config.parallel),
     }
 
@@ -106,9 +109,11 @@ class Learning:
         forward_backward(self.trained.model, packed, self.needs, 1.0, lambda _, stats: loss_of(stats))
 
     def update(self, packed: Sequence[PackedSequences]) -> float:
-        """A whole update; the gradient's norm."""
+        """A whole update, its weights gathered; the gradient's norm."""
         self.gradients(packed)
-        return self.trained.update(MAX_BAD_STEPS)[0]
+        norm, _ = self.trained.update(MAX_BAD_STEPS)
+        self.trained.model.finish_param_sync()
+        return norm
 
     def gradient_of(self, name: str) -> Tensor:
         """The fp32 gradient in the buffers of one parameter of the first module."""

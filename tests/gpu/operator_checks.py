@@ -185,9 +185,9 @@ def fused_head(here: Here) -> Iterator[Line]:
         lost = (two - right).abs().max().item()  # what the product in two steps loses in the same dtype
         error = (got - right).abs().max().item()
         yield limit(f"float32: gradient of {name} - fp64", error, 4 * lost + 4e-6 * right.abs().max().item())
-    lower = [x.to(here.device, torch.bfloat16) for x in (hidden, weight)]
-    two = _head_gradients(*lower, targets.to(here.device), chunk=None)
-    got = _head_gradients(*lower, targets.to(here.device), chunk=T // 3)
+    h, w = hidden.to(here.device, torch.bfloat16), weight.to(here.device, torch.bfloat16)
+    two = _head_gradients(h, w, targets.to(here.device), chunk=None)
+    got = _head_gradients(h, w, targets.to(here.device), chunk=T // 3)
     for name, fused_, two_ in zip(("hidden", "weight"), got, two, strict=True):
         error = (fused_ - two_).abs().max().item()
         yield limit(f"bfloat16: gradient of {name} - in two steps", error, 2**-6 * two_.abs().max().item())
@@ -233,7 +233,8 @@ def small_case(device: str) -> None:
         logits, targets = language_like(6, 9_001, dtype)
         for layout in ("plain", "strided", "padded"):
             _outputs(_laid_out(logits.to(device), layout), targets.to(device), 9_001)
-        hidden, weight = (torch.randn(n, 64, device=device, dtype=dtype) for n in (6, 9_001))
+        hidden = torch.randn(6, 64, device=device, dtype=dtype)
+        weight = torch.randn(9_001, 64, device=device, dtype=dtype)
         _head_gradients(hidden, weight, targets.to(device), chunk=4)
 
 

@@ -21,6 +21,7 @@ from megatron_ext.model import hf_weights
 from megatron_ext.model.build import build_reference
 from megatron_ext.model.forward import forward
 from megatron_ext.model.hf_config import read_architecture
+from megatron_ext.plan import device
 from megatron_ext.plan.layout import make_plan
 from megatron_ext.plan.memory import Roles
 from megatron_ext.plan.speed import RATES
@@ -56,7 +57,7 @@ def parity(here: Here) -> Iterator[Line]:
             streamed = {name: tensor.cpu() for name, tensor in hf_weights.PolicyWeights(policy)}
         if "moe" in kind:
             model.set_experts_implementation("eager")  # grouped products know neither fp64 nor, on a GPU, fp32
-        in_fp32 = transformers_logprobs(model.to(here.device), pairs)
+        in_fp32 = transformers_logprobs(model.to(torch.device(here.device)), pairs)  # pyright: ignore[reportArgumentType]
         exact = transformers_logprobs(model.double(), pairs)
         model.float().cpu()
         lost = float((in_fp32 - exact).abs().max())
@@ -117,7 +118,8 @@ def start(here: Here, name: str, *overrides: str, seen: str | None = None) -> tu
     environment = {
         **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"},
         "MASTER_PORT": str(ranks.free_port()),
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what cuBLAS wants to be the same twice
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what cuBLAS wants to be the same twice, and Transformer Engine
+        "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
     }
     if seen is not None:
         environment["CUDA_VISIBLE_DEVICES"] = seen
@@ -197,7 +199,7 @@ def memory(here: Here) -> Iterator[Line]:
 def phases(here: Here, learning: models.Learning, packed: list[PackedSequences]) -> Iterator[Line]:
     """Bytes held and peaks of score and update beside the planner's items for the same configuration."""
     config = learning.config
-    plan = make_plan(config, Roles(), rates=RATES["h100"], gpu_memory=80e9).ranks[0].phases
+    plan = make_plan(config, Roles(), rates=RATES["h100"], gpu_memory=device.TOTAL_BYTES["h100"]).ranks[0].phases
     scored, planned = plan["score"], plan["update"]
     norm = learning.update(packed)  # the first one makes the moments
     yield equal("the gradient's norm is finite", math.isfinite(norm), True)
@@ -213,5 +215,11 @@ def phases(here: Here, learning: models.Learning, packed: list[PackedSequences])
     times = measure.medians_ms(
         {"score": lambda: learning.score(packed), "update": lambda: learning.update(packed)}, here.device, repeat=3
     )
+    if not here.rehearse:
+        reserved, allocated = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
+        yield anchor("reserved over allocated at the peak", reserved / allocated, 1 + device.FRAGMENTATION, "")
+        free, total = torch.cuda.mem_get_info()
+        context = (total - free - torch.cuda.memory_reserved()) / GB
+        yield anchor("context, with whatever else runs here", context, device.CONTEXT / GB, "GB")
     for name, took in times.items():
         yield fact(f"{name} of {len(packed[0].tokens):,} tokens", took, "ms")

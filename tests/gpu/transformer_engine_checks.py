@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from megatron_ext.methods.base import Needs
+from megatron_ext.model import kernels
 from megatron_ext.model.build import build_modules
 from megatron_ext.model.hf_config import read_architecture
 from megatron_ext.model.hf_weights import module_rules
 from megatron_ext.model.layers import have_transformer_engine
+from megatron_ext.model.megatron_config import Fusions
 from megatron_ext.train.config import AlarmsConfig, Config, hf_config, read_config
 from megatron_ext.train.objective import create_method
 from tests import tiny
@@ -55,12 +57,16 @@ def names(here: Here) -> Iterator[Line]:
             found = {name: tuple(p.shape) for name, p in module.named_parameters()}
             expected = {rule.megatron: rule.shape for rule in module_rules(module, architecture)}
             others = sorted(set(module.state_dict()) - set(found))
-        yield equal(f"{kind}: names in one and not the other", str(sorted(found.keys() ^ expected.keys())), "[]")
+        yield equal(f"{kind}: names in one and not the other", _few(found.keys() ^ expected.keys()), "none")
         wrong = [name for name, shape in found.items() if "embed" not in name and "output_layer" not in name]
         wrong = [name for name in wrong if expected.get(name) != found[name]]
-        yield equal(f"{kind}: of another shape", str(wrong), "[]")
+        yield equal(f"{kind}: of another shape", _few(wrong), "none")
         unknown = [name for name in others if "_extra_state" not in name and not name.endswith("inv_freq")]
-        yield equal(f"{kind}: other entries of the state", str(unknown), "[]")
+        yield equal(f"{kind}: other entries of the state", _few(unknown), "none")
+
+
+def _few(found: Collection[str]) -> str:
+    return f"{len(found)}: {', '.join(sorted(found)[:3])}" if found else "none"
 
 
 @dataclass(frozen=True)
@@ -260,7 +266,7 @@ def experts_run(here: Here) -> Iterator[Line]:
         eos_token_id=base["eos_token_id"],
         initializer_range=0.2,
     )
-    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(model)
+    Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(model)
     options = (f'model.path="{model}"', 'model.dtype="bfloat16"', "rollout.prompts=4", "rollout.samples=4")
     options = (*options, "train.mini_batch_prompts=2")
     first = training_checks.train(here, "experts", *options, "train.steps=1")
@@ -295,6 +301,17 @@ def full_size(here: Here) -> Iterator[Line]:
         yield from _full_step(here, name, overrides)
 
 
+def _kernels(config: Config) -> str:
+    """What a run says when it starts. Raises ValueError where attention would not be a fused one."""
+    return kernels.describe(
+        read_architecture(hf_config(config.model.path)),
+        tensor=config.parallel.tensor,
+        dtype=getattr(torch, config.model.dtype),
+        longest=config.longest_sequence,
+        fusions=Fusions(**config.model.fusions.model_dump()),
+    )
+
+
 def _full_step(here: Here, name: str, overrides: list[str]) -> Iterator[Line]:
     overrides = [*overrides, "train.micro_batch_tokens=16384"]
     small = ["data.max_prompt_tokens=8", "rollout.max_response_tokens=24", "train.micro_batch_tokens=128"]
@@ -305,6 +322,7 @@ def _full_step(here: Here, name: str, overrides: list[str]) -> Iterator[Line]:
     count = config.train.micro_batch_tokens // config.longest_sequence
     own = architecture.vocab_size // config.parallel.tensor  # tokens whose embedding and logit this rank holds
     pairs = models.sequences(own, [lengths] * count)
+    yield fact(f"{name}: layers", _kernels(config))
     with models.first_rank_of(config.parallel):
         learning = models.Learning.build(config, architecture, create_method(config).needs, None)
         packed = [models.pack(pairs, config.parallel)]
