@@ -32,6 +32,7 @@ Recompute = Literal["none", "mlp", "full"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "mlp", "full")
 IMBALANCE = 1.5  # assumed: tokens of the busiest expert-parallel rank over the mean
 HEAD_CHUNK_BYTES = 1 << 29  # of logits that the fused head holds at once (ops/linear_policy_stats.py)
+MAXIMA_SHARE = 1 / 32  # of bf16 logits: a 2-byte maximum for every 32 columns (ops/kernels/summary.py)
 EXCHANGE_PER_ROW = 4096  # 256 keys and logits a row, sent and received (ops/nucleus.py)
 VLLM_PREFILL = 8192  # assumed: tokens of a prompt pass of vLLM, its max_num_batched_tokens
 PHASES = ("rollout", "score", "update")
@@ -135,9 +136,8 @@ def head(a: Architecture, config: Config, *, grad: bool) -> float:
     width = a.padded_vocab(p.tensor) // p.tensor
     weight, logits = width * a.hidden_size, tokens * width * element
     rows = tokens * a.hidden_size * element * (2 + grad) + tokens * EXCHANGE_PER_ROW  # gathered, selected, its gradient
-    if config.model.fused_head:
-        return rows + min(HEAD_CHUNK_BYTES, logits) + weight * (4 + element) * grad
-    return rows + logits + weight * element * grad
+    alive = min(HEAD_CHUNK_BYTES, logits) if config.model.fused_head else logits
+    return rows + alive * (1 + MAXIMA_SHARE) + weight * element * grad
 
 
 def element_bytes(config: Config) -> int:
