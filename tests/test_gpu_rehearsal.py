@@ -115,6 +115,7 @@ def test_what_is_broken_is_in_the_file_and_the_run_goes_on(fake: Path) -> None:
         "needs the good": "passed",
         "needs the wrong": "refused",
     }
+    assert checks["not_a_number"]["lines"][0]["found"] == "nan"
     assert "RuntimeError: out of memory, say" in checks["raises"]["error"] and "Traceback" in checks["raises"]["error"]
     assert "code 7" in checks["dies"]["error"] and "killed after 2 s" in checks["hangs"]["error"]
     assert all(checks[name]["lines"][0]["what"] == "before" for name in ("raises", "dies", "hangs"))
