@@ -65,6 +65,8 @@ if __name__ == "__main__":
 def command(module: str, *arguments: str, path: Path | None = None) -> tuple[list[str], dict[str, str]]:
     places = [str(path)] if path else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*places, os.environ.get("PYTHONPATH", "")])}
+    if path:  # a killed run cannot remove its scratch folder
+        environment["TMPDIR"] = str(path)
     return [sys.executable, "-m", module, *arguments], environment
 
 
