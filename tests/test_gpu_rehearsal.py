@@ -65,6 +65,8 @@ if __name__ == "__main__":
 def command(module: str, *arguments: str, path: Path | None = None) -> tuple[list[str], dict[str, str]]:
     places = [str(path)] if path else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*places, os.environ.get("PYTHONPATH", "")])}
+    if path:  # a killed run cannot remove its scratch folder
+        environment["TMPDIR"] = str(path)
     return [sys.executable, "-m", module, *arguments], environment
 
 
@@ -115,6 +117,7 @@ def test_what_is_broken_is_in_the_file_and_the_run_goes_on(fake: Path) -> None:
         "needs the good": "passed",
         "needs the wrong": "refused",
     }
+    assert checks["not_a_number"]["lines"][0]["found"] == "nan"
     assert "RuntimeError: out of memory, say" in checks["raises"]["error"] and "Traceback" in checks["raises"]["error"]
     assert "code 7" in checks["dies"]["error"] and "killed after 2 s" in checks["hangs"]["error"]
     assert all(checks[name]["lines"][0]["what"] == "before" for name in ("raises", "dies", "hangs"))

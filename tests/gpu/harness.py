@@ -16,6 +16,7 @@ import ctypes
 import gc
 import importlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -63,12 +64,12 @@ class Line:
 
 
 def fact(what: str, found: Value, unit: str = "") -> Line:
-    return Line(what, found, unit)
+    return Line(what, _json(found), unit)
 
 
 def limit(what: str, found: float, most: float, unit: str = "") -> Line:
     """``found`` must be at most ``most``; NaN is not."""
-    return Line(what, found, unit, most, "limit", bool(found <= most))
+    return Line(what, _json(found), unit, _json(most), "limit", bool(found <= most))
 
 
 def equal(what: str, found: Value, expected: Value) -> Line:
@@ -77,12 +78,17 @@ def equal(what: str, found: Value, expected: Value) -> Line:
 
 def target(what: str, found: float, goal: float, unit: str) -> Line:
     """``found`` should be at most ``goal``: a goal of ours, missed or met."""
-    return Line(what, found, unit, goal, "target", bool(found <= goal))
+    return Line(what, _json(found), unit, goal, "target", bool(found <= goal))
 
 
 def anchor(what: str, found: float, other: float, unit: str) -> Line:
     """``found`` beside a figure of somebody else, or of the planner."""
-    return Line(what, found, unit, other, "anchor")
+    return Line(what, _json(found), unit, other, "anchor")
+
+
+def _json(value: Value) -> Value:
+    """JSON has no NaN and no infinity."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ class Report:
     def write(self, path: Path) -> None:
         """Whole or not at all."""
         part = path.with_suffix(".part")
-        part.write_text(json.dumps(asdict(self) | {"passed": self.passed}, indent=1) + "\n")
+        part.write_text(json.dumps(asdict(self) | {"passed": self.passed}, indent=1, allow_nan=False) + "\n")
         part.replace(path)
 
 
