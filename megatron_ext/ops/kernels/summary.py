@@ -17,7 +17,7 @@ from megatron_ext.ops.kernels.keys import LN2, LOG2E, NOTHING, clamped, from_sho
 GROUP = 32  # columns that share a maximum
 COLUMNS = 4096  # a program's step over a row
 WARPS = 8
-WINDOW_WARPS = 4
+WINDOW_WARPS = 8
 DEPTHS: tl.constexpr = tl.constexpr(8)  # how far a window may reach down, in eighths
 
 
