@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ext import host
 from megatron_ext.train import parallel
 from megatron_ext.train.config import ParallelConfig
 from tests import gloo
@@ -32,6 +33,7 @@ def test_a_pipeline_has_the_state_of_one_stage(tmp_path: Path) -> None:
 
 
 def agreed(rank: int, world: int) -> tuple[int, int]:
+    host.enter()
     parallel.initialize(ParallelConfig(ranks_per_node=world, pipeline=2))
     return parallel.from_first_copy(rank), parallel.groups.data().rank()
 
