@@ -25,6 +25,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_ext.train.checkpoint_io import Chunk, Shape, Target
+from megatron_ext.train.optimizer_state import allocate, parts
 from megatron_ext.train.trained import Trained
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
@@ -43,7 +44,7 @@ def trained_pieces(name: str, each: Trained) -> list[Piece]:
     An optimizer that never stepped gets its zero state here.
     """
     optimizer: Any = each.optimizer
-    _allocate(optimizer)
+    allocate(optimizer)
     sharded, prefix = _sharded_parameters(each.model.modules), "" if name == "policy" else f"{name}."
     found = []
     for number, part in enumerate(optimizer.chained_optimizers):
@@ -187,15 +188,4 @@ def _ranges(part: Any) -> Iterator[tuple[Tensor, range]]:
 
 
 def _adams(optimizer: Any) -> list[Any]:
-    return [part.optimizer for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
-
-
-def _allocate(optimizer: Any) -> None:
-    """Give an optimizer that never stepped its zero state."""
-    for part in optimizer.chained_optimizers:
-        if part.is_stub_optimizer:
-            continue
-        part.init_state_fn(part.optimizer, part.config)
-        if isinstance(part.optimizer, torch.optim.AdamW):
-            for moments in part.optimizer.state.values():
-                moments.setdefault("step", torch.zeros((), dtype=torch.float32))
+    return [part.optimizer for part in parts(optimizer)]

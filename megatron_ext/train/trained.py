@@ -14,6 +14,7 @@ from megatron_ext.methods.base import Reducer
 from megatron_ext.model.build import Policy, build_optimizer, build_scheduler
 from megatron_ext.train import parallel
 from megatron_ext.train.config import OptimizerConfig
+from megatron_ext.train.optimizer_state import OptimizerState
 from megatron_ext.types import Batch
 
 
@@ -31,6 +32,9 @@ class Trained:
     section: str = "optimizer"
     bad_steps: int = 0  # updates in a row without a finite gradient
 
+    def __post_init__(self) -> None:
+        self._state = OptimizerState(self.optimizer)
+
     @classmethod
     def build(cls, model: Policy, options: OptimizerConfig, section: str = "optimizer") -> Trained:
         """The model, whose weights are loaded, with a fresh optimizer and schedule."""
@@ -44,12 +48,12 @@ class Trained:
 
     def offload(self) -> None:
         """Free the gradients and move the optimizer's state to host memory, until ``restore``."""
-        self.optimizer.offload_to_cpu()
+        self._state.offload()
         for chunk in self.model.chunks:
             chunk.offload_grad_buffers()
 
     def restore(self) -> None:
-        self.optimizer.restore_from_cpu()
+        self._state.restore()
         for chunk in self.model.chunks:
             chunk.restore_grad_buffers()
 
