@@ -35,8 +35,9 @@ def initialize(layout: ParallelConfig, *, seed: int = 0, timeout_s: float = 600)
     ``seed`` starts the random states that Megatron keeps for tensor-, expert- and data-parallel regions.
     """
     if not dist.is_initialized():
-        device = host.device() if torch.cuda.is_available() else None  # NCCL connects now, and knows its GPU
-        dist.init_process_group(host.backend(), timeout=timedelta(seconds=timeout_s), device_id=device)
+        # not bound to its GPU (``device_id``), which host.enter() has made the current one: torch 2.13 would then have
+        # every rank outside a new group enter NCCL for it, gloo groups included, whose members do not
+        dist.init_process_group(host.backend(), timeout=timedelta(seconds=timeout_s))
     if dist.get_world_size() != layout.world:
         raise ValueError(
             f"parallel: the recipe's world is nodes {layout.nodes} x ranks_per_node {layout.ranks_per_node} = "
@@ -66,23 +67,9 @@ def _make_twins(layout: ParallelConfig) -> None:
     ranks_of = parallel_state.RankGenerator(**sizes, ep=1, cp=1, order="tp-cp-ep-dp-pp").get_ranks  # as Megatron's
     apart = {tuple(ranks) for kind in ("dp", "pp", "tp-pp") for ranks in ranks_of(kind) if len(ranks) > 1}
     for ranks in sorted(apart | {everyone}):
-        twin = _new_gloo(ranks)
+        twin = dist.new_group(list(ranks), backend="gloo", timeout=PATIENCE)
         if dist.get_rank() in ranks:
-            _twins[ranks] = twin
-
-
-def _new_gloo(ranks: tuple[int, ...]) -> dist.ProcessGroup:
-    """A device bound to the default group is out of the way meanwhile.
-
-    With one, torch 2.13 has every rank outside the new group split NCCL's communicator, whatever the new group's
-    backend is, and wait there for the members, which do not.
-    """
-    world: Any = dist.group.WORLD
-    bound, world.bound_device_id = world.bound_device_id, None
-    try:
-        return cast(dist.ProcessGroup, dist.new_group(list(ranks), backend="gloo", timeout=PATIENCE))
-    finally:
-        world.bound_device_id = bound
+            _twins[ranks] = cast(dist.ProcessGroup, twin)
 
 
 def model_layout(layout: ParallelConfig) -> dict[str, Any]:

@@ -39,9 +39,7 @@ def one_rank() -> Iterator[None]:
     """Megatron's groups of a world of one: NCCL on a GPU, gloo in a rehearsal."""
     host.enter()
     os.environ.setdefault("LOCAL_RANK", "0")
-    device = host.device()
-    chosen = device if device.type == "cuda" else None
-    dist.init_process_group(host.backend(), store=HashStore(), rank=0, world_size=1, device_id=chosen)
+    dist.init_process_group(host.backend(), store=HashStore(), rank=0, world_size=1)
     try:
         parallel.initialize(ParallelConfig(ranks_per_node=1))
         yield

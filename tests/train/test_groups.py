@@ -94,25 +94,6 @@ def test_rank_0_may_verify_and_write_for_hours() -> None:
     assert gloo.run(patience, 2) == [[24.0, 24.0]] * 2
 
 
-def bound(rank: int, world: int) -> tuple[int, Any]:
-    """Twins made while the default group has a device: the size of the data-parallel one's, and the device after."""
-    host.enter()
-    layout = ParallelConfig(ranks_per_node=world, tensor=2)
-    parallel.initialize(layout)
-    everyone: Any = dist.group.WORLD
-    everyone.bound_device_id = torch.device("cuda", 0)
-    try:
-        parallel._make_twins(layout)
-        return parallel.gloo(parallel.groups.data()).size(), everyone.bound_device_id
-    finally:
-        everyone.bound_device_id = None
-
-
-def test_twins_are_made_beside_a_bound_device() -> None:
-    """A rank that is not in a group must not enter NCCL for it: its members do not."""
-    assert gloo.run(bound, 4) == [(2, torch.device("cuda", 0))] * 4
-
-
 def twins_match(rank: int, world: int, layout: dict[str, Any]) -> bool:
     host.enter()
     parallel.initialize(ParallelConfig(ranks_per_node=world, **layout))

@@ -99,7 +99,7 @@ def test_a_resumed_run_has_the_trackers_states(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_nccl_is_told_its_gpu(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_group_is_not_bound_to_a_gpu(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
     def init_process_group(backend: str, **options: Any) -> None:
@@ -111,5 +111,5 @@ def test_nccl_is_told_its_gpu(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     with pytest.raises(InterruptedError):
         parallel.initialize(ParallelConfig(ranks_per_node=1))
-    expected = ("nccl", torch.device("cuda", 3)) if gpu else ("gloo", None)
-    assert (seen["backend"], seen["device_id"]) == expected
+    assert seen["backend"] == ("nccl" if gpu else "gloo")
+    assert seen.get("device_id") is None  # torch splits NCCL's communicator for gloo groups otherwise, and hangs
