@@ -57,7 +57,7 @@ def create(options: dict[str, Any]) -> Method:
     """
     options = dict(options)
     name = options.pop("name", None)
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"method.name: unknown method {name!r}; {_suggest(str(name), list(METHODS))}")
     cls = METHODS[name]
     hints = get_type_hints(cls)

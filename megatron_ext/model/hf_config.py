@@ -15,6 +15,11 @@ _EXPECTED = {  # fields that change the mathematics, and the only value of each 
     "pretraining_tp": 1,
     "partial_rotary_factor": 1.0,
 }
+_NEEDED = (
+    *("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"),
+    *("rms_norm_eps", "max_position_embeddings"),
+)
+_NEEDED_OF_EXPERTS = ("num_experts_per_tok", "moe_intermediate_size")
 
 
 @dataclass(frozen=True)
@@ -70,13 +75,20 @@ class Architecture:
 
 def read_architecture(hf: dict[str, Any]) -> Architecture:
     """Raises ValueError for an architecture, or a field of it, that is not supported."""
-    name = (hf.get("architectures") or ["none"])[0]
-    if name not in ARCHITECTURES:
+    named = hf.get("architectures") or ["none"]
+    name = named[0] if isinstance(named, list) else named
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ValueError(
             f"config.json: architecture {name} is not supported; expected one of {', '.join(ARCHITECTURES)}"
         )
     _refuse(hf, name)
-    rope = (hf.get("rope_parameters") or {}) | (hf.get("rope_scaling") or {})
+    missing = [field for field in _NEEDED + (_NEEDED_OF_EXPERTS if name == QWEN3_MOE else ()) if field not in hf]
+    if missing:
+        raise ValueError(f"config.json: {', '.join(missing)} missing; take the file of the model's publisher")
+    ropes = [hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}]
+    if not all(isinstance(each, dict) for each in ropes):
+        raise ValueError(f"config.json: rope_parameters and rope_scaling are objects or null, found {ropes}")
+    rope = ropes[0] | ropes[1]
     heads = hf["num_attention_heads"]
     return Architecture(
         name=name,

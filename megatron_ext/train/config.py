@@ -14,13 +14,19 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from megatron_ext.train.layout_rules import model_faults, nearest_divisor
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+MAX_NAME_BYTES = 200  # file systems take 255; a temporary file's ending is still to come
+_PATHS = (("model", "path"), ("model", "weights"), ("data", "train"), ("data", "curriculum"))
+_SIZES = (  # of a model: fields of config.json that are numbers above 0, where they are there
+    *("num_attention_heads", "num_key_value_heads", "num_hidden_layers", "hidden_size", "intermediate_size"),
+    *("head_dim", "vocab_size", "max_position_embeddings", "num_experts", "moe_intermediate_size"),
+)
 
 
 class ConfigError(ValueError):
@@ -173,7 +179,7 @@ class AlarmsConfig(Section):
 
 
 class Config(Section):
-    name: str = "run"
+    name: str = "run"  # of the run's folder below log.dir; a slash makes folders within
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -186,6 +192,19 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     alarms: AlarmsConfig = AlarmsConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _stays_below_log_dir(cls, name: str) -> str:
+        parts = name.split("/")
+        if not name.isprintable() or {"", ".", ".."} & set(parts):
+            raise ValueError(
+                "is no name of a folder below log.dir; expected printable characters, none of the parts between "
+                'slashes empty, "." or ".."'
+            )
+        if max(len(part.encode()) for part in parts) > MAX_NAME_BYTES:
+            raise ValueError(f"is longer than {MAX_NAME_BYTES} bytes, which a file system may not take")
+        return name
 
     @property
     def longest_sequence(self) -> int:
@@ -285,15 +304,15 @@ def _engine_faults(config: Config) -> list[str]:
 def file_faults(config: Config) -> list[str]:
     """Files that a run needs and that are not there; the model's weights are looked for when they are loaded."""
     data, weights, faults = config.data, config.model.weights, []
-    if weights and not (Path(weights) / "MANIFEST.json").is_file():
+    if weights and not os.path.isfile(os.path.join(weights, "MANIFEST.json")):
         faults.append(
             f"model.weights: {weights} is no checkpoint; give a step_* directory of a run, or make one with\n"
             "  python -m tools.convert from-hf MODEL OUT\n"
             'or start from the safetensors of model.path with model.weights = ""'
         )
-    if data.train and not Path(data.train).is_file():
+    if data.train and not os.path.isfile(data.train):
         faults.append(f"data.train: no such file: {data.train}; give a path from here or from the recipe")
-    if data.curriculum and not Path(data.curriculum).is_file():
+    if data.curriculum and not os.path.isfile(data.curriculum):
         faults.append(
             f"data.curriculum: no such file: {data.curriculum}; make it from the initial policy with\n"
             f"  python -m tools.semantic_entropy RECIPE --out {data.curriculum}\n"
@@ -305,12 +324,27 @@ def file_faults(config: Config) -> list[str]:
 def hf_config(path: str | Path) -> dict[str, Any]:
     """The model directory's ``config.json``."""
     file = Path(path) / "config.json"
-    if not file.is_file():
+    if not os.path.isfile(file):  # False too for a name that no file can have
         raise ConfigError(
             f"model.path: {path} holds no config.json; expected a Hugging Face model directory "
             "(config.json, *.safetensors, tokenizer files)"
         )
-    return json.loads(file.read_text())
+    try:
+        hf = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(hf, dict):
+            raise ValueError(f"expected an object, found {str(hf)[:60]!r}")
+    except (ValueError, RecursionError, OSError) as error:
+        raise ConfigError(f"model.path: {file} is not the JSON of a model's configuration: {error}") from None
+    needed = ("num_attention_heads", "num_hidden_layers")
+    faults = [f"{name} is missing" for name in needed if name not in hf]
+    faults += [
+        f"{name} is {hf[name]!r}, expected a whole number above 0"
+        for name in _SIZES
+        if hf.get(name) is not None and (type(hf[name]) is not int or hf[name] < 1)
+    ]
+    if faults:
+        raise ConfigError(f"model.path: {file}: " + "; ".join(faults) + "; take the file of the model's publisher")
+    return hf
 
 
 def _check_model(config: Config) -> list[str]:
@@ -330,20 +364,38 @@ def _check_model(config: Config) -> list[str]:
     return faults + model_faults(hf, config.parallel)
 
 
-def _read_chain(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"recipe: no such file: {path}")
+def _read_chain(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The recipe ``path`` over its parents. ``children``: the recipes that led here."""
+    own = _read_recipe(path)
+    if path.resolve() in children:
+        raise ConfigError(f"recipe: {path} is its own parent; a chain of parents ends with a recipe that names none")
+    for name, key in _PATHS:
+        section = own.get(name)
+        value = section.get(key) if isinstance(section, dict) else None
+        if not isinstance(value, str) or "\0" in value:
+            continue  # the schema says what is wrong with it
+        made_later = name == "data"  # by a tool, where the recipe says
+        if value and not os.path.exists(value) and (made_later or os.path.exists(path.parent / value)):
+            section[key] = os.path.normpath(path.parent / value)
+    parent = own.pop("parent", None)
+    if parent is None:
+        return own
+    if not isinstance(parent, str):
+        raise ConfigError(f"recipe: {path}: parent is {parent!r}, expected the path of one recipe")
+    return _merge(_read_chain(path.parent / parent, (*children, path.resolve())), own)
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
     try:
-        own = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"recipe: no such file: {path}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"recipe: {path} is not valid TOML: {error}") from None
-    for section, key in (("model", "path"), ("model", "weights"), ("data", "train"), ("data", "curriculum")):
-        value = own.get(section, {}).get(key)
-        made_later = section == "data"  # by a tool, where the recipe says
-        if value and not Path(value).exists() and (made_later or (path.parent / value).exists()):
-            own[section][key] = os.path.normpath(path.parent / value)
-    parent = own.pop("parent", None)
-    return own if parent is None else _merge(_read_chain(path.parent / parent), own)
+    except RecursionError:
+        raise ConfigError(f"recipe: {path} is not valid TOML: its values are nested too deeply") from None
+    except (OSError, ValueError) as error:  # a folder, a file of another user, not UTF-8, NUL in its name
+        raise ConfigError(f"recipe: {path} cannot be read: {error}; expected a TOML file in UTF-8") from None
 
 
 def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -361,9 +413,17 @@ def _apply_override(merged: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"override: {override!r} is not of the form key=value, for example train.steps=10")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        value = text
+        parsed = {"value": text}  # a string without its quotes
+    except RecursionError:
+        raise ConfigError(f"override: {key}: its value is nested too deeply") from None
+    if len(parsed) > 1 or (parsed["value"] is text and "\n" in text):
+        raise ConfigError(
+            f"override: {override!r} has several lines; give each key=value as an argument of its own, and a string "
+            f"with line breaks in quotes"
+        )
+    value = parsed["value"]
     *sections, last = key.split(".")
     for section in sections:
         merged = merged.setdefault(section, {})

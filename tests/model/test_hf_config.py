@@ -50,11 +50,20 @@ def test_dense_layers_among_experts_are_counted_as_transformers_does() -> None:
         ("qwen3-8b-base", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
         ("llama-3.1-8b", {"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "missing low_freq_factor, high_freq"),
         ("qwen3-30b-a3b", {"num_experts_per_tok": 1}, "set norm_topk_prob to false"),
+        ("qwen3-8b-base", {"architectures": {"a": 1}}, "architecture {'a': 1} is not supported"),
+        ("qwen3-8b-base", {"rope_scaling": "llama3"}, "rope_scaling are objects or null"),
     ],
 )
 def test_what_is_not_supported_is_named(name: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_architecture(config(name) | change)
+
+
+def test_missing_fields_are_named() -> None:
+    hf = config("qwen3-30b-a3b")
+    del hf["vocab_size"], hf["moe_intermediate_size"]
+    with pytest.raises(ValueError, match="vocab_size, moe_intermediate_size missing"):
+        read_architecture(hf)
 
 
 def test_stages_that_do_not_hold_all_layers_are_named() -> None:

@@ -131,3 +131,71 @@ def test_a_missing_or_broken_recipe_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("[train\n")
     with pytest.raises(ConfigError, match="not valid TOML"):
         load_config(tmp_path / "bad.toml")
+
+
+def deep(depth: int) -> str:
+    return "[" * depth + "]" * depth
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('parent = "recipe.toml"', "is its own parent"),
+        ('parent = "other.toml"', "is its own parent"),
+        ("parent = 3", "parent is 3, expected the path of one recipe"),
+        ('parent = "."', "cannot be read"),
+        ('parent = "a\\u0000b"', "cannot be read"),
+        ("data = 3", "data: Input should be a valid dictionary"),
+        ("model = [1]", "model: Input should be a valid dictionary"),
+        ("[data]\ntrain = 3", "data.train: Input should be a valid string, found 3"),
+        ("[model]\npath = [1]", "model.path: Input should be a valid string"),
+        ('method = "grpo"', "method: Input should be a valid dictionary"),
+        (f"a = {deep(5000)}", "nested too deeply"),
+        (b'name = "\xff"', "cannot be read: 'utf-8' codec"),
+    ],
+)
+def test_a_recipe_that_is_none_is_explained(recipe: Path, content: str | bytes, message: str) -> None:
+    raw = content.encode() if isinstance(content, str) else content
+    recipe.write_bytes(raw)
+    (recipe.parent / "other.toml").write_text('parent = "recipe.toml"')
+    assert message in fault(recipe)
+
+
+@pytest.mark.parametrize("name", ["", "..", "../../x", "a/../b", "/tmp/x", "a//b", "a\0b", "a\nb", "\ud800", "x" * 300])
+def test_a_name_is_a_folder_below_log_dir(recipe: Path, name: str) -> None:
+    assert "name: Value error, is" in fault(recipe, f"name={json.dumps(name, ensure_ascii=False)}")
+
+
+def test_a_name_may_make_folders(recipe: Path) -> None:
+    assert load_config(recipe, ['name="sweep/lr 1e-4"', "log.dir=there"]).run_dir == Path("there/sweep/lr 1e-4")
+
+
+def test_a_second_line_of_an_override_is_not_dropped(recipe: Path) -> None:
+    assert "has several lines" in fault(recipe, "train.steps=3\noptimizer.lr=1")
+    assert "has several lines" in fault(recipe, "name=a\noptimizer.lr=1")
+    assert load_config(recipe, ["parallel.stage_layers=[\n6,\n]"]).parallel.stage_layers == (6,)
+    assert "nested too deeply" in fault(recipe, f"train.steps={deep(5000)}")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not the JSON of a model's configuration"),
+        (b"[1]", "expected an object, found '[1]'"),
+        (b'"\xff"', "'utf-8' codec"),
+        (deep(100_000).encode(), "recursion"),
+        (b"{}", "num_attention_heads is missing; num_hidden_layers is missing"),
+        (b'{"num_attention_heads": 0, "num_hidden_layers": 2}', "num_attention_heads is 0, expected a whole number"),
+        (b'{"num_attention_heads": 2, "num_hidden_layers": "2"}', "num_hidden_layers is '2', expected"),
+        (b'{"num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 1.5}', "vocab_size is 1.5, expected"),
+    ],
+)
+def test_a_models_configuration_that_is_none_is_explained(recipe: Path, content: bytes, message: str) -> None:
+    (recipe.parent.parent / "model" / "config.json").write_bytes(content)
+    assert message in fault(recipe)
+
+
+@pytest.mark.parametrize("key", ["model.path", "model.weights", "data.train", "data.curriculum"])
+@pytest.mark.parametrize("value", ["a" * 300, "a\0b"])
+def test_a_path_that_no_file_can_have(recipe: Path, key: str, value: str) -> None:
+    assert key in fault(recipe, f"{key}={json.dumps(value)}")
