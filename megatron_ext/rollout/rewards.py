@@ -33,6 +33,10 @@ START_S = 120.0  # to import SymPy, or to judge a known answer, on a busy machin
 MIN_ANSWERS_TO_TRIP = 20
 NO_VERDICT = (Outcome.TIMEOUT, Outcome.CRASHED)
 WORKER_SCRIPT = Path(verify.__file__)
+INHERITED = (  # of the environment, by a worker: how to find Python and its packages, no secrets
+    *("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "PYTHONHASHSEED", "VIRTUAL_ENV"),
+    *("HOME", "TMPDIR", "LANG", "LC_ALL", "TZ"),
+)
 
 
 class VerifierError(RuntimeError):
@@ -229,7 +233,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # the LaTeX parser complains there about every bad answer
             bufsize=0,
-            env=os.environ | verify.WORKER_ENVIRONMENT,
+            env={name: os.environ[name] for name in INHERITED if name in os.environ} | verify.WORKER_ENVIRONMENT,
         )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin, self._process.stdout

@@ -243,6 +243,14 @@ def test_breaker_does_not_wait_for_the_rest(monkeypatch: pytest.MonkeyPatch):
     assert len([question for question in judged if question.extracted == "13"]) <= 6  # 5 are a share above 0.1
 
 
+def test_workers_do_not_see_the_secrets_of_the_environment(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_API_KEY", "a-secret")
+    with RewardPool(1) as fresh:
+        assert fresh.score(integers(1))[0].value == 1.0
+        environment = Path(f"/proc/{fresh._workers[0]._process.pid}/environ").read_bytes()
+    assert b"SYMPY_GROUND_TYPES" in environment and b"a-secret" not in environment
+
+
 def test_a_closed_pool_leaves_no_process_and_says_so():
     with RewardPool(2) as pool:
         processes = [worker._process for worker in pool._workers]
