@@ -59,13 +59,19 @@ class MetricsWriter:
     what the checkpoint promises is then on disk. ``resume_step`` 0 starts the files anew.
 
     NaN and infinity are written as ``null``: valid JSON has neither, and a column stays numbers or missing.
-    Raises ValueError when the file to resume holds a line that is not a step, other than the last.
+    Raises ValueError when the file to resume holds a line that is not a step, other than the last, when its steps do
+    not increase by one, or when it ends before ``resume_step``. One that is not there begins anew; ``lines`` says so.
     """
 
     def __init__(self, run_dir: str | Path, *, tensorboard: bool, total_steps: int, resume_step: int = 0):
         folder = Path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self._metrics, self._samples = folder / METRICS, folder / SAMPLES
+        self.lines: list[str] = []
+        if resume_step:
+            first = _check_steps(self._metrics, resume_step)
+            if first > 1:
+                self.lines.append(f"{self._metrics}: steps before {first} are not in it: the file was moved away")
         for path in (self._metrics, self._samples):
             path.touch()
             _cut_after(path, resume_step)
@@ -190,6 +196,27 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
                     f"{path}, line {number}: {error}; found {raw[:60]!r}. Repair the line or move the file away"
                 ) from None
             yield record, end
+
+
+def _check_steps(path: Path, resume_step: int) -> int:
+    """The first step that the file has, or will have. Raises ValueError unless it goes on to ``resume_step``."""
+    first = last = 0
+    for record, _ in _lines(path) if path.exists() else ():
+        step = record["step"]
+        if last and step != last + 1:
+            raise ValueError(
+                f"{path}: step {step} follows step {last}, expected {last + 1}: lines were lost, or two runs wrote to "
+                "it; restore the file, or move it away and the run goes on with a new one"
+            )
+        first, last = first or step, step
+        if last >= resume_step:
+            break
+    if path.exists() and last != resume_step:
+        raise ValueError(
+            f"{path}: its last step is {last}, but the checkpoint to go on from is of step {resume_step}: lines were "
+            "lost; restore the file, or move it away and the run goes on with a new one"
+        )
+    return first or resume_step + 1
 
 
 def _cut_after(path: Path, step: int) -> None:

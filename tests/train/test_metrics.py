@@ -78,8 +78,38 @@ def test_a_broken_line_in_the_middle_is_named_and_nothing_is_removed(tmp_path: P
     for tail in (b"garbage\n", lines[1][:-1]):  # as the last line they are what a crash leaves
         (tmp_path / METRICS).write_bytes(lines[0] + tail)
         assert [record["step"] for record in read_steps(tmp_path / METRICS)] == [1]
-        run(tmp_path, 3, 3)
-        assert (tmp_path / METRICS).read_bytes() == lines[0] + lines[2]
+        run(tmp_path, 2, 3)
+        assert (tmp_path / METRICS).read_bytes() == b"".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ((0, 1), "its last step is 2, but the checkpoint to go on from is of step 4"),
+        ((), "its last step is 0, but"),
+        ((0, 2, 3), "step 3 follows step 1, expected 2"),
+        ((0, 1, 1, 2, 3), "step 2 follows step 2, expected 3"),
+        ((0, 1, 0, 1, 2, 3), "step 1 follows step 2"),
+    ],
+)
+def test_steps_that_were_lost_or_doubled_are_not_passed_over(tmp_path: Path, kept: tuple[int, ...], message: str):
+    run(tmp_path, 1, 5)
+    lines = (tmp_path / METRICS).read_bytes().splitlines(keepends=True)
+    damaged = b"".join(lines[i] for i in kept)
+    (tmp_path / METRICS).write_bytes(damaged)
+    with pytest.raises(ValueError, match=message):
+        MetricsWriter(tmp_path, tensorboard=False, total_steps=9, resume_step=4)
+    assert (tmp_path / METRICS).read_bytes() == damaged
+
+
+def test_a_file_that_was_moved_away_begins_anew_and_says_so(tmp_path: Path):
+    run(tmp_path, 1, 4)
+    (tmp_path / METRICS).rename(tmp_path / "old.jsonl")
+    for resumed in (4, 5):
+        with MetricsWriter(tmp_path, tensorboard=False, total_steps=9, resume_step=resumed) as writer:
+            assert writer.lines == [f"{tmp_path / METRICS}: steps before 5 are not in it: the file was moved away"]
+            writer.write(resumed + 1, {"a": 1})
+    assert [record["step"] for record in read_steps(tmp_path / METRICS)] == [5, 6]
 
 
 def test_lines_are_valid_json_and_floats_keep_every_bit(tmp_path: Path):
