@@ -3,29 +3,43 @@
     python -m tools.ranks --nodes 2 --ranks-per-node 8 --master HOST:PORT tools.train RECIPE [key=value ...]
 
 The parent starts one process per rank with the usual environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,
-MASTER_PORT), passes signals on, and ends the others when one fails. SIGUSR1 asks for a save and an end: a rank that
-does not listen yet, because it is still loading, gets it again until it does. The exit code is the first failing
-rank's, so 2 (configuration), 3 (reward health) and 75 (requeue) reach the caller. On a laptop tools.train does this by
-itself; under Slurm one such launcher runs per node and takes its number from SLURM_NODEID. ``--numa-binding node``
-lets each rank run on the CPUs near its GPU alone; where that cannot be known, it says so and binds none.
+MASTER_PORT) and ends the others when one fails. The exit code is the first failing rank's, so 2 (configuration), 3
+(training health) and 75 (requeue) reach the caller. On a laptop tools.train does this by itself; under Slurm one such
+launcher runs per node and takes its number from SLURM_NODEID. ``--numa-binding node`` lets each rank run on the CPUs
+near its GPU alone; where that cannot be known, it says so and binds none.
+
+Signals are the parent's: ranks are in process groups of their own, so a terminal's Ctrl-C does not reach them, and
+they ignore what comes before they listen (train/stop.py). SIGTERM, SIGUSR1, SIGHUP and the first SIGINT become
+SIGUSR1, sent until the ranks have saved and ended; a second SIGINT ends them at once, exit code 130. A rank dies with
+its parent, whatever ends that. A rank that is stopped (SIGSTOP) for longer than STOPPED_S ends the run, exit code 77.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
+from megatron_ext.train.stop import REQUEUE
+from tools import faults
 from tools.numa import NoBinding, cpus_of_ranks
 
-REQUEUE = 75  # a rank that saved its state on a signal: the others do the same
-RESEND_S = 1.0  # between two sendings of SIGUSR1
+INTERRUPTED, HUNG = 130, 77  # exit codes: 77 is above 75, because of several nodes' codes srun returns the largest
+SAID_BY_RANKS = (2, 3, 4, 76)  # exit codes whose reason a rank has said
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+RESEND_S = 1.0  # between two sendings of the same signal
 GRACE_S = 20.0  # between asking the remaining ranks to end and killing them
+STOPPED_S = 30.0  # that a rank may be stopped, as by SIGSTOP
+_POLL_S = 0.05
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def launched() -> bool:
@@ -66,26 +80,60 @@ def run_ranks(
     environment.setdefault("PYTHONWARNINGS", "ignore::UserWarning,ignore::FutureWarning")  # Megatron's, once per rank
     command = [sys.executable, "-m", module, *arguments]
     cpus = _cpus(ranks_per_node) if bind else None  # asked before the ranks start: their threads inherit the binding
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the ranks inherit it: too early a signal must not kill one
-    ranks = [
-        subprocess.Popen(
-            command, env={**environment, "RANK": str(node * ranks_per_node + rank), "LOCAL_RANK": str(rank)}
-        )
-        for rank in range(ranks_per_node)
-    ]
-    if cpus is not None:
-        for rank, own in zip(ranks, cpus, strict=True):
-            os.sched_setaffinity(rank.pid, own)
+    first = node * ranks_per_node
+    with _received() as received, faults.shared_file() as shared:
+        environment[faults.FILE] = str(shared.fileno())
+        parent = os.getpid()
+        ranks = [
+            subprocess.Popen(
+                command,
+                env={**environment, "RANK": str(first + rank), "LOCAL_RANK": str(rank)},
+                process_group=0,
+                pass_fds=(shared.fileno(),),
+                preexec_fn=lambda: _tie_to(parent),
+            )
+            for rank in range(ranks_per_node)
+        ]
+        if cpus is not None:
+            for rank, own in zip(ranks, cpus, strict=True):
+                os.sched_setaffinity(rank.pid, own)
+        return _Node(ranks, first, received).wait()
 
+
+@contextmanager
+def _received() -> Iterator[list[int]]:
+    """The signals that came meanwhile; each is answered with a line. SIGHUP is left alone under nohup."""
     received: list[int] = []
 
-    def forward(number: int, _frame: object) -> None:
+    def note(number: int, _frame: object) -> None:
         received.append(number)
-        _send(ranks, number)
+        again = number == signal.SIGINT and received.count(number) > 1
+        answer = "the ranks end at once" if again else "the ranks save after this step and end"
+        hint = "; again: they end at once" if number == signal.SIGINT and not again else ""
+        os.write(2, f"{signal.Signals(number).name}: {answer}{hint}\n".encode())  # print is not safe in a handler
 
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, forward)
-    return _wait(ranks, received)
+    before = {each: signal.getsignal(each) for each in SIGNALS}
+    heard = [each for each in SIGNALS if each != signal.SIGHUP or before[each] != signal.SIG_IGN]
+    for each in heard:
+        signal.signal(each, note)
+    try:
+        yield received
+    finally:
+        for each in heard:
+            signal.signal(each, before[each])
+
+
+_libc = ctypes.CDLL(None)  # loaded before any fork
+
+
+def _tie_to(parent: int) -> None:
+    """In a rank's process, before its program: it dies with its parent, and ignores signals until it listens."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    if sys.platform == "linux":
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before it could take this one along
+        os._exit(1)
 
 
 def _cpus(num_ranks: int) -> list[set[int]] | None:
@@ -96,38 +144,100 @@ def _cpus(num_ranks: int) -> list[set[int]] | None:
         return None
 
 
-def _send(ranks: list[subprocess.Popen], number: int) -> None:
-    for rank in ranks:
-        if rank.poll() is None:
-            rank.send_signal(number)
+class _Node:
+    """This node's ranks, numbered from ``first``, until the last has ended. ``received``: the launcher's signals."""
 
+    def __init__(self, ranks: list[subprocess.Popen], first: int, received: list[int]):
+        self.ranks, self.first, self.received = ranks, first, received
+        self._sent = float("-inf")
+        self._polls_stopped = [0] * len(ranks)
 
-def _wait(ranks: list[subprocess.Popen], received: list[int]) -> int:
-    resend = time.monotonic()
-    while any(rank.poll() is None for rank in ranks):
-        if signal.SIGUSR1 in received and time.monotonic() > resend + RESEND_S:
-            resend = time.monotonic()
-            _send(ranks, signal.SIGUSR1)
-        failed = [rank for rank in ranks if rank.poll() not in (None, 0, REQUEUE)]
-        if failed:
-            time.sleep(1.0)  # ranks that fail together end together
-            _end(ranks)
-            return failed[0].returncode if failed[0].returncode > 0 else 128 - failed[0].returncode
-        time.sleep(0.05)
-    return max(128 - rank.returncode if rank.returncode < 0 else rank.returncode for rank in ranks)
+    def wait(self) -> int:
+        """The exit code of this node."""
+        left = None  # since a rank has saved and left
+        while any(rank.poll() is None for rank in self.ranks):
+            if self.received.count(signal.SIGINT) > 1:
+                self._end()
+                return INTERRUPTED
+            if self.received:
+                self._resend(signal.SIGUSR1)
+            failed = [index for index, rank in enumerate(self.ranks) if rank.poll() not in (None, 0, REQUEUE)]
+            if failed:
+                self._name(failed)
+                time.sleep(RESEND_S)  # ranks that fail together end together
+                self._end()
+                return min((self._code(index) for index in failed), key=lambda code: code not in SAID_BY_RANKS)
+            if self.received and left is None and any(rank.poll() == REQUEUE for rank in self.ranks):
+                left = time.monotonic()
+            if left is not None and time.monotonic() > left + GRACE_S:
+                self._end()  # they wait for one that will not come
+                return REQUEUE
+            if (hung := self._stopped()) is not None:
+                print(
+                    f"ranks: rank {self.first + hung} (process {self.ranks[hung].pid}) has been stopped for "
+                    f"{STOPPED_S:.0f} s, and the others wait for it: the run ends here, from its last checkpoint it "
+                    "can go on",
+                    file=sys.stderr,
+                )
+                self.ranks[hung].kill()
+                self._end()
+                return HUNG
+            time.sleep(_POLL_S)
+        return max(self._code(index) for index in range(len(self.ranks)))
 
+    def _code(self, index: int) -> int:
+        code = self.ranks[index].returncode
+        return code if code >= 0 else 128 - code
 
-def _end(ranks: list[subprocess.Popen]) -> None:
-    deadline = time.monotonic() + GRACE_S
-    for rank in ranks:
-        if rank.poll() is None:
-            rank.send_signal(signal.SIGINT)
-    for rank in ranks:
-        try:
-            rank.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            rank.kill()
+    def _name(self, failed: Sequence[int]) -> None:
+        for index in failed:
+            code = self.ranks[index].returncode
+            if code < 0:
+                how = f"was killed by {signal.Signals(-code).name}"
+            elif code in SAID_BY_RANKS:
+                continue
+            else:
+                how = f"ended with exit code {code}"
+            print(f"ranks: rank {self.first + index} {how}; the others are ended", file=sys.stderr)
+
+    def _stopped(self) -> int | None:
+        """A rank that every poll of the last STOPPED_S seconds has found stopped.
+
+        Polls are counted, not seconds: while the launcher itself is stopped, as by Ctrl-Z, none is made.
+        """
+        for index, rank in enumerate(self.ranks):
+            is_stopped = rank.poll() is None and _state(rank.pid) == "T"
+            self._polls_stopped[index] = self._polls_stopped[index] + 1 if is_stopped else 0
+            if self._polls_stopped[index] * _POLL_S > STOPPED_S:
+                return index
+        return None
+
+    def _resend(self, number: int) -> None:
+        """Send at most every RESEND_S seconds: a rank that is still loading does not listen yet."""
+        if time.monotonic() > self._sent + RESEND_S:
+            self._sent = time.monotonic()
+            for rank in self.ranks:
+                if rank.poll() is None:
+                    rank.send_signal(number)
+
+    def _end(self) -> None:
+        """Ask the remaining ranks to end at once, and kill those that cannot."""
+        deadline, self._sent = time.monotonic() + GRACE_S, float("-inf")
+        while any(rank.poll() is None for rank in self.ranks) and time.monotonic() < deadline:
+            self._resend(signal.SIGINT)
+            time.sleep(_POLL_S)
+        for rank in self.ranks:
+            if rank.poll() is None:
+                rank.kill()
             rank.wait()
+
+
+def _state(pid: int) -> str:
+    """The kernel's letter for what a process does: R, S, D, T (stopped) ...; empty where it is not told."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
 
 
 def free_port() -> int:

@@ -8,9 +8,11 @@
 Starts the recipe's ranks on this machine (parallel.ranks_per_node) unless a launcher has set RANK. The same
 command resumes from the newest valid checkpoint of the run.
 
-Exit codes: 0 done, 75 stopped by a signal with its state saved (run the command again), 2 configuration or
-data, 3 the verifier or the rollout engine cannot be trusted, or an alarm stopped the run (alarms.stop), 1 anything
-else.
+Exit codes: 0 done, 75 stopped by a signal, the state saved (run the command again), 2 configuration or data, 3 the
+verifier or the rollout engine cannot be trusted, or an alarm stopped the run (alarms.stop), 4 a checkpoint could not
+be written, 76 stopped again and again before anything new was saved, 77 a rank was stopped and the others waited for
+it, 130 a second Ctrl-C, nothing saved; anything else is a crash. SIGTERM, SIGUSR1, SIGHUP and the first Ctrl-C save
+after the current step.
 """
 
 from __future__ import annotations
@@ -19,16 +21,18 @@ import argparse
 import dataclasses
 import json
 import os
-import signal
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 from megatron_ext.train.config import Config, ConfigError, load_config
-from tools import ranks
+from megatron_ext.train.run_folder import RunFolder
+from megatron_ext.train.stop import REQUEUE, StopSignals, ignore_signals
+from tools import faults, ranks
 from tools.dry_run import dry_run
 from tools.plan import read_valid
 
-CONFIGURATION, HEALTH, INTERRUPTED = 2, 3, 130
+CONFIGURATION, HEALTH, SAVING = 2, 3, 4
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,26 +45,53 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="check all but the arithmetic, print the plan")
     options = parser.parse_intermixed_args(arguments)
     try:
-        config = (read_valid if options.dry_run else load_config)(options.recipe, options.overrides)
-        if ranks.launched():
-            _check_launch(config)
-            _set_allocator(config)
-            if options.dry_run and ranks.local_rank() > 0:
-                return 0  # one rank of every node tries it
-        complete = _check_method(config)
-        if options.print_config:
-            print(json.dumps(_redacted(complete), indent=2))
-            return 0
-        if options.dry_run:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it builds what runs elsewhere, and needs no GPU
-            return dry_run(config)
+        return _run(options)
+    except KeyboardInterrupt:
         if not ranks.launched():
-            return _launch(config, options)
-        return _train(config)
-    except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"configuration error\n{error}", file=sys.stderr)
-        return CONFIGURATION
+            print("interrupted: nothing was started", file=sys.stderr)
+        return ranks.INTERRUPTED
+    except Exception as error:
+        if (code := faults.consequence()) is not None:  # another rank's, which has said why
+            return code
+        if (meaning := _meaning(error)) is None:
+            raise
+        return faults.report(*meaning)
+
+
+def _run(options: argparse.Namespace) -> int:
+    config = (read_valid if options.dry_run else load_config)(options.recipe, options.overrides)
+    if ranks.launched():
+        _check_launch(config)
+        _set_allocator(config)
+        if options.dry_run and ranks.local_rank() > 0:
+            return 0  # one rank of every node tries it
+    complete = _check_method(config)
+    if options.print_config:
+        print(json.dumps(_redacted(complete), indent=2))
+        return 0
+    if options.dry_run:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it builds what runs elsewhere, and needs no GPU
+        return dry_run(config)
+    return _train(config) if ranks.launched() else _launch(config, options)
+
+
+def _meaning(error: Exception) -> tuple[int, str] | None:
+    """The exit code and the message of a fault that has one: the only place that says which. None for a defect."""
+    if isinstance(error, ConfigError):
+        return CONFIGURATION, f"configuration error\n{error}"
+    from megatron_ext.rollout.base import RolloutError  # these bring torch, which any other fault has already
+    from megatron_ext.rollout.rewards import VerifierError
+    from megatron_ext.train.alarms import AlarmError
+    from megatron_ext.train.manifest import CheckpointError
+    from megatron_ext.train.mismatch import MismatchError
+
+    if isinstance(error, VerifierError):
+        return HEALTH, f"reward health\n{error}"
+    if isinstance(error, (AlarmError, MismatchError, RolloutError)):
+        return HEALTH, f"training health\n{error}"
+    if isinstance(error, CheckpointError):
+        return SAVING, f"checkpoint\n{error}"
+    return None
 
 
 def _check_launch(config: Config) -> None:
@@ -114,27 +145,21 @@ def _launch(config: Config, options: argparse.Namespace) -> int:
 
 
 def _train(config: Config) -> int:
-    from megatron_ext.rollout.base import RolloutError
-    from megatron_ext.rollout.rewards import VerifierError
-    from megatron_ext.train.alarms import AlarmError
-    from megatron_ext.train.loop import run
-    from megatron_ext.train.mismatch import MismatchError
+    folder = RunFolder(config.run_dir) if os.environ["RANK"] == "0" else None
+    with folder or nullcontext():
+        try:
+            from megatron_ext.train.loop import run
 
-    try:
-        return run(config)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except VerifierError as error:
-        print(f"reward health\n{error}", file=sys.stderr)
-        return HEALTH
-    except (AlarmError, MismatchError, RolloutError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"training health\n{error}", file=sys.stderr)
-        return HEALTH
-    finally:  # the interpreter's end would restore the default: a last signal must not change the exit code
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
+            code = run(config)
+        except SystemExit as stopped:  # by a signal, while starting
+            if stopped.code != REQUEUE:
+                raise
+            code = faults.reason(REQUEUE)
+        return code if folder is None else folder.exit_code(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    StopSignals()
+    exit_code = main()
+    ignore_signals()
+    sys.exit(exit_code)

@@ -18,7 +18,7 @@ import json
 import pickle
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -187,8 +187,8 @@ class Checkpoints:
         )
         return published
 
-    def load(self) -> LoadedState | None:
-        """Fill models, optimizers and schedules from the newest valid checkpoint.
+    def load(self, *, check: Callable[[Manifest], None] = lambda _: None) -> LoadedState | None:
+        """Fill models, optimizers and schedules from the newest valid checkpoint, unless ``check`` raises for it.
 
         None if there never was one. Raises CheckpointError on all ranks if none is valid or the newest valid one does
         not fit the models (it lists the differing tensors).
@@ -198,6 +198,7 @@ class Checkpoints:
         )
         if found is None:
             return None
+        check(found.manifest)
         path, refused, rng = found.path, list(found.refused), None
         with together(f"reading {path.name}"):
             index = read_index(path)

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import os
 import random
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -44,6 +43,7 @@ from megatron_ext.train.reference import Reference
 from megatron_ext.train.rollouts import EncodedProblem, Rollouts
 from megatron_ext.train.start import Start, weights_identity
 from megatron_ext.train.step import Learner
+from megatron_ext.train.stop import REQUEUE, StopSignals
 from megatron_ext.train.trained import Trained
 from megatron_ext.types import Episode, TokenStats
 
@@ -58,7 +58,9 @@ FREE_SECTIONS = (
     *("parallel.", "checkpoint.", "log.", "alarms.", "rollout.servers.", "model.fusions."),
     *("data.train", "data.curriculum", "data.hub", "model.path", "model.hub", "model.weights"),
 )
-DONE, REQUEUE = 0, 75  # exit codes: finished; stopped by a signal with its state saved
+DONE = 0  # exit code: finished
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -74,7 +76,6 @@ class Run:
     alarms: Alarms
     checkpoints: Checkpoints
     step: int = 0  # training steps done
-    stop: StopSignal = field(default_factory=lambda: StopSignal())
 
     def sync(self) -> None:
         """Stream the policy's weights to the engine, stamped with the number of steps they have seen."""
@@ -145,17 +146,17 @@ def run(config: Config) -> int:
 
     Raises ConfigError (data or configuration), VerifierError, AlarmError, CheckpointError or TrainingError.
     """
+    signals = StopSignals()
     host.enter()
     parallel.initialize(config.parallel, seed=config.train.seed)
     chief = dist.get_rank() == 0
     with _reward_pool(config) as pool:
         state = build(config, pool)
         steps = config.train.steps
-        if chief:
-            write_config(config.run_dir, config.model_dump())
-        writer = _writer(config, state.step) if chief else None
+        writer = _open_files(config, state.step)
+        signals.defer()
         with Watch(steps, resume_step=state.step, title=config.name, show=chief) as watch:
-            while state.step < steps and not state.stop.requested() and not state.alarms.stopping:
+            while state.step < steps and not _is_asked_to_stop(signals) and not state.alarms.stopping:
                 metrics, samples = train_step(state, watch)
                 if state.step == steps or (config.checkpoint.every and state.step % config.checkpoint.every == 0):
                     state.save(watch)
@@ -173,7 +174,10 @@ def run(config: Config) -> int:
     state.engine.close()  # last: vLLM takes the process group down with it
     if state.step < steps and state.alarms.stopping:
         raise state.alarms.stopped()
-    return DONE if state.step == steps else REQUEUE
+    if state.step >= steps:
+        return DONE
+    _tell(f"stopped after step {state.step} of {steps}: the state is saved; run the same command again")
+    return REQUEUE
 
 
 def train_step(run: Run, watch: Watch) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -220,11 +224,13 @@ def build(config: Config, pool: RewardPool) -> Run:
         **parallel.model_layout(config.parallel),
     }
     overlap = parallel.overlap(config.parallel)
-    architecture = read_architecture(hf_config(config.model.path))
+    with _users_files():
+        architecture = read_architecture(hf_config(config.model.path))
     _tell(f"kernels: {_kernels(config, architecture)}")
-    start = Start(config.model, architecture)
     policy = build_policy(architecture, overlap=overlap, fused_head=config.model.fused_head, **layout)
-    start.fill(policy.modules)
+    with _users_files():
+        start = Start(config.model, architecture)
+        start.fill(policy.modules)
     reference: Reference | None = None
     if method.needs.reference:
         frozen = build_reference(architecture, fused_head=config.model.fused_head, **layout)
@@ -243,9 +249,8 @@ def build(config: Config, pool: RewardPool) -> Run:
         keep=config.checkpoint.keep,
         asynchronous=config.checkpoint.asynchronous,
     )
-    loaded = checkpoints.load()
-    if loaded is not None:
-        check_resume(loaded.manifest.config, config.model_dump())
+    with _users_files():
+        loaded = checkpoints.load(check=lambda saved: check_resume(saved.config, config.model_dump()))
     if config.model.offload_optimizer:
         for each in learner.trained.values():
             each.offload()
@@ -296,39 +301,62 @@ def check_resume(saved: dict[str, Any], current: dict[str, Any]) -> None:
         )
 
 
-class StopSignal:
-    """SIGTERM and SIGUSR1 (what Slurm sends before the time limit) ask for a checkpoint and an end."""
-
-    def __init__(self) -> None:
-        self._received = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._receive)
-
-    def _receive(self, *_: object) -> None:
-        self._received = True
-
-    def requested(self) -> bool:
-        """Whether any rank has been asked; the same answer on every rank."""
-        flag = torch.tensor([int(self._received)])
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=parallel.gloo())  # rank 0 may be writing for long
-        return bool(flag)
+def _is_asked_to_stop(signals: StopSignals) -> bool:
+    """Whether any rank has been; the same answer on every rank."""
+    flag = torch.tensor([int(signals.received)])
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=parallel.gloo())  # rank 0 may be writing for long
+    return bool(flag)
 
 
 def _load_data(config: Config, pool: RewardPool) -> list[EncodedProblem]:
     """Rank 0 reads, verifies and encodes the data and tells the others; a fault is raised on every rank."""
+
+    def load() -> list[EncodedProblem]:
+        problems, lines = load_training_data(config, score=pool.score, tokenizer=_tokenizer(config))
+        for line in lines:
+            _tell(line)
+        return problems
+
+    return _on_rank_0(load)
+
+
+def _tokenizer(config: Config) -> Any:
+    """The model's. Raises ConfigError if it has ids that the model has no embedding for."""
+    path = config.model.path
+    try:
+        tokenizer = load_tokenizer(path)
+    except Exception as error:  # transformers and tokenizers have no error of their own for a damaged file
+        raise ConfigError(f"model.path: the tokenizer in {path} cannot be loaded: {error}") from error
+    largest, size = max(tokenizer.get_vocab().values(), default=-1), read_architecture(hf_config(path)).vocab_size
+    if largest >= size:
+        raise ConfigError(
+            f"model.path: the tokenizer in {path} has token ids up to {largest}, expected less than config.json's "
+            f"vocab_size {size}; take both from the same model"
+        )
+    return tokenizer
+
+
+def _on_rank_0(function: Callable[[], T]) -> T:
+    """The value that ``function`` returns on rank 0, on every rank; a user's fault there is a ConfigError on all."""
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            tokenizer = load_tokenizer(config.model.path)
-            box[0], lines = load_training_data(config, score=pool.score, tokenizer=tokenizer)
-            for line in lines:
-                _tell(line)
-        except ValueError as error:  # a ConfigError, or a model directory without tokenizer
+            box[0] = function()
+        except (ValueError, OSError) as error:
             box[1] = str(error)
     dist.broadcast_object_list(box, src=0, group=parallel.gloo())
     if box[1] is not None:
         raise ConfigError(box[1])
     return box[0]
+
+
+@contextmanager
+def _users_files() -> Iterator[None]:
+    """What is wrong with the files that are read here is a ConfigError."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def _reward_pool(config: Config) -> RewardPool:
@@ -343,10 +371,22 @@ def _reward_pool(config: Config) -> RewardPool:
     )
 
 
-def _writer(config: Config, step: int) -> MetricsWriter:
-    return MetricsWriter(
-        config.run_dir, tensorboard=config.log.tensorboard, total_steps=config.train.steps, resume_step=step
-    )
+def _open_files(config: Config, step: int) -> MetricsWriter | None:
+    """The run's configuration and, on rank 0, the writer that goes on after ``step``."""
+
+    def open_files() -> None:
+        write_config(config.run_dir, config.model_dump())
+        opened.append(
+            MetricsWriter(
+                config.run_dir, tensorboard=config.log.tensorboard, total_steps=config.train.steps, resume_step=step
+            )
+        )
+
+    opened: list[MetricsWriter] = []
+    _on_rank_0(open_files)
+    for line in opened[0].lines if opened else ():
+        _tell(line)
+    return opened[0] if opened else None
 
 
 def _samples(run: Run, episodes: Sequence[Episode], old: TokenStats) -> list[dict[str, Any]]:

@@ -139,5 +139,147 @@ time.sleep(60)
     assert process.wait() == 75
 
 
+LISTENING = """
+import os, signal, sys, time
+heard = lambda number, _: open(f"{sys.argv[1]}/heard{os.environ['RANK']}-{signal.Signals(number).name}", "w")
+signal.signal(signal.SIGUSR1, lambda *a: (heard(*a), time.sleep(SAVING_S), sys.exit(75)))
+signal.signal(signal.SIGINT, lambda *a: (heard(*a), os._exit(130)))
+open(f"{sys.argv[1]}/pid{os.environ['RANK']}.tmp", "w").write(str(os.getpid()))
+os.rename(f"{sys.argv[1]}/pid{os.environ['RANK']}.tmp", f"{sys.argv[1]}/pid{os.environ['RANK']}")
+time.sleep(60)
+"""
+
+
+def ended(folder: Path) -> bool:
+    """Whether no rank lives (a zombie does not), within 10 s."""
+    deadline = time.monotonic() + 10
+    states = ["?"]
+    while states and time.monotonic() < deadline:
+        stats = [Path(f"/proc/{(folder / f'pid{rank}').read_text()}/stat") for rank in (0, 1)]
+        states = [state for stat in stats if stat.exists() and (state := stat.read_text().split()[2]) != "Z"]
+        time.sleep(0.05)
+    return not states
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
+def test_every_asking_signal_saves_and_is_answered(number: signal.Signals, tmp_path: Path, capfd) -> None:
+    process = launch(tmp_path, LISTENING.replace("SAVING_S", "0"))
+    wait_for(tmp_path, "pid?", 2)
+    process.send_signal(number)
+    assert process.wait() == 75
+    assert sorted(path.name for path in tmp_path.glob("heard*")) == ["heard0-SIGUSR1", "heard1-SIGUSR1"]
+    assert capfd.readouterr().err.startswith(f"{number.name}: the ranks save after this step and end")
+
+
+def test_a_second_interrupt_ends_the_ranks_at_once(tmp_path: Path, capfd) -> None:
+    process = launch(tmp_path, LISTENING.replace("SAVING_S", "60"))
+    wait_for(tmp_path, "pid?", 2)
+    process.send_signal(signal.SIGINT)
+    wait_for(tmp_path, "heard?-SIGUSR1", 2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    assert len(list(tmp_path.glob("heard?-SIGINT"))) == 2
+    assert capfd.readouterr().err.splitlines()[1] == "SIGINT: the ranks end at once"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGQUIT])
+def test_ranks_do_not_outlive_their_launcher(number: signal.Signals, tmp_path: Path) -> None:
+    process = launch(tmp_path, LISTENING.replace("SAVING_S", "60"))
+    wait_for(tmp_path, "pid?", 2)
+    process.send_signal(number)
+    assert process.wait() == -number
+    assert ended(tmp_path)
+
+
+def test_a_terminals_interrupt_does_not_reach_the_ranks_twice(tmp_path: Path) -> None:
+    process = launch(tmp_path, LISTENING.replace("SAVING_S", "0"))
+    wait_for(tmp_path, "pid?", 2)
+    groups = {os.getpgid(int((tmp_path / f"pid{rank}").read_text())) for rank in (0, 1)}
+    assert len(groups) == 2 and os.getpgid(process.pid) not in groups
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 75
+
+
+def test_a_signal_before_a_rank_listens_does_not_kill_it(tmp_path: Path) -> None:
+    """Slurm sends SIGTERM to every process of a job, ranks included."""
+    program = """
+import os, signal, sys, time
+open(f"{sys.argv[1]}/loading{os.environ['RANK']}", "w").write(str(os.getpid()))
+time.sleep(2)
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+time.sleep(60)
+"""
+    process = launch(tmp_path, program)
+    wait_for(tmp_path, "loading*", 2)
+    time.sleep(0.2)
+    for rank in (0, 1):
+        os.kill(int((tmp_path / f"loading{rank}").read_text()), signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 75
+
+
+def test_a_rank_that_cannot_leave_does_not_hold_up_one_that_has_saved(tmp_path: Path) -> None:
+    program = "import os, signal, sys, time\nif os.environ['RANK'] == '1': time.sleep(60)\n"
+    program += LISTENING.replace("SAVING_S", "0")
+    (tmp_path / "pid1").touch()
+    start = f"from tools import ranks; ranks.GRACE_S = 1; ranks.run_ranks('program', [{str(tmp_path)!r}], 2)"
+    process = run_here(tmp_path, program, start)
+    wait_for(tmp_path, "pid?", 2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 75
+
+
+def run_here(folder: Path, program: str, code: str) -> subprocess.Popen:
+    """A launcher whose waits are shorter; the last expression of ``code`` is its exit code."""
+    (folder / "program.py").write_text(program)
+    *lines, last = code.split("; ")
+    paths = os.pathsep.join([str(ROOT), str(folder)])
+    command = [sys.executable, "-c", "; ".join([*lines, f"raise SystemExit({last})"])]
+    return subprocess.Popen(command, cwd=folder, env={**os.environ, "PYTHONPATH": paths})
+
+
+def test_a_killed_rank_is_named(tmp_path: Path, capfd) -> None:
+    process = launch(tmp_path, LISTENING.replace("SAVING_S", "60"))
+    wait_for(tmp_path, "pid?", 2)
+    os.kill(int((tmp_path / "pid1").read_text()), signal.SIGKILL)
+    assert process.wait(20) == 137
+    assert capfd.readouterr().err == "ranks: rank 1 was killed by SIGKILL; the others are ended\n"
+    assert ended(tmp_path)
+
+
+def test_a_stopped_rank_is_named_and_ends_the_run(tmp_path: Path, capfd) -> None:
+    start = f"from tools import ranks; ranks.STOPPED_S = 1; ranks.run_ranks('program', [{str(tmp_path)!r}], 2)"
+    process = run_here(tmp_path, LISTENING.replace("SAVING_S", "60"), start)
+    wait_for(tmp_path, "pid?", 2)
+    stopped = int((tmp_path / "pid1").read_text())
+    os.kill(stopped, signal.SIGSTOP)  # for a moment, as a debugger may
+    time.sleep(0.4)
+    os.kill(stopped, signal.SIGCONT)
+    time.sleep(1.5)
+    assert process.poll() is None
+    os.kill(stopped, signal.SIGSTOP)
+    assert process.wait(20) == 77
+    assert f"ranks: rank 1 (process {stopped}) has been stopped for 1 s" in capfd.readouterr().err
+    assert ended(tmp_path)
+
+
+FAULTY = """
+import os, signal, sys, time
+from tools import faults
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if os.environ["RANK"] == "0":
+    time.sleep(0.3)
+    sys.exit(faults.consequence() or 1)
+sys.exit(faults.report(2, f"the fault of {os.environ['RANK']}"))
+"""
+
+
+def test_a_fault_that_several_ranks_find_is_said_once(tmp_path: Path, capfd) -> None:
+    process = run_here(tmp_path, FAULTY, f"from tools import ranks; ranks.run_ranks('program', [{str(tmp_path)!r}], 4)")
+    assert process.wait(20) == 2
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith("the fault of"), said
+
+
 def test_several_nodes_need_an_address(tmp_path: Path) -> None:
     assert launch(tmp_path, "", "--nodes", "2").wait() == 2

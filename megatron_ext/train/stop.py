@@ -1,0 +1,44 @@
+"""Signals of a run, from its first line to its last.
+
+SIGTERM and SIGUSR1 (what Slurm sends before the time limit) ask a rank to save and to end. While it starts there is
+nothing to save that the last checkpoint does not hold: it ends at once. Both exit with 75: run the command again.
+SIGINT ends a rank at once, whatever it does; its launcher (tools/ranks.py) sends it when nothing can be saved any more.
+No torch is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+REQUEUE = 75  # exit code: stopped by a signal; the state is saved, or nothing is new
+ASKING = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopSignals:
+    """Answers signals from now on; the latest instance of the process does."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._starting = True
+        for number in ASKING:
+            signal.signal(number, self._receive)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a launcher's child may have inherited to ignore it
+
+    def defer(self) -> None:
+        """The run has started: a signal is from now on only noted in ``received``."""
+        self._starting = False
+
+    def _receive(self, *_: object) -> None:
+        self.received = True
+        if self._starting:
+            if os.environ.get("RANK", "0") == "0":
+                os.write(2, b"stopped while starting: nothing new to save; run the same command again\n")
+            sys.exit(REQUEUE)
+
+
+def ignore_signals() -> None:
+    """The exit code stands: the interpreter's end would restore the defaults, and a last signal would change it."""
+    for number in (*ASKING, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
