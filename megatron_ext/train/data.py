@@ -98,12 +98,21 @@ def load_problems(
 
 
 def encode_prompt(tokenizer: Any, problem: Problem, prompt_suffix: str = "") -> tuple[int, ...]:
-    """Token ids of the prompt: a user turn of the chat template and the opening of the answer, else plain text."""
+    """Token ids of the prompt: a user turn of the chat template and the opening of the answer, else plain text.
+
+    Raises ``ConfigError`` when the template does not take it.
+    """
     text = problem.prompt + prompt_suffix
-    if getattr(tokenizer, "chat_template", None):
-        turns = [{"role": "user", "content": text}]
+    if not getattr(tokenizer, "chat_template", None):
+        return tuple(tokenizer.encode(text))
+    turns = [{"role": "user", "content": text}]
+    try:
         return tuple(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False))
-    return tuple(tokenizer.encode(text))
+    except Exception as error:  # the template is a program: it may raise anything
+        raise ConfigError(
+            f"model.path: the model's chat template cannot be applied to problem {problem.problem_id}: "
+            f"{type(error).__name__}: {error}; take the model's own tokenizer files"
+        ) from error
 
 
 def encode_problems(
@@ -207,6 +216,8 @@ def _check_row(where: str, line: str) -> Problem | Fault:
     for field, text in (("prompt", prompt), ("answer", str(answer))):
         if not text.strip():
             return Fault(where, field, "empty", "empty")
+        if re.search("[\ud800-\udfff]", text):
+            return Fault(where, field, "invalid", f"holds half of a surrogate pair, which is no text: {text[:60]!a}")
     if not isinstance(problem_id, str | None) and not _is_int(problem_id):
         return _wrong_type(where, "id", "a string", problem_id)
     if not isinstance(verifier, str) or verifier not in VERIFIERS:

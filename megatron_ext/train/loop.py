@@ -215,7 +215,9 @@ def build(config: Config, pool: RewardPool) -> Run:
     np.random.seed(config.train.seed)
     check_engine(config.rollout)
     method = create_method(config)
-    problems = _load_data(config, pool)
+    with _users_files():
+        architecture = read_architecture(hf_config(config.model.path))
+    problems = _load_data(config, pool, architecture.vocab_size)
     order = data_order(config, [problem for problem, _ in problems])
     layout: dict[str, Any] = {
         "dtype": getattr(torch, config.model.dtype),
@@ -224,8 +226,6 @@ def build(config: Config, pool: RewardPool) -> Run:
         **parallel.model_layout(config.parallel),
     }
     overlap = parallel.overlap(config.parallel)
-    with _users_files():
-        architecture = read_architecture(hf_config(config.model.path))
     _tell(f"kernels: {_kernels(config, architecture)}")
     policy = build_policy(architecture, overlap=overlap, fused_head=config.model.fused_head, **layout)
     with _users_files():
@@ -308,11 +308,11 @@ def _is_asked_to_stop(signals: StopSignals) -> bool:
     return bool(flag)
 
 
-def _load_data(config: Config, pool: RewardPool) -> list[EncodedProblem]:
+def _load_data(config: Config, pool: RewardPool, vocab_size: int) -> list[EncodedProblem]:
     """Rank 0 reads, verifies and encodes the data and tells the others; a fault is raised on every rank."""
 
     def load() -> list[EncodedProblem]:
-        problems, lines = load_training_data(config, score=pool.score, tokenizer=_tokenizer(config))
+        problems, lines = load_training_data(config, score=pool.score, tokenizer=_tokenizer(config, vocab_size))
         for line in lines:
             _tell(line)
         return problems
@@ -320,18 +320,18 @@ def _load_data(config: Config, pool: RewardPool) -> list[EncodedProblem]:
     return _on_rank_0(load)
 
 
-def _tokenizer(config: Config) -> Any:
+def _tokenizer(config: Config, vocab_size: int) -> Any:
     """The model's. Raises ConfigError if it has ids that the model has no embedding for."""
     path = config.model.path
     try:
         tokenizer = load_tokenizer(path)
     except Exception as error:  # transformers and tokenizers have no error of their own for a damaged file
         raise ConfigError(f"model.path: the tokenizer in {path} cannot be loaded: {error}") from error
-    largest, size = max(tokenizer.get_vocab().values(), default=-1), read_architecture(hf_config(path)).vocab_size
-    if largest >= size:
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= vocab_size:
         raise ConfigError(
             f"model.path: the tokenizer in {path} has token ids up to {largest}, expected less than config.json's "
-            f"vocab_size {size}; take both from the same model"
+            f"vocab_size {vocab_size}; take both from the same model"
         )
     return tokenizer
 

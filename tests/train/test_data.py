@@ -65,6 +65,7 @@ def test_rows_become_problems(tmp_path: Path, pool: RewardPool):
         ({"answer": "4"}, "prompt", "missing", "the row has ['answer']"),
         ({"prompt": "p"}, "answer", "missing", "the row has ['prompt']"),
         ({"prompt": "p", "answer": None}, "answer", "missing", "missing"),
+        ({"prompt": "p\ud800", "answer": "4"}, "prompt", "invalid", "half of a surrogate pair"),
         ({"prompt": [{"role": "user", "content": "p"}], "answer": "4"}, "prompt", "wrong_type", "found list"),
         ({"prompt": "p", "answer": 4.0}, "answer", "wrong_type", "found float '4.0'"),
         ({"prompt": "p", "answer": ["4", "5"]}, "answer", "wrong_type", "found list"),

@@ -1,0 +1,94 @@
+"""What a user's files can have wrong, found by whole runs on two ranks: the same ConfigError on each of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.train.config import ConfigError
+from tests import gloo
+from tests.train import whole_run
+
+RECIPE = "siren/siren-tiny-cpu.toml"
+BASE = whole_run.RECIPES / "tiny" / "base"
+
+
+def edit(name: str, **changed: object) -> Callable[[Path], None]:
+    def change(model: Path) -> None:
+        content = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps(content | changed))
+
+    return change
+
+
+def cut(model: Path) -> None:
+    weights = next(model.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def remove(pattern: str) -> Callable[[Path], None]:
+    return lambda model: [path.unlink() for path in model.glob(pattern)].clear()
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    return lambda model: [(model / name).write_text(text)].clear()
+
+
+def config_error(rank: int, world: int, folder: Path, overrides: tuple[str, ...]) -> str:
+    try:
+        whole_run._rank(rank, world, folder, RECIPE, overrides, None)
+    except ConfigError as error:
+        return str(error)
+    return "none"
+
+
+def found(folder: Path, *overrides: str) -> str:
+    """What every rank of two says."""
+    whole_run.data()
+    said = gloo.run(config_error, 2, folder, overrides)
+    assert said[0] == said[1]
+    return said[0]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (edit("config.json", architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel is not supported"),
+        (edit("config.json", rope_scaling={"rope_type": "yarn"}), "rope type 'yarn' is not supported"),
+        (edit("config.json", vocab_size=11), "expected less than config.json's vocab_size 11"),
+        (edit("config.json", intermediate_size=16), "the weights do not fit"),
+        (cut, "the file is cut"),
+        (remove("*.safetensors"), "holds neither model.safetensors nor"),
+        (write("tokenizer.json", "{}"), "cannot be loaded"),
+        (write("chat_template.jinja", "{% for %}"), "chat template cannot be applied to problem"),
+        (write("chat_template.jinja", "{{ raise_exception('no') }}"), "chat template cannot be applied to problem"),
+    ],
+)
+def test_a_fault_of_the_model_directory(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+    shutil.copytree(BASE, tmp_path / "model")
+    damage(tmp_path / "model")
+    assert message in found(tmp_path / "runs", f'model.path="{tmp_path}/model"')
+
+
+def test_what_a_run_cannot_go_on_from(tmp_path: Path) -> None:
+    assert whole_run.train(tmp_path, RECIPE, "checkpoint.every=2", world=2) == 0
+    changed = found(tmp_path, "train.steps=3", "optimizer.lr=0.01")
+    assert "optimizer.lr: checkpoint 0.0002, now 0.01" in changed and "schedule" not in changed
+    reported = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(reported.splitlines(keepends=True)[0])
+    assert "its last step is 1, but the checkpoint to go on from is of step 2" in found(tmp_path, "train.steps=3")
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(reported)
+    shard = next((tmp_path / "run" / "checkpoints" / "step_000002").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    assert shard.name in found(tmp_path, "train.steps=3")
+
+
+def test_more_steps_than_asked_for_is_done(tmp_path: Path) -> None:
+    assert whole_run.train(tmp_path, RECIPE, "train.steps=2", world=2) == 0
+    before = whole_run.steps(tmp_path)
+    assert whole_run.train(tmp_path, RECIPE, "train.steps=1", world=2) == 0
+    assert whole_run.steps(tmp_path) == before
