@@ -160,6 +160,8 @@ def _train(config: Config) -> int:
 
 if __name__ == "__main__":
     StopSignals()
-    exit_code = main()
-    ignore_signals()
+    try:
+        exit_code = main()
+    finally:
+        ignore_signals()
     sys.exit(exit_code)

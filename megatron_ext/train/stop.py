@@ -33,6 +33,8 @@ class StopSignals:
     def _receive(self, *_: object) -> None:
         self.received = True
         if self._starting:
+            for number in ASKING:  # the launcher repeats itself until this process has ended
+                signal.signal(number, signal.SIG_IGN)
             if os.environ.get("RANK", "0") == "0":
                 os.write(2, b"stopped while starting: nothing new to save; run the same command again\n")
             sys.exit(REQUEUE)

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -202,6 +205,44 @@ def test_a_signal_saves_and_asks_to_be_run_again(uninterrupted: Path, tmp_path: 
     code, output = finish(tmp_path, "train.steps=4")
     assert code == 0, output
     assert metrics(tmp_path) == metrics(uninterrupted)
+
+
+def test_a_start_that_is_stopped_asks_to_be_run_again(tmp_path: Path) -> None:
+    process = start(tmp_path, "train.steps=4")
+    wait_for(run_folder(tmp_path) / ".lock", process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert output.count("SIGTERM: ") == 1 and "stopped while starting: nothing new to save" in output
+    assert "Traceback" not in output and not (run_folder(tmp_path) / "checkpoints").exists()
+    assert json.loads((run_folder(tmp_path) / "stops.json").read_text()) == {"stops": 1}
+
+
+def test_an_interrupt_saves_and_meanwhile_a_second_run_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
+    process = start(tmp_path, "train.steps=300")
+    wait_for(checkpoint(tmp_path, 2) / "MANIFEST.json", process)
+    code, refused = finish(tmp_path, "train.steps=300")
+    assert code == 2 and refused.count("another run is at work in") == 1, refused
+    assert re.search(rf"process \d+ on {re.escape(socket.gethostname())}", refused) and "Traceback" not in refused
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=300)
+    steps = metrics(tmp_path)
+    assert process.returncode == 75, output
+    assert output.count("SIGINT: the ranks save after this step and end") == 1
+    assert f"stopped after step {len(steps)} of 300: the state is saved" in output and "Traceback" not in output
+    assert checkpoint(tmp_path, len(steps)).is_dir()
+    assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
+    assert steps[:2] == metrics(uninterrupted)[:2]
+
+
+def test_a_fault_that_every_rank_finds_is_said_once(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "recipes/tiny/base", tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": ["GPT2LMHeadModel"]}))
+    code, output = finish(tmp_path, f'model.path="{tmp_path}/model"')
+    assert code == 2, output
+    assert output.count("configuration error") == output.count("GPT2LMHeadModel is not supported") == 1, output
+    assert "Traceback" not in output and not run_folder(tmp_path).exists()
 
 
 @pytest.mark.parametrize(
