@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -308,6 +309,18 @@ def table(evaluation: dict[str, Any]) -> Table:
     return found
 
 
+def _rollout(options: argparse.Namespace) -> RolloutConfig:
+    """Raises ConfigError."""
+    names = ("engine", "tensor", "memory_share", "eager", "batch_size")
+    try:
+        return RolloutConfig.model_validate({name: getattr(options, name) for name in names})
+    except ValidationError as error:
+        faults = [(str(each["loc"][0]).replace("_", "-"), each) for each in error.errors()]
+        raise ConfigError(
+            "\n".join(f"--{name}: {each['msg']}, found {each['input']!r}" for name, each in faults)
+        ) from None
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     console = Console()
@@ -321,13 +334,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.model,
             options.data,
             Settings(**values),
-            rollout=RolloutConfig(
-                engine=options.engine,
-                tensor=options.tensor,
-                memory_share=options.memory_share,
-                eager=options.eager,
-                batch_size=options.batch_size,
-            ),
+            rollout=_rollout(options),
             workers=options.workers,
             console=console,
         )

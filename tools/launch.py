@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import sys
 import tomllib
 from pathlib import Path
@@ -114,8 +115,13 @@ def launch(config: Config, options: argparse.Namespace) -> bool:
         import nemo_run
     except ImportError as error:
         raise ConfigError(f"NeMo-Run cannot be imported ({error}): pip install '.[launch]', or use slurm/") from None
-    if options.site:
-        site = read_site(options.site)
+    site = read_site(options.site) if options.site else None
+    if site is not None and not options.dry_run and not site.ssh_host and shutil.which("sbatch") is None:
+        raise ConfigError(
+            f"--site: {options.site} submits from this machine, which has no sbatch; run it on a login node, set "
+            "ssh_host, or print the script with --dry-run"
+        )
+    if site is not None:
         script = nemo_run.Script(inline=node_script(config, site, options.recipe, options.overrides))
         where = executor(config, site)
     elif config.parallel.nodes > 1:

@@ -22,6 +22,7 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 MAX_NAME_BYTES = 200  # file systems take 255; a temporary file's ending is still to come
+FROM_THE_PUBLISHER = "take the file of the model's publisher"
 _PATHS = (("model", "path"), ("model", "weights"), ("data", "train"), ("data", "curriculum"))
 _SIZES = (  # of a model: fields of config.json that are numbers above 0, where they are there
     *("num_attention_heads", "num_key_value_heads", "num_hidden_layers", "hidden_size", "intermediate_size"),
@@ -335,15 +336,13 @@ def hf_config(path: str | Path) -> dict[str, Any]:
             raise ValueError(f"expected an object, found {str(hf)[:60]!r}")
     except (ValueError, RecursionError, OSError) as error:
         raise ConfigError(f"model.path: {file} is not the JSON of a model's configuration: {error}") from None
-    needed = ("num_attention_heads", "num_hidden_layers")
-    faults = [f"{name} is missing" for name in needed if name not in hf]
-    faults += [
+    faults = [
         f"{name} is {hf[name]!r}, expected a whole number above 0"
         for name in _SIZES
         if hf.get(name) is not None and (type(hf[name]) is not int or hf[name] < 1)
     ]
     if faults:
-        raise ConfigError(f"model.path: {file}: " + "; ".join(faults) + "; take the file of the model's publisher")
+        raise ConfigError(f"model.path: {file}: " + "; ".join(faults) + f"; {FROM_THE_PUBLISHER}")
     return hf
 
 
@@ -354,6 +353,9 @@ def _check_model(config: Config) -> list[str]:
         hf = hf_config(config.model.path)
     except ConfigError as error:
         return [str(error)]
+    missing = [name for name in ("num_attention_heads", "num_hidden_layers") if hf.get(name) is None]
+    if missing:
+        return [f"model.path: {config.model.path}/config.json: {', '.join(missing)} missing; {FROM_THE_PUBLISHER}"]
     faults = []
     positions, longest = hf.get("max_position_embeddings"), config.longest_sequence
     if positions is not None and longest > positions:
@@ -371,8 +373,7 @@ def _read_chain(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"recipe: {path} is its own parent; a chain of parents ends with a recipe that names none")
     for name, key in _PATHS:
         section = own.get(name)
-        value = section.get(key) if isinstance(section, dict) else None
-        if not isinstance(value, str) or "\0" in value:
+        if not isinstance(section, dict) or not isinstance(value := section.get(key), str):
             continue  # the schema says what is wrong with it
         made_later = name == "data"  # by a tool, where the recipe says
         if value and not os.path.exists(value) and (made_later or os.path.exists(path.parent / value)):

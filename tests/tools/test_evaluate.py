@@ -14,7 +14,7 @@ from megatron_ext.rollout.base import Request, Sampling
 from megatron_ext.train.config import ConfigError
 from megatron_ext.types import Problem, Reward, Sample
 from tools import evaluate as tool
-from tools.evaluate import Settings, equivalent_answers, evaluate, exact_value, load_evaluations, measure
+from tools.evaluate import Settings, equivalent_answers, evaluate, exact_value, load_evaluations, main, measure
 
 SILENT = Console(quiet=True)
 
@@ -157,6 +157,12 @@ def test_bad_input_is_told_with_exit_code_2(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "out.json").write_text('{"before": 3}')
     assert "out.json" in told(str(model), "--data", str(data), "--out", str(tmp_path / "out.json"))
     assert "cannot be loaded" in told(str(model), "--data", str(data), "--workers", "1")
+
+
+@pytest.mark.parametrize("option", ["--batch-size=0", "--memory-share=1", "--tensor=-1"])
+def test_an_engine_that_cannot_be_is_told_with_exit_code_2(option: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["nowhere", "--data", "nowhere.jsonl", option]) == 2
+    assert f"evaluate: {option.split('=')[0]}: Input should be" in capsys.readouterr().err
 
 
 def test_labels_share_a_file(tmp_path: Path):

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -68,3 +69,12 @@ def test_nemo_run_prints_the_batch_script_of_both_nodes(tmp_path: Path) -> None:
 def test_without_nemo_run_the_extra_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert launch.main([str(ROOT / RECIPE), "--site", str(EXAMPLE)]) == 2
     assert "pip install '.[launch]'" in capsys.readouterr().err
+
+
+def test_a_machine_without_sbatch_is_told_before_anything_is_submitted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "nemo_run", ModuleType("nemo_run"))  # whatever is asked of it fails
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert launch.main([str(ROOT / RECIPE), "--site", str(EXAMPLE)]) == 2
+    assert "which has no sbatch; run it on a login node" in capsys.readouterr().err
