@@ -27,7 +27,7 @@ from typing import Any
 
 from megatron_ext.train.config import Config, ConfigError, load_config
 from megatron_ext.train.run_folder import RunFolder
-from megatron_ext.train.stop import REQUEUE, StopSignals, ignore_signals
+from megatron_ext.train.stop import REQUEUE, StopSignals, heed_interrupts, ignore_signals
 from tools import faults, ranks
 from tools.dry_run import dry_run
 from tools.plan import read_valid
@@ -159,6 +159,7 @@ def _train(config: Config) -> int:
 
 
 if __name__ == "__main__":
+    heed_interrupts()
     StopSignals()
     try:
         exit_code = main()

@@ -24,7 +24,6 @@ class StopSignals:
         self._starting = True
         for number in ASKING:
             signal.signal(number, self._receive)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a launcher's child may have inherited to ignore it
 
     def defer(self) -> None:
         """The run has started: a signal is from now on only noted in ``received``."""
@@ -38,6 +37,11 @@ class StopSignals:
             if os.environ.get("RANK", "0") == "0":
                 os.write(2, b"stopped while starting: nothing new to save; run the same command again\n")
             sys.exit(REQUEUE)
+
+
+def heed_interrupts() -> None:
+    """SIGINT raises KeyboardInterrupt, also in a child that inherited to ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def ignore_signals() -> None:
