@@ -192,7 +192,7 @@ def _parse(answer: str) -> Any | None:
 def _answers(gold: Any, found: Any) -> bool:
     """Whether ``found`` answers a question whose answer is ``gold``."""
     from latex2sympy2_extended.sets import FiniteSet
-    from sympy import Set, Symbol, Tuple
+    from sympy import Set, Tuple
 
     gold_chains, chain = list(_chains(gold)), _sides(found)
     if not gold_chains:
@@ -200,8 +200,8 @@ def _answers(gold: Any, found: Any) -> bool:
         if isinstance(found, Set) and not isinstance(gold, Set | Tuple) and not gold.is_Relational:
             elements = found._unsorted_args if isinstance(found, FiniteSet) else ()
             found = elements[0] if len(elements) == 1 else None
-        if found is None or (isinstance(gold, Symbol) and len(gold.name) > 1 and found.is_Mul):
-            return False  # the last one: letters that happen to be those of a word
+        if found is None:
+            return False
     elif (gold_sides := _sides(gold)) and chain:
         return _same_chain(gold_sides, chain)
     return _equal(gold, found)
