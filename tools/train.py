@@ -24,6 +24,7 @@ import sys
 from typing import Any
 
 from megatron_ext.train.config import Config, ConfigError, load_config
+from megatron_ext.train.redact import redact
 from tools import ranks
 from tools.dry_run import dry_run
 from tools.plan import read_valid
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
                 return 0  # one rank of every node tries it
         complete = _check_method(config)
         if options.print_config:
-            print(json.dumps(_redacted(complete), indent=2))
+            print(json.dumps(redact(complete), indent=2))
             return 0
         if options.dry_run:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it builds what runs elsewhere, and needs no GPU
@@ -91,12 +92,6 @@ def _check_method(config: Config) -> dict[str, Any]:
     method = create_method(config)
     options = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
     return config.model_dump() | {"method": {"name": config.method.get("name"), **options}}
-
-
-def _redacted(config: dict[str, Any]) -> Any:
-    from megatron_ext.train.metrics import redact
-
-    return redact(config)
 
 
 def _launch(config: Config, options: argparse.Namespace) -> int:
