@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_ext.train.config import ConfigError
-from megatron_ext.train.manifest import differing_keys
+from megatron_ext.train.manifest import differing_keys, step_name
 from megatron_ext.train.redact import redact, redact_text
 from tools import train
 
@@ -51,7 +51,7 @@ def test_nothing_a_run_writes_or_says_holds_a_secret(tmp_path: Path, capsys: pyt
     assert {"metrics.jsonl", "samples.jsonl", "report.html"} <= {path.name for path in files}
     assert [str(path) for path in files if SECRET.encode() in path.read_bytes()] == []
     run_dir, exported = tmp_path / "run", tmp_path / "hf" / "README.md"
-    for file in (run_dir / "config.json", run_dir / "checkpoints" / "step_00000001" / "MANIFEST.json", exported):
+    for file in (run_dir / "config.json", run_dir / "checkpoints" / step_name(1) / "MANIFEST.json", exported):
         assert "https://***@host/data?x=1&token=***" in file.read_text()
 
 
