@@ -198,7 +198,7 @@ def _answers(gold: Any, found: Any) -> bool:
     if not gold_chains:
         found = _value_of(found)
         if isinstance(found, Set) and not isinstance(gold, Set | Tuple) and not gold.is_Relational:
-            elements = found._unsorted_args if isinstance(found, FiniteSet) else ()
+            elements = _as_written(found) if isinstance(found, FiniteSet) else []
             found = elements[0] if len(elements) == 1 else None
         if found is None:
             return False
@@ -256,7 +256,7 @@ def _precise(gold: Any, found: Any) -> bool:
     if not isinstance(gold, Expr) or not isinstance(found, Expr):
         return True
     symbols = sorted(gold.free_symbols | found.free_symbols, key=str)
-    point = {symbol: Rational(2 * i + 3, 7 * i + 11) for i, symbol in enumerate(symbols)}  # any will do
+    point: Any = {symbol: Rational(2 * i + 3, 7 * i + 11) for i, symbol in enumerate(symbols)}  # any will do
     first, second = (expression.doit().subs(point) for expression in (gold, found))
     size, difference = max(abs(first.evalf(50)), abs(second.evalf(50))), abs((first - second).evalf(50))
     if not size.is_number or size >= 1:  # from one on six decimals are six digits
@@ -273,9 +273,14 @@ def _sides(expression: Any) -> list[Any]:
     if isinstance(expression, Eq):
         return list(expression.args)
     if isinstance(expression, And) and all(isinstance(relation, Eq) for relation in expression.args):
-        relations = expression._unsorted_args
+        relations = _as_written(expression)
         return [relations[0].lhs, *(relation.rhs for relation in relations)]
     return []
+
+
+def _as_written(expression: Any) -> list[Any]:
+    """The parts of latex2sympy's sets and conjunctions, whose ``args`` are sorted, in their order."""
+    return list(expression._unsorted_args)
 
 
 def _chains(expression: Any) -> Iterator[list[Any]]:
@@ -295,7 +300,7 @@ def _value_of(expression: Any) -> Any | None:
     from sympy import Tuple
 
     if isinstance(expression, FiniteSet | Tuple) and any(True for _ in _chains(expression)):
-        elements = expression._unsorted_args if isinstance(expression, FiniteSet) else expression.args
+        elements = _as_written(expression) if isinstance(expression, FiniteSet) else expression.args
         values = [_value_of(element) for element in elements]
         return None if None in values else type(expression)(*values)
     sides = _sides(expression)

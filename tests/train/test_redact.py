@@ -63,7 +63,7 @@ def test_nothing_a_run_writes_or_says_holds_a_secret(tmp_path: Path, capsys: pyt
         f"data.train=https://user:{SECRET}@host/data.jsonl",
         f"model.weights=s3://bucket/model?token={SECRET}",
         f"model.dtype=hf_{SECRET}",
-        f'optimizer={{password = "{SECRET}"}}',
+        f'optimizer=[{{api_key = "{SECRET}"}}]',
         f"hf_{SECRET}",
     ],
 )
