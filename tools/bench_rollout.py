@@ -115,11 +115,11 @@ def random_model(folder: Path) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    base: Any = AutoConfig.from_pretrained(BASE)
+    base: Any = AutoConfig.from_pretrained(BASE, trust_remote_code=False)
     derived = ("layer_types", "head_dim")  # from the sizes
     config = type(base)(**{name: value for name, value in base.to_dict().items() if name not in derived} | LARGE)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.lm_head.weight.data[config.eos_token_id] = 0.0
     model.save_pretrained(folder)
     for file in BASE.glob("tokenizer*"):

@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_ext.evaluation import Difference, differences
-from megatron_ext.train.metrics import CLOCK_KEYS, CONFIG, redact
+from megatron_ext.train.metrics import CLOCK_KEYS, CONFIG
+from megatron_ext.train.redact import redact
 from tools.charts import Series, short
 from tools.evaluate import load_evaluations
 from tools.report import EVALUATION, Chart, chart_figure, ends, flatten, load_metrics, page, tooltip

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_ext.train import manifest
 from megatron_ext.train.config import Config, ConfigError, ParallelConfig, hf_config
 from megatron_ext.train.manifest import CheckpointError, Manifest
+from megatron_ext.train.redact import redact
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -159,7 +160,7 @@ def find(checkpoint: Path) -> tuple[Path, Manifest]:
 
 def model_card(path: Path, found: Manifest) -> str:
     """What the export is: where its weights come from, how they were trained, and what they score if that is known."""
-    config: dict[str, Any] = found.config
+    config: dict[str, Any] = redact(found.config)
     base = config["model"].get("hub") or config["model"]["path"]
     if found.step == 0:
         text = f"# {Path(base).name}\n\nThe weights of `{base}`, not trained further.\n"

@@ -106,15 +106,17 @@ def inspect(config: Config, shards: Shards) -> tuple[Plan, list[Check]]:
 
 def data_path(config: Config) -> Iterator[str]:
     """Reads the data as a run would, or a sample of the tiny task; names what has to be brought here first."""
-    from transformers import AutoTokenizer
-
+    from megatron_ext.rollout.model_files import load_tokenizer
     from megatron_ext.rollout.rewards import RewardPool
     from megatron_ext.train.curriculum import data_order
     from megatron_ext.train.data import load_training_data
 
     model, data = Path(config.model.path), config.data
     yield from missing(config)
-    tokenizer = AutoTokenizer.from_pretrained(model if any(model.glob("tokenizer*")) else SAMPLE / "base")
+    try:
+        tokenizer = load_tokenizer(model if any(model.glob("tokenizer*")) else SAMPLE / "base")
+    except ValueError as error:
+        raise ConfigError(f"model.path: {error}") from None
     with RewardPool(config.reward.workers) as pool, tempfile.TemporaryDirectory() as folder:
         real, path = Path(data.train).is_file(), Path(folder) / "sample.jsonl"
         if not real:

@@ -82,8 +82,8 @@ class Settings:
             raise ConfigError(f"--limit: expected at least 1, found {self.limit}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"--top-p: expected a share in (0, 1], found {self.top_p}")
-        if self.temperature < 0:
-            raise ConfigError(f"--temperature: expected 0 (greedy) or more, found {self.temperature}")
+        if not 0 <= self.temperature <= 100:
+            raise ConfigError(f"--temperature: expected 0 (greedy) to 100, found {self.temperature}")
         if self.temperature == 0 and self.samples > 1:
             raise ConfigError(f"--temperature 0 draws the same response {self.samples} times: use --samples 1")
         bad = [k for k in self.ks if not 1 <= k <= self.samples]

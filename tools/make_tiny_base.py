@@ -269,8 +269,10 @@ def main(arguments: list[str] | None = None) -> None:
         model.save_pretrained(options.out)
         tokenizer.save_pretrained(options.out, save_jinja_files=False)
     folder = options.out if options.measure is None else options.measure
-    model = Qwen2ForCausalLM.from_pretrained(folder)
-    measured = measure(model, AutoTokenizer.from_pretrained(folder), held_out, samples=options.samples)
+    model = Qwen2ForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    measured = measure(
+        model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), held_out, samples=options.samples
+    )
     for name, value in vars(measured).items():
         Console().print(f"{name.replace('_k', f'_{options.samples}'):>16} {value:.3f}")
 

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.evaluation import differences
-from megatron_ext.train.metrics import CONFIG, METRICS, SAMPLES, read_steps, redact
+from megatron_ext.train.metrics import CONFIG, METRICS, SAMPLES, read_steps
+from megatron_ext.train.redact import redact
 from tools.charts import LEFT, NUM_COLORS, RIGHT, WIDTH, Series, area_chart, interval_plot, legend, line_chart, short
 from tools.evaluate import load_evaluations
 from tools.report_style import SCRIPT, STYLE

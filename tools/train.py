@@ -26,6 +26,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from megatron_ext.train.config import Config, ConfigError, load_config
+from megatron_ext.train.redact import redact
 from megatron_ext.train.run_folder import RunFolder
 from megatron_ext.train.stop import REQUEUE, StopSignals, heed_interrupts, ignore_signals
 from tools import faults, ranks
@@ -67,7 +68,7 @@ def _run(options: argparse.Namespace) -> int:
             return 0  # one rank of every node tries it
     complete = _check_method(config)
     if options.print_config:
-        print(json.dumps(_redacted(complete), indent=2))
+        print(json.dumps(redact(complete), indent=2))
         return 0
     if options.dry_run:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it builds what runs elsewhere, and needs no GPU
@@ -122,12 +123,6 @@ def _check_method(config: Config) -> dict[str, Any]:
     method = create_method(config)
     options = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
     return config.model_dump() | {"method": {"name": config.method.get("name"), **options}}
-
-
-def _redacted(config: dict[str, Any]) -> Any:
-    from megatron_ext.train.metrics import redact
-
-    return redact(config)
 
 
 def _launch(config: Config, options: argparse.Namespace) -> int:

@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig
 
 from megatron_ext.rollout.base import Request, Sampling, Weights
-from megatron_ext.rollout.model_files import eos_ids, load_tokenizer
+from megatron_ext.rollout.model_files import eos_ids, load_config, load_tokenizer
 from megatron_ext.rollout.vllm_shared import (
     cpu_arguments,
     finished_sample,
@@ -73,13 +72,14 @@ class VLLMEngine:
         self.version = 0
         self.asleep = False
         self.eos = eos_ids(model_path)
-        config = AutoConfig.from_pretrained(model_path)
+        config = load_config(model_path)
         max_tokens = min(max_tokens, config.max_position_embeddings)
         os.environ.update(model_runner_variable(model_runner))
         vllm_transfer.register()
         _forget_shared_memory(self.group)
         self.llm = LLM(
             model=str(model_path),
+            trust_remote_code=False,
             dtype=dtype,  # pyright: ignore[reportArgumentType]
             tensor_parallel_size=tensor,
             distributed_executor_backend="external_launcher" if self.group is not None else None,

@@ -17,10 +17,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig
 
 from megatron_ext.rollout.base import Request, RolloutError, Sampling, Weights
-from megatron_ext.rollout.model_files import eos_ids, load_tokenizer
+from megatron_ext.rollout.model_files import eos_ids, load_config, load_tokenizer
 from megatron_ext.rollout.server_http import check_servers
 from megatron_ext.rollout.server_round import Outcome, Round
 from megatron_ext.rollout.servers import Fleet, ServerProcess, free_ports, serve_command
@@ -70,7 +69,7 @@ class ServerEngine:
         servers or ranks are on others. ``deadline_s``: for one response."""
         self.tokenizer = load_tokenizer(model_path)
         self.eos = eos_ids(model_path)
-        config = AutoConfig.from_pretrained(model_path)
+        config = load_config(model_path)
         max_tokens = min(max_tokens, config.max_position_embeddings)
         self.distributed = dist.is_initialized()
         self.rank = dist.get_rank() if self.distributed else 0

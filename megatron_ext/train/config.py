@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import tomllib
 from pathlib import Path
@@ -17,9 +18,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from megatron_ext.train.layout_rules import model_faults, nearest_divisor
+from megatron_ext.train.redact import redact, redact_text
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+LARGEST = 2**31 - 1  # of any count: NumPy's seeds and many kernels end near it
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 MAX_NAME_BYTES = 200  # file systems take 255; a temporary file's ending is still to come
 FROM_THE_PUBLISHER = "take the file of the model's publisher"
@@ -28,14 +31,21 @@ _SIZES = (  # of a model: fields of config.json that are numbers above 0, where 
     *("num_attention_heads", "num_key_value_heads", "num_hidden_layers", "hidden_size", "intermediate_size"),
     *("head_dim", "vocab_size", "max_position_embeddings", "num_experts", "moe_intermediate_size"),
 )
+Seconds = Annotated[float, Field(ge=0.1, le=7 * 86400)]
+RewardValue = Annotated[float, Field(ge=-1e6, le=1e6)]
 
 
 class ConfigError(ValueError):
-    """A fault of the configuration or of the data: the run must not start. Exit code 2."""
+    """A fault of the configuration or of the data: the run must not start. Exit code 2. It shows no secret."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact_text(message))
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    """Numbers are finite: no key has a use for NaN or infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
 class FusionsConfig(Section):
@@ -78,7 +88,7 @@ class ServersConfig(Section):
     port: Annotated[int, Field(ge=1024, le=65535)] = 8100  # of the first one; the others follow
     devices: list[str] = []  # CUDA_VISIBLE_DEVICES of each one that is started
     address: str = ""  # of rank 0 for the weight transfer, where the servers are on other machines
-    deadline_s: Annotated[float, Field(gt=0)] = 1800.0  # for one response
+    deadline_s: Seconds = 1800.0  # for one response
     max_restarts: NonNegative = 3  # of all servers together, in the whole run
 
 
@@ -91,37 +101,37 @@ class RolloutConfig(Section):
     servers: ServersConfig = ServersConfig()
     prompts: Positive = 128  # prompts per step
     samples: Positive = 8  # responses per prompt: the group size G
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
     top_p: Fraction = 1.0
     max_response_tokens: Positive = 3072
     batch_size: Positive = 256  # sequences decoded at once by one rank
     dynamic_sampling: bool = False  # drop groups whose rewards are all equal and draw others in their place (DAPO)
-    oversample: Annotated[float, Field(ge=1)] = 1.0  # of it: the first round draws this many times the prompts
+    oversample: Annotated[float, Field(ge=1, le=1000)] = 1.0  # of it: the first round draws this many times the prompts
     max_generations: Positive = 10  # rounds of it in one step; then dropped groups fill the batch
 
 
 class RewardConfig(Section):
-    correct: float = 1.0
-    wrong: float = 0.0
-    workers: NonNegative = 0  # processes of one node's pool; 0 = one per core, at most 16
-    deadline_s: Annotated[float, Field(gt=0)] = 10.0  # for one answer
+    correct: RewardValue = 1.0
+    wrong: RewardValue = 0.0
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0  # processes of one node's pool; 0 = one per core, at most 16
+    deadline_s: Seconds = 10.0  # for one answer
     max_timeout_share: Fraction = 0.2  # above it the step stops: the verifier is not to be trusted
 
 
 class OptimizerConfig(Section):
-    lr: Annotated[float, Field(gt=0)] = 1e-6
+    lr: Annotated[float, Field(gt=0, le=1)] = 1e-6
     warmup_steps: NonNegative = 0  # optimizer steps
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
     clip_grad: Annotated[float, Field(gt=0)] = 1.0
 
 
 class CriticConfig(OptimizerConfig):
     """Of methods with a critic: its optimizer and schedule."""
 
-    lr: Annotated[float, Field(gt=0)] = 2e-6
+    lr: Annotated[float, Field(gt=0, le=1)] = 2e-6
 
 
 class TrainConfig(Section):
@@ -206,6 +216,13 @@ class Config(Section):
         if max(len(part.encode()) for part in parts) > MAX_NAME_BYTES:
             raise ValueError(f"is longer than {MAX_NAME_BYTES} bytes, which a file system may not take")
         return name
+
+    @field_validator("method")
+    @classmethod
+    def _finite(cls, method: dict[str, Any]) -> dict[str, Any]:
+        if any(isinstance(value, float) and not math.isfinite(value) for value in method.values()):
+            raise ValueError("options are finite numbers")
+        return method
 
     @property
     def longest_sequence(self) -> int:
@@ -446,5 +463,5 @@ def _readable(error: ValidationError, path: str | Path) -> str:
             hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(sorted(model.model_fields))}"
             lines.append(f"  {where}: unknown key; {hint}")
         else:
-            lines.append(f"  {where}: {item['msg']}, found {item['input']!r}")
+            lines.append(f"  {where}: {item['msg']}, found {redact(item['input'], where)!r}")
     return "\n".join(lines)

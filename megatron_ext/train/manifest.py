@@ -27,6 +27,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.train.redact import redact
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "MANIFEST.json"
@@ -85,7 +87,11 @@ def config_hash(config: dict[str, Any]) -> str:
 
 
 def differing_keys(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (saved value, current value) wherever two configurations differ; None where a key is absent."""
+    """Dotted key -> (saved value, current value) wherever two configurations differ; None where a key is absent.
+
+    Secrets count as equal: a manifest holds none.
+    """
+    saved, current = redact(saved), redact(current)
     found: dict[str, tuple[Any, Any]] = {}
     for key in sorted(saved.keys() | current.keys()):
         old, new = saved.get(key), current.get(key)
@@ -140,7 +146,8 @@ def publish(
             f"{partial}: expected the files written by all ranks, but {', '.join(astray[:5])} is not among them or "
             f"belongs to none; is the directory shared by all nodes?"
         )
-    manifest = Manifest(step, files, layout, config, config_hash(config), _versions())
+    shown = redact(config)
+    manifest = Manifest(step, files, layout, shown, config_hash(shown), _versions())
     content = json.loads(_canonical(asdict(manifest)))
     content["digest"] = hashlib.sha256(_canonical(content)).hexdigest()
     _write(partial / MANIFEST, json.dumps(content, indent=1))

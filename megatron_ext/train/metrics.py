@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from megatron_ext.train.redact import redact
 
 if TYPE_CHECKING:
     from megatron_ext.types import Episode
@@ -42,10 +43,6 @@ HEADLINES = {
     "cut": "response/truncated",
     "seconds": "time/step_s",
 }
-SECRET_NAME = re.compile(r"(password|passwd|secret|token|credential|(api|access|private)[_-]?key)s?$", re.IGNORECASE)
-SECRET_IN_URL = re.compile(
-    r"(?<=://)[^/\s@]+(?=@)|(?<=[?&])((?:[\w-]*(?:token|secret|key|password|sig))=)[^&\s]+", re.I
-)
 
 
 # --- files ---
@@ -121,17 +118,6 @@ def write_config(run_dir: str | Path, config: Mapping[str, Any]) -> None:
     temporary = target.with_suffix(".tmp")
     temporary.write_text(json.dumps(redact(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, target)
-
-
-def redact(value: Any, name: str = "") -> Any:
-    """A copy with ``***`` for strings under secret-sounding names and for credentials inside URLs."""
-    if isinstance(value, Mapping):
-        return {key: redact(item, str(key)) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [redact(item, name) for item in value]
-    if not isinstance(value, str) or not value:
-        return value
-    return "***" if SECRET_NAME.search(name) else SECRET_IN_URL.sub(lambda match: (match[1] or "") + "***", value)
 
 
 def sample_record(

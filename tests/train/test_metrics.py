@@ -19,11 +19,11 @@ from megatron_ext.train.metrics import (
     MetricsWriter,
     Watch,
     read_steps,
-    redact,
     sample_record,
     token_texts,
     write_config,
 )
+from megatron_ext.train.redact import redact
 from megatron_ext.types import Episode, Problem, Reward, Sample
 
 
