@@ -16,6 +16,9 @@ from megatron_ext.train.config import Config
 from tests.methods import cases
 from tests.train import whole_run
 
+KNOWN = {"response/length": 50.0, "response/unknown_logprobs": 0.0}
+OFF = {"unknown_logprobs": 1.0}
+
 
 def test_the_importance_is_the_ratio_with_its_tail_cut_off() -> None:
     old, rollout = torch.tensor([-1.0, -1.0, -2.0]), torch.tensor([-1.5, -0.5, -9.0])
@@ -71,12 +74,22 @@ def test_a_run_stops_when_the_engine_samples_from_another_policy(tmp_path: Path)
     assert all(0 < step["mismatch/mean"] < -math.log(0.7) and step["response/unknown_logprobs"] == 0 for step in steps)
 
 
+def test_a_run_stops_when_the_engine_does_not_tell_its_log_probs() -> None:
+    """The trainer's stand in for them, so the mismatch is 0."""
+    config = Config.model_validate({})
+    told = {"mismatch/mean": 0.0, "response/length": 50.0}
+    mismatch.check(told | {"response/unknown_logprobs": 0.4}, config)
+    with pytest.raises(mismatch.MismatchError, match=r"does not tell the log-probs of 0\.012 of its tokens.*0\.01"):
+        mismatch.check(told | {"response/unknown_logprobs": 0.6}, config)
+    mismatch.check(told | {"response/unknown_logprobs": 50.0}, Config.model_validate({"alarms": OFF}))
+
+
 def test_a_nucleus_may_raise_the_engines_log_probs() -> None:
     config = Config.model_validate({"rollout": {"top_p": 0.5}, "alarms": {"mismatch": 0.1}})
-    mismatch.check({"mismatch/mean": 0.79}, config)  # log 2 + .1
+    mismatch.check(KNOWN | {"mismatch/mean": 0.79}, config)  # log 2 + .1
     with pytest.raises(mismatch.MismatchError, match=r"0\.8 nats"):
-        mismatch.check({"mismatch/mean": 0.8}, config)
-    mismatch.check({"mismatch/mean": 9.9}, Config.model_validate({"alarms": {"mismatch": 0}}))
+        mismatch.check(KNOWN | {"mismatch/mean": 0.8}, config)
+    mismatch.check(KNOWN | {"mismatch/mean": 9.9}, Config.model_validate({"alarms": {"mismatch": 0}}))
 
 
 def test_importance_changes_a_run_only_where_the_engine_differs(tmp_path: Path) -> None:
