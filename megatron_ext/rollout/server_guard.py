@@ -4,8 +4,8 @@
 
 Trainer and server share a token that never travels. Two keys are derived from it: the trainer shows one with every
 request, the server the other with every answer to such a request. So nobody without the token reads, writes or pauses,
-and who listens in the place of a dead server is found out. vLLM's own ``--api-key`` leaves the routes of weight transfer
-open. Routes that the trainer does not use are shut for everybody.
+and who listens in the place of a dead server is found out. vLLM's own ``--api-key`` leaves the routes of weight
+transfer open. Routes that the trainer does not use are shut for everybody.
 """
 
 from __future__ import annotations

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_ext import methods
 from megatron_ext.methods.base import OneRank
+from megatron_ext.rollout.hf import HFEngine
 from megatron_ext.train import mismatch
 from megatron_ext.train.config import Config
+from megatron_ext.types import Sample
 from tests.methods import cases
 from tests.train import whole_run
 
@@ -82,6 +86,17 @@ def test_a_run_stops_when_the_engine_does_not_tell_its_log_probs() -> None:
     with pytest.raises(mismatch.MismatchError, match=r"does not tell the log-probs of 0\.012 of its tokens.*0\.01"):
         mismatch.check(told | {"response/unknown_logprobs": 0.6}, config)
     mismatch.check(told | {"response/unknown_logprobs": 50.0}, Config.model_validate({"alarms": OFF}))
+
+
+def test_a_run_of_unknown_log_probs_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = HFEngine.generate
+
+    def unknown(self: HFEngine, *args: Any) -> list[Sample]:
+        return [replace(each, logprobs=(math.nan,) * len(each.logprobs)) for each in generate(self, *args)]
+
+    monkeypatch.setattr(HFEngine, "generate", unknown)
+    with pytest.raises(AssertionError, match="MismatchError: rollout: the engine does not tell the log-probs of 1 of"):
+        whole_run.train(tmp_path, "siren/siren-tiny-cpu.toml")
 
 
 def test_a_nucleus_may_raise_the_engines_log_probs() -> None:
