@@ -69,7 +69,7 @@ def _local_store(patience: timedelta) -> dict[str, Any]:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     rank, world, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     listening = socket.create_server(("127.0.0.1", port), backlog=world).detach() if rank == 0 else None
-    store = dist.TCPStore(
+    store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
         "127.0.0.1",
         port,
         world,

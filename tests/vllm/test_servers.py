@@ -274,7 +274,7 @@ def test_another_user_can_do_nothing_with_a_server(engine: ServerEngine, truth: 
     pids = members(engine.fleet.processes[url].pid)
     assert not [pid for pid in pids if token in " ".join(psutil.Process(pid).cmdline())]
     listening = [each for each in psutil.net_connections("inet") if each.pid in pids and each.status == "LISTEN"]
-    assert listening and {each.laddr.ip for each in listening} == {"127.0.0.1"}
+    assert listening and {each.laddr[0] for each in listening} == {"127.0.0.1"}
     sockets = [str(each.laddr) for each in psutil.net_connections("unix") if each.pid in pids and each.laddr]
     assert sockets
     ours, theirs = Pipe()
