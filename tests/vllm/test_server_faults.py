@@ -213,7 +213,7 @@ async def elsewhere(_: web.Request) -> web.StreamResponse:
         (choosing(logprobs={"content": [{"logprob": -1.0}, {"logprob": 3.0}]}), "log-prob 3, expected at most 0"),
         (choosing(weight_versions=None), "weight_versions"),
         (endless, "wrong answer: more than 67584 bytes"),
-        (bomb, "wrong answer"),
+        (bomb, "Invalid JSON"),
         (elsewhere, "status 307"),
     ],
 )
