@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import nan
 from typing import Any
 
 import aiohttp
 
 from megatron_ext.rollout.base import Request, Sampling
-from megatron_ext.rollout.server_http import RequestRefused, ServerFault, ask
+from megatron_ext.rollout.server_http import RequestRefused, ServerFault, ask, new_session
+from megatron_ext.rollout.server_reply import max_bytes, read_reply
 from megatron_ext.rollout.vllm_shared import finished_sample, sampling_parameters
 from megatron_ext.types import Sample
 
 HEALTH_S = 10.0  # between two looks at a server's health, and for an answer to one
 HEALTH_POLLS = 3  # so many unanswered in a row: the server hangs
-NO_LOGPROB = -9999.0  # what a server sends in place of NaN, which JSON does not have
 
 
 class Stale(ServerFault):
@@ -49,15 +48,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Round:
-    """``slots``: requests of this rank that one server has at a time. ``version``: the label that answers must have
-    (None: any, the servers still have the weights they started with)."""
+    """``servers``: url -> token. ``slots``: requests of this rank that one server has at a time. ``version``: the label
+    that answers must have (None: any, the servers still have the weights they started with)."""
 
-    urls: list[str]
+    servers: Mapping[str, str]
     version: str | None
     slots: int
     deadline_s: float
     tokenizer: Any
     eos: list[int]
+    vocab_size: int
 
     async def run(
         self, requests: Sequence[Request], sampling: Sampling, take: Callable[[int, Sample], None]
@@ -65,10 +65,10 @@ class Round:
         """Give every answered request's number and sample to ``take``. Servers draw from one queue, front to back, so
         that the responses to one prompt mostly share a server and its cache of the prompt."""
         outcome, queue = Outcome(), deque(range(len(requests)))
-        slots = min(self.slots, -(-len(requests) // len(self.urls)))
+        slots = min(self.slots, -(-len(requests) // len(self.servers)))
         # no connection is used twice: one that the server is just closing would look like a failed server
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
-        async with aiohttp.ClientSession(connector=connector) as session:
+        async with new_session(connector=connector) as session:
 
             async def work(url: str) -> None:
                 while queue:
@@ -88,27 +88,34 @@ class Round:
                     if outcome.refused is not None:
                         queue.clear()
 
-            asked = dict.fromkeys(self.urls, 0)
-            await asyncio.gather(*(serve(url) for url in self.urls))
+            asked = dict.fromkeys(self.servers, 0)
+            await asyncio.gather(*(serve(url) for url in self.servers))
         return outcome
 
     async def _sample(self, session: aiohttp.ClientSession, url: str, request: Request, sampling: Sampling) -> Sample:
         parameters = sampling_parameters(request, sampling, self.eos)
         body = {"token_ids": list(request.prompt_ids), "sampling_params": parameters}
-        answer = await ask(session, f"{url}/inference/v1/generate", body=body, deadline_s=self.deadline_s)
-        choice = answer["choices"][0]
-        labels = [span["version"] for span in choice["weight_versions"] or []]
-        if choice["finish_reason"] not in ("stop", "length") or not labels:
-            raise ServerFault(f"{url}: gave a response up: finish reason {choice['finish_reason']}")
+        reply = await ask(
+            session,
+            f"{url}/inference/v1/generate",
+            token=self.servers[url],
+            body=body,
+            deadline_s=self.deadline_s,
+            max_bytes=max_bytes(sampling.max_response_tokens),
+        )
+        try:
+            choice = read_reply(reply, vocab_size=self.vocab_size, max_tokens=sampling.max_response_tokens)
+        except ValueError as error:
+            raise ServerFault(f"{url}: {error}") from None
+        labels = choice.versions
         if self.version is not None and set(labels) != {self.version}:
             raise Stale(f"{url}: generates with weights of version {', '.join(labels)}, expected {self.version}")
-        logprobs = (token["logprob"] for token in choice["logprobs"]["content"])
         return finished_sample(
             request,
             self.tokenizer,
-            response=choice["token_ids"],
-            logprobs=(nan if logprob <= NO_LOGPROB else logprob for logprob in logprobs),
-            finish_reason=choice["finish_reason"],
+            response=choice.token_ids,
+            logprobs=choice.token_logprobs,
+            finish_reason=choice.finish_reason,
             versions=labels,
         )
 
@@ -117,7 +124,7 @@ class Round:
         while True:
             await asyncio.sleep(HEALTH_S)
             try:
-                await ask(session, f"{url}/health", get=True, deadline_s=HEALTH_S)
+                await ask(session, f"{url}/health", token=self.servers[url], get=True, deadline_s=HEALTH_S)
                 unanswered = 0
             except ServerFault as fault:
                 unanswered += 1

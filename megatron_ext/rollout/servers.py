@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.rollout import server_keeper
+from megatron_ext.rollout import server_guard, server_keeper
 from megatron_ext.rollout.base import RolloutError
 from megatron_ext.rollout.server_http import CHECK_S, RequestRefused, ServerFault, ask_all
 
@@ -27,6 +28,7 @@ START_S = 1800.0  # to load a large model and compile it
 POLL_S = 0.2
 GRACE_S = 10.0  # for a server to end by itself
 TAIL_BYTES = 3000  # of a server's output in an error
+GUARD = f"{server_guard.__name__}.{server_guard.Guard.__name__}"
 TRAINERS_OWN = (  # variables of torchrun and of the trainer's own vLLM that must not reach a server
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE"),
     *("GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "VLLM_ENABLE_V1_MULTIPROCESSING"),
@@ -36,17 +38,20 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class ServerProcess:
-    """One server of ours. ``environment`` is added to the trainer's."""
+    """One server of ours. ``environment`` is added to the trainer's. Each start has a ``token`` of its own: what was
+    sent to who listened in the place of a dead server opens nothing."""
 
     url: str
     command: list[str]
     environment: Mapping[str, str]
     log_file: Path
+    token: str = field(default="", init=False, repr=False)
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     _log_start: int = field(default=0, init=False)
 
     def start(self) -> None:
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        self.token = secrets.token_hex(32)
         own = {name: value for name, value in os.environ.items() if name not in TRAINERS_OWN}
         with self.log_file.open("ab") as output:
             self._log_start = output.tell()
@@ -55,8 +60,9 @@ class ServerProcess:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=own | dict(self.environment),
+                env=own | dict(self.environment) | {server_guard.TOKEN_VARIABLE: self.token},
                 start_new_session=True,
+                umask=0o077,  # vLLM's processes talk over sockets in the folder of temporary files
             )
 
     @property
@@ -97,12 +103,18 @@ class ServerProcess:
 
 
 class Fleet:
-    """The servers of a run, on its first rank: ``processes`` of ours by url, or others that run already."""
+    """The servers of a run, on rank 0: ``processes`` of ours by url, or ``given`` ones (url -> token) that run
+    already."""
 
-    def __init__(self, processes: Iterable[ServerProcess], urls: Iterable[str], *, max_restarts: int) -> None:
+    def __init__(self, processes: Iterable[ServerProcess], given: Mapping[str, str], *, max_restarts: int) -> None:
         self.processes = {process.url: process for process in processes}
-        self.urls = [*self.processes, *urls]
+        self.given = dict(given)
         self.restarts, self.max_restarts = 0, max_restarts
+
+    @property
+    def servers(self) -> dict[str, str]:
+        """Url -> token of all that are to be asked."""
+        return {url: process.token for url, process in self.processes.items()} | self.given
 
     def start(self) -> None:
         """Start our own and wait. Raises RolloutError with the end of its log for one that does not come up."""
@@ -120,10 +132,10 @@ class Fleet:
 
         Raises RolloutError when the restarts are used up or no server is left.
         """
-        for url in [url for url in self.urls if url in faults and url not in self.processes]:
+        for url in [url for url in self.given if url in faults]:
             log.warning("rollout: the server %s is left out from now on: %s", url, faults[url])
-            self.urls.remove(url)
-        if not self.urls:
+            del self.given[url]
+        if not self.servers:
             raise RolloutError(
                 "rollout: no server of rollout.servers.urls is left; the last one: "
                 f"{'; '.join(faults.values())}. Start them again and resume the run"
@@ -153,7 +165,8 @@ class Fleet:
         """Until all are healthy; those that are not, with the reason."""
         waiting, faults, end = set(urls), {}, time.monotonic() + START_S
         while waiting:
-            answers = ask_all(waiting, "/health", get=True, deadline_s=CHECK_S)
+            servers = {url: self.processes[url].token for url in waiting}
+            answers = ask_all(servers, "/health", get=True, deadline_s=CHECK_S)
             for url, answer in answers.items():
                 process = self.processes[url]
                 if not process.alive():
@@ -199,6 +212,7 @@ def serve_command(
         "generation_config": "vllm",  # none of the model's own sampling defaults
         "logprobs_mode": "processed_logprobs",
         "enable_prefix_caching": True,
+        "middleware": GUARD,
         "weight_transfer_config": json.dumps({"backend": backend}),
     }
     # -P: a folder of metadata in the working directory would hide the installed package's plugins from vLLM

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from megatron_ext.rollout.base import Request, RolloutError, Sampling, Weights
 from megatron_ext.rollout.model_files import eos_ids, load_config, load_tokenizer
+from megatron_ext.rollout.server_guard import MIN_TOKEN, TOKEN_VARIABLE
 from megatron_ext.rollout.server_http import check_servers
 from megatron_ext.rollout.server_round import Outcome, Round
 from megatron_ext.rollout.servers import Fleet, ServerProcess, free_ports, serve_command
@@ -38,10 +39,10 @@ LOOPBACK = "127.0.0.1"
 class ServerEngine:
     """Generates with vLLM servers (rollout/base.py::RolloutEngine).
 
-    The servers start with the directory's weights as version 0. ``urls`` are servers that run already; without them
-    ``num`` are started on this node, one at each of the ports from ``port`` on. Raises ValueError for a port in use,
-    for servers that cannot be driven and for a model without tokenizer or end-of-sequence token, RolloutError when
-    servers fail for good.
+    The servers start with the directory's weights as version 0. ``urls`` are servers that run already, with the token
+    that is in the environment's ``token_variable``; without them ``num`` are started on this node, one at each of the
+    ports from ``port`` on. Raises ValueError for a port in use, for servers that cannot be driven or have another token
+    and for a model without tokenizer or end-of-sequence token, RolloutError when servers fail for good.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class ServerEngine:
         eager: bool = False,
         model_runner: str = "auto",
         urls: Sequence[str] = (),
+        token_variable: str = TOKEN_VARIABLE,
         num: int = 1,
         port: int = 8100,
         devices: Sequence[str] = (),
@@ -71,6 +73,7 @@ class ServerEngine:
         self.eos = eos_ids(model_path)
         config = load_config(model_path)
         max_tokens = min(max_tokens, config.max_position_embeddings)
+        self.vocab_size = config.vocab_size
         self.distributed = dist.is_initialized()
         self.rank = dist.get_rank() if self.distributed else 0
         self.world = dist.get_world_size() if self.distributed else 1
@@ -80,12 +83,14 @@ class ServerEngine:
         self.address = address or LOOPBACK
         self.version, self.weights = 0, None
         self.num_restarts = self.num_stale = self.num_failed = 0
-        self.client, self.source = Servers(min(CALL_S, deadline_s)), Source(self._barrier)
+        self.client = Servers(min(CALL_S, deadline_s))
+        self.source = Source(self._barrier, self.client.checksum if self.rank == 0 else None)
         self.transfer: Any = None
 
         def create() -> Fleet:
             if urls:
-                return _running([url.rstrip("/") for url in urls], max_tokens)
+                token = _given_token(token_variable)
+                return _running({url.rstrip("/"): token for url in urls}, max_tokens)
             self._check_place(devices, address)
             free_ports(self.address, port, num)
             sizes: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens, "dtype": dtype}
@@ -108,9 +113,9 @@ class ServerEngine:
                     log_dir / f"server-{number}.log",
                 )
 
-            return Fleet(map(process, range(num)), [], max_restarts=max_restarts)
+            return Fleet(map(process, range(num)), {}, max_restarts=max_restarts)
 
-        self.urls: list[str] = self._on_chief(lambda: self._start(create()))
+        self.servers: dict[str, str] = self._on_chief(lambda: self._start(create()))
 
     def update_weights(self, weights: Weights, version: int) -> None:
         """Stream them to every server; what was computed with older ones is forgotten. Collective."""
@@ -176,13 +181,13 @@ class ServerEngine:
                 on_batch([sample])
 
         label = None if self.weights is None else str(self.version)
-        one = Round(self.urls, label, self.slots, self.deadline_s, self.tokenizer, self.eos)
+        one = Round(self.servers, label, self.slots, self.deadline_s, self.tokenizer, self.eos, self.vocab_size)
         return asyncio.run(one.run([requests[number] for number in missing], sampling, take))
 
     def _sync(self, faults: dict[str, str], *, reconnect: bool) -> None:
         """Replace the servers in ``faults``, then stream the weights until all servers have them. Collective."""
         while True:
-            self.urls, self.num_restarts = self._on_chief(lambda faults=faults: self._repaired(faults))
+            self.servers, self.num_restarts = self._on_chief(lambda faults=faults: self._repaired(faults))
             if self.weights is None:
                 return
             faults = self._send(reconnect=reconnect)
@@ -190,21 +195,21 @@ class ServerEngine:
                 return
             reconnect = True
 
-    def _start(self, fleet: Fleet) -> list[str]:
+    def _start(self, fleet: Fleet) -> dict[str, str]:
         self.fleet = fleet
         fleet.start()
-        return fleet.urls
+        return fleet.servers
 
-    def _repaired(self, faults: dict[str, str]) -> tuple[list[str], int]:
+    def _repaired(self, faults: dict[str, str]) -> tuple[dict[str, str], int]:
         if faults:
             self.fleet.repair(faults)
-        return self.fleet.urls, self.fleet.restarts
+        return self.fleet.servers, self.fleet.restarts
 
     def _send(self, *, reconnect: bool) -> dict[str, str]:
         """Stream the weights to all servers; those that did not take them, with the reason. Collective."""
         self.source.weights = self.weights
         if self.rank == 0:
-            self.client.begin(self.urls, str(self.version))
+            self.client.begin(self.servers, str(self.version))
         if reconnect:
             if self.transfer is not None:
                 self.transfer.shutdown()
@@ -254,9 +259,19 @@ class ServerEngine:
             dist.barrier(self.group)
 
 
-def _running(urls: list[str], max_tokens: int) -> Fleet:
-    check_servers(urls, backend=backend(), max_tokens=max_tokens)
-    return Fleet([], urls, max_restarts=0)
+def _given_token(variable: str) -> str:
+    if len(token := os.environ.get(variable, "")) < MIN_TOKEN:
+        raise ValueError(
+            f"rollout.servers.token_variable: the environment's {variable} holds {len(token)} characters, expected the "
+            f"servers' token of {MIN_TOKEN} or more: start trainer and servers with it, for example from "
+            "openssl rand -hex 32"
+        )
+    return token
+
+
+def _running(servers: dict[str, str], max_tokens: int) -> Fleet:
+    check_servers(servers, backend=backend(), max_tokens=max_tokens)
+    return Fleet([], servers, max_restarts=0)
 
 
 def _environment(devices: str | None, num: int) -> dict[str, str]:

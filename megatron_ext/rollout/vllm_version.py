@@ -23,7 +23,8 @@ def vllm_fault() -> str | None:
 
 def is_supported(number: str) -> bool:
     """Whether the engines can drive vLLM ``number``, as packages and servers state it."""
-    return OLDEST <= tuple(int(part) for part in number.split("+")[0].split(".")[:2]) < NEXT
+    parts = number.split("+")[0].split(".")[:2]
+    return all(part.isascii() and part.isdigit() for part in parts) and OLDEST <= tuple(map(int, parts)) < NEXT
 
 
 def _version(package: str) -> str | None:

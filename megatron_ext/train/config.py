@@ -84,6 +84,7 @@ class ServersConfig(Section):
     """Of engine vllm_server: vLLM in processes of their own, on the GPUs of other nodes or (num) of this one."""
 
     urls: list[str] = []  # servers that run already; empty: the run starts its own on the first node
+    token_variable: str = "MEGATRON_ENTROPY_TOKEN"  # of the environment: the token of the servers at urls
     num: Positive = 1  # how many it starts
     port: Annotated[int, Field(ge=1024, le=65535)] = 8100  # of the first one; the others follow
     devices: list[str] = []  # CUDA_VISIBLE_DEVICES of each one that is started
@@ -186,6 +187,7 @@ class AlarmsConfig(Section):
     entropy_ceiling: Annotated[float, Field(gt=1)] = 3.0
     zero_advantage_share: Fraction = 0.9  # of the responses; 1 = off
     mismatch: Annotated[float, Field(ge=0)] = 0.2  # mean nats between engine and trainer; always stops; 0 = off
+    unknown_logprobs: Annotated[float, Field(ge=0, le=1)] = 0.01  # share that the engine does not tell; always stops
     stop: bool = False  # save and end the run, exit code 3, while an alarm lasts
 
 

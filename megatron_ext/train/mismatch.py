@@ -38,10 +38,19 @@ def known(rollout_logprob: Tensor, old_logprob: Tensor) -> Tensor:
 
 
 def check(metrics: Mapping[str, float], config: Config) -> None:
-    """Raise MismatchError when engine and trainer disagree by more than ``alarms.mismatch`` nats a token on average.
+    """Raise MismatchError when engine and trainer disagree by more than ``alarms.mismatch`` nats a token on average, or
+    when the engine does not tell more than ``alarms.unknown_logprobs`` of its log-probs, which cannot be compared.
 
     A nucleus may raise the engine's log-probs by up to ``-log(rollout.top_p)``, which is allowed for.
     """
+    share, unknown = config.alarms.unknown_logprobs, metrics["response/unknown_logprobs"]
+    unknown /= max(metrics["response/length"], 1.0)
+    if unknown > share:
+        raise MismatchError(
+            f"rollout: the engine does not tell the log-probs of {unknown:.3g} of its tokens, expected at most "
+            f"{share:g} (alarms.unknown_logprobs): whether it samples from the policy cannot be checked. Try "
+            "model.dtype=float32, then rollout.engine=hf; alarms.unknown_logprobs=1 turns this check off"
+        )
     limit, found = config.alarms.mismatch, metrics["mismatch/mean"]
     allowed = limit - math.log(config.rollout.top_p)
     if not limit or found <= allowed:

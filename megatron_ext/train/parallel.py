@@ -7,7 +7,9 @@ their gloo twins: NCCL would serialise an object through the GPU and gives up af
 from __future__ import annotations
 
 import dataclasses
+import os
 import pickle
+import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -37,7 +39,8 @@ def initialize(layout: ParallelConfig, *, seed: int = 0, timeout_s: float = 600)
     if not dist.is_initialized():
         # not bound to its GPU (``device_id``), which host.enter() has made the current one: torch 2.13 would then have
         # every rank outside a new group enter NCCL for it, gloo groups included, whose members do not
-        dist.init_process_group(host.backend(), timeout=timedelta(seconds=timeout_s))
+        patience = timedelta(seconds=timeout_s)
+        dist.init_process_group(host.backend(), timeout=patience, **_local_store(patience))
     if dist.get_world_size() != layout.world:
         raise ValueError(
             f"parallel: the recipe's world is nodes {layout.nodes} x ranks_per_node {layout.ranks_per_node} = "
@@ -52,6 +55,30 @@ def initialize(layout: ParallelConfig, *, seed: int = 0, timeout_s: float = 600)
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     _make_twins(layout)
+
+
+def _local_store(patience: timedelta) -> dict[str, Any]:
+    """Where the launcher names loopback, all ranks are on this machine: a store, and gloo, that listen there alone.
+
+    What torch makes from the environment listens on all interfaces, and believes what anybody writes to it.
+    """
+    address = os.environ.get("MASTER_ADDR")
+    if address not in ("127.0.0.1", "localhost"):
+        return {}
+    if "lo" in (name for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    rank, world, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    listening = socket.create_server(("127.0.0.1", port), backlog=world).detach() if rank == 0 else None
+    store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        "127.0.0.1",
+        port,
+        world,
+        is_master=rank == 0,
+        timeout=patience,
+        multi_tenant=True,  # vLLM in the trainer's processes may ask for it by its address too
+        master_listen_fd=listening,
+    )
+    return {"store": store, "rank": rank, "world_size": world}
 
 
 def gloo(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:

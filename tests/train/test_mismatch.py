@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_ext import methods
 from megatron_ext.methods.base import OneRank
+from megatron_ext.rollout.hf import HFEngine
 from megatron_ext.train import mismatch
 from megatron_ext.train.config import Config
+from megatron_ext.types import Sample
 from tests.methods import cases
 from tests.train import whole_run
+
+KNOWN = {"response/length": 50.0, "response/unknown_logprobs": 0.0}
+OFF = {"unknown_logprobs": 1.0}
 
 
 def test_the_importance_is_the_ratio_with_its_tail_cut_off() -> None:
@@ -71,12 +78,33 @@ def test_a_run_stops_when_the_engine_samples_from_another_policy(tmp_path: Path)
     assert all(0 < step["mismatch/mean"] < -math.log(0.7) and step["response/unknown_logprobs"] == 0 for step in steps)
 
 
+def test_a_run_stops_when_the_engine_does_not_tell_its_log_probs() -> None:
+    """The trainer's stand in for them, so the mismatch is 0."""
+    config = Config.model_validate({})
+    told = {"mismatch/mean": 0.0, "response/length": 50.0}
+    mismatch.check(told | {"response/unknown_logprobs": 0.4}, config)
+    with pytest.raises(mismatch.MismatchError, match=r"does not tell the log-probs of 0\.012 of its tokens.*0\.01"):
+        mismatch.check(told | {"response/unknown_logprobs": 0.6}, config)
+    mismatch.check(told | {"response/unknown_logprobs": 50.0}, Config.model_validate({"alarms": OFF}))
+
+
+def test_a_run_of_unknown_log_probs_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = HFEngine.generate
+
+    def unknown(self: HFEngine, *args: Any) -> list[Sample]:
+        return [replace(each, logprobs=(math.nan,) * len(each.logprobs)) for each in generate(self, *args)]
+
+    monkeypatch.setattr(HFEngine, "generate", unknown)
+    with pytest.raises(AssertionError, match="MismatchError: rollout: the engine does not tell the log-probs of 1 of"):
+        whole_run.train(tmp_path, "siren/siren-tiny-cpu.toml")
+
+
 def test_a_nucleus_may_raise_the_engines_log_probs() -> None:
     config = Config.model_validate({"rollout": {"top_p": 0.5}, "alarms": {"mismatch": 0.1}})
-    mismatch.check({"mismatch/mean": 0.79}, config)  # log 2 + .1
+    mismatch.check(KNOWN | {"mismatch/mean": 0.79}, config)  # log 2 + .1
     with pytest.raises(mismatch.MismatchError, match=r"0\.8 nats"):
-        mismatch.check({"mismatch/mean": 0.8}, config)
-    mismatch.check({"mismatch/mean": 9.9}, Config.model_validate({"alarms": {"mismatch": 0}}))
+        mismatch.check(KNOWN | {"mismatch/mean": 0.8}, config)
+    mismatch.check(KNOWN | {"mismatch/mean": 9.9}, Config.model_validate({"alarms": {"mismatch": 0}}))
 
 
 def test_importance_changes_a_run_only_where_the_engine_differs(tmp_path: Path) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,3 +118,29 @@ def test_the_default_group_is_not_bound_to_a_gpu(gpu: bool, monkeypatch: pytest.
         parallel.initialize(ParallelConfig(ranks_per_node=1))
     assert seen["backend"] == ("nccl" if gpu else "gloo")
     assert seen.get("device_id") is None  # torch splits NCCL's communicator for gloo groups otherwise, and hangs
+
+
+LISTENING = """
+import json, os, pathlib, sys
+import psutil
+from megatron_ext import host
+from megatron_ext.train import parallel
+from megatron_ext.train.config import ParallelConfig
+
+host.enter()
+parallel.initialize(ParallelConfig(ranks_per_node=2))
+found = [each.laddr.ip for each in psutil.Process().net_connections("inet") if each.status == "LISTEN"]
+pathlib.Path(sys.argv[1], os.environ["RANK"]).write_text(json.dumps(found))
+"""
+
+
+def test_ranks_of_one_machine_listen_on_loopback_alone(tmp_path: Path) -> None:
+    """Those of the real launcher; the store of rank 0 and gloo's pairs."""
+    (tmp_path / "listening.py").write_text(LISTENING)
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root), str(tmp_path)])
+    command = [sys.executable, "-m", "tools.ranks", "--ranks-per-node", "2", "listening", str(tmp_path)]
+    subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths}, check=True, timeout=120)
+    found = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
+    assert len(found[0]) > len(found[1]) > 0
+    assert {*found[0], *found[1]} == {"127.0.0.1"}

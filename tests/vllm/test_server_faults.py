@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,14 +21,17 @@ import psutil
 import pytest
 from aiohttp import web
 
-from megatron_ext.rollout import server_round
+from megatron_ext.rollout import server_round, vllm_server
 from megatron_ext.rollout.base import Request, RolloutError, Sampling
+from megatron_ext.rollout.server_guard import PROOF, TOKEN_VARIABLE, answer_key, request_key
 from megatron_ext.rollout.server_round import Outcome, Round
 from megatron_ext.rollout.servers import Fleet, ServerProcess
 from megatron_ext.rollout.vllm_server import ServerEngine
 
 BASE = Path(__file__).parents[2] / "recipes" / "tiny" / "base"
 SAMPLING = Sampling(1.0, 1.0, 4)
+VOCAB = 64
+TOKEN = "0123456789abcdef"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 RUNNING = {
     "/version": {"version": "0.32.0"},
@@ -46,9 +51,22 @@ class Tokenizer:
 
 
 @contextmanager
-def server(generate: Handler | None, answers: dict[str, Any]) -> Iterator[str]:
-    """A server that gives fixed answers, and responses made by ``generate``; its url."""
-    app = web.Application()
+def server(generate: Handler | None, answers: dict[str, Any], token: str | None = TOKEN) -> Iterator[str]:
+    """A server that gives fixed answers, and responses made by ``generate``; its url. Without ``token`` it answers
+    everybody, and proves nothing."""
+
+    @web.middleware
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if token is not None and request.headers.get("Authorization") != request_key(token):
+            return web.Response(status=401)
+        return await handler(request)
+
+    async def prove(_: web.Request, response: web.StreamResponse) -> None:
+        if token is not None:
+            response.headers[PROOF] = answer_key(token)
+
+    app = web.Application(middlewares=[guard])
+    app.on_response_prepare.append(prove)
     for path, answer in answers.items():
         app.router.add_get(path, answer if callable(answer) else fixed(answer))
     if generate is not None:
@@ -103,7 +121,7 @@ async def silent(_: web.Request) -> web.StreamResponse:
 
 def ask(urls: list[str], count: int, deadline_s: float = 20.0) -> tuple[Outcome, dict[int, Any]]:
     got: dict[int, Any] = {}
-    one = Round(urls, "3", 2, deadline_s, Tokenizer(), [1])
+    one = Round(dict.fromkeys(urls, TOKEN), "3", 2, deadline_s, Tokenizer(), [1], VOCAB)
     return asyncio.run(one.run([Request((5, 6), i) for i in range(count)], SAMPLING, got.__setitem__)), got
 
 
@@ -145,6 +163,141 @@ def test_answers_that_are_not_used(generate: Handler | None, field: str, message
     assert message in (found[url] if isinstance(found, dict) else found)
 
 
+def choosing(**changes: Any) -> Handler:
+    """Answers as vLLM does, but for ``changes`` of the one choice."""
+    choice: dict[str, Any] = {
+        "finish_reason": "stop",
+        "token_ids": [1, 2],
+        "logprobs": {"content": [{"logprob": -0.5}, {"logprob": -1.5}]},
+        "weight_versions": [{"version": "3", "start": 0, "end": 2}],
+    }
+
+    async def handle(_: web.Request) -> web.StreamResponse:
+        return web.json_response({"choices": [choice | changes]})
+
+    return handle
+
+
+async def endless(request: web.Request) -> web.StreamResponse:
+    """400 MB."""
+    response = web.StreamResponse()
+    await response.prepare(request)
+    with contextlib.suppress(ConnectionError):
+        for _ in range(400):
+            await response.write(b" " * 1_000_000)
+    return response
+
+
+async def bomb(_: web.Request) -> web.StreamResponse:
+    """60 MB that travel as 58 kB."""
+    packer = zlib.compressobj(wbits=31)
+    body = b"".join(packer.compress(b" " * 1_000_000) for _ in range(60)) + packer.flush()
+    return web.Response(body=body, headers={"Content-Encoding": "gzip"})
+
+
+async def elsewhere(_: web.Request) -> web.StreamResponse:
+    raise web.HTTPTemporaryRedirect("http://127.0.0.1:9/")
+
+
+@pytest.mark.parametrize(
+    ("generate", "message"),
+    [
+        (fixed({}), "wrong answer: choices: Field required"),
+        (fixed([[]]), "wrong answer"),
+        (choosing(token_ids=[1, VOCAB]), "token 64, expected ids from 0 to 63"),
+        (choosing(token_ids=[1, -5]), "token -5"),
+        (choosing(token_ids=[1, 10**30]), "token 1000000"),
+        (choosing(token_ids=[1] * 5, logprobs={"content": [{"logprob": -1.0}] * 5}), "5 tokens, expected 1 to 4"),
+        (choosing(token_ids=[1]), "2 log-probs for 1 tokens"),
+        (choosing(logprobs=None), "logprobs"),
+        (choosing(logprobs={"content": [{"logprob": -1.0}, {"logprob": 3.0}]}), "log-prob 3, expected at most 0"),
+        (choosing(weight_versions=None), "weight_versions"),
+        (endless, "wrong answer: more than 67584 bytes"),
+        (bomb, "Invalid JSON"),
+        (elsewhere, "status 307"),
+    ],
+)
+def test_a_server_that_answers_wrongly_is_not_believed(generate: Handler, message: str) -> None:
+    """Memory stays what it was; another server answers everything."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = peak_bytes()
+    with server(generate, RUNNING) as wrong, server(answering(), RUNNING) as good:
+        outcome, got = ask([wrong, good], 6)
+    assert message in outcome.faults[wrong] and list(outcome.faults) == [wrong]
+    assert outcome.refused is None and {sample.response_ids for sample in got.values()} == {(1, 2)}
+    assert peak_bytes() - before < 40e6
+
+
+def peak_bytes() -> float:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * float(status.split("VmHWM:")[1].split()[0])
+
+
+def test_who_does_not_know_the_token_is_not_believed() -> None:
+    with server(answering(), RUNNING, token=None) as stranger:
+        outcome, got = ask([stranger], 2)
+    assert not got and "it is no server of this run" in outcome.faults[stranger]
+
+
+IMPOSTOR = """
+import json, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from megatron_ext.rollout.server_guard import PROOF, TOKEN_VARIABLE, answer_key
+import os
+
+ran = Path(sys.argv[2])
+honest = ran.exists()
+ran.touch()
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.answer({})
+
+    def do_POST(self):
+        ids = [1, 2] if honest else [1, 10**6]
+        content = [{"logprob": -0.5}, {"logprob": -1.5}]
+        versions = [{"version": "default", "start": 0, "end": 2}]
+        choice = {"finish_reason": "stop", "token_ids": ids, "logprobs": {"content": content}}
+        choice["weight_versions"] = versions
+        self.answer({"choices": [choice]})
+
+    def answer(self, value):
+        self.send_response(200)
+        self.send_header(PROOF, answer_key(os.environ[TOKEN_VARIABLE]))
+        self.end_headers()
+        self.wfile.write(json.dumps(value).encode())
+
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def test_our_own_server_that_answers_wrongly_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ran = tmp_path / "ran"
+    command = [sys.executable, "-c", IMPOSTOR, str(port), str(ran)]
+    monkeypatch.setattr(vllm_server, "serve_command", lambda *_, **__: command)
+    options: dict[str, Any] = {"dtype": "float32", "max_tokens": 64, "log_dir": tmp_path, "port": port}
+    requests = [Request((5, 6), i) for i in range(3)]
+    engine = ServerEngine(BASE, max_restarts=1, **options)
+    try:
+        assert [sample.response_ids for sample in engine.generate(requests, SAMPLING)] == [(1, 2)] * 3
+    finally:
+        engine.close()
+    assert engine.num_restarts == 1 and "wrong answer: token 1000000, expected ids from 0 to " in caplog.text
+    ran.unlink()
+    engine = ServerEngine(BASE, max_restarts=0, **options)
+    try:
+        with pytest.raises(RolloutError, match="after 0 restarts.*wrong answer: token 1000000"):
+            engine.generate(requests, SAMPLING)
+    finally:
+        engine.close()
+
+
 def edited(path: str, **changes: Any) -> dict[str, Any]:
     config = RUNNING["/server_info"]["vllm_config"]
     return RUNNING | {path: {"vllm_config": config | changes} if path == "/server_info" else changes}
@@ -153,7 +306,9 @@ def edited(path: str, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("generate", "answers", "message"),
     [
-        (answering(), {}, "is no vLLM server"),
+        (answering(), {"/version": {}}, "is no vLLM server"),
+        (answering(), edited("/version", version="what?"), "is vLLM what?"),
+        (answering(), RUNNING | {"/server_info": {}}, "/server_info lacks what is needed"),
         (answering(), edited("/version", version="0.25.1"), "vLLM 0.25.1, expected 0.26 or newer"),
         (answering(), {"/version": RUNNING["/version"]}, "VLLM_SERVER_DEV_MODE=1"),
         (None, RUNNING, "--enable-scale-out"),
@@ -175,14 +330,32 @@ def edited(path: str, **changes: Any) -> dict[str, Any]:
     ],
 )
 def test_servers_that_cannot_be_driven(
-    generate: Handler | None, answers: dict[str, Any], message: str, tmp_path: Path
+    generate: Handler | None, answers: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
     with server(generate, answers) as url, pytest.raises(ValueError, match=message) as error:
         ServerEngine(BASE, dtype="float32", max_tokens=64, log_dir=tmp_path, urls=[url])
     assert url in str(error.value)
 
 
-def test_nobody_answers_at_the_url(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [(None, "answers everybody; start it with --middleware"), ("f" * 16, "started with another token")],
+)
+def test_servers_without_the_runs_token(
+    token: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"dtype": "float32", "max_tokens": 64, "log_dir": tmp_path, "token_variable": "OURS"}
+    with server(answering(), RUNNING, token) as url:
+        with pytest.raises(ValueError, match="rollout.servers.token_variable: the environment's OURS holds 0 char"):
+            ServerEngine(BASE, urls=[url], **options)
+        monkeypatch.setenv("OURS", TOKEN)
+        with pytest.raises(ValueError, match=f"rollout.servers.urls: {url} .*{message}"):
+            ServerEngine(BASE, urls=[url], **options)
+
+
+def test_nobody_answers_at_the_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -205,22 +378,22 @@ def process(tmp_path: Path, code: str) -> ServerProcess:
 
 
 def test_a_server_that_ends_at_once_is_reported_with_its_last_words(tmp_path: Path) -> None:
-    fleet = Fleet([process(tmp_path, "raise SystemExit('no such model')")], [], max_restarts=2)
+    fleet = Fleet([process(tmp_path, "raise SystemExit('no such model')")], {}, max_restarts=2)
     with pytest.raises(RolloutError, match=r"did not start: its process ended(.|\n)*no such model"):
         fleet.start()
 
 
 def test_restarts_are_bounded_also_when_none_succeeds(tmp_path: Path) -> None:
-    fleet = Fleet([process(tmp_path, "raise SystemExit('out of memory')")], [], max_restarts=2)
+    fleet = Fleet([process(tmp_path, "raise SystemExit('out of memory')")], {}, max_restarts=2)
     with pytest.raises(RolloutError, match=r"after 2 restarts, .*allows 2(.|\n)*out of memory"):
         fleet.repair({"http://127.0.0.1:9": "hangs"})
     assert fleet.processes["http://127.0.0.1:9"].log_file.read_text().count("out of memory") == 2
 
 
 def test_others_servers_are_left_out_until_none_is_left() -> None:
-    fleet = Fleet([], ["http://a", "http://b"], max_restarts=0)
+    fleet = Fleet([], {"http://a": TOKEN, "http://b": TOKEN}, max_restarts=0)
     fleet.repair({"http://a": "hangs"})
-    assert fleet.urls == ["http://b"]
+    assert fleet.servers == {"http://b": TOKEN}
     with pytest.raises(RolloutError, match="no server .* is left.*broken"):
         fleet.repair({"http://b": "broken"})
 

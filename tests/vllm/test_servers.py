@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
 import socket
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +22,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ext.rollout import server_http, server_round
+from megatron_ext.rollout import server_guard, server_round, vllm_transfer
 from megatron_ext.rollout.base import Request, RolloutError, Sampling
 from megatron_ext.rollout.hf import HFEngine
 from megatron_ext.rollout.server_round import Round
+from megatron_ext.rollout.server_weights import Servers, Source, connect
 from megatron_ext.rollout.vllm_server import ServerEngine
 from megatron_ext.types import Sample
 from tests import gloo
@@ -125,16 +131,19 @@ def members(group: int) -> list[int]:
     return found
 
 
-def post(url: str, path: str, body: Any = None) -> Any:
-    answer = server_http.ask_all([url], path, bodies={url: body}, deadline_s=20)[url]
-    assert not isinstance(answer, Exception), answer
-    return answer
+def push(servers: dict[str, str], weights: Frozen, version: str) -> dict[str, str]:
+    """Weights to servers as the trainer sends them, behind its back; the faults."""
+    client = Servers(20)
+    source = Source(lambda: None, client.checksum)
+    source.weights = weights
+    client.begin(servers, version)
+    connect(client, source, rank=0, address="", on_chief=lambda run: run()).send_weights()
+    return client.end()
 
 
-def spoil(url: str) -> None:
-    """Behind the engine's back: other weights, labelled as the ones the server started with."""
-    post(url, "/weight_checker", {"action": "reset"})
-    post(url, "/update_weight_version", {"new_version": "default"})
+def spoil(url: str, token: str, weights: Frozen) -> None:
+    """Other weights, labelled as the ones the server started with."""
+    assert not push({url: token}, weights, "default")
 
 
 def test_every_update_reaches_all_servers(engine: ServerEngine, truth: Truth) -> None:
@@ -146,8 +155,8 @@ def test_every_update_reaches_all_servers(engine: ServerEngine, truth: Truth) ->
         truth.check(samples, version)
         assert [sample.prompt_ids for sample in samples] == [request.prompt_ids for request in prompts]
         assert sorted(map(str, finished)) == sorted(map(str, samples))
-    for url in engine.urls:  # not one server alone
-        one = Round([url], "3", 64, 60, engine.tokenizer, engine.eos)
+    for each in engine.servers.items():  # not one server alone
+        one = Round(dict([each]), "3", 64, 60, engine.tokenizer, engine.eos, engine.vocab_size)
         got: dict[int, Sample] = {}
         asyncio.run(one.run(prompts, GREEDY, got.__setitem__))
         truth.check([got[number] for number in range(len(prompts))], 3)
@@ -174,28 +183,143 @@ def test_logprobs_are_those_of_the_nucleus_and_a_seed_fixes_its_response(engine:
 def test_old_weights_are_noticed_and_replaced(engine: ServerEngine, truth: Truth) -> None:
     engine.update_weights(truth.weights(5), 5)
     stale, restarts = engine.num_stale, engine.num_restarts
-    spoil(engine.urls[1])
+    spoil(*list(engine.servers.items())[1], truth.weights(99))
     truth.check(engine.generate(requests(13), GREEDY), 5)
     assert engine.num_stale > stale and engine.num_restarts == restarts
     assert engine.metrics()["servers/stale"] == engine.num_stale
 
 
-def two_ranks(rank: int, world: int, urls: list[str], log_dir: Path, weights: Frozen) -> Any:
-    engine = new_engine(log_dir, urls=urls, deadline_s=60)
-    engine.update_weights(weights, 6)
+def two_ranks(rank: int, world: int, url: str, token: str, log_dir: Path, weights: list[Frozen]) -> Any:
+    os.environ[server_guard.TOKEN_VARIABLE] = token if rank == 0 else ""
+    engine = new_engine(log_dir, urls=[url], deadline_s=60)
+    engine.update_weights(weights[0], 6)
     if rank == 0:
-        spoil(urls[0])
+        spoil(url, token, weights[1])
     samples = engine.generate(requests(5, seed=rank), GREEDY)
     engine.close()
     return samples, engine.metrics()
 
 
-def test_two_ranks_share_servers_that_run_already(engine: ServerEngine, truth: Truth, tmp_path: Path) -> None:
-    found = gloo.run(two_ranks, 2, engine.urls, tmp_path, truth.weights(6))
+def test_two_ranks_share_a_server_that_runs_already(engine: ServerEngine, truth: Truth, tmp_path: Path) -> None:
+    weights = [truth.weights(6), truth.weights(99)]
+    found = gloo.run(two_ranks, 2, *next(iter(engine.servers.items())), tmp_path, weights)
     for samples, _ in found:
         truth.check(samples, 6)
     assert found[0][1] == found[1][1]
     assert found[0][1]["servers/stale"] > 0
+
+
+VLLMS = (  # method, path, body: what did harm, and what can be read
+    ("POST", "/collective_rpc", {"method": "profile", "args": [True, "x"]}),
+    ("POST", "/update_weight_version", {"new_version": "5"}),
+    ("POST", "/weight_checker", {"action": "reset"}),
+    ("POST", "/abort_requests", {}),
+    ("POST", "/reset_prefix_cache", None),
+    ("POST", "/sleep", None),
+    ("GET", "/metrics", None),
+    ("GET", "/openapi.json", None),
+    ("GET", "/v1/models", None),
+)
+OURS = (
+    ("POST", "/pause?mode=abort", None),
+    ("POST", "/start_weight_update", None),
+    ("POST", "/update_weights", {"update_info": {"names": [], "dtype_names": [], "shapes": []}}),
+    ("POST", "/finish_weight_update", {"weight_version": "5"}),
+    ("POST", "/inference/v1/generate", {"token_ids": [1], "sampling_params": {"max_tokens": 1}}),
+    ("GET", "/server_info?config_format=json", None),
+    ("GET", "/health", None),
+    ("GET", "/version", None),
+)
+
+
+def status_of(url: str, method: str, path: str, body: Any, authorization: str | None) -> tuple[int, bytes]:
+    headers = {"Content-Type": "application/json"} | ({"Authorization": authorization} if authorization else {})
+    data = json.dumps(body).encode() if method == "POST" else None
+    request = urllib.request.Request(url + path, data, headers, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def stranger(url: str, pids: list[int], sockets: list[str], answers: Connection) -> None:
+    """Another user of this machine (only root can become one)."""
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    wrong = (None, "Bearer ", "Bearer " + "0" * 64, "Basic eDp5", "Bearer \xe9")
+    found: list[str] = []
+    for authorization in wrong:
+        for method, path, body in (*VLLMS, *OURS):
+            if (answer := status_of(url, method, path, body, authorization)) != (401, b""):
+                found.append(f"{authorization} {method} {path}: {answer}")
+    if os.geteuid() != 0:
+        for path in (*(f"/proc/{pid}/environ" for pid in pids), *sockets):
+            try:
+                if path.startswith("/proc"):
+                    Path(path).read_bytes()
+                else:
+                    socket.socket(socket.AF_UNIX).connect(path)
+                found.append(f"{path} is open")
+            except PermissionError:
+                continue
+    answers.send(found)
+
+
+def test_another_user_can_do_nothing_with_a_server(engine: ServerEngine, truth: Truth) -> None:
+    engine.update_weights(truth.weights(9), 9)
+    url, token = next(iter(engine.servers.items()))
+    pids = members(engine.fleet.processes[url].pid)
+    assert not [pid for pid in pids if token in " ".join(psutil.Process(pid).cmdline())]
+    listening = [each for each in psutil.net_connections("inet") if each.pid in pids and each.status == "LISTEN"]
+    assert listening and {each.laddr[0] for each in listening} == {"127.0.0.1"}
+    sockets = [str(each.laddr) for each in psutil.net_connections("unix") if each.pid in pids and each.laddr]
+    assert sockets
+    ours, theirs = Pipe()
+    child = get_context("fork").Process(target=stranger, args=(url, pids, sockets, theirs))
+    child.start()
+    assert ours.recv() == []
+    child.join()
+    for method, path, body in VLLMS:  # not even with the token
+        assert status_of(url, method, path, body, server_guard.request_key(token)) == (404, b"")
+    status, info = status_of(url, *OURS[5], server_guard.request_key(token))
+    assert status == 200 and token.encode() not in info
+    restarts = engine.num_restarts
+    truth.check(engine.generate(requests(4), GREEDY), 9)
+    assert engine.num_restarts == restarts and engine.num_stale == engine.metrics()["servers/stale"]
+
+
+def test_weights_that_do_not_arrive_as_they_were_sent_are_not_used(
+    engine: ServerEngine, truth: Truth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One bit of one tensor differs, or the stream is not confirmed: such a server is replaced, with a new token."""
+    engine.update_weights(truth.weights(10), 10)
+    encoded, update = vllm_transfer._encoded, Servers.update_weights
+    numbers = iter(range(1000))
+
+    def flipped(value: Tensor) -> str:
+        if next(numbers) == 3:
+            value = value.clone()
+            value.view(torch.int32).view(-1)[7] ^= 1
+        return encoded(value)
+
+    first, second = (dict([each]) for each in engine.servers.items())
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm_transfer, "_encoded", flipped)
+        assert "received checksum" in push(first, truth.weights(11), "11")[next(iter(first))]
+    with monkeypatch.context() as patch:
+        patch.setattr(Servers, "update_weights", lambda self, info: "checksum" in info or update(self, info))
+        assert "has not confirmed" in push(second, truth.weights(11), "11")[next(iter(second))]
+    engine.fleet.max_restarts = engine.num_restarts + 2
+    engine.update_weights(truth.weights(12), 12)
+    assert engine.num_restarts == engine.fleet.max_restarts
+    assert set(engine.servers) == {*first, *second} and not set(engine.servers.values()) & {
+        *first.values(),
+        *second.values(),
+    }
+    truth.check(engine.generate(requests(5), GREEDY), 12)
 
 
 def test_a_killed_and_a_hanging_server_are_replaced(
@@ -204,7 +328,7 @@ def test_a_killed_and_a_hanging_server_are_replaced(
     engine.update_weights(truth.weights(7), 7)
     restarts, failed = engine.num_restarts, engine.num_failed
     monkeypatch.setattr(server_round, "HEALTH_S", 0.5)
-    killed, hanging = (engine.fleet.processes[url] for url in engine.urls)
+    killed, hanging = (engine.fleet.processes[url] for url in engine.servers)
     engine.fleet.max_restarts = restarts + 2
     finished: list[Sample] = []
 
@@ -233,7 +357,7 @@ def test_a_killed_and_a_hanging_server_are_replaced(
 def test_no_restart_is_left(engine: ServerEngine, truth: Truth) -> None:
     engine.update_weights(truth.weights(8), 8)
     engine.fleet.max_restarts = engine.num_restarts
-    process = engine.fleet.processes[engine.urls[0]]
+    process = engine.fleet.processes[next(iter(engine.servers))]
     os.killpg(process.pid, signal.SIGKILL)
     with pytest.raises(RolloutError, match=rf"max_restarts allows {engine.num_restarts}(.|\n)*{process.log_file.name}"):
         engine.generate(requests(4), GREEDY)
