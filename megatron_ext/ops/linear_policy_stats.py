@@ -164,7 +164,7 @@ def _accumulate(d_weight: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
     """``d_weight += d_logits^T @ hidden`` with products and sums in the dtype of ``d_weight``."""
     if d_logits.dtype == d_weight.dtype:
         d_weight.addmm_(d_logits.T, hidden)
-    elif d_logits.is_cuda:  # the GEMM adds to its output: no second tensor of the weight's size
+    elif d_logits.device.type != "cpu":  # the GEMM adds to its output: no second tensor of the weight's size
         torch.ops.aten.addmm.dtype_out(d_weight, d_logits.T, hidden, d_weight.dtype, out=d_weight)
     else:
         d_weight.addmm_(d_logits.T.to(d_weight.dtype), hidden.to(d_weight.dtype))

@@ -74,6 +74,25 @@ def test_the_fused_head_waits_for_nothing_and_multiplies_a_chunk_at_a_time():
     assert [launch.name for launch in found].count("gradient_kernel") == 4
 
 
+def test_the_fused_head_adds_its_weight_gradient_in_the_product():
+    """Nothing of the weight's size is made but the zeros that autograd gets: 3 products a chunk, and one that adds."""
+    with world_of(4) as group:
+        hidden = torch.empty(4096, 64, dtype=torch.bfloat16, device="meta").requires_grad_()
+        weight = torch.empty(V // 4, 64, dtype=torch.bfloat16, device="meta").requires_grad_()
+        main_grad, upstream = torch.empty(V // 4, 64, device="meta"), torch.empty(4096, device="meta")
+        targets, shard = torch.empty(4096, dtype=torch.int64, device="meta"), VocabShard(0, V // 4, V, group)
+
+        def call() -> None:
+            out = linear_policy_stats(hidden, weight, targets, shard, chunk=1024, main_grad=main_grad)
+            torch.autograd.grad([out["logprob"]], (hidden, weight), [upstream])
+
+        names = [launch.name for launch in record(call)]
+    assert {name: names.count(name) for name in ("mm", "addmm", "add_", "zeros", "zeros_like", "_to_copy")} == {
+        **{"mm": 12, "addmm": 4, "zeros_like": 1},
+        **{"add_": 0, "zeros": 0, "_to_copy": 0},
+    }
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_kernel_compiles_without_spills_and_fills_half_of_an_sm(capability):
     """Every launch of every path, with the types and constants it is launched with."""
