@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import random
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,39 @@ def hf_model(kind: str = "qwen2", tied: bool = False) -> tuple[PreTrainedModel, 
     folder = Path(tempfile.mkdtemp(prefix="tiny-"))
     model.save_pretrained(folder)
     return model, folder
+
+
+def experts_model(
+    folder: Path,
+    *,
+    layers: int,
+    experts: int,
+    hidden: int = 32,
+    expert_width: int = 24,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """``folder``, made with the tiny base's tokenizer and a random Qwen3-MoE: a model that a run can train."""
+    base = Path(__file__).parents[1] / "recipes" / "tiny" / "base"
+    shutil.copytree(base, folder)
+    known = json.loads((base / "config.json").read_text())
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=known["vocab_size"],
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=hidden // 4,  # pyright: ignore[reportCallIssue]
+        moe_intermediate_size=expert_width,
+        num_experts=experts,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        max_position_embeddings=known["max_position_embeddings"],
+        eos_token_id=known["eos_token_id"],
+        initializer_range=0.2,
+    )
+    Qwen3MoeForCausalLM(config).to(dtype).save_pretrained(folder)  # pyright: ignore[reportArgumentType]
+    return folder
 
 
 def episodes(num_prompts: int = 4, num_samples: int = 4, seed: int = 0) -> list[Episode]:

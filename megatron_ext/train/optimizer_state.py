@@ -26,7 +26,7 @@ class OptimizerState:
     def offload(self) -> None:
         """Move the state to host memory and free the device's; a first step's moments are made before."""
         allocate(self._optimizer)
-        tensors = self._tensors()
+        tensors = state_tensors(self._optimizer)
         copies = self._memory.copies(tensors)
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()  # before anything is freed
@@ -37,16 +37,18 @@ class OptimizerState:
 
     def restore(self) -> None:
         """Bring it back. The block is not written before the copies out of it are done: both are in one stream."""
-        for tensor in self._tensors():
+        for tensor in state_tensors(self._optimizer):
             tensor.data = tensor.data.to(host.device(), non_blocking=True, copy=True)
 
-    def _tensors(self) -> list[Tensor]:
-        found: list[Tensor] = []
-        for part in parts(self._optimizer):
-            found += [p for group in part.shard_fp32_from_float16_groups for p in group if p is not None]
-            for state in part.optimizer.state.values():
-                found += [value for name, value in state.items() if name != "step" and isinstance(value, Tensor)]
-        return found
+
+def state_tensors(optimizer: Any) -> list[Tensor]:
+    """What an optimizer holds of its own: fp32 masters of 16-bit parameters, and the moments that exist so far."""
+    found: list[Tensor] = []
+    for part in parts(optimizer):
+        found += [p for group in part.shard_fp32_from_float16_groups for p in group if p is not None]
+        for state in part.optimizer.state.values():
+            found += [value for name, value in state.items() if name != "step" and isinstance(value, Tensor)]
+    return found
 
 
 def parts(optimizer: Any) -> list[Any]:

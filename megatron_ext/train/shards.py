@@ -27,6 +27,7 @@ from megatron_ext.model.hf_weights import module_rules, stream_names
 from megatron_ext.model.megatron_config import Fusions
 from megatron_ext.train import parallel
 from megatron_ext.train.config import Config, ParallelConfig
+from megatron_ext.train.optimizer_state import parts, state_tensors
 from megatron_ext.train.trained import Trained
 
 Shape = tuple[int, ...]
@@ -113,25 +114,19 @@ def _trained_bytes(trained: Trained) -> dict[str, int]:
     return {
         "weights": sum(_bytes(buffer.param_data) for buffer in buffers),
         "gradients": sum(_bytes(buffer.grad_data) for buffer in buffers),
-        "optimizer": sum(_optimizer_bytes(part) for part in _parts(trained.optimizer)),
+        "optimizer": _optimizer_bytes(trained.optimizer),
     }
 
 
 def _optimizer_bytes(optimizer: Any) -> int:
     """fp32 copies of 16-bit weights and Adam's moments, which its first step makes."""
-    masters = [p for group in optimizer.shard_fp32_from_float16_groups for p in group]
-    adam: torch.optim.Optimizer = optimizer.optimizer
-    for group in adam.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.empty_like(parameter)
-    adam.step()
-    moments = [value for state in adam.state.values() for name, value in state.items() if name != "step"]
-    return sum(_bytes(tensor) for tensor in (*masters, *moments))
-
-
-def _parts(optimizer: Any) -> list[Any]:
-    """Dense and expert parameters have an optimizer each."""
-    return getattr(optimizer, "chained_optimizers", [optimizer])
+    for part in parts(optimizer):
+        adam: torch.optim.Optimizer = part.optimizer
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.empty_like(parameter)
+        adam.step()
+    return sum(_bytes(tensor) for tensor in state_tensors(optimizer))
 
 
 def _bytes(tensor: Any) -> int:

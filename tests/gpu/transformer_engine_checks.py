@@ -7,7 +7,6 @@ torch modules that stand for its layers.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
 
 from megatron_ext.methods.base import Needs
 from megatron_ext.model import kernels
@@ -247,26 +246,8 @@ def fusions(here: Here) -> Iterator[Line]:
 
 def experts_run(here: Here) -> Iterator[Line]:
     """A mixture of 16 experts trains, is saved, resumed, and converted where no GPU is seen."""
-    model = here.folder / "moe"
-    shutil.copytree("recipes/tiny/base", model)
-    base = json.loads((model / "config.json").read_text())
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=base["vocab_size"],
-        hidden_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,  # pyright: ignore[reportCallIssue]
-        moe_intermediate_size=32,
-        num_experts=16,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        max_position_embeddings=base["max_position_embeddings"],
-        eos_token_id=base["eos_token_id"],
-        initializer_range=0.2,
-    )
-    Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(model)
+    size = {"layers": 4, "experts": 16, "hidden": 64, "expert_width": 32}
+    model = tiny.experts_model(here.folder / "moe", dtype=torch.bfloat16, **size)
     options = (f'model.path="{model}"', 'model.dtype="bfloat16"', "rollout.prompts=4", "rollout.samples=4")
     options = (*options, "train.mini_batch_prompts=2")
     first = training_checks.train(here, "experts", *options, "train.steps=1")

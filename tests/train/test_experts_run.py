@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM
 
+from tests import tiny
 from tests.train import whole_run
 from tools import convert
 
@@ -20,27 +19,7 @@ RECIPE = "siren/siren-tiny-cpu.toml"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny base's tokenizer with a random model of 4 experts."""
-    path = tmp_path_factory.mktemp("model") / "moe"
-    shutil.copytree(BASE, path)
-    base = json.loads((BASE / "config.json").read_text())
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=base["vocab_size"],
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,  # pyright: ignore[reportCallIssue]
-        moe_intermediate_size=24,
-        num_experts=4,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        max_position_embeddings=base["max_position_embeddings"],
-        eos_token_id=base["eos_token_id"],
-        initializer_range=0.2,
-    )
-    Qwen3MoeForCausalLM(config).save_pretrained(path)
-    return path
+    return tiny.experts_model(tmp_path_factory.mktemp("model") / "moe", layers=4, experts=4)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from megatron_ext.model import build
 from megatron_ext.model.hf_config import read_architecture
 from megatron_ext.train import parallel
 from megatron_ext.train.config import OptimizerConfig, ParallelConfig, hf_config
+from megatron_ext.train.optimizer_state import state_tensors
 from megatron_ext.train.trained import Trained
 from tests import gloo
 from tests.ops.test_real_logits import BASE
@@ -26,15 +27,15 @@ def updates(rank: int, world: int, dtype: torch.dtype, offloaded: bool) -> dict[
     for parameter in model.modules[0].parameters():
         parameter.data.normal_(std=0.02)
     each = Trained.build(model, OptimizerConfig(lr=1e-3, warmup_steps=0))
-    tensors, storages = each._state._tensors, []
+    storages = []
     for _ in range(3):
         if offloaded:
             each.offload()
             block = each._state._memory._block
             inside = range(block.data_ptr(), block.data_ptr() + block.numel())
-            storages.append([t.data_ptr() in inside for t in tensors()])
+            storages.append([t.data_ptr() in inside for t in state_tensors(each.optimizer)])
             each.restore()
-            assert not any(t.data_ptr() in inside for t in tensors())
+            assert not any(t.data_ptr() in inside for t in state_tensors(each.optimizer))
         each.zero_grad()
         for buffer in (b for chunk in model.chunks for b in chunk.buffers):
             buffer.grad_data.copy_(torch.linspace(-1, 1, buffer.grad_data.numel()))
@@ -42,7 +43,7 @@ def updates(rank: int, world: int, dtype: torch.dtype, offloaded: bool) -> dict[
     model.finish_param_sync()
     return {
         "weights": [p.detach().clone() for p in model.modules[0].parameters()],
-        "state": [t.detach().clone() for t in tensors()],
+        "state": [t.detach().clone() for t in state_tensors(each.optimizer)],
         "storages": storages,
     }
 
