@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"python is {v.major}.{v.minor}, expected 3.11 or newer: run make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,trackers]'
 	touch $@
 
 quickstart: $(if $(filter vllm,$(ROLLOUT)),$(VLLM)/.installed,$(STAMP))  ## train the tiny model with SIREN at TP 2, evaluate before and after, export (ROLLOUT=vllm)
