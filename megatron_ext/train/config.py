@@ -74,8 +74,9 @@ class DataConfig(Section):
     hub: str = ""  # what it is made from: ids on the Hugging Face Hub, or a sentence
     prompt_suffix: str = ""
     max_prompt_tokens: Positive = 1024
-    strict: bool = False  # fail on a bad row instead of leaving it out with a report
-    skip_unparsable_gold: bool = False  # leave such rows out too; by default they stop the run
+    max_left_out: Annotated[float, Field(ge=0, le=1)] = 0.01  # share of the rows that may have a fault; above, it stops
+    skip_unparsable_gold: bool = False  # a gold answer that is not right when judged is such a fault; else it stops
+    strict: bool = False  # stops for whatever would be left out, repeated rows and overlong prompts included
     curriculum: str = ""  # file of tools/semantic_entropy.py: train stage by stage, from certain to uncertain problems
     stage_starts: list[Positive] = []  # first steps of its stages after the first; empty: equal shares of the run
 

@@ -53,6 +53,7 @@ FREE = (  # keys a resumed run may change one by one, besides whole sections (se
     *("rollout.batch_size", "rollout.tensor", "rollout.memory_share", "rollout.eager"),
     "rollout.model_runner",
     *("model.fused_head", "model.offload_reference", "model.offload_optimizer", "model.recompute"),
+    *("data.strict", "data.max_left_out", "data.skip_unparsable_gold"),
     *("reward.workers", "reward.deadline_s", "reward.max_timeout_share"),
 )
 FREE_SECTIONS = (
