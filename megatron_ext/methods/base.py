@@ -94,6 +94,10 @@ class Method:
         """Whether the policy is updated in this step, once ``observe`` has seen it."""
         return True
 
+    def policy_steps(self, steps: int) -> int:
+        """In how many of the run's first ``steps`` steps it is."""
+        return steps
+
     def advantages(self, reward_B: Tensor, group_B: Tensor) -> Tensor:
         """Advantage per sequence, ``[B]``. All members of a group are on one data-parallel rank."""
         raise NotImplementedError

@@ -54,6 +54,9 @@ class PPO(ClipHigher):
     def updates_policy(self) -> bool:
         return self.step > self.critic_only_steps
 
+    def policy_steps(self, steps: int) -> int:
+        return max(0, steps - self.critic_only_steps)
+
     def credit(self, batch: Batch, reduce: Reducer) -> Batch:
         assert batch.old_value is not None
         reward = self.rewards(batch).nan_to_num()  # rows without a reward do not train

@@ -45,6 +45,15 @@ OVERLAPPED = Overlap()
 
 
 @dataclass(frozen=True)
+class Decay:
+    """How the learning rate falls once it is warmed up."""
+
+    schedule: str  # linear or cosine
+    min_lr: float
+    steps: int  # optimizer steps above min_lr, those of the warm-up included
+
+
+@dataclass(frozen=True)
 class Policy:
     """This rank's part of a model. ``chunks`` are what Megatron's schedules take: ``modules``, wrapped if trained.
 
@@ -251,14 +260,22 @@ def _finalize(model: list, num_tokens: Any = None, **kwargs: Any) -> None:
 
 
 def build_optimizer(
-    policy: Policy, *, lr: float, weight_decay: float, beta1: float, beta2: float, eps: float, clip_grad: float
+    policy: Policy,
+    *,
+    lr: float,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    clip_grad: float,
+    decay: Decay | None = None,
 ) -> MegatronOptimizer:
     """AdamW with its state sharded over the data-parallel ranks (biases and norms carry no weight decay)."""
     dtype = policy.modules[0].config.params_dtype
     config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=lr,
-        min_lr=lr,
+        min_lr=lr if decay is None else decay.min_lr,  # each group's own, which the schedule goes by
         weight_decay=weight_decay,
         adam_beta1=beta1,
         adam_beta2=beta2,
@@ -273,17 +290,22 @@ def build_optimizer(
 
 
 def build_scheduler(
-    optimizer: MegatronOptimizer, *, lr: float, warmup_steps: int, weight_decay: float
+    optimizer: MegatronOptimizer, *, lr: float, warmup_steps: int, weight_decay: float, decay: Decay | None = None
 ) -> OptimizerParamScheduler:
-    """Linear warm-up over optimizer steps, then constant; the first step has lr / warmup_steps, not 0."""
+    """Linear warm-up over optimizer steps, then constant or falling.
+
+    With w = max(1, warmup_steps), step i = 1, 2, ... has lr i / w up to i = w: the first one is never 0. Then r =
+    (i - w) / (decay.steps + 1 - w) gives min_lr + (lr - min_lr) (1 - r), or for cosine (1 + cos(pi r)) / 2 of the
+    difference, and from step decay.steps + 1 on min_lr.
+    """
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=lr,
-        min_lr=lr,
-        lr_warmup_steps=warmup_steps,
-        lr_decay_steps=warmup_steps + 1,
-        lr_decay_style="constant",
+        min_lr=lr if decay is None else decay.min_lr,
+        lr_warmup_steps=warmup_steps if decay is None else max(1, warmup_steps),
+        lr_decay_steps=warmup_steps + 1 if decay is None else decay.steps + 1,
+        lr_decay_style="constant" if decay is None else decay.schedule,
         start_wd=weight_decay,
         end_wd=weight_decay,
         wd_incr_steps=1,

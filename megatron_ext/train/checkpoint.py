@@ -204,7 +204,7 @@ class Checkpoints:
             index = read_index(path)
             payload = torch.load(path / _STATE, map_location="cpu", weights_only=True)
             common = torch.load(path / _COMMON, map_location="cpu", weights_only=True)
-            _check_schedule(payload["scheduler"], _schedules(self.trained))
+            _check_schedules(payload["scheduler"], self.trained)
             pieces = [each for name, model in self.trained.items() for each in trained_pieces(name, model)]
         with together(f"fitting {path.name} to this model"):
             _check_fit(index, pieces, wanted=_keys_of_all(pieces))
@@ -319,13 +319,25 @@ def _schedules(trained: Mapping[str, Trained]) -> dict[str, Any]:
     return {name: each.scheduler.state_dict() for name, each in trained.items()}
 
 
-def _check_schedule(saved: dict[str, Any], current: dict[str, Any]) -> None:
+def _check_schedules(saved: dict[str, Any], trained: Mapping[str, Trained]) -> None:
     """Megatron's scheduler would silently go on with the saved rates, whatever this run's recipe says."""
-    differing = manifest.differing_keys(saved, current)
-    differing = {key: values for key, values in differing.items() if not key.endswith(".num_steps")}
-    if differing:
-        lines = [f"schedule: {key}: saved with {old}, this run has {new}" for key, (old, new) in differing.items()]
-        raise CheckpointError("\n".join(lines) + "\nresume with the saved values, or start a new run")
+    lines = []
+    for name, each in trained.items():
+        differing = manifest.differing_keys(saved[name], each.scheduler.state_dict())
+        differing.pop("num_steps", None)
+        end = differing.pop("lr_decay_steps", None)
+        lines += [
+            f"{each.section}: {key}: saved with {old}, this run has {new}" for key, (old, new) in differing.items()
+        ]
+        if end is not None and not differing:
+            old, new = (steps - 1 for steps in end)
+            lines.append(
+                f"{each.section}.decay_steps: this run's learning rate falls over {old} optimizer steps, now it would "
+                f"over {new} (it follows train.steps where it is 0); set {each.section}.decay_steps={old}: further "
+                "steps are done at min_lr"
+            )
+    if lines:
+        raise CheckpointError("\n".join(["schedule", *lines, "resume with the saved values, or start a new run"]))
 
 
 def _safe_bytes(content: dict[str, Any]) -> bytes:

@@ -74,8 +74,9 @@ class DataConfig(Section):
     hub: str = ""  # what it is made from: ids on the Hugging Face Hub, or a sentence
     prompt_suffix: str = ""
     max_prompt_tokens: Positive = 1024
-    strict: bool = False  # fail on a bad row instead of leaving it out with a report
-    skip_unparsable_gold: bool = False  # leave such rows out too; by default they stop the run
+    max_left_out: Annotated[float, Field(ge=0, le=1)] = 0.01  # share of the rows that may have a fault; above, it stops
+    skip_unparsable_gold: bool = False  # a gold answer that is not right when judged is such a fault; else it stops
+    strict: bool = False  # stops for whatever would be left out, repeated rows and overlong prompts included
     curriculum: str = ""  # file of tools/semantic_entropy.py: train stage by stage, from certain to uncertain problems
     stage_starts: list[Positive] = []  # first steps of its stages after the first; empty: equal shares of the run
 
@@ -122,11 +123,18 @@ class RewardConfig(Section):
 class OptimizerConfig(Section):
     lr: Annotated[float, Field(gt=0, le=1)] = 1e-6
     warmup_steps: NonNegative = 0  # optimizer steps
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # of the learning rate, once it is warmed up
+    min_lr: Annotated[float, Field(ge=0, le=1)] = 0.0  # what it falls to
+    decay_steps: NonNegative = 0  # optimizer steps until it is there, warm-up included; 0: all of the run's
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
     clip_grad: Annotated[float, Field(gt=0)] = 1.0
+
+    def with_decay_steps(self, updates: int) -> OptimizerConfig:
+        """The same where it says when the decay ends; else it ends with the run's ``updates`` optimizer steps."""
+        return self if self.decay_steps else self.model_copy(update={"decay_steps": updates})
 
 
 class CriticConfig(OptimizerConfig):
@@ -231,6 +239,11 @@ class Config(Section):
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens
 
     @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of a training step."""
+        return self.rollout.prompts // self.train.mini_batch_prompts
+
+    @property
     def run_dir(self) -> Path:
         return Path(self.log.dir) / self.name
 
@@ -255,6 +268,11 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         return Config.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(_readable(error, path)) from None
+
+
+def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that an older version wrote, with the keys that it did not have."""
+    return _merge(Config().model_dump(), config)
 
 
 def check_layout(config: Config) -> None:
@@ -292,7 +310,8 @@ def layout_faults(config: Config) -> list[str]:
             f"train.micro_batch_tokens: {config.train.micro_batch_tokens} cannot hold one sequence of "
             f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}; raise it to at least {longest}"
         )
-    faults += _engine_faults(config)
+    faults += _engine_faults(config) + _schedule_faults("optimizer", config.optimizer)
+    faults += _schedule_faults("critic", config.critic)
     if config.rollout.dynamic_sampling and config.rollout.samples == 1:
         faults.append(
             "rollout.dynamic_sampling: keeps groups whose rewards differ, but rollout.samples is 1: raise "
@@ -319,6 +338,18 @@ def _engine_faults(config: Config) -> list[str]:
             "give one string of device numbers for each"
         )
     return faults
+
+
+def _schedule_faults(section: str, o: OptimizerConfig) -> list[str]:
+    if o.schedule != "constant":
+        above = f"{section}.min_lr: {o.min_lr:g} is above {section}.lr {o.lr:g}, from which it falls; lower it"
+        return [above] if o.min_lr > o.lr else []
+    return [
+        f"{section}.{key}: {value:g} says how the learning rate falls, but {section}.schedule is constant; set it to "
+        f'"linear" or "cosine", or {section}.{key} = 0'
+        for key, value in (("min_lr", o.min_lr), ("decay_steps", o.decay_steps))
+        if value
+    ]
 
 
 def file_faults(config: Config) -> list[str]:

@@ -1,31 +1,41 @@
 """Problems to train on: load and check a JSON Lines file, encode prompts.
 
-A row has ``prompt``, ``answer`` and optionally ``id``, ``verifier``, ``numbers``; other keys are ignored. A row
-with a fault is left out and reported by row and field, or stops the run with ``strict``. A gold answer that the
-verifier cannot read, or does not accept as an answer to itself, always stops the run unless told otherwise:
-every response to it would be scored wrong.
+A row has ``prompt``, ``answer`` and optionally ``id``, ``verifier``, ``numbers``; other keys are ignored. Rows are
+left out, and reported by row and field, for one of two reasons:
+
+- a fault. Rows with one may be a small share of the file (``max_left_out``): above it something is wrong with all of
+  it, and the run stops. A gold answer that the verifier cannot read, or does not accept as an answer to itself, stops
+  the run at once unless such golds are to count like other faults (``skip_unparsable_gold``).
+- a repeated prompt with the same answer, or a prompt longer than the recipe wants: nothing is wrong with these, and
+  their number is not limited.
+
+Under ``strict`` both stop the run. An id that several rows have is made one of its own for each, and counted.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_ext.rollout.verify import VERIFIERS, Outcome
-from megatron_ext.train.config import Config, ConfigError
+from megatron_ext.train.config import Config, ConfigError, DataConfig
 from megatron_ext.types import Problem, Reward
 
 SCHEMA = '{"prompt": "What is 2+2?", "answer": "4"}'
 NUM_LISTED = 5  # faults spelt out in a message
 
 FaultKind = Literal[
-    "not_json", "missing", "wrong_type", "empty", "invalid", "duplicate", "unparsable_gold", "overlong_prompt"
+    *("not_json", "missing", "wrong_type", "empty", "invalid", "conflicting", "unparsable_gold"),
+    *("duplicate", "overlong_prompt"),
 ]
+HARMLESS = ("duplicate", "overlong_prompt")  # nothing is wrong with the row
+MAX_LEFT_OUT = DataConfig().max_left_out
 Score = Callable[[Sequence[tuple[Problem, str]]], list[Reward]]
 
 
@@ -49,6 +59,7 @@ class DataReport:
     num_rows: int
     num_kept: int
     faults: tuple[Fault, ...]
+    num_renamed: int = 0  # rows whose id another one had
 
     @property
     def counts(self) -> dict[str, int]:
@@ -58,26 +69,34 @@ class DataReport:
         """A line with the counts and one for each of the first faults of every kind."""
         counts = ", ".join(f"{kind} {count}" for kind, count in sorted(self.counts.items()))
         lines = [f"{self.num_kept} of {self.num_rows} rows kept" + (f"; left out: {counts}" if counts else "")]
+        if self.num_renamed:
+            lines[0] += f"; {self.num_renamed} with the id of another row, which now end in @ and the row's number"
         for kind in self.counts:
             lines += _listed([fault for fault in self.faults if fault.kind == kind])
         return "\n".join(lines)
 
 
 def load_problems(
-    path: str | Path, *, score: Score, strict: bool = False, skip_unparsable_gold: bool = False
+    path: str | Path,
+    *,
+    score: Score,
+    strict: bool = False,
+    max_left_out: float = MAX_LEFT_OUT,
+    skip_unparsable_gold: bool = False,
 ) -> tuple[list[Problem], DataReport]:
     """The problems of a JSON Lines file and a report on the rows left out.
 
     ``score`` judges ``(problem, response)`` pairs, for example ``RewardPool.score``; every gold answer is judged
     against itself. Raises ``ConfigError`` for a file that cannot be read, for an unparsable gold answer unless
-    ``skip_unparsable_gold``, for any fault when ``strict``, and when no row is left.
+    ``skip_unparsable_gold``, for faults in more than the share ``max_left_out`` of the rows, for any when ``strict``,
+    and when no row is left.
     """
     rows = _read_rows(Path(path))
     problems, faults = _check_rows(rows)
     bad_gold = _check_gold(problems, score)
     faults += bad_gold.values()
-    kept = [problem for row, problem in problems.items() if row not in bad_gold]
-    report = DataReport(len(rows), len(kept), tuple(faults))
+    kept, num_renamed = _with_own_ids({row: problem for row, problem in problems.items() if row not in bad_gold})
+    report = DataReport(len(rows), len(kept), tuple(faults), num_renamed)
     if strict and faults:
         raise ConfigError(
             f"data.train: {path} has {len(faults)} faults in {len(rows)} rows and data.strict is on; "
@@ -93,6 +112,13 @@ def load_problems(
         raise ConfigError(
             f"data.train: no usable row in {path}: {len(rows)} rows, 0 kept; expected one JSON object a line, "
             f"like {SCHEMA}. Write such rows or point data.train to another file\n" + "\n".join(_listed(faults))
+        )
+    num_faulty = sum(fault.kind not in HARMLESS for fault in faults)
+    if num_faulty > max_left_out * len(rows):
+        raise ConfigError(
+            f"data.train: {num_faulty} of the {len(rows)} rows in {path} have a fault, more than the share "
+            f"data.max_left_out = {max_left_out:g} that may be left out. Correct or remove them, or raise "
+            f"data.max_left_out to at least {math.ceil(num_faulty / len(rows) * 1e4) / 1e4:g}\n{report.summary()}"
         )
     return kept, report
 
@@ -150,7 +176,11 @@ def load_training_data(
     """What a run trains on, checked and encoded, and what to tell its user. Raises ``ConfigError`` as the parts do."""
     data = config.data
     problems, rows = load_problems(
-        data.train, score=score, strict=data.strict, skip_unparsable_gold=data.skip_unparsable_gold
+        data.train,
+        score=score,
+        strict=data.strict,
+        max_left_out=data.max_left_out,
+        skip_unparsable_gold=data.skip_unparsable_gold,
     )
     encoded, prompts = encode_problems(
         tokenizer,
@@ -192,9 +222,25 @@ def _check_rows(rows: dict[int, str]) -> tuple[dict[int, Problem], list[Fault]]:
         if first == number:
             problems[number] = checked
             continue
-        same = "the same answer" if checked.answer == problems[first].answer else "another answer"
-        faults.append(Fault(f"row {number}", "prompt", "duplicate", f"the prompt of row {first}, with {same}"))
+        where = f"row {number}"
+        if checked.answer == problems[first].answer:
+            faults.append(Fault(where, "prompt", "duplicate", f"the prompt of row {first}, with the same answer"))
+        else:
+            faults.append(Fault(where, "answer", "conflicting", f"not the answer of row {first} to the same prompt"))
     return problems, faults
+
+
+def _with_own_ids(problems: dict[int, Problem]) -> tuple[list[Problem], int]:
+    """The problems, each with an id that no other has, and how many got a new one: the first with an id keeps it."""
+    own: dict[str, Problem] = {}
+    num_renamed = 0
+    for row, problem in problems.items():
+        name = problem.problem_id
+        num_renamed += name in own
+        while name in own:
+            name += f"@{row}"
+        own[name] = replace(problem, problem_id=name)
+    return list(own.values()), num_renamed
 
 
 def _check_row(where: str, line: str) -> Problem | Fault:

@@ -31,13 +31,13 @@ from megatron_ext.rollout.rewards import RewardPool
 from megatron_ext.train import parallel
 from megatron_ext.train.alarms import Alarms
 from megatron_ext.train.checkpoint import Checkpoints, set_rng
-from megatron_ext.train.config import Config, ConfigError, hf_config
+from megatron_ext.train.config import Config, ConfigError, hf_config, with_defaults
 from megatron_ext.train.curriculum import data_order
 from megatron_ext.train.data import load_training_data
 from megatron_ext.train.engine import check_engine, create_engine
 from megatron_ext.train.manifest import differing_keys
 from megatron_ext.train.metrics import MetricsWriter, Watch, sample_record, token_texts, write_config
-from megatron_ext.train.objective import create_method
+from megatron_ext.train.objective import create_method, optimizers
 from megatron_ext.train.order import DataOrder
 from megatron_ext.train.reference import Reference
 from megatron_ext.train.rollouts import EncodedProblem, Rollouts
@@ -48,10 +48,12 @@ from megatron_ext.train.trained import Trained
 from megatron_ext.types import Episode, TokenStats
 
 FREE = (  # keys a resumed run may change one by one, besides whole sections (see check_resume)
+    *("optimizer.decay_steps", "critic.decay_steps"),  # what follows from them may not: checkpoint.py::_check_schedule
     *("train.steps", "train.micro_batch_tokens", "train.max_bad_steps", "name"),
     *("rollout.batch_size", "rollout.tensor", "rollout.memory_share", "rollout.eager"),
     "rollout.model_runner",
     *("model.fused_head", "model.offload_reference", "model.offload_optimizer", "model.recompute"),
+    *("data.strict", "data.max_left_out", "data.skip_unparsable_gold"),
     *("reward.workers", "reward.deadline_s", "reward.max_timeout_share"),
 )
 FREE_SECTIONS = (
@@ -236,10 +238,11 @@ def build(config: Config, pool: RewardPool) -> Run:
         frozen = build_reference(architecture, fused_head=config.model.fused_head, **layout)
         start.fill(frozen.modules)
         reference = Reference(frozen, device=host.device(), offload=config.model.offload_reference)
-    actor, critic = Trained.build(policy, config.optimizer), None
+    options = optimizers(config, method)
+    actor, critic = Trained.build(policy, options["optimizer"]), None
     if method.needs.value:
         value_model = build_critic(architecture, start.fill, overlap=overlap, **layout)
-        critic = Trained.build(value_model, config.critic, section="critic")
+        critic = Trained.build(value_model, options["critic"], section="critic")
     learner = Learner(config, method, actor, critic, reference)
     checkpoints = Checkpoints(
         config.run_dir / "checkpoints",
@@ -287,10 +290,13 @@ def _kernels(config: Config, architecture: Architecture) -> str:
 
 
 def check_resume(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuse to continue a run whose results would no longer be one run's. Layout, length and speed may change."""
+    """Refuse to continue a run whose results would no longer be one run's. Layout, length and speed may change.
+
+    A key that is newer than the checkpoint had its default: that is how a run without the key behaves.
+    """
     changed = {
         key: values
-        for key, values in differing_keys(saved, current).items()
+        for key, values in differing_keys(with_defaults(saved), current).items()
         if not key.startswith(FREE_SECTIONS) and key not in FREE
     }
     if changed:

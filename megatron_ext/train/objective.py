@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_ext import methods
 from megatron_ext.methods.base import Method
-from megatron_ext.train.config import Config, ConfigError
+from megatron_ext.train.config import Config, ConfigError, OptimizerConfig
 
 
 def create_method(config: Config) -> Method:
@@ -18,4 +18,18 @@ def create_method(config: Config) -> Method:
             f"rollout.samples: found 1, but {config.method['name']} compares a response with the others to its prompt: "
             "a group of one has no advantage and nothing would be learnt; expected at least 2, 8 is usual"
         )
+    for section, options in optimizers(config, method).items():
+        if options.schedule != "constant" and options.decay_steps <= options.warmup_steps:
+            raise ConfigError(
+                f"{section}.warmup_steps: {options.warmup_steps} optimizer steps of warm-up leave nothing to the "
+                f"decay, which ends after {options.decay_steps} (the run's, unless {section}.decay_steps says so); "
+                f'lower it, or set {section}.schedule = "constant"'
+            )
     return method
+
+
+def optimizers(config: Config, method: Method) -> dict[str, OptimizerConfig]:
+    """The options of each model that trains, by their section, ``decay_steps`` filled in."""
+    steps, updates = config.train.steps, config.updates_per_step
+    found = {"optimizer": config.optimizer.with_decay_steps(method.policy_steps(steps) * updates)}
+    return found | ({"critic": config.critic.with_decay_steps(steps * updates)} if method.needs.value else {})

@@ -26,7 +26,7 @@ from megatron_ext.model.hf_config import Architecture
 from megatron_ext.model.hf_weights import module_rules, stream_names
 from megatron_ext.model.megatron_config import Fusions
 from megatron_ext.train import parallel
-from megatron_ext.train.config import Config, ParallelConfig
+from megatron_ext.train.config import Config, OptimizerConfig, ParallelConfig
 from megatron_ext.train.optimizer_state import parts, state_tensors
 from megatron_ext.train.trained import Trained
 
@@ -64,13 +64,13 @@ def build_shard(config: Config, architecture: Architecture, needs: Needs, rank: 
         reference = critic = None
         with host.on_meta():
             policy = build_policy(architecture, overlap=overlap, fused_head=config.model.fused_head, **options)
-            trained = Trained.build(policy, config.optimizer)
+            trained = Trained.build(policy, _some_schedule(config.optimizer))
             if needs.reference:
                 reference = build_reference(architecture, fused_head=config.model.fused_head, **options)
             if needs.value:
                 critic = Trained.build(
                     build_critic(architecture, lambda modules: None, overlap=overlap, **options),
-                    config.critic,
+                    _some_schedule(config.critic),
                     section="critic",
                 )
         held = _trained_bytes(trained)
@@ -106,6 +106,11 @@ def _whole(policy: Policy) -> int:
             total += parameter.numel() * ranks - padding
         assert not parameters, parameters.keys()
     return total
+
+
+def _some_schedule(options: OptimizerConfig) -> OptimizerConfig:
+    """Whichever: it takes no memory."""
+    return options.with_decay_steps(options.warmup_steps + 1)
 
 
 def _trained_bytes(trained: Trained) -> dict[str, int]:

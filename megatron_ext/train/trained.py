@@ -11,7 +11,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_ext.methods.base import Reducer
-from megatron_ext.model.build import Policy, build_optimizer, build_scheduler
+from megatron_ext.model.build import Decay, Policy, build_optimizer, build_scheduler
 from megatron_ext.train import parallel
 from megatron_ext.train.config import OptimizerConfig
 from megatron_ext.train.optimizer_state import OptimizerState
@@ -39,11 +39,21 @@ class Trained:
     def build(cls, model: Policy, options: OptimizerConfig, section: str = "optimizer") -> Trained:
         """The model, whose weights are loaded, with a fresh optimizer and schedule."""
         o = options
+        decay = None if o.schedule == "constant" else Decay(o.schedule, o.min_lr, o.decay_steps)
         optimizer = build_optimizer(
-            model, lr=o.lr, weight_decay=o.weight_decay, beta1=o.beta1, beta2=o.beta2, eps=o.eps, clip_grad=o.clip_grad
+            model,
+            lr=o.lr,
+            weight_decay=o.weight_decay,
+            beta1=o.beta1,
+            beta2=o.beta2,
+            eps=o.eps,
+            clip_grad=o.clip_grad,
+            decay=decay,
         )
         optimizer.reload_model_params()
-        scheduler = build_scheduler(optimizer, lr=o.lr, warmup_steps=o.warmup_steps, weight_decay=o.weight_decay)
+        scheduler = build_scheduler(
+            optimizer, lr=o.lr, warmup_steps=o.warmup_steps, weight_decay=o.weight_decay, decay=decay
+        )
         return cls(model, optimizer, scheduler, section)
 
     def offload(self) -> None:

@@ -82,12 +82,12 @@ def test_rows_become_problems(tmp_path: Path, pool: RewardPool):
         ({"prompt": "p", "answer": "4/1", "verifier": "countdown", "numbers": [4, 1]}, "answer", "invalid", "'4/1'"),
         ({"prompt": "p", "answer": "4.0", "verifier": "countdown", "numbers": [4, 1]}, "answer", "invalid", "'4.0'"),
         (GOOD, "prompt", "duplicate", "the prompt of row 1, with the same answer"),
-        (GOOD | {"answer": "5"}, "prompt", "duplicate", "the prompt of row 1, with another answer"),
+        (GOOD | {"answer": "5"}, "answer", "conflicting", "not the answer of row 1 to the same prompt"),
     ],
 )
 def test_faults_are_left_out_and_named(tmp_path: Path, row: Any, field: str, kind: str, words: str):
     path = write(tmp_path, GOOD, row, {"prompt": "What is 3+3?", "answer": "6"})
-    problems, report = load_problems(path, score=trusting)
+    problems, report = load_problems(path, score=trusting, max_left_out=1 / 3)
     assert [problem.answer for problem in problems] == ["4", "6"]
     assert (report.num_rows, report.num_kept, report.counts) == (3, 2, {kind: 1})
     (fault,) = report.faults
@@ -105,6 +105,31 @@ def test_a_hundred_copies_of_every_row(tmp_path: Path):
     assert [problem.answer for problem in problems] == [str(n + 1) for n in range(30)]
     assert report.counts == {"duplicate": 2970}
     assert len(report.summary().splitlines()) == 7 and "and 2965 more" in report.summary()
+
+
+def test_a_misspelt_verifier_in_most_rows_stops_the_run(tmp_path: Path):
+    rows = [{"prompt": f"What is {n}+1?", "answer": str(n + 1), "verifier": "math"} for n in range(300)]
+    bad = [row | {"verifier": "maths"} if n < 237 else row for n, row in enumerate(rows)]
+    path = write(tmp_path, *bad, {"prompt": "p"}, rows[299])  # the last one only repeats
+    with pytest.raises(ConfigError) as caught:
+        load_problems(path, score=trusting)
+    message = str(caught.value)
+    assert "238 of the 302 rows" in message and "data.max_left_out = 0.01" in message and "at least 0.7881" in message
+    assert "63 of 302 rows kept; left out: duplicate 1, invalid 237, missing 1" in message
+    assert "row 1, field verifier: expected one of math, countdown, found 'maths'" in message
+    assert "row 301, field answer: missing" in message and "and 232 more" in message
+    assert len(load_problems(path, score=trusting, max_left_out=0.7881)[0]) == 63
+    with pytest.raises(ConfigError):
+        load_problems(path, score=trusting, max_left_out=0.788)
+
+
+def test_every_problem_has_an_id_of_its_own(tmp_path: Path):
+    rows = [{"prompt": f"What is {n}+1?", "answer": str(n + 1)} for n in range(6)]
+    ids = [{"id": "a"}, {"id": "a@3"}, {"id": "a"}, {}, {"id": 4}, {"id": "a"}]
+    path = write(tmp_path, *({**row, **own} for row, own in zip(rows, ids, strict=True)))
+    problems, report = load_problems(path, score=trusting, strict=True)
+    assert [problem.problem_id for problem in problems] == ["a", "a@3", "a@3@3", "4", "4@5", "a@6"]
+    assert report.num_renamed == 3 and "; 3 with the id of another row" in report.summary()
 
 
 def test_an_unparsable_gold_answer_stops_the_run(tmp_path: Path, pool: RewardPool):
@@ -126,7 +151,9 @@ def test_an_unparsable_gold_answer_stops_the_run(tmp_path: Path, pool: RewardPoo
     assert "row 5, field answer: gold 'xxx" in message and "is too_long" in message
     assert len(message) < 1500
 
-    problems, report = load_problems(path, score=pool.score, skip_unparsable_gold=True)
+    with pytest.raises(ConfigError, match="4 of the 5 rows .* have a fault"):
+        load_problems(path, score=pool.score, skip_unparsable_gold=True)
+    problems, report = load_problems(path, score=pool.score, skip_unparsable_gold=True, max_left_out=0.8)
     assert [problem.answer for problem in problems] == ["4"]
     assert report.counts == {"unparsable_gold": 4}
     with pytest.raises(ConfigError, match="data.strict"):
