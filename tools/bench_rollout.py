@@ -79,7 +79,7 @@ def measured(folder: Path, model: Path, engine: str, length: int, options: argpa
         "checkpoint.every=0",
     ]
     command += [f"rollout.prompts={PROMPTS}", f"train.mini_batch_prompts={PROMPTS}", f"rollout.samples={SAMPLES}"]
-    command += ["log.tensorboard=false", "alarms.mismatch=0"]
+    command += ["log.trackers=[]", "alarms.mismatch=0"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout[-4000:]}")

@@ -29,6 +29,7 @@ from megatron_ext.train.config import Config, ConfigError, load_config
 from megatron_ext.train.redact import redact
 from megatron_ext.train.run_folder import RunFolder
 from megatron_ext.train.stop import REQUEUE, StopSignals, heed_interrupts, ignore_signals
+from megatron_ext.train.trackers import check_trackers
 from tools import faults, ranks
 from tools.dry_run import dry_run
 from tools.plan import read_valid
@@ -73,6 +74,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.dry_run:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it builds what runs elsewhere, and needs no GPU
         return dry_run(config)
+    check_trackers(config.log.trackers)
     return _train(config) if ranks.launched() else _launch(config, options)
 
 

@@ -24,6 +24,8 @@ LARGEST = 2**31 - 1  # of any count: NumPy's seeds and many kernels end near it
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "swanlab", "trackio"]
+RENAMED = {"log.tensorboard": 'log.trackers = ["tensorboard"], or [] for none'}
 MAX_NAME_BYTES = 200  # file systems take 255; a temporary file's ending is still to come
 FROM_THE_PUBLISHER = "take the file of the model's publisher"
 _PATHS = (("model", "path"), ("model", "weights"), ("data", "train"), ("data", "curriculum"))
@@ -183,9 +185,16 @@ class CheckpointConfig(Section):
 
 class LogConfig(Section):
     dir: str = "runs"  # the run's folder is dir/name
-    tensorboard: bool = True
+    trackers: list[Tracker] = ["tensorboard"]  # each follows the run's files in a process of its own
     samples: NonNegative = 4  # responses kept per step for the report, with their token entropies
     nucleus: bool = False  # report the nucleus' entropy and size also where the method does not use them: it costs time
+
+    @field_validator("trackers")
+    @classmethod
+    def _each_once(cls, trackers: list[Tracker]) -> list[Tracker]:
+        if len(set(trackers)) < len(trackers):
+            raise ValueError("names a tracker twice")
+        return trackers
 
 
 class AlarmsConfig(Section):
@@ -493,6 +502,8 @@ def _readable(error: ValidationError, path: str | Path) -> str:
             for section in sections:
                 model = model.model_fields[section].annotation
             close = difflib.get_close_matches(key, model.model_fields, n=1)
+            if where in RENAMED:
+                close = [RENAMED[where]]
             hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(sorted(model.model_fields))}"
             lines.append(f"  {where}: unknown key; {hint}")
         else:

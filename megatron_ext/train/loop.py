@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,9 +34,10 @@ from megatron_ext.train.checkpoint import Checkpoints, set_rng
 from megatron_ext.train.config import Config, ConfigError, hf_config, with_defaults
 from megatron_ext.train.curriculum import data_order
 from megatron_ext.train.data import load_training_data
+from megatron_ext.train.display import Watch
 from megatron_ext.train.engine import check_engine, create_engine
 from megatron_ext.train.manifest import differing_keys
-from megatron_ext.train.metrics import MetricsWriter, Watch, sample_record, token_texts, write_config
+from megatron_ext.train.metrics import MetricsWriter, sample_record, token_texts, write_config
 from megatron_ext.train.objective import create_method, optimizers
 from megatron_ext.train.order import DataOrder
 from megatron_ext.train.reference import Reference
@@ -157,7 +158,7 @@ def run(config: Config) -> int:
         steps = config.train.steps
         writer = _open_files(config, state.step)
         signals.defer()
-        with Watch(steps, resume_step=state.step, title=config.name, show=chief) as watch:
+        with writer or nullcontext(), Watch(steps, resume_step=state.step, title=config.name, show=chief) as watch:
             while state.step < steps and not _is_asked_to_stop(signals) and not state.alarms.stopping:
                 metrics, samples = train_step(state, watch)
                 if state.step == steps or (config.checkpoint.every and state.step % config.checkpoint.every == 0):
@@ -165,13 +166,14 @@ def run(config: Config) -> int:
                 metrics |= watch.times()
                 if writer is not None:
                     writer.write(state.step, metrics, samples)
+                    _tell_lines(writer)
                 state.publish(watch, wait=False)
                 watch.step(state.step, metrics)
             if state.step < steps:
                 state.save(watch)
             state.publish(watch, wait=True)
         if writer is not None:
-            writer.close()
+            _tell_lines(writer)
     dist.barrier(group=parallel.gloo())
     state.engine.close()  # last: vLLM takes the process group down with it
     if state.step < steps and state.alarms.stopping:
@@ -384,14 +386,14 @@ def _open_files(config: Config, step: int) -> MetricsWriter | None:
         write_config(config.run_dir, config.model_dump())
         opened.append(
             MetricsWriter(
-                config.run_dir, tensorboard=config.log.tensorboard, total_steps=config.train.steps, resume_step=step
+                config.run_dir, trackers=config.log.trackers, total_steps=config.train.steps, resume_step=step
             )
         )
 
     opened: list[MetricsWriter] = []
     _on_rank_0(open_files)
-    for line in opened[0].lines if opened else ():
-        _tell(line)
+    if opened:
+        _tell_lines(opened[0])
     return opened[0] if opened else None
 
 
@@ -408,6 +410,11 @@ def _samples(run: Run, episodes: Sequence[Episode], old: TokenStats) -> list[dic
         texts = token_texts(run.engine.tokenizer.decode, episodes[i].sample.response_ids)
         records.append(sample_record(episodes[i], texts, old.entropy[span].tolist(), old.logprob[span].tolist()))
     return records
+
+
+def _tell_lines(writer: MetricsWriter) -> None:
+    for line in writer.lines():
+        _tell(line)
 
 
 def _tell(message: str) -> None:

@@ -1,10 +1,9 @@
-"""What a run leaves behind for people: its files, its clock and its live display.
+"""What a run leaves behind for people, in files of its folder that rank 0 writes.
 
-Files of a run's folder: ``config.json`` (redacted), ``metrics.jsonl`` (one flat JSON object per step),
-``samples.jsonl`` (a few responses per step, token by token) and ``tensorboard/``. Steps count from 1.
-Everything under ``time/`` and ``speed/`` depends on the machine; every other key is a function of the
-configuration and the seed, so two runs can be compared bit for bit (tools/compare_runs.py).
-Only rank 0 builds a MetricsWriter; every rank may build a Watch, with ``show`` on rank 0 alone.
+``config.json`` (redacted), ``metrics.jsonl`` (one flat JSON object per step) and ``samples.jsonl`` (a few responses per
+step, token by token). Steps count from 1. Everything under ``time/`` and ``speed/`` depends on the machine; every other
+key is a function of the configuration and the seed, so two runs can be compared bit for bit (tools/compare_runs.py).
+Experiment trackers are fed from these files (trackers.py).
 """
 
 from __future__ import annotations
@@ -12,44 +11,22 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
-
 from megatron_ext.train.redact import redact
+from megatron_ext.train.trackers import FINISH_S, Trackers
 
 if TYPE_CHECKING:
     from megatron_ext.types import Episode
 
-CONFIG, METRICS, SAMPLES, TENSORBOARD = "config.json", "metrics.jsonl", "samples.jsonl", "tensorboard"
+CONFIG, METRICS, SAMPLES = "config.json", "metrics.jsonl", "samples.jsonl"
 CLOCK_KEYS = ("time/", "speed/")
-HEADLINES = {
-    "reward": "reward/mean",
-    "entropy": "entropy/full",
-    "nucleus": "entropy/nucleus",
-    "selected": "siren/selected_share",
-    "loss": "loss/total",
-    "grad": "grad/norm",
-    "clipped": "clip/high",
-    "length": "response/length",
-    "cut": "response/truncated",
-    "seconds": "time/step_s",
-}
-
-
-# --- files ---
 
 
 class MetricsWriter:
-    """Appends one line per step to ``metrics.jsonl``, synced to disk, and mirrors it to TensorBoard.
+    """Appends one line per step to ``metrics.jsonl``, synced to disk, for the report and the trackers.
 
     Resuming after step ``resume_step`` removes what later steps wrote and a half-written last line, so a run
     that was killed and resumed leaves the file an uninterrupted one leaves. Write a step before its checkpoint:
@@ -58,27 +35,24 @@ class MetricsWriter:
     NaN and infinity are written as ``null``: valid JSON has neither, and a column stays numbers or missing.
     Raises ValueError when the file to resume holds a line that is not a step, other than the last, when its steps do
     not increase by one, or when it ends before ``resume_step``. One that is not there begins anew; ``lines`` says so.
+    ``trackers`` are those of ``log.trackers``: they read ``config.json`` at once, and end with this context.
     """
 
-    def __init__(self, run_dir: str | Path, *, tensorboard: bool, total_steps: int, resume_step: int = 0):
+    def __init__(self, run_dir: str | Path, *, trackers: Sequence[str], total_steps: int, resume_step: int = 0):
         folder = Path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self._metrics, self._samples = folder / METRICS, folder / SAMPLES
-        self.lines: list[str] = []
+        self._lines: list[str] = []
         if resume_step:
             first = _check_steps(self._metrics, resume_step)
             if first > 1:
-                self.lines.append(f"{self._metrics}: steps before {first} are not in it: the file was moved away")
+                self._lines.append(f"{self._metrics}: steps before {first} are not in it: the file was moved away")
         for path in (self._metrics, self._samples):
             path.touch()
             _cut_after(path, resume_step)
         _sync_folder(folder)
         self._last, self._total = resume_step, total_steps
-        self._board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # a second to import: only when asked for
-
-            self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=resume_step + 1)
+        self._trackers = Trackers(folder, trackers, resume_step=resume_step)
 
     def write(self, step: int, metrics: Mapping[str, SupportsFloat], samples: Sequence[Mapping[str, Any]] = ()) -> None:
         """Append a step: flat metrics and ``sample_record`` objects. On return they survive a kill."""
@@ -87,20 +61,18 @@ class MetricsWriter:
         values = {key: _number(value) for key, value in metrics.items()}
         _append(self._samples, [{"step": step, **sample} for sample in samples])
         _append(self._metrics, [{"step": step} | {key: _or_null(value) for key, value in values.items()}])
-        if self._board is not None:
-            for key, value in values.items():
-                self._board.add_scalar(key, value, step)
-            self._board.flush()
 
-    def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
+    def lines(self) -> list[str]:
+        """What there is to tell the user since the last call."""
+        lines, self._lines = self._lines + self._trackers.lines(), []
+        return lines
 
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        at_once = error is not None and not issubclass(error, Exception)  # the user interrupted it
+        self._lines += self._trackers.close(failed=error is not None, wait_s=0.0 if at_once else FINISH_S)
 
 
 def read_steps(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -240,135 +212,3 @@ def _number(value: Any) -> float | int:
 
 def _or_null(value: float | int) -> float | int | None:
     return value if math.isfinite(value) else None
-
-
-# --- clock and display ---
-
-
-class Phase:
-    """Handle of a running phase: ``advance`` moves its bar and counts its tokens."""
-
-    def __init__(self, name: str, progress: Progress | None, task: TaskID | None):
-        self.name, self.tokens = name, 0
-        self._progress, self._task = progress, task
-
-    def advance(self, count: int = 1, *, tokens: int = 0) -> None:
-        self.tokens += tokens
-        if self._progress is not None and self._task is not None:
-            self._progress.advance(self._task, count)
-
-
-class Watch:
-    """The run's clock, and on a terminal its live display; without a terminal one line per step.
-
-        with Watch(total_steps=100) as watch:
-            with watch.phase("rollout", total=64) as phase:
-                phase.advance(1, tokens=812)
-            metrics |= watch.times()  # time/rollout_s, speed/rollout_tokens_per_s, time/step_s
-            watch.step(1, metrics)
-
-    A phase entered several times in a step adds up. The clock is the host's: a phase must end with the device
-    idle (reading one of its results is enough). ``show=False`` keeps the clock and prints nothing.
-    """
-
-    def __init__(
-        self,
-        total_steps: int,
-        *,
-        resume_step: int = 0,
-        title: str = "training",
-        show: bool = True,
-        console: Console | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-    ):
-        self._total, self._done, self._title, self._clock = total_steps, resume_step, title, clock
-        self._console = console or Console()
-        self._show, self._is_live = show, show and self._console.is_terminal
-        self._seconds: dict[str, float] = {}
-        self._tokens: dict[str, int] = {}
-        self._step_start = clock()
-        self._paces: deque[float] = deque(maxlen=20)  # seconds of the last steps, for the ETA
-        self._rows: deque[tuple[int, dict[str, float]]] = deque(maxlen=8)
-        self._live: Live | None = None
-        bar = (TextColumn("{task.description:<14}", markup=False), BarColumn(bar_width=None), MofNCompleteColumn())
-        self._steps = Progress(*bar, TextColumn("ETA {task.fields[eta]}"), console=self._console, expand=True)
-        self._phases = Progress(*bar, TimeElapsedColumn(), console=self._console, expand=True)
-
-    def __enter__(self) -> Watch:
-        self._step_start = self._last_step = self._clock()
-        if self._is_live:
-            self._steps.add_task(self._title, total=self._total, completed=self._done, eta="-")
-            self._live = Live(self._picture(), console=self._console, refresh_per_second=4)
-            self._live.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-
-    @contextmanager
-    def phase(self, name: str, total: int | None = None) -> Iterator[Phase]:
-        """Time a part of the step; ``total`` is what its bar counts to."""
-        task = self._phases.add_task(name, total=total) if self._live is not None else None
-        phase = Phase(name, self._phases, task)
-        start = self._clock()
-        try:
-            yield phase
-        finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start
-            self._tokens[name] = self._tokens.get(name, 0) + phase.tokens
-            if task is not None:
-                self._phases.stop_task(task)
-
-    def count(self, name: str, seconds: float) -> None:
-        """Add what was spent on a part elsewhere, beside the step."""
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
-
-    def times(self) -> dict[str, float]:
-        """``time/<phase>_s``, ``speed/<phase>_tokens_per_s`` and ``time/step_s`` since the last call; starts anew."""
-        now = self._clock()
-        found = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
-        for name, tokens in self._tokens.items():
-            if tokens and self._seconds[name] > 0:
-                found[f"speed/{name}_tokens_per_s"] = tokens / self._seconds[name]
-        found["time/step_s"] = now - self._step_start
-        self._seconds, self._tokens, self._step_start = {}, {}, now
-        return found
-
-    def step(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        """Show a finished step."""
-        now = self._clock()
-        self._paces.append((now - self._last_step) / max(1, step - self._done))
-        self._last_step, self._done = now, step
-        self._rows.append((step, {name: float(metrics[key]) for name, key in HEADLINES.items() if key in metrics}))
-        if self._live is not None:
-            for task in list(self._phases.task_ids):
-                self._phases.remove_task(task)
-            self._steps.update(self._steps.task_ids[0], completed=step, eta=self.eta())
-            self._live.update(self._picture())
-        elif self._show:
-            figures = "  ".join(f"{name} {_short(value)}" for name, value in self._rows[-1][1].items())
-            line = f"{self._title} {step}/{self._total}  {figures}  ETA {self.eta()}"
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def eta(self) -> str:
-        """Time left at the pace of the last steps, ``h:mm:ss``."""
-        if not self._paces:
-            return "-"
-        left = round(sum(self._paces) / len(self._paces) * (self._total - self._done))
-        return f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-
-    def _picture(self) -> Group:
-        names = [name for name in HEADLINES if any(name in row for _, row in self._rows)]
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for name in ("step", *names):
-            table.add_column(name, justify="right", style="bold green" if name == "reward" else "")
-        for step, row in self._rows:
-            table.add_row(str(step), *(_short(row[name]) if name in row else "" for name in names))
-        return Group(self._steps, self._phases, table)
-
-
-def _short(value: float) -> str:
-    """Four significant digits, never longer than a column."""
-    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"

@@ -34,7 +34,7 @@ from megatron_ext.rollout.sampling import seed_of
 from megatron_ext.rollout.verify import Outcome
 from megatron_ext.train import parallel
 from megatron_ext.train.config import Config, RolloutConfig
-from megatron_ext.train.metrics import Watch
+from megatron_ext.train.display import Watch
 from megatron_ext.types import Episode, Problem
 
 EncodedProblem = tuple[Problem, tuple[int, ...]]

@@ -28,7 +28,7 @@ from megatron_ext.model.build import Policy
 from megatron_ext.model.forward import forward, forward_backward
 from megatron_ext.train import critic, mismatch, packing, parallel
 from megatron_ext.train.config import Config
-from megatron_ext.train.metrics import Watch
+from megatron_ext.train.display import Watch
 from megatron_ext.train.packing import Micros
 from megatron_ext.train.reference import Reference
 from megatron_ext.train.summary import summarise

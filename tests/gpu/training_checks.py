@@ -111,7 +111,7 @@ def start(here: Here, name: str, *overrides: str, seen: str | None = None) -> tu
         data.write_text("".join(lines[:64]))
     small = ("rollout.prompts=4", "rollout.samples=4", "train.mini_batch_prompts=2") if here.rehearse else ()
     options = (
-        *("name=run", f"log.dir={folder}", f"data.train={data}", "log.tensorboard=false", "log.samples=0"),
+        *("name=run", f"log.dir={folder}", f"data.train={data}", "log.trackers=[]", "log.samples=0"),
         *("parallel.ranks_per_node=1", "parallel.tensor=1", "checkpoint.every=1", "method.beta=0.01"),
         *(f"train.steps={STEPS}", *small, *overrides),
     )

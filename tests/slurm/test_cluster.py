@@ -16,7 +16,7 @@ from tests.slurm.cluster import Cluster, NoSlurm, cluster, processes, wait_until
 TINY = "recipes/siren/siren-tiny-cpu.toml"
 SMALL = (
     *("rollout.prompts=4", "rollout.samples=4", "train.mini_batch_prompts=2", "checkpoint.every=1"),
-    *("parallel.nodes=2", "parallel.ranks_per_node=1", "log.tensorboard=false"),
+    *("parallel.nodes=2", "parallel.ranks_per_node=1", "log.trackers=[]"),
 )
 
 

@@ -28,7 +28,7 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def save_run(folder: Path, name: str, *, entropy: list[float], right: int = 2, **metrics: float) -> None:
     """A finished run whose other metrics are the same in every step; ``aer__target`` is ``aer/target``."""
-    with MetricsWriter(folder / name, tensorboard=False, total_steps=STEPS) as writer:
+    with MetricsWriter(folder / name, trackers=[], total_steps=STEPS) as writer:
         for step, nats in enumerate(entropy, 1):
             shares = {"reward/mean": 0.3, "reward/outcome/correct": 0.3, "response/length": 9.0, "time/step_s": 2.0}
             own = {key.replace("__", "/"): value for key, value in metrics.items()}

@@ -63,7 +63,7 @@ def test_every_text_of_models_and_data_is_escaped(tmp_path: Path):
         entropy=[0.1, 2.0],
         logprob=[-0.1, -2],
     )
-    with MetricsWriter(tmp_path, tensorboard=False, total_steps=9, resume_step=6) as writer:
+    with MetricsWriter(tmp_path, trackers=[], total_steps=9, resume_step=6) as writer:
         writer.write(7, step_metrics(7) | {EVIL: 1.0, f"reward/outcome/{EVIL}": 0.5}, [evil])
     save_evaluations(tmp_path, **{EVIL: [1, 2], "after": [2, 3]})
     page = Page(report(tmp_path))
@@ -134,7 +134,7 @@ def test_samples_are_of_steps_spread_over_the_run(tmp_path: Path):
 
 
 def test_a_run_without_samples_configuration_or_a_second_step(tmp_path: Path):
-    with MetricsWriter(tmp_path, tensorboard=False, total_steps=9) as writer:
+    with MetricsWriter(tmp_path, trackers=[], total_steps=9) as writer:
         writer.write(3, {"reward/mean": 0.5, "entropy/full": float("inf")})
     html = report(tmp_path)
     assert f"<h1>{tmp_path.name}</h1>" in html and "<circle" in html

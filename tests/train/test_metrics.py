@@ -1,23 +1,18 @@
-"""A run's files survive kills and resumes; its clock adds up; its display degrades to lines."""
+"""A run's files survive kills and resumes."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_ext.train.metrics import (
     METRICS,
     SAMPLES,
-    TENSORBOARD,
     MetricsWriter,
-    Watch,
     read_steps,
     sample_record,
     token_texts,
@@ -32,7 +27,7 @@ def figures(step: int) -> dict[str, float]:
 
 
 def run(folder: Path, first: int, last: int) -> None:
-    with MetricsWriter(folder, tensorboard=False, total_steps=9, resume_step=first - 1) as writer:
+    with MetricsWriter(folder, trackers=[], total_steps=9, resume_step=first - 1) as writer:
         for step in range(first, last + 1):
             writer.write(step, figures(step), [{"tokens": ["é", "\n"]}, {"tokens": []}])
 
@@ -71,7 +66,7 @@ def test_a_broken_line_in_the_middle_is_named_and_nothing_is_removed(tmp_path: P
         damaged = lines[0] + broken + lines[2]
         (tmp_path / METRICS).write_bytes(damaged)
         with pytest.raises(ValueError, match="line 2.*move the file away"):
-            MetricsWriter(tmp_path, tensorboard=False, total_steps=9, resume_step=3)
+            MetricsWriter(tmp_path, trackers=[], total_steps=9, resume_step=3)
         assert (tmp_path / METRICS).read_bytes() == damaged
     (tmp_path / METRICS).write_bytes(b"garbage\n" + lines[1])
     run(tmp_path, 1, 1)  # a start from 0 needs nothing of the old file
@@ -98,7 +93,7 @@ def test_steps_that_were_lost_or_doubled_are_not_passed_over(tmp_path: Path, kep
     damaged = b"".join(lines[i] for i in kept)
     (tmp_path / METRICS).write_bytes(damaged)
     with pytest.raises(ValueError, match=message):
-        MetricsWriter(tmp_path, tensorboard=False, total_steps=9, resume_step=4)
+        MetricsWriter(tmp_path, trackers=[], total_steps=9, resume_step=4)
     assert (tmp_path / METRICS).read_bytes() == damaged
 
 
@@ -106,15 +101,15 @@ def test_a_file_that_was_moved_away_begins_anew_and_says_so(tmp_path: Path):
     run(tmp_path, 1, 4)
     (tmp_path / METRICS).rename(tmp_path / "old.jsonl")
     for resumed in (4, 5):
-        with MetricsWriter(tmp_path, tensorboard=False, total_steps=9, resume_step=resumed) as writer:
-            assert writer.lines == [f"{tmp_path / METRICS}: steps before 5 are not in it: the file was moved away"]
+        with MetricsWriter(tmp_path, trackers=[], total_steps=9, resume_step=resumed) as writer:
+            assert writer.lines() == [f"{tmp_path / METRICS}: steps before 5 are not in it: the file was moved away"]
             writer.write(resumed + 1, {"a": 1})
     assert [record["step"] for record in read_steps(tmp_path / METRICS)] == [5, 6]
 
 
 def test_lines_are_valid_json_and_floats_keep_every_bit(tmp_path: Path):
     third = torch.tensor(1 / 3)
-    with MetricsWriter(tmp_path, tensorboard=False, total_steps=1) as writer:
+    with MetricsWriter(tmp_path, trackers=[], total_steps=1) as writer:
         writer.write(
             1, {"a": math.nan, "b": -math.inf, "c": third, "d": 0.1 + 0.2, "e": 3, "f": torch.tensor(math.nan)}
         )
@@ -129,7 +124,7 @@ def test_lines_are_valid_json_and_floats_keep_every_bit(tmp_path: Path):
 
 
 def test_a_written_step_is_on_disk_before_close_and_steps_only_go_up(tmp_path: Path):
-    writer = MetricsWriter(tmp_path, tensorboard=False, total_steps=3)
+    writer = MetricsWriter(tmp_path, trackers=[], total_steps=3)
     writer.write(1, figures(1))
     assert len((tmp_path / METRICS).read_text().splitlines()) == 1
     for step in (1, 0, 4):
@@ -137,20 +132,11 @@ def test_a_written_step_is_on_disk_before_close_and_steps_only_go_up(tmp_path: P
             writer.write(step, figures(step))
 
 
-def test_tensorboard_mirrors_and_forgets_what_a_resume_replaces(tmp_path: Path):
-    for start, offset in ((0, 0), (2, 100)):
-        with MetricsWriter(tmp_path, tensorboard=True, total_steps=4, resume_step=start) as writer:
-            for step in range(start + 1, 5):
-                writer.write(step, {"reward/mean": step + offset})
-    board = EventAccumulator(str(tmp_path / TENSORBOARD)).Reload()
-    assert [(e.step, e.value) for e in board.Scalars("reward/mean")] == [(1, 1), (2, 2), (3, 103), (4, 104)]
-
-
 def test_samples_line_up(tmp_path: Path):
     sample = Sample((1, 2), (3, 4), (-0.1, -0.2), "ab", False, 0)
     episode = Episode(Problem("p7", "1+1?", "2"), 5, sample, Reward(1.0, "correct", "2"))
     record = sample_record(episode, ["a", "\ud83d"], torch.tensor([0.123456, math.nan]).tolist(), [-0.5, -1])
-    with MetricsWriter(tmp_path, tensorboard=False, total_steps=1) as writer:
+    with MetricsWriter(tmp_path, trackers=[], total_steps=1) as writer:
         writer.write(1, {}, [record])
     (read,) = read_steps(tmp_path / SAMPLES)
     assert read["entropy"] == [0.1235, None] and read["logprob"] == [-0.5, -1]
@@ -195,71 +181,3 @@ def test_secrets_do_not_reach_the_configuration_file(tmp_path: Path):
     clean = json.loads(text)
     assert clean["data"] == {"train": "https://***@host/data?x=1&token=***", "max_prompt_tokens": 8}
     assert clean["name"] == "run" and redact("https://host/a@b") == "https://host/a@b"
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def steps(watch: Watch, clock: Clock, count: int) -> list[dict[str, float]]:
-    found = []
-    for step in range(1, count + 1):
-        with watch.phase("rollout", total=4) as phase:
-            clock.now += 2
-            phase.advance(4, tokens=300)
-        for _ in range(2):  # a phase entered twice adds up
-            with watch.phase("update"):
-                clock.now += 0.5
-        clock.now += 1
-        found.append(watch.times())
-        watch.step(step, found[-1] | {"reward/mean": step / 10, "response/length": 1234.5, "odd/key": 9.0})
-    return found
-
-
-def test_the_clock_adds_up_and_starts_anew_each_step():
-    clock, out = Clock(), io.StringIO()
-    with Watch(5, console=Console(file=out, width=40), clock=clock) as watch:
-        first, second = steps(watch, clock, 2)
-        assert watch.eta() == "0:00:12"  # three steps of four seconds
-    expected = {"time/rollout_s": 2, "time/update_s": 1, "time/step_s": 4, "speed/rollout_tokens_per_s": 150}
-    assert first == expected == second
-
-
-def test_without_a_terminal_there_is_one_line_per_step():
-    clock, out = Clock(), io.StringIO()
-    with Watch(5, title="tiny", console=Console(file=out, width=40), clock=clock) as watch:
-        steps(watch, clock, 3)
-    lines = out.getvalue().splitlines()
-    assert len(lines) == 3
-    assert lines[1] == "tiny 2/5  reward 0.2  length 1234  seconds 4  ETA 0:00:12"
-
-
-def test_on_a_terminal_there_are_bars_and_a_table():
-    clock, out = Clock(), io.StringIO()
-    console = Console(file=out, force_terminal=True, width=120, color_system=None)
-    with Watch(5, title="tiny", console=console, clock=clock) as watch:
-        steps(watch, clock, 3)
-        with watch.phase("rollout", total=64) as phase:
-            phase.advance(7)
-    text = out.getvalue()
-    assert "3/5" in text and "ETA 0:00:08" in text and "7/64" in text
-    assert "reward" in text and "0.3" in text and "1234" in text
-
-
-def test_other_ranks_keep_the_clock_and_print_nothing():
-    clock, out = Clock(), io.StringIO()
-    with Watch(5, show=False, console=Console(file=out, force_terminal=True), clock=clock) as watch:
-        assert steps(watch, clock, 1)[0]["time/step_s"] == 4
-    assert out.getvalue() == ""
-
-
-def test_a_phase_that_raises_still_counts():
-    clock = Clock()
-    with Watch(5, show=False, clock=clock) as watch:
-        with pytest.raises(RuntimeError), watch.phase("reward"):
-            clock.now += 3
-            raise RuntimeError
-        assert watch.times()["time/reward_s"] == 3

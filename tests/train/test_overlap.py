@@ -27,7 +27,7 @@ from megatron_ext.train.config import (
     RolloutConfig,
     TrainConfig,
 )
-from megatron_ext.train.metrics import Watch
+from megatron_ext.train.display import Watch
 from megatron_ext.train.step import Learner
 from megatron_ext.train.trained import Trained
 from tests import gloo, tiny

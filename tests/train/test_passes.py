@@ -22,7 +22,7 @@ from megatron_ext.train.config import (
     RolloutConfig,
     TrainConfig,
 )
-from megatron_ext.train.metrics import Watch
+from megatron_ext.train.display import Watch
 from megatron_ext.train.mismatch import MismatchError
 from megatron_ext.train.reference import Reference
 from megatron_ext.train.step import Learner

@@ -17,7 +17,7 @@ from megatron_ext.model import hf_weights
 from megatron_ext.rollout.base import Request, Sampling
 from megatron_ext.train import parallel
 from megatron_ext.train.config import Config, ParallelConfig, RolloutConfig, TrainConfig
-from megatron_ext.train.metrics import Watch
+from megatron_ext.train.display import Watch
 from megatron_ext.train.order import DataOrder
 from megatron_ext.train.rollouts import Rollouts, choose, deal, imbalance, num_to_draw, num_tokens, verdict_of
 from megatron_ext.types import Episode, Problem, Reward, Sample

@@ -36,7 +36,7 @@ SMALL = [
     "rollout.samples=4",
     "train.mini_batch_prompts=2",
     "checkpoint.every=2",
-    "log.tensorboard=false",
+    "log.trackers=[]",
     "method.coef=1.0",
     "optimizer.warmup_steps=3",
 ]

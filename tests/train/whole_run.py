@@ -25,7 +25,7 @@ from tests import gloo
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = (
     *("rollout.prompts=4", "rollout.samples=4", "train.mini_batch_prompts=2", "train.steps=2", "checkpoint.every=1"),
-    *('name="run"', "log.tensorboard=false", "log.samples=0", "parallel.tensor=1", "parallel.ranks_per_node=1"),
+    *('name="run"', "log.trackers=[]", "log.samples=0", "parallel.tensor=1", "parallel.ranks_per_node=1"),
 )
 
 

@@ -1,0 +1,159 @@
+"""The clock of a run and its live display: on a terminal bars and a table, elsewhere one line per step.
+
+Every rank has a Watch, whose times are its metrics under ``time/`` and ``speed/``; with ``show`` on rank 0 alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import SupportsFloat
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+HEADLINES = {
+    "reward": "reward/mean",
+    "entropy": "entropy/full",
+    "nucleus": "entropy/nucleus",
+    "selected": "siren/selected_share",
+    "loss": "loss/total",
+    "grad": "grad/norm",
+    "clipped": "clip/high",
+    "length": "response/length",
+    "cut": "response/truncated",
+    "seconds": "time/step_s",
+}
+
+
+class Phase:
+    """Handle of a running phase: ``advance`` moves its bar and counts its tokens."""
+
+    def __init__(self, name: str, progress: Progress | None, task: TaskID | None):
+        self.name, self.tokens = name, 0
+        self._progress, self._task = progress, task
+
+    def advance(self, count: int = 1, *, tokens: int = 0) -> None:
+        self.tokens += tokens
+        if self._progress is not None and self._task is not None:
+            self._progress.advance(self._task, count)
+
+
+class Watch:
+    """The run's clock, and on a terminal its live display; without a terminal one line per step.
+
+        with Watch(total_steps=100) as watch:
+            with watch.phase("rollout", total=64) as phase:
+                phase.advance(1, tokens=812)
+            metrics |= watch.times()  # time/rollout_s, speed/rollout_tokens_per_s, time/step_s
+            watch.step(1, metrics)
+
+    A phase entered several times in a step adds up. The clock is the host's: a phase must end with the device
+    idle (reading one of its results is enough). ``show=False`` keeps the clock and prints nothing.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        resume_step: int = 0,
+        title: str = "training",
+        show: bool = True,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self._total, self._done, self._title, self._clock = total_steps, resume_step, title, clock
+        self._console = console or Console()
+        self._show, self._is_live = show, show and self._console.is_terminal
+        self._seconds: dict[str, float] = {}
+        self._tokens: dict[str, int] = {}
+        self._step_start = clock()
+        self._paces: deque[float] = deque(maxlen=20)  # seconds of the last steps, for the ETA
+        self._rows: deque[tuple[int, dict[str, float]]] = deque(maxlen=8)
+        self._live: Live | None = None
+        bar = (TextColumn("{task.description:<14}", markup=False), BarColumn(bar_width=None), MofNCompleteColumn())
+        self._steps = Progress(*bar, TextColumn("ETA {task.fields[eta]}"), console=self._console, expand=True)
+        self._phases = Progress(*bar, TimeElapsedColumn(), console=self._console, expand=True)
+
+    def __enter__(self) -> Watch:
+        self._step_start = self._last_step = self._clock()
+        if self._is_live:
+            self._steps.add_task(self._title, total=self._total, completed=self._done, eta="-")
+            self._live = Live(self._picture(), console=self._console, refresh_per_second=4)
+            self._live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[Phase]:
+        """Time a part of the step; ``total`` is what its bar counts to."""
+        task = self._phases.add_task(name, total=total) if self._live is not None else None
+        phase = Phase(name, self._phases, task)
+        start = self._clock()
+        try:
+            yield phase
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start
+            self._tokens[name] = self._tokens.get(name, 0) + phase.tokens
+            if task is not None:
+                self._phases.stop_task(task)
+
+    def count(self, name: str, seconds: float) -> None:
+        """Add what was spent on a part elsewhere, beside the step."""
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    def times(self) -> dict[str, float]:
+        """``time/<phase>_s``, ``speed/<phase>_tokens_per_s`` and ``time/step_s`` since the last call; starts anew."""
+        now = self._clock()
+        found = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
+        for name, tokens in self._tokens.items():
+            if tokens and self._seconds[name] > 0:
+                found[f"speed/{name}_tokens_per_s"] = tokens / self._seconds[name]
+        found["time/step_s"] = now - self._step_start
+        self._seconds, self._tokens, self._step_start = {}, {}, now
+        return found
+
+    def step(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Show a finished step."""
+        now = self._clock()
+        self._paces.append((now - self._last_step) / max(1, step - self._done))
+        self._last_step, self._done = now, step
+        self._rows.append((step, {name: float(metrics[key]) for name, key in HEADLINES.items() if key in metrics}))
+        if self._live is not None:
+            for task in list(self._phases.task_ids):
+                self._phases.remove_task(task)
+            self._steps.update(self._steps.task_ids[0], completed=step, eta=self.eta())
+            self._live.update(self._picture())
+        elif self._show:
+            figures = "  ".join(f"{name} {_short(value)}" for name, value in self._rows[-1][1].items())
+            line = f"{self._title} {step}/{self._total}  {figures}  ETA {self.eta()}"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def eta(self) -> str:
+        """Time left at the pace of the last steps, ``h:mm:ss``."""
+        if not self._paces:
+            return "-"
+        left = round(sum(self._paces) / len(self._paces) * (self._total - self._done))
+        return f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+
+    def _picture(self) -> Group:
+        names = [name for name in HEADLINES if any(name in row for _, row in self._rows)]
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for name in ("step", *names):
+            table.add_column(name, justify="right", style="bold green" if name == "reward" else "")
+        for step, row in self._rows:
+            table.add_row(str(step), *(_short(row[name]) if name in row else "" for name in names))
+        return Group(self._steps, self._phases, table)
+
+
+def _short(value: float) -> str:
+    """Four significant digits, never longer than a column."""
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
