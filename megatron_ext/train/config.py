@@ -8,7 +8,6 @@ without building a model. Every fault is a ``ConfigError`` that says what, found
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
 import tomllib
@@ -17,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from megatron_ext.files import read_json, read_small
 from megatron_ext.train.layout_rules import model_faults, nearest_divisor
 from megatron_ext.train.redact import redact, redact_text
 
@@ -390,10 +390,10 @@ def hf_config(path: str | Path) -> dict[str, Any]:
             "(config.json, *.safetensors, tokenizer files)"
         )
     try:
-        hf = json.loads(file.read_text(encoding="utf-8"))
+        hf = read_json(file)
         if not isinstance(hf, dict):
             raise ValueError(f"expected an object, found {str(hf)[:60]!r}")
-    except (ValueError, RecursionError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise ConfigError(f"model.path: {file} is not the JSON of a model's configuration: {error}") from None
     faults = [
         f"{name} is {hf[name]!r}, expected a whole number above 0"
@@ -447,14 +447,14 @@ def _read_chain(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def _read_recipe(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_small(path).decode())
     except FileNotFoundError:
         raise ConfigError(f"recipe: no such file: {path}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"recipe: {path} is not valid TOML: {error}") from None
     except RecursionError:
         raise ConfigError(f"recipe: {path} is not valid TOML: its values are nested too deeply") from None
-    except (OSError, ValueError) as error:  # a folder, a file of another user, not UTF-8, NUL in its name
+    except (OSError, ValueError) as error:  # a folder, another user's, not UTF-8, a number of thousands of digits
         raise ConfigError(f"recipe: {path} cannot be read: {error}; expected a TOML file in UTF-8") from None
 
 
@@ -478,6 +478,8 @@ def _apply_override(merged: dict[str, Any], override: str) -> None:
         parsed = {"value": text}  # a string without its quotes
     except RecursionError:
         raise ConfigError(f"override: {key}: its value is nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ConfigError(f"override: {key}: its value cannot be read: {error}") from None
     if len(parsed) > 1 or (parsed["value"] is text and "\n" in text):
         raise ConfigError(
             f"override: {override!r} has several lines; give each key=value as an argument of its own, and a string "

@@ -186,7 +186,7 @@ def test_a_second_line_of_an_override_is_not_dropped(recipe: Path) -> None:
         (b"", "is not the JSON of a model's configuration"),
         (b"[1]", "expected an object, found '[1]'"),
         (b'"\xff"', "'utf-8' codec"),
-        (deep(100_000).encode(), "recursion"),
+        (deep(100_000).encode(), "nested too deeply"),
         (b"{}", "num_attention_heads, num_hidden_layers missing; take"),
         (b'{"num_attention_heads": 0, "num_hidden_layers": 2}', "num_attention_heads is 0, expected a whole number"),
         (b'{"num_attention_heads": 2, "num_hidden_layers": "2"}', "num_hidden_layers is '2', expected"),
