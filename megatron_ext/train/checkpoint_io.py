@@ -80,9 +80,14 @@ class HashingFile:
 
     def __init__(self, file: IO[bytes]):
         self._file, self._digest, self._bytes = file, hashlib.sha256(), 0
+        self.fault: OSError | None = None  # that ended the writing
 
     def write(self, data: Any) -> int:
-        self._file.write(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.fault = error
+            raise
         self._digest.update(data)
         self._bytes += memoryview(data).nbytes
         return memoryview(data).nbytes
@@ -102,7 +107,12 @@ def write_file(path: Path, fill: Callable[[Any], object]) -> Record:
     """Have ``fill`` write a new file to the disk, synced; its size and hash."""
     with path.open("xb") as file:
         hashing = HashingFile(file)
-        fill(hashing)
+        try:
+            fill(hashing)
+        except RuntimeError:
+            if hashing.fault is None:
+                raise
+            raise hashing.fault from None  # torch's own word for it is "unexpected pos"
         file.flush()
         os.fsync(file.fileno())
     return hashing.record

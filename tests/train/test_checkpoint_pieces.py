@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import resource
 import sys
 from collections import Counter
 from pathlib import Path
@@ -24,6 +25,7 @@ from megatron_ext.train.host_memory import HostMemory
 from megatron_ext.train.manifest import CheckpointError
 from megatron_ext.train.owned_pieces import groups_state, rectangles, saved_steps, set_steps, steps_taken
 from tests import gloo
+from tests.train import faults
 from tests.train.tiny_run import STATE, TIED, TINY, Run
 
 SHAPES = [(), (7,), (5, 6), (6, 1), (1, 9), (3, 4, 5), (2, 3, 1, 4)]
@@ -87,6 +89,19 @@ def test_an_index_with_a_gap_or_two_opinions_is_refused(tmp_path: Path) -> None:
         read_index(tmp_path / "gap")
     with pytest.raises(CheckpointError, match="a.weight"):
         write_index(tmp_path / "gap", [chunks[0], Chunk("a.weight", (4, 3), (2, 0), (2, 3), torch.bfloat16)], places)
+
+
+@pytest.mark.parametrize("numel", [50, 60_000])  # through a buffer, and past it
+def test_a_full_disk_is_said_in_the_systems_words(numel: int, tmp_path: Path) -> None:
+    """torch.save alone says "unexpected pos 704 vs 598"."""
+
+    def write() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        chunks = ((Chunk(str(i), (numel,), (0,), (numel,), torch.float32), torch.zeros(numel)) for i in range(500))
+        with pytest.raises(OSError, match="File too large"):
+            write_chunks(tmp_path / "file", chunks)
+
+    assert faults.child(write) == 0
 
 
 def test_copies_stay_what_they_were_in_storages_of_their_own() -> None:
