@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -52,7 +53,8 @@ def command(folder: Path, *overrides: str) -> list[str]:
     return [sys.executable, "-m", "tools.train", RECIPE, *settings]
 
 
-def start(folder: Path, *overrides: str) -> subprocess.Popen:
+def start(folder: Path, *overrides: str, largest_file: int = resource.RLIM_INFINITY) -> subprocess.Popen:
+    """``largest_file``: bytes beyond which the kernel refuses to write, as on a full disk."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command(folder, *overrides),
@@ -62,11 +64,12 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY)),
     )
 
 
-def finish(folder: Path, *overrides: str) -> tuple[int, str]:
-    process = start(folder, *overrides)
+def finish(folder: Path, *overrides: str, largest_file: int = resource.RLIM_INFINITY) -> tuple[int, str]:
+    process = start(folder, *overrides, largest_file=largest_file)
     output, _ = process.communicate(timeout=400)
     return process.returncode, output
 
@@ -195,27 +198,41 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_used(uninterrupted: Pat
 
 
 def test_a_signal_saves_and_asks_to_be_run_again(uninterrupted: Path, tmp_path: Path) -> None:
-    process = start(tmp_path, "train.steps=4")
+    process = start(tmp_path, "train.steps=300")
     wait_for(checkpoint(tmp_path, 2) / "MANIFEST.json", process)
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=300)
     done = len(metrics(tmp_path))
-    assert (process.returncode, done < 4) == (75, True) or (process.returncode, done) == (0, 4), output
+    assert process.returncode == 75 and done < 300, output
     assert checkpoint(tmp_path, done).is_dir()
-    code, output = finish(tmp_path, "train.steps=4")
-    assert code == 0, output
-    assert metrics(tmp_path) == metrics(uninterrupted)
+    code, output = finish(tmp_path, f"train.steps={done + 1}")
+    assert code == 0 and f"resuming after step {done} of" in output, output
+    assert metrics(tmp_path)[:4] == metrics(uninterrupted)[: done + 1]
 
 
-def test_a_start_that_is_stopped_asks_to_be_run_again(tmp_path: Path) -> None:
-    process = start(tmp_path, "train.steps=4")
-    wait_for(run_folder(tmp_path) / ".lock", process)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, output
-    assert output.count("SIGTERM: ") == 1 and "stopped while starting: nothing new to save" in output
-    assert "Traceback" not in output and not (run_folder(tmp_path) / "checkpoints").exists()
-    assert json.loads((run_folder(tmp_path) / "stops.json").read_text()) == {"stops": 1}
+def test_a_start_that_is_stopped_asks_to_be_run_again_but_not_for_ever(tmp_path: Path) -> None:
+    for count, code in ((1, 75), (2, 75), (3, 76)):
+        process = start(tmp_path, "train.steps=4")
+        wait_for(run_folder(tmp_path) / ".lock", process)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == code, output
+        assert output.count("SIGTERM: ") == 1 and "stopped while starting: nothing new to save" in output
+        assert "Traceback" not in output and not (run_folder(tmp_path) / "checkpoints").exists()
+        assert json.loads((run_folder(tmp_path) / "stops.json").read_text()) == {"stops": count}
+    assert output.count("stopped 3 times in a row before anything new was saved: not to be queued again") == 1
+
+
+def test_a_full_disk_ends_the_run_with_its_reason_and_the_checkpoint_before(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(uninterrupted, copy)
+    code, output = finish(copy, "train.steps=6", largest_file=500_000)
+    assert code == 4, output
+    assert "File too large" in output and "resuming after step 4 of 6" in output and "Traceback" not in output
+    left = sorted(path.name for path in checkpoint(copy, 4).parent.iterdir())
+    assert left == ["latest", "step_000002", "step_000004"]
 
 
 def test_an_interrupt_saves_and_meanwhile_a_second_run_is_refused(uninterrupted: Path, tmp_path: Path) -> None:

@@ -87,6 +87,37 @@ def test_what_a_run_cannot_go_on_from(tmp_path: Path) -> None:
     assert shard.name in found(tmp_path, "train.steps=3")
 
 
+def test_every_change_that_would_make_another_run_is_listed_and_others_are_not(tmp_path: Path, capfd) -> None:
+    assert whole_run.train(tmp_path, RECIPE, world=2) == 0
+    allowed = ("train.steps=3", "rollout.batch_size=8", "train.micro_batch_tokens=200", "reward.workers=1")
+    forbidden = ("method.coef=0.5", "rollout.temperature=0.9", "train.seed=3")
+    refused = found(tmp_path, *allowed, *forbidden, "parallel.tensor=2")
+    assert [line.split(": ")[0].strip() for line in refused.splitlines()[1:]] == [
+        *("method.coef", "rollout.temperature", "train.seed")
+    ]
+    assert "rollout.temperature: checkpoint 1.0, now 0.9" in refused
+    capfd.readouterr()
+    assert whole_run.train(tmp_path, RECIPE, *allowed, "parallel.tensor=2", world=2) == 0
+    said = capfd.readouterr().out
+    assert "resuming after step 2 of 3" in said and "weights and optimizer are resharded" in said
+    assert [step["step"] for step in whole_run.steps(tmp_path)] == [1, 2, 3]
+
+
+def test_a_run_whose_checkpoints_cannot_be_told_apart_never_begins_anew(tmp_path: Path, capfd) -> None:
+    assert whole_run.train(tmp_path, RECIPE, world=2) == 0
+    checkpoints, reported = tmp_path / "run" / "checkpoints", whole_run.steps(tmp_path)
+    for tracker in (b"", b"\x00\xff", b"step_000099\n"):
+        (checkpoints / "latest").write_bytes(tracker)
+        capfd.readouterr()
+        assert whole_run.train(tmp_path, RECIPE, world=2) == 0
+        said = capfd.readouterr().out
+        assert "resuming after step 2 of 2" in said and "looking through all checkpoints" in said
+    for path in checkpoints.glob("step_*"):
+        shutil.rmtree(path)
+    assert "holds no valid checkpoint" in found(tmp_path)
+    assert whole_run.steps(tmp_path) == reported
+
+
 def test_more_steps_than_asked_for_is_done(tmp_path: Path) -> None:
     assert whole_run.train(tmp_path, RECIPE, "train.steps=2", world=2) == 0
     before = whole_run.steps(tmp_path)
