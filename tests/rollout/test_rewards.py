@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,29 @@ def test_identical_answers_are_judged_once(monkeypatch: pytest.MonkeyPatch):
     with RewardPool(1, deadline_s=20) as pool:
         assert all_right(pool.score(integers(3) * 8))
     assert len(judged) == 3 + len(rewards.CANARIES)
+
+
+def test_no_worker_loads_gmpy2(pool: RewardPool):
+    """It is installed, and SymPy and mpmath take it where they may: one call of it cannot be interrupted."""
+    assert find_spec("gmpy2") is not None, "install the development tools: pip install -e '.[dev]'"
+    assert all_right(pool.score([(Problem("a", "", r"\sqrt{8}"), r"\boxed{2\sqrt{2}}")]))
+    loaded = [Path(f"/proc/{worker._process.pid}/maps").read_text() for worker in pool._workers]
+    assert all("math" in maps and "gmpy2" not in maps for maps in loaded)
+
+
+def test_two_threads_get_their_own_answers(pool: RewardPool):
+    results: dict[int, list[Reward]] = {}
+    right, wrong = integers(200, start=500), [(problem, r"\boxed{3}") for problem, _ in integers(200, start=500)]
+
+    def score(number: int) -> None:
+        results[number] = pool.score(wrong if number else right)
+
+    threads = [threading.Thread(target=score, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all_right(results[0]) and {reward.outcome for reward in results[1]} == {"wrong"}
 
 
 def test_from_threads_and_asyncio(pool: RewardPool):

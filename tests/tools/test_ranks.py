@@ -244,6 +244,7 @@ def test_a_killed_rank_is_named(tmp_path: Path, capfd) -> None:
     os.kill(int((tmp_path / "pid1").read_text()), signal.SIGKILL)
     assert process.wait(20) == 137
     assert capfd.readouterr().err == "ranks: rank 1 was killed by SIGKILL; the others are ended\n"
+    assert [path.name for path in tmp_path.glob("heard*")] == ["heard0-SIGINT"]  # asked, before they are killed
     assert ended(tmp_path)
 
 
@@ -260,6 +261,7 @@ def test_a_stopped_rank_is_named_and_ends_the_run(tmp_path: Path, capfd) -> None
     os.kill(stopped, signal.SIGSTOP)
     assert process.wait(20) == 77
     assert f"ranks: rank 1 (process {stopped}) has been stopped for 1 s" in capfd.readouterr().err
+    assert [path.name for path in tmp_path.glob("heard*")] == ["heard0-SIGINT"]
     assert ended(tmp_path)
 
 

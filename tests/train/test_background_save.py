@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_ext.train import checkpoint, loop, manifest
+from megatron_ext.train.manifest import CheckpointError
 from tests import gloo
 from tests.train import whole_run
 from tests.train.tiny_run import STATE, Run, equal
@@ -103,6 +105,41 @@ def test_a_rank_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path: Pa
     assert whole_run.metrics(tmp_path / "killed") == whole_run.metrics(tmp_path / "whole")
     for step in (2, 3):
         assert whole_run.contents(tmp_path / "killed", step) == whole_run.contents(tmp_path / "whole", step)
+
+
+def writer_dies(rank: int, world: int, root: Path) -> str:
+    """The last checkpoint that may be kept is written; of the next one, rank 1's thread dies half-way."""
+    run = Run(world).fill(1)
+    torch.manual_seed(0)
+    checkpoints = run.train(1).checkpoints(root, keep=1)
+    checkpoints.save(1, STATE)
+    checkpoints.publish(wait=True)
+    module: Any = checkpoint
+    real = module.write_chunks
+
+    def dies(path: Path, chunks: Any) -> Any:
+        path.write_bytes(b"half")
+        raise MemoryError("no room for a copy")
+
+    module.write_chunks = dies if rank == 1 else real
+    run.train(1)
+    checkpoints.save(2, STATE)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.publish(wait=True)
+    dist.barrier()  # rank 0 removes what was written
+    assert not checkpoints.is_writing and (root / "latest").read_text() == "step_000001\n"
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step_000001"]
+    assert run.load(root).step == 1
+    module.write_chunks = real
+    checkpoints.save(2, STATE)
+    assert checkpoints.publish(wait=True) is not None
+    return str(caught.value)
+
+
+def test_a_writer_that_dies_on_one_rank_is_told_on_all_and_costs_no_checkpoint(tmp_path: Path) -> None:
+    said = gloo.run(writer_dies, 2, tmp_path)
+    assert said[0] == said[1] == "writing the shards: rank 1: MemoryError: no room for a copy"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000002"]
 
 
 def test_waiting_for_the_disk_or_not_makes_no_difference(tmp_path: Path) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_ext.rollout.hf import HFEngine
 from megatron_ext.train.config import ConfigError
+from megatron_ext.types import Sample
 from tests import gloo
 from tests.train import whole_run
 
@@ -116,6 +121,25 @@ def test_a_run_whose_checkpoints_cannot_be_told_apart_never_begins_anew(tmp_path
         shutil.rmtree(path)
     assert "holds no valid checkpoint" in found(tmp_path)
     assert whole_run.steps(tmp_path) == reported
+
+
+def test_samples_of_older_weights_and_of_a_wrong_number_are_not_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = HFEngine.generate
+
+    def stale(self: HFEngine, *args: Any) -> list[Sample]:
+        return [replace(each, weight_version=max(0, each.weight_version - 1)) for each in generate(self, *args)]
+
+    for spoilt, message in (
+        (stale, "samples of weight versions [0], expected 1 only"),
+        (lambda *args: generate(*args)[1:], "shorter than argument 1"),
+    ):
+        folder = tmp_path / spoilt.__name__
+        monkeypatch.setattr(HFEngine, "generate", spoilt)
+        with pytest.raises(AssertionError, match=re.escape(message)):
+            whole_run.train(folder, RECIPE)
+        assert len(list((folder / "run").glob("checkpoints/step_000002"))) == 0
 
 
 def test_more_steps_than_asked_for_is_done(tmp_path: Path) -> None:
