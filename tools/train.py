@@ -9,7 +9,7 @@ Starts the recipe's ranks on this machine (parallel.ranks_per_node) unless a lau
 command resumes from the newest valid checkpoint of the run.
 
 Exit codes: 0 done, 75 stopped by a signal, the state saved (run the command again), 2 configuration or data, 3 the
-verifier or the rollout engine cannot be trusted, or an alarm stopped the run (alarms.stop), 4 a checkpoint could not
+verifier, engine or gradients cannot be trusted, or an alarm stopped the run (alarms.stop), 4 a checkpoint could not
 be written, 76 stopped again and again before anything new was saved, 77 a rank was stopped and the others waited for
 it, 130 a second Ctrl-C, nothing saved; anything else is a crash. SIGTERM, SIGUSR1, SIGHUP and the first Ctrl-C save
 after the current step.
@@ -87,10 +87,11 @@ def _meaning(error: Exception) -> tuple[int, str] | None:
     from megatron_ext.train.alarms import AlarmError
     from megatron_ext.train.manifest import CheckpointError
     from megatron_ext.train.mismatch import MismatchError
+    from megatron_ext.train.trained import TrainingError
 
     if isinstance(error, VerifierError):
         return HEALTH, f"reward health\n{error}"
-    if isinstance(error, (AlarmError, MismatchError, RolloutError)):
+    if isinstance(error, (AlarmError, MismatchError, RolloutError, TrainingError)):
         return HEALTH, f"training health\n{error}"
     if isinstance(error, CheckpointError):
         return SAVING, f"checkpoint\n{error}"

@@ -25,7 +25,7 @@ from megatron_ext.model.critic import build_critic
 from megatron_ext.model.hf_config import Architecture, read_architecture
 from megatron_ext.model.hf_weights import PolicyWeights
 from megatron_ext.model.megatron_config import Fusions
-from megatron_ext.rollout.base import RolloutEngine
+from megatron_ext.rollout.base import RolloutEngine, RolloutError
 from megatron_ext.rollout.model_files import load_tokenizer
 from megatron_ext.rollout.rewards import RewardPool
 from megatron_ext.train import parallel
@@ -192,7 +192,7 @@ def train_step(run: Run, watch: Watch) -> tuple[dict[str, float], list[dict[str,
     episodes, sampled = rollouts.collect(run.draw)
     stale = {e.sample.weight_version for e in episodes} - {run.step}
     if stale:
-        raise RuntimeError(f"rollout: samples of weight versions {sorted(stale)}, expected {run.step} only")
+        raise RolloutError(f"rollout: samples of weight versions {sorted(stale)}, expected {run.step} only")
     run.engine.sleep()
     with run.optimizers_present():
         metrics, old = run.learner.step(episodes, watch)

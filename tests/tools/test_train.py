@@ -1,4 +1,4 @@
-"""What the training command does before torch is imported: the allocator that a rank gets."""
+"""What the training command does around training: a rank's allocator, and what a fault ends in."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from megatron_ext.rollout.base import RolloutError
+from megatron_ext.rollout.rewards import VerifierError
+from megatron_ext.train.alarms import AlarmError
+from megatron_ext.train.config import ConfigError
+from megatron_ext.train.manifest import CheckpointError
+from megatron_ext.train.mismatch import MismatchError
+from megatron_ext.train.trained import TrainingError
+from tools import train
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "recipes/siren/siren-tiny-cpu.toml"
@@ -41,3 +50,36 @@ def test_a_ranks_segments_grow_unless_vllm_shares_its_process(engine: str, given
     command = [sys.executable, "-c", SEEN, RECIPE, f"rollout.engine={engine}"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines() == [f"at import: {expected}"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("this"), 2),
+        (VerifierError("this"), 3),
+        (AlarmError("this"), 3),
+        (MismatchError("this"), 3),
+        (RolloutError("this"), 3),
+        (TrainingError("this"), 3),
+        (CheckpointError("this"), 4),
+    ],
+)
+def test_a_fault_with_a_meaning_is_a_message_and_an_exit_code(
+    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(train, "load_config", fail)
+    assert train.main([RECIPE]) == code
+    said = capsys.readouterr().err
+    assert said.endswith("\nthis\n") and "Traceback" not in said
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(train, "load_config", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        train.main([RECIPE])

@@ -132,7 +132,7 @@ def test_samples_of_older_weights_and_of_a_wrong_number_are_not_trained_on(
         return [replace(each, weight_version=max(0, each.weight_version - 1)) for each in generate(self, *args)]
 
     for spoilt, message in (
-        (stale, "samples of weight versions [0], expected 1 only"),
+        (stale, "RolloutError: rollout: samples of weight versions [0], expected 1 only"),
         (lambda *args: generate(*args)[1:], "shorter than argument 1"),
     ):
         folder = tmp_path / spoilt.__name__
