@@ -7,7 +7,6 @@ without building a model. Every fault is a ``ConfigError`` that says what, found
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import tomllib
@@ -17,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from megatron_ext.files import read_json, read_small
+from megatron_ext.train.aliases import unknown_keys
 from megatron_ext.train.layout_rules import model_faults, nearest_divisor
 from megatron_ext.train.redact import redact, redact_text
 
@@ -273,10 +273,11 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     merged = _read_chain(Path(path))
     for override in overrides or []:
         _apply_override(merged, override)
+    given = [override.partition("=")[0] for override in overrides or []]
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError(_readable(error, path)) from None
+        raise ConfigError(_readable(error, path, given)) from None
 
 
 def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
@@ -471,43 +472,38 @@ def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 def _apply_override(merged: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override: {override!r} is not of the form key=value, for example train.steps=10")
+        raise ConfigError(f"on the command line: {override!r} is not of the form key=value, for example train.steps=10")
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         parsed = {"value": text}  # a string without its quotes
     except RecursionError:
-        raise ConfigError(f"override: {key}: its value is nested too deeply") from None
+        raise ConfigError(f"on the command line: {key}: its value is nested too deeply") from None
     except ValueError as error:  # a number of thousands of digits
         raise ConfigError(f"override: {key}: its value cannot be read: {error}") from None
     if len(parsed) > 1 or (parsed["value"] is text and "\n" in text):
         raise ConfigError(
-            f"override: {override!r} has several lines; give each key=value as an argument of its own, and a string "
-            f"with line breaks in quotes"
+            f"on the command line: {override!r} has several lines; give each key=value as an argument of its own, and "
+            "a string with line breaks in quotes"
         )
     value = parsed["value"]
     *sections, last = key.split(".")
     for section in sections:
         merged = merged.setdefault(section, {})
         if not isinstance(merged, dict):
-            raise ConfigError(f"override: {key} goes below {section}, which is a value and not a section")
+            raise ConfigError(f"on the command line: {key} goes below {section}, which is a value and not a section")
     merged[last] = value
 
 
-def _readable(error: ValidationError, path: str | Path) -> str:
-    lines = [f"{path}:"]
+def _readable(error: ValidationError, path: str | Path, given: list[str]) -> str:
+    """Every fault, below the place where it stands. ``given``: the keys of the command line."""
+    places: dict[str, list[str]] = {"on the command line": [], str(path): []}
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"])
+        overridden = any(f"{key}.".startswith(f"{where}.") or where.startswith(f"{key}.") for key in given)
+        lines = places["on the command line" if overridden else str(path)]
         if item["type"] == "extra_forbidden":
-            *sections, key = (str(part) for part in item["loc"])
-            model: Any = Config
-            for section in sections:
-                model = model.model_fields[section].annotation
-            close = difflib.get_close_matches(key, model.model_fields, n=1)
-            if where in RENAMED:
-                close = [RENAMED[where]]
-            hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(sorted(model.model_fields))}"
-            lines.append(f"  {where}: unknown key; {hint}")
+            lines += unknown_keys(Config, where, item["input"])
         else:
-            lines.append(f"  {where}: {item['msg']}, found {redact(item['input'], where)!r}")
-    return "\n".join(lines)
+            lines.append(f"{where}: {item['msg']}, found {redact(item['input'], where)!r}")
+    return "\n".join(f"{place}:\n  " + "\n  ".join(lines) for place, lines in places.items() if lines)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from megatron_ext import methods
 from megatron_ext.methods.base import Method
+from megatron_ext.train.aliases import find
 from megatron_ext.train.config import Config, ConfigError, OptimizerConfig
 
 
 def create_method(config: Config) -> Method:
     """The method that ``config.method`` names. Raises ConfigError for its options, or if it does not fit the rest."""
+    if foreign := [f"method.{key}: unknown option; here it is {ours}" for key in config.method if (ours := find(key))]:
+        raise ConfigError("\n".join(foreign))
     try:
         method = methods.create(config.method)
     except ValueError as error:
