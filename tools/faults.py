@@ -38,22 +38,25 @@ def report(code: int, message: str) -> int:
 
 def consequence() -> int | None:
     """The exit code of the rank of this node whose fault has been said, if any."""
-    if FILE not in os.environ:
-        return None
-    said = os.pread(int(os.environ[FILE]), 10, 0)
-    return int(said) if said else None
+    return _code(int(os.environ[FILE])) if FILE in os.environ else None
 
 
-def _first(code: int) -> int | None:
-    """None for the first rank that asks, whose code is kept; for the others, that code."""
-    if FILE not in os.environ:
-        return None
-    file = int(os.environ[FILE])
+def claim(file: int, code: int) -> int | None:
+    """None for the first to claim ``file``, a descriptor, whose ``code`` is kept; that code for the others."""
     fcntl.lockf(file, fcntl.LOCK_EX)  # of the process, though all share the descriptor's file
     try:
-        first = consequence()
+        first = _code(file)
         if first is None:
             os.pwrite(file, b"%d" % code, 0)
         return first
     finally:
         fcntl.lockf(file, fcntl.LOCK_UN)
+
+
+def _first(code: int) -> int | None:
+    return claim(int(os.environ[FILE]), code) if FILE in os.environ else None
+
+
+def _code(file: int) -> int | None:
+    said = os.pread(file, 10, 0)
+    return int(said) if said else None

@@ -29,6 +29,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megatron_ext.train.config import Config, ConfigError, read_config
 
 STOP_SIGNAL = "USR1@{seconds}"  # to every node's task, so many seconds before the time limit
+# After NeMo-Run's own --kill-on-bad-exit=1, and of two srun takes the last: a node that has saved and left must not
+# take the others with it, which save too. One that has failed leaves them a minute (--wait=60).
+SRUN = ["--kill-on-bad-exit=0"]
 
 
 class Site(BaseModel):
@@ -97,6 +100,7 @@ def executor(config: Config, site: Site) -> Any:
         signal=STOP_SIGNAL.format(seconds=site.save_seconds),
         container_image=site.container_image,
         container_mounts=site.container_mounts,
+        srun_args=list(SRUN),
         env_vars={**site.env, "MASTER": f"$head_node_ip:{site.port}"},
         tunnel=tunnel,
         packager=nemo_run.Packager(),

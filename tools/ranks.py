@@ -11,7 +11,8 @@ near its GPU alone; where that cannot be known, it says so and binds none.
 Signals are the parent's: ranks are in process groups of their own, so a terminal's Ctrl-C does not reach them, and
 they ignore what comes before they listen (train/stop.py). SIGTERM, SIGUSR1, SIGHUP and the first SIGINT become
 SIGUSR1, sent until the ranks have saved and ended; a second SIGINT ends them at once, exit code 130. A rank dies with
-its parent, whatever ends that. A rank that is stopped (SIGSTOP) for longer than STOPPED_S ends the run, exit code 77.
+its parent, whatever ends that. One that hangs (watchdog.py) ends the run, exit code 77, after all have shown their
+Python stacks.
 """
 
 from __future__ import annotations
@@ -23,21 +24,23 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
+from typing import IO
 
+from megatron_ext import heartbeat
 from megatron_ext.train.stop import REQUEUE
 from tools import faults
 from tools.numa import NoBinding, cpus_of_ranks
+from tools.watchdog import Watchdog
 
 INTERRUPTED, HUNG = 130, 77  # exit codes: 77 is above 75, because of several nodes' codes srun returns the largest
 SAID_BY_RANKS = (2, 3, 4, 76)  # exit codes whose reason a rank has said
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 RESEND_S = 1.0  # between two sendings of the same signal
 GRACE_S = 20.0  # between asking the remaining ranks to end and killing them
-STOPPED_S = 30.0  # that a rank may be stopped, as by SIGSTOP
 _POLL_S = 0.05
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -81,15 +84,24 @@ def run_ranks(
     command = [sys.executable, "-m", module, *arguments]
     cpus = _cpus(ranks_per_node) if bind else None  # asked before the ranks start: their threads inherit the binding
     first = node * ranks_per_node
-    with _received() as received, faults.shared_file() as shared:
-        environment[faults.FILE] = str(shared.fileno())
+    with ExitStack() as opened:
+        received = opened.enter_context(_received())
+        shared = opened.enter_context(faults.shared_file())
+        beats, *stacks = [opened.enter_context(tempfile.TemporaryFile()) for _ in range(1 + ranks_per_node)]
+        slots = heartbeat.Slots(beats, ranks_per_node)
+        environment[faults.FILE], environment[heartbeat.SLOTS] = str(shared.fileno()), str(beats.fileno())
         parent = os.getpid()
         ranks = [
             subprocess.Popen(
                 command,
-                env={**environment, "RANK": str(first + rank), "LOCAL_RANK": str(rank)},
+                env={
+                    **environment,
+                    "RANK": str(first + rank),
+                    "LOCAL_RANK": str(rank),
+                    heartbeat.STACKS: str(stacks[rank].fileno()),
+                },
                 process_group=0,
-                pass_fds=(shared.fileno(),),
+                pass_fds=(shared.fileno(), beats.fileno(), stacks[rank].fileno()),
                 preexec_fn=lambda: _tie_to(parent),
             )
             for rank in range(ranks_per_node)
@@ -97,7 +109,8 @@ def run_ranks(
         if cpus is not None:
             for rank, own in zip(ranks, cpus, strict=True):
                 os.sched_setaffinity(rank.pid, own)
-        return _Node(ranks, first, received).wait()
+        watchdog = Watchdog(ranks, slots, stacks, first=first, alone=nodes == 1)
+        return _Node(ranks, first, received, shared, watchdog).wait()
 
 
 @contextmanager
@@ -145,12 +158,21 @@ def _cpus(num_ranks: int) -> list[set[int]] | None:
 
 
 class _Node:
-    """This node's ranks, numbered from ``first``, until the last has ended. ``received``: the launcher's signals."""
+    """This node's ranks, numbered from ``first``, until the last has ended.
 
-    def __init__(self, ranks: list[subprocess.Popen], first: int, received: list[int]):
-        self.ranks, self.first, self.received = ranks, first, received
+    ``received``: the launcher's signals. ``shared``: the file of faults, from which the ranks take their exit code.
+    """
+
+    def __init__(
+        self,
+        ranks: list[subprocess.Popen],
+        first: int,
+        received: list[int],
+        shared: IO[bytes],
+        watchdog: Watchdog,
+    ):
+        self.ranks, self.first, self.received, self.shared, self.watchdog = ranks, first, received, shared, watchdog
         self._sent = float("-inf")
-        self._polls_stopped = [0] * len(ranks)
 
     def wait(self) -> int:
         """The exit code of this node."""
@@ -172,14 +194,11 @@ class _Node:
             if left is not None and time.monotonic() > left + GRACE_S:
                 self._end()  # they wait for one that will not come
                 return REQUEUE
-            if (hung := self._stopped()) is not None:
-                print(
-                    f"ranks: rank {self.first + hung} (process {self.ranks[hung].pid}) has been stopped for "
-                    f"{STOPPED_S:.0f} s, and the others wait for it: the run ends here, from its last checkpoint it "
-                    "can go on",
-                    file=sys.stderr,
-                )
-                self.ranks[hung].kill()
+            if hung := self.watchdog.look():
+                print(self.watchdog.report(hung), file=sys.stderr, flush=True)
+                faults.claim(self.shared.fileno(), HUNG)  # the others' broken connections are not worth a word
+                for index in hung:
+                    self.ranks[index].kill()
                 self._end()
                 return HUNG
             time.sleep(_POLL_S)
@@ -198,19 +217,8 @@ class _Node:
                 continue
             else:
                 how = f"ended with exit code {code}"
-            print(f"ranks: rank {self.first + index} {how}; the others are ended", file=sys.stderr)
-
-    def _stopped(self) -> int | None:
-        """A rank that every poll of the last STOPPED_S seconds has found stopped.
-
-        Polls are counted, not seconds: while the launcher itself is stopped, as by Ctrl-Z, none is made.
-        """
-        for index, rank in enumerate(self.ranks):
-            is_stopped = rank.poll() is None and _state(rank.pid) == "T"
-            self._polls_stopped[index] = self._polls_stopped[index] + 1 if is_stopped else 0
-            if self._polls_stopped[index] * _POLL_S > STOPPED_S:
-                return index
-        return None
+            place = self.watchdog.place(index)
+            print(f"ranks: rank {self.first + index} {how}{place}; the others are ended", file=sys.stderr)
 
     def _resend(self, number: int) -> None:
         """Send at most every RESEND_S seconds: a rank that is still loading does not listen yet."""
@@ -230,14 +238,6 @@ class _Node:
             if rank.poll() is None:
                 rank.kill()
             rank.wait()
-
-
-def _state(pid: int) -> str:
-    """The kernel's letter for what a process does: R, S, D, T (stopped) ...; empty where it is not told."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
 
 
 def free_port() -> int:

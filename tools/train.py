@@ -10,9 +10,9 @@ command resumes from the newest valid checkpoint of the run.
 
 Exit codes: 0 done, 75 stopped by a signal, the state saved (run the command again), 2 configuration or data, 3 the
 verifier, engine or gradients cannot be trusted, or an alarm stopped the run (alarms.stop), 4 a checkpoint could not
-be written, 76 stopped again and again before anything new was saved, 77 a rank was stopped and the others waited for
-it, 130 a second Ctrl-C, nothing saved; anything else is a crash. SIGTERM, SIGUSR1, SIGHUP and the first Ctrl-C save
-after the current step.
+be written, 76 stopped again and again before anything new was saved, 77 a rank hung (it is named, with what all ranks
+were doing), 130 a second Ctrl-C, nothing saved; anything else is a crash. SIGTERM, SIGUSR1, SIGHUP and the first Ctrl-C
+save after the current step.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import sys
 from contextlib import nullcontext
 from typing import Any
 
+from megatron_ext import heartbeat
 from megatron_ext.train.config import Config, ConfigError, load_config
 from megatron_ext.train.redact import redact
 from megatron_ext.train.run_folder import RunFolder
@@ -143,6 +144,7 @@ def _launch(config: Config, options: argparse.Namespace) -> int:
 
 
 def _train(config: Config) -> int:
+    heartbeat.begin(60 * config.train.hang_minutes)
     folder = RunFolder(config.run_dir) if os.environ["RANK"] == "0" else None
     with folder or nullcontext():
         try:

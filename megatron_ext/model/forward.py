@@ -20,7 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megatron_ext import host
+from megatron_ext import heartbeat, host
 from megatron_ext.methods.base import Needs
 from megatron_ext.model import groups
 from megatron_ext.model.build import Policy
@@ -67,6 +67,7 @@ def run_pipeline(
     """What ``read`` finds in the last stage's output of each micro-batch; with a loss, its gradient too."""
 
     def step(numbered, model):
+        heartbeat.progress()
         number, micro = next(numbered)
         tokens = micro.tokens.to(host.device())[None]
         output = model(

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 from transformers.utils import logging
 
-from megatron_ext import host
+from megatron_ext import heartbeat, host
 from megatron_ext.rollout.base import Request, Sampling
 from megatron_ext.rollout.model_files import eos_ids, load_tokenizer
 from megatron_ext.rollout.sampling import gumbel, nucleus_logprobs
@@ -116,6 +116,7 @@ class _Draw(LogitsProcessor):
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore
+        heartbeat.progress()
         if self.sampling.temperature == 0:
             logprob = scores.float().log_softmax(-1)
             drawn = logprob.argmax(-1, keepdim=True)

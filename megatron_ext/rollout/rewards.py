@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_ext import heartbeat
 from megatron_ext.rollout import verify
 from megatron_ext.rollout.verify import Outcome
 from megatron_ext.types import Problem, Reward
@@ -139,6 +140,7 @@ class RewardPool:
                     except IndexError:  # another thread took the last one
                         return
                     outcomes[question] = worker.judge(question, self.deadline_s)
+                    heartbeat.progress()
                     if outcomes[question] in NO_VERDICT:
                         self._check_breaker(dict(outcomes), copies, num_answers)
             except BaseException:

@@ -10,6 +10,7 @@ from typing import Any
 
 import aiohttp
 
+from megatron_ext import heartbeat
 from megatron_ext.rollout.base import Request, Sampling
 from megatron_ext.rollout.server_http import RequestRefused, ServerFault, ask, new_session
 from megatron_ext.rollout.server_reply import max_bytes, read_reply
@@ -126,6 +127,7 @@ class Round:
             try:
                 await ask(session, f"{url}/health", token=self.servers[url], get=True, deadline_s=HEALTH_S)
                 unanswered = 0
+                heartbeat.progress()  # of the server: a response has a deadline of its own
             except ServerFault as fault:
                 unanswered += 1
                 if unanswered == HEALTH_POLLS:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_ext import heartbeat
 from megatron_ext.rollout import server_guard, server_keeper
 from megatron_ext.rollout.base import RolloutError
 from megatron_ext.rollout.server_http import CHECK_S, RequestRefused, ServerFault, ask_all
@@ -165,6 +166,7 @@ class Fleet:
         """Until all are healthy; those that are not, with the reason."""
         waiting, faults, end = set(urls), {}, time.monotonic() + START_S
         while waiting:
+            heartbeat.progress()  # a start has a deadline of its own
             servers = {url: self.processes[url].token for url in waiting}
             answers = ask_all(servers, "/health", get=True, deadline_s=CHECK_S)
             for url, answer in answers.items():

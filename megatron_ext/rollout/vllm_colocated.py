@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_ext import heartbeat
 from megatron_ext.rollout.base import Request, Sampling, Weights
 from megatron_ext.rollout.model_files import eos_ids, load_config, load_tokenizer
 from megatron_ext.rollout.vllm_shared import (
@@ -136,6 +137,7 @@ class VLLMEngine:
             self.llm.llm_engine.add_request(str(number), prompt, self._parameters(request, sampling))
         samples: dict[int, Sample] = {}
         while self.llm.llm_engine.has_unfinished_requests():
+            heartbeat.progress()
             finished = [output for output in self.llm.llm_engine.step() if output.finished]
             numbers = [int(output.request_id) - first for output in finished]
             own = {

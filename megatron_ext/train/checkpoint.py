@@ -49,9 +49,10 @@ from megatron_ext.train.host_memory import HostMemory
 from megatron_ext.train.manifest import CheckpointError, Manifest, Record
 from megatron_ext.train.owned_pieces import Piece, module_pieces, trained_pieces
 from megatron_ext.train.together import (
+    checkpoint_fault,
     everywhere,
     gathered_on_first,
-    on_first_rank,
+    on_rank_0,
     together,
     with_shared_hashing,
 )
@@ -145,7 +146,7 @@ class Checkpoints:
         Raises CheckpointError on all ranks when any of them fails; what was committed before stays.
         """
         self.publish(wait=True)
-        partial = on_first_rank("opening a checkpoint", lambda: manifest.open_partial(self.root, step))
+        partial = on_rank_0(lambda: manifest.open_partial(self.root, step), checkpoint_fault("opening a checkpoint"))
         with _removed_on_failure(partial):
             with together("collecting model and optimizer"):
                 pieces = [each for name, model in self.trained.items() for each in trained_pieces(name, model)]
@@ -178,7 +179,7 @@ class Checkpoints:
             with together("writing the shards"):
                 own = pending.written.result()
             parts = gathered_on_first(own)
-            published = on_first_rank("publishing the checkpoint", lambda: self._commit(pending, parts))
+            published = on_rank_0(lambda: self._commit(pending, parts), checkpoint_fault("publishing the checkpoint"))
         with_shared_hashing(
             "removing old checkpoints",
             lambda hash_files: manifest.retain(

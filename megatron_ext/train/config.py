@@ -151,6 +151,7 @@ class TrainConfig(Section):
     micro_batch_tokens: Positive = 16384  # token budget of one packed micro-batch
     seed: NonNegative = 0
     max_bad_steps: Positive = 3  # consecutive steps with a non-finite gradient before the run stops
+    hang_minutes: Annotated[float, Field(ge=0, le=10080)] = 15.0  # of a rank without progress: the run ends; 0 = off
     importance_cap: Annotated[float, Field(ge=0)] = 0.0  # truncated importance sampling of the engine's draw; 0 = off
 
 

@@ -16,6 +16,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from megatron_ext import heartbeat
+
 HEADLINES = {
     "reward": "reward/mean",
     "entropy": "entropy/full",
@@ -39,6 +41,7 @@ class Phase:
 
     def advance(self, count: int = 1, *, tokens: int = 0) -> None:
         self.tokens += tokens
+        heartbeat.progress()
         if self._progress is not None and self._task is not None:
             self._progress.advance(self._task, count)
 
@@ -53,7 +56,8 @@ class Watch:
             watch.step(1, metrics)
 
     A phase entered several times in a step adds up. The clock is the host's: a phase must end with the device
-    idle (reading one of its results is enough). ``show=False`` keeps the clock and prints nothing.
+    idle (reading one of its results is enough). ``show=False`` keeps the clock and prints nothing. What it times is
+    where the rank is for its launcher (megatron_ext/heartbeat.py).
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self._step_start = self._last_step = self._clock()
+        heartbeat.enter(heartbeat.BETWEEN, step=self._done + 1)
         if self._is_live:
             self._steps.add_task(self._title, total=self._total, completed=self._done, eta="-")
             self._live = Live(self._picture(), console=self._console, refresh_per_second=4)
@@ -88,6 +93,7 @@ class Watch:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        heartbeat.enter(heartbeat.END, step=0)
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -99,7 +105,8 @@ class Watch:
         phase = Phase(name, self._phases, task)
         start = self._clock()
         try:
-            yield phase
+            with heartbeat.phase(name):
+                yield phase
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start
             self._tokens[name] = self._tokens.get(name, 0) + phase.tokens
@@ -126,6 +133,7 @@ class Watch:
         now = self._clock()
         self._paces.append((now - self._last_step) / max(1, step - self._done))
         self._last_step, self._done = now, step
+        heartbeat.enter(heartbeat.BETWEEN, step=step + 1)
         self._rows.append((step, {name: float(metrics[key]) for name, key in HEADLINES.items() if key in metrics}))
         if self._live is not None:
             for task in list(self._phases.task_ids):

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,12 +45,13 @@ from megatron_ext.train.rollouts import EncodedProblem, Rollouts
 from megatron_ext.train.start import Start, weights_identity
 from megatron_ext.train.step import Learner
 from megatron_ext.train.stop import REQUEUE, StopSignals
+from megatron_ext.train.together import on_rank_0
 from megatron_ext.train.trained import Trained
 from megatron_ext.types import Episode, TokenStats
 
 FREE = (  # keys a resumed run may change one by one, besides whole sections (see check_resume)
     *("optimizer.decay_steps", "critic.decay_steps"),  # what follows from them may not: checkpoint.py::_check_schedule
-    *("train.steps", "train.micro_batch_tokens", "train.max_bad_steps", "name"),
+    *("train.steps", "train.micro_batch_tokens", "train.max_bad_steps", "train.hang_minutes", "name"),
     *("rollout.batch_size", "rollout.tensor", "rollout.memory_share", "rollout.eager"),
     "rollout.model_runner",
     *("model.fused_head", "model.offload_reference", "model.offload_optimizer", "model.recompute"),
@@ -62,8 +63,6 @@ FREE_SECTIONS = (
     *("data.train", "data.curriculum", "data.hub", "model.path", "model.hub", "model.weights"),
 )
 DONE = 0  # exit code: finished
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -151,7 +150,7 @@ def run(config: Config) -> int:
     """
     signals = StopSignals()
     host.enter()
-    parallel.initialize(config.parallel, seed=config.train.seed)
+    parallel.initialize(config.parallel, seed=config.train.seed, hang_minutes=config.train.hang_minutes)
     chief = dist.get_rank() == 0
     with _reward_pool(config) as pool:
         state = build(config, pool)
@@ -325,7 +324,7 @@ def _load_data(config: Config, pool: RewardPool, vocab_size: int) -> list[Encode
             _tell(line)
         return problems
 
-    return _on_rank_0(load)
+    return on_rank_0(load, _users_fault)
 
 
 def _tokenizer(config: Config, vocab_size: int) -> Any:
@@ -344,18 +343,9 @@ def _tokenizer(config: Config, vocab_size: int) -> Any:
     return tokenizer
 
 
-def _on_rank_0(function: Callable[[], T]) -> T:
-    """The value that ``function`` returns on rank 0, on every rank; a user's fault there is a ConfigError on all."""
-    box: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = function()
-        except (ValueError, OSError) as error:
-            box[1] = str(error)
-    dist.broadcast_object_list(box, src=0, group=parallel.gloo())
-    if box[1] is not None:
-        raise ConfigError(box[1])
-    return box[0]
+def _users_fault(error: Exception) -> ConfigError | None:
+    """What is wrong with the user's files."""
+    return ConfigError(str(error)) if isinstance(error, (ValueError, OSError)) else None
 
 
 @contextmanager
@@ -363,8 +353,10 @@ def _users_files() -> Iterator[None]:
     """What is wrong with the files that are read here is a ConfigError."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        raise ConfigError(str(error)) from error
+    except Exception as error:
+        if (fault := _users_fault(error)) is None:
+            raise
+        raise fault from error
 
 
 def _reward_pool(config: Config) -> RewardPool:
@@ -391,7 +383,7 @@ def _open_files(config: Config, step: int) -> MetricsWriter | None:
         )
 
     opened: list[MetricsWriter] = []
-    _on_rank_0(open_files)
+    on_rank_0(open_files, _users_fault)
     if opened:
         _tell_lines(opened[0])
     return opened[0] if opened else None

@@ -7,6 +7,7 @@ their gloo twins: NCCL would serialise an object through the GPU and gives up af
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import pickle
 import socket
@@ -28,18 +29,20 @@ from megatron_ext.train.config import ParallelConfig
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # of the gloo twins: one rank may verify data or write for hours
+LATER = timedelta(minutes=2)  # than its launcher a rank gives up waiting for one that hangs
 _twins: dict[tuple[int, ...], dist.ProcessGroup] = {}  # by the ranks of the group; of more than one rank
 
 
-def initialize(layout: ParallelConfig, *, seed: int = 0, timeout_s: float = 600) -> None:
+def initialize(layout: ParallelConfig, *, seed: int = 0, hang_minutes: float = 15) -> None:
     """Join the default group (from the launcher's environment, unless a test already did) and make Megatron's.
 
-    ``seed`` starts the random states that Megatron keeps for tensor-, expert- and data-parallel regions.
+    ``seed`` starts the random states that Megatron keeps for tensor-, expert- and data-parallel regions. A collective
+    gives up after ``hang_minutes`` and LATER, after PATIENCE where they are 0.
     """
+    patience = timedelta(minutes=hang_minutes) + LATER if hang_minutes else PATIENCE
     if not dist.is_initialized():
         # not bound to its GPU (``device_id``), which host.enter() has made the current one: torch 2.13 would then have
         # every rank outside a new group enter NCCL for it, gloo groups included, whose members do not
-        patience = timedelta(seconds=timeout_s)
         dist.init_process_group(host.backend(), timeout=patience, **_local_store(patience))
     if dist.get_world_size() != layout.world:
         raise ValueError(
@@ -52,6 +55,7 @@ def initialize(layout: ParallelConfig, *, seed: int = 0, timeout_s: float = 600)
         virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
+        distributed_timeout_minutes=math.ceil(patience / timedelta(minutes=1)),
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     _make_twins(layout)

@@ -34,14 +34,29 @@ def together(doing: str) -> Iterator[None]:
         raise CheckpointError(f"{doing}: " + "\n".join(distinct)) from fault
 
 
-def on_first_rank(doing: str, function: Callable[[], T]) -> T:
-    """The value that ``function`` returns on rank 0, on every rank."""
-    box: list[Any] = [None]
-    with together(doing):
-        if dist.get_rank() == 0:
+def on_rank_0(function: Callable[[], T], fault: Callable[[Exception], Exception | None]) -> T:
+    """The value that ``function`` returns on rank 0, on every rank.
+
+    What it raises becomes ``fault`` of it on every rank; where that is None, it stays as it is, on rank 0 alone.
+    """
+    box: list[Any] = [None, None]
+    cause = None
+    if dist.get_rank() == 0:
+        try:
             box[0] = function()
+        except Exception as error:
+            box[1], cause = fault(error), error
+            if box[1] is None:
+                raise
     dist.broadcast_object_list(box, src=0, group=parallel.gloo())
+    if box[1] is not None:
+        raise box[1] from cause
     return box[0]
+
+
+def checkpoint_fault(doing: str) -> Callable[[Exception], CheckpointError]:
+    """For ``on_rank_0``: whatever goes wrong."""
+    return lambda error: CheckpointError(f"{doing}: " + "\n".join(_lines(error)))
 
 
 def gathered_on_first(value: T) -> list[T]:

@@ -4,6 +4,7 @@ put back into the queue."""
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster, NoSlurm, cluster, processes, wait_until
+from tools.launch import SRUN
 
 TINY = "recipes/siren/siren-tiny-cpu.toml"
 SMALL = (
@@ -113,6 +115,13 @@ def test_a_node_that_saves_first_does_not_take_the_other_with_it(slurm: Cluster,
     wait_until(lambda: slurm.field(job, "Restarts") == "1", 60)
     assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED", slurm.output(job)
     assert "restart 0: exit code 75" in slurm.output(job)
+
+
+def test_no_more_does_it_in_the_script_of_nemo_run(slurm: Cluster, tmp_path: Path) -> None:
+    task = f'[[ "$SLURM_NODEID" == 1 ]] || exit 75; sleep 8; touch "{tmp_path}/saved"'
+    srun = ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--wait=60", "--kill-on-bad-exit=1", *SRUN]
+    slurm.call("bash", "-c", f"{shlex.join([*srun, 'bash', '-c', task])} || [[ $? == 75 ]]")
+    assert (tmp_path / "saved").exists()
 
 
 def test_a_cancelled_job_does_not_come_back(slurm: Cluster, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,20 @@ def test_nemo_run_prints_the_batch_script_of_both_nodes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     for line in ("--nodes=2", "--ntasks-per-node=1", "--signal=USR1@300", "export MASTER=$head_node_ip:29500"):
         assert line in done.stdout
+    said, ours = done.stdout.split(), script_words("slurm/siren_7b.sh")
+    for option in ("--kill-on-bad-exit=", "--wait="):  # srun takes the last
+        assert last(said, option) == last(ours, option)
+
+
+def last(words: list[str], beginning: str) -> str:
+    return [word for word in words if word.startswith(beginning)][-1]
+
+
+def script_words(name: str) -> list[str]:
+    """What our own script would run."""
+    environment = {**os.environ, "DRY_RUN": "1"}
+    done = subprocess.run(["bash", name], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.split()
 
 
 @pytest.mark.skipif(bool(importlib.util.find_spec("nemo_run")), reason="NeMo-Run is installed")

@@ -249,7 +249,9 @@ def test_a_killed_rank_is_named(tmp_path: Path, capfd) -> None:
 
 
 def test_a_stopped_rank_is_named_and_ends_the_run(tmp_path: Path, capfd) -> None:
-    start = f"from tools import ranks; ranks.STOPPED_S = 1; ranks.run_ranks('program', [{str(tmp_path)!r}], 2)"
+    start = (
+        f"from tools import ranks, watchdog; watchdog.STOPPED_S = 1; ranks.run_ranks('program', [{str(tmp_path)!r}], 2)"
+    )
     process = run_here(tmp_path, LISTENING.replace("SAVING_S", "60"), start)
     wait_for(tmp_path, "pid?", 2)
     stopped = int((tmp_path / "pid1").read_text())

@@ -85,7 +85,7 @@ def test_objects_and_long_waits_are_on_gloo_and_only_rank_0_decodes(
 def patience(rank: int, world: int) -> list[float]:
     """Hours that the twins of all ranks and of the pipeline's wait."""
     host.enter()
-    parallel.initialize(ParallelConfig(ranks_per_node=world, pipeline=world), timeout_s=1)
+    parallel.initialize(ParallelConfig(ranks_per_node=world, pipeline=world), hang_minutes=0.1)
     twins: list[Any] = [parallel.gloo(), parallel.gloo(parallel.groups.pipeline())]
     return [twin._get_backend(torch.device("cpu")).options._timeout.total_seconds() / 3600 for twin in twins]
 
