@@ -21,6 +21,7 @@ AIMS = (  # moments: somewhere in the start, a step or the end, or as soon as a 
     *("start", "start", "step", "step", "step", "step", "end"),
     *(f"save: {part}" for part in SAVING),
 )
+_OF_THE_PROGRAM = {signal.SIGINT: signal.SIGUSR1}  # Python itself has a handler for the first
 WAIT_S = 900.0  # for a moment, or a victim, that should come
 T = TypeVar("T")
 
@@ -105,12 +106,15 @@ class Struck:
         """What is wrong with how the run ended: its exit code, or what it said."""
         kind, output = self.strike.kind, run.output()
         first, asked = kind.signals[0], REQUEUE in kind.codes
+        if kind.victim in (LAUNCHER, ALL) and not self.heard and code == -first:
+            return []
         found = ["a traceback, though it was only asked to stop"] if asked and "Traceback" in output else []
         if code == DONE:  # it was over before; what it has written is compared
             return found
-        if kind.victim in (LAUNCHER, ALL) and not self.heard and code == -first:
-            return found
-        if code not in kind.codes and not (asked and code == NO_PROGRESS):
+        expected = [*kind.codes, *([NO_PROGRESS] if asked else [])]
+        if first == signal.SIGINT and self.phase == "starting":
+            expected.append(INTERRUPTED)  # no rank was there yet
+        if code not in expected:
             found.append(f"exit code {code}, expected {' or '.join(map(str, kind.codes))}")
         named = re.findall(r"^ranks: rank (\d+)", output, re.MULTILINE)
         if KILLED in kind.signals and kind.victim == RANK and named != [str(self.strike.rank)]:
@@ -127,7 +131,7 @@ def make(strike: Strike, run: WatchedRun, pace: Pace) -> Struck | None:
     if not _approach(strike, run, pace) or not (victims := _victims(strike, run)):
         return None
     first, *others = strike.kind.signals
-    heard = catches(victims[0] if strike.kind.victim == RANK else run.process.pid, first)
+    heard = catches(victims[0] if strike.kind.victim == RANK else run.process.pid, _OF_THE_PROGRAM.get(first, first))
     run.note_shared_memory()
     in_save = strike.aim.startswith("save")
     if in_save and not _wait_for_save(strike, run):

@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 HOOK = Path(__file__).parent / "hook"
 WRITE_STACK = signal.SIGRTMIN + 5  # as in the hook
-GONE_S = 30.0  # that other processes may take to end after the launcher
+GONE_S = 60.0  # that other processes may take to end after the launcher: a worker that imports SymPy does it first
 SMALL = (
     *("rollout.prompts=4", "rollout.samples=4", "train.mini_batch_prompts=2", 'data.curriculum=""'),
     *("log.trackers=[]", "log.samples=1", 'log.dir="."', 'name="run"'),
@@ -168,10 +168,12 @@ class WatchedRun:
 
     def leftovers(self) -> list[str]:
         """What is still there after the launcher has ended and must not be, in words; processes get GONE_S seconds."""
-        deadline = time.monotonic() + GONE_S
+        reported, deadline = self.steps_reported(), time.monotonic() + GONE_S
         while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.05)
         found = [f"process {pid} is left: {_read(f'{pid}/cmdline').replace(chr(0), ' ')[:200]}" for pid in left]
+        if (now := self.steps_reported()) != reported:
+            found.append(f"the ranks went on without their launcher: {reported} steps when it ended, {now} later")
         found += [f"shared memory is left: {name}" for name in sorted(self._shared_memory) if os.path.exists(name)]
         with suppress(FileNotFoundError), (self.path / ".lock").open() as lock:
             try:
