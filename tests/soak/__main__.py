@@ -36,7 +36,12 @@ from tests.soak.watched_run import PHASES, ROOT, Recipe, WatchedRun
 WORLD = 2
 RECIPES = (  # methods with state, every kind of layout that two ranks have, saves beside training and in its way
     Recipe("entropic, TP 2", "entropic/entropic-tiny-cpu.toml", ("checkpoint.every=1",), 8),
-    Recipe("aer, DP 2", "aer/aer-tiny-cpu.toml", ("checkpoint.every=2", "parallel.tensor=1", "method.alpha_0=0.05"), 8),
+    Recipe(
+        "aer, DP 2",
+        "aer/aer-tiny-cpu.toml",
+        ("checkpoint.every=2", "parallel.tensor=1", "method.alpha_0=0.05", 'log.trackers=["tensorboard"]'),
+        8,
+    ),
     Recipe(
         "siren, PP 2",
         "siren/siren-tiny-cpu.toml",

@@ -97,7 +97,7 @@ def test_how_far_a_save_is(run: WatchedRun) -> None:
     assert state("step_000001/x", "step_000002.tmp-y/x") == "shards"
     assert state("step_000001/x", "step_000002.tmp-y/MANIFEST.json") == "manifest"
     assert state("step_000001/x", "step_000002/x") == "rename"
-    assert state("step_000001/x", "step_000002/x", "latest.tmp-y") == "tracker"
+    assert state("step_000001/x", "step_000002/x", "latest.tmp-y") == "latest"
     assert state("step_000001.tmp-z/x", "step_000002/x", latest="step_000002") == "removal"
 
 

@@ -27,7 +27,7 @@ SMALL = (
     *("rollout.prompts=4", "rollout.samples=4", "train.mini_batch_prompts=2", 'data.curriculum=""'),
     *("log.trackers=[]", "log.samples=1", 'log.dir="."', 'name="run"'),
 )
-SAVING = ("shards", "manifest", "rename", "tracker", "removal")  # of a save, in this order
+SAVING = ("shards", "manifest", "rename", "latest", "removal")  # of a save, in this order
 _PHASES = (  # the first whose file, and function of it, is on the stack
     ("loading", "loop.py", "build"),
     ("sync", "loop.py", "sync"),
@@ -144,7 +144,7 @@ class WatchedRun:
         steps = {name: int(found[1]) for name in names if (found := re.match(r"step_(\d+)", name))}
         partial = [name for name, step in steps.items() if ".tmp-" in name and step > saved]
         if any(name.startswith("latest.") for name in names):
-            return "tracker"
+            return "latest"
         if any(step > saved for name, step in steps.items() if "." not in name):
             return "rename"
         if partial:
