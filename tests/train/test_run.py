@@ -215,7 +215,7 @@ def test_a_start_that_is_stopped_asks_to_be_run_again(tmp_path: Path) -> None:
     assert process.returncode == 75, output
     assert output.count("SIGTERM: ") == 1 and "stopped while starting: nothing new to save" in output
     assert "Traceback" not in output and not (run_folder(tmp_path) / "checkpoints").exists()
-    assert json.loads((run_folder(tmp_path) / "stops.json").read_text()) == {"stops": 1}
+    assert json.loads((run_folder(tmp_path) / "stops.json").read_text()) == {"stops": 1, "checkpoint": ""}
 
 
 def test_an_interrupt_saves_and_meanwhile_a_second_run_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
