@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.soak import compare, strikes
-from tests.soak.strikes import Pace, Strike, Struck
+from tests.soak.strikes import Fault, Pace, Strike, Struck
 from tests.soak.watched_run import PHASES, ROOT, Recipe, WatchedRun
 
 WORLD = 2
@@ -50,12 +50,7 @@ RECIPES = (  # methods with state, every kind of layout that two ranks have, sav
     ),
 )
 MAX_STOPS = 3  # in a row without progress: then a run is refused, as README says, until it is left alone
-HANGS_S = 900.0  # after the last strike of a life, on a busy machine
 NUM_PROBLEMS = 256  # of the tiny task: loading all takes longer than training
-
-
-class Fault(Exception):
-    """Something that the project promises not to happen has happened."""
 
 
 class Soak:
@@ -134,9 +129,7 @@ class Soak:
                 begun = time.monotonic()
                 strikes.until(lambda: run.steps_reported() == recipe.steps, run)
                 last = time.monotonic()
-                code = _wait(run)
-                if code != strikes.DONE:
-                    raise Fault(f"{recipe.name}, {run.log}: exit code {code} of a run that nobody struck")
+                _check(run, run, _wait(run), None)
             finally:
                 run.kill()
             pace = Pace(begun - run.started, (last - begun) / recipe.steps, time.monotonic() - last)
@@ -152,9 +145,9 @@ class Soak:
 def _wait(run: WatchedRun) -> int:
     """The exit code. Raises Fault for a run that does not end."""
     try:
-        return run.process.wait(HANGS_S)
+        return run.process.wait(strikes.WAIT_S)
     except subprocess.TimeoutExpired:
-        raise Fault(f"{run.log}: no end within {HANGS_S:.0f} s") from None
+        raise Fault(f"no end within {strikes.WAIT_S:.0f} s") from None
 
 
 def _check(run: WatchedRun, reference: WatchedRun, code: int, decisive: Struck | None) -> None:

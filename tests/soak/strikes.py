@@ -26,6 +26,10 @@ WAIT_S = 900.0  # for a moment, or a victim, that should come
 T = TypeVar("T")
 
 
+class Fault(Exception):
+    """Something that the project promises not to happen has happened."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """``signals`` are sent to the ``victim`` one after the other. ``codes``: how the run may then end, besides DONE for
@@ -51,6 +55,7 @@ KINDS = (
     Kind(WORKER, (STOPPED, KILLED), ()),
     Kind(LAUNCHER, (KILLED,), (-KILLED,)),
     Kind(LAUNCHER, (STOPPED, KILLED), (-KILLED,)),
+    Kind(LAUNCHER, (STOPPED, CONTINUED), ()),
     Kind(LAUNCHER, (signal.SIGQUIT,), (-signal.SIGQUIT,)),
     *(Kind(LAUNCHER, (number,), (REQUEUE,)) for number in ASKING),
     Kind(LAUNCHER, (signal.SIGINT, signal.SIGINT), (INTERRUPTED, REQUEUE)),
@@ -117,9 +122,9 @@ class Struck:
         if code not in expected:
             found.append(f"exit code {code}, expected {' or '.join(map(str, kind.codes))}")
         named = re.findall(r"^ranks: rank (\d+)", output, re.MULTILINE)
-        if KILLED in kind.signals and kind.victim == RANK and named != [str(self.strike.rank)]:
-            found.append(f"killed: rank {self.strike.rank}; named: {', '.join(named) or 'none'}")
-        if (kind.victim == RANKS or code == HUNG) and not named:
+        if kind.victim == RANK and not asked and named[:1] != [str(self.strike.rank)]:
+            found.append(f"struck: rank {self.strike.rank}; named: {', '.join(named) or 'none'}")
+        if kind.victim == RANKS and not named:
             found.append("no rank was named")
         if kind.victim == LAUNCHER and asked and self.phase != "starting" and f"{first.name}: " not in output:
             found.append(f"{first.name} was not answered")
@@ -173,11 +178,13 @@ def _wait_for_save(strike: Strike, run: WatchedRun) -> bool:
 
 
 def until(condition: Callable[[], bool], run: WatchedRun, *, poll_s: float = 0.005) -> bool:
+    """Wait for a condition; False if the run ends before. Raises Fault if neither comes within WAIT_S."""
     deadline = time.monotonic() + WAIT_S
     while not condition():
         if run.process.poll() is not None:
             return False
-        assert time.monotonic() < deadline, f"{run.log}: no end, and nothing to strike at, for {WAIT_S:.0f} s"
+        if time.monotonic() > deadline:
+            raise Fault(f"the run has been at the same step for {WAIT_S:.0f} s")
         time.sleep(poll_s)
     return True
 

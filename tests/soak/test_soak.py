@@ -109,9 +109,11 @@ NAMED = "ranks: rank 1 was killed by SIGKILL; the others are ended\n"
     ("kind", "code", "output", "faults"),
     [
         ("a rank SIGKILL", 137, NAMED, []),
-        ("a rank SIGKILL", 137, NAMED.replace("1", "0"), ["killed: rank 1; named: 0"]),
+        ("a rank SIGKILL", 137, NAMED.replace("1", "0"), ["struck: rank 1; named: 0"]),
         ("a rank SIGKILL", 1, NAMED, ["exit code 1, expected 137"]),
         ("all ranks SIGKILL", 137, "", ["no rank was named"]),
+        ("a rank SIGSTOP", 77, "ranks: rank 1 (process 9) in reward of step 2 has been stopped", []),
+        ("a rank SIGSTOP", 77, "", ["struck: rank 1; named: none"]),
         ("launcher SIGTERM", 75, STOPPED, []),
         ("launcher SIGTERM", 75, "", ["SIGTERM was not answered"]),
         ("launcher SIGTERM", 0, STOPPED + "Traceback (most", ["a traceback, though it was only asked to stop"]),
