@@ -8,11 +8,12 @@ VLLM := .venv-vllm
 STAMP := $(VENV)/.installed
 TE := build/transformer-engine
 ROLLOUT ?= hf
+MINUTES ?= 20
 TORCH := 2.13.0
 UV := build/uv
 LOCKED := --quiet --only-binary :all: --require-hashes --no-deps --requirement
 
-.PHONY: help setup quickstart lab dry-run test lint bench lock clean
+.PHONY: help setup quickstart lab dry-run test soak lint bench lock clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
@@ -48,6 +49,9 @@ dry-run: $(STAMP)  ## build every full-size recipe's shards without a GPU and co
 test: $(STAMP) $(VLLM)/.installed $(TE)/.fetched  ## run all tests, those with vLLM in its own environment
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 	$(VLLM)/bin/python -m pytest tests/vllm
+
+soak: $(STAMP)  ## kill the tiny run at random moments, resume it, compare (MINUTES=20 SEED=random)
+	$(BIN)/python -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 lint: $(STAMP)  ## ruff and pyright
 	$(BIN)/ruff check .

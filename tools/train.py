@@ -137,6 +137,7 @@ def _launch(config: Config, options: argparse.Namespace) -> int:
         )
     code = ranks.run_ranks("tools.train", [options.recipe, *options.overrides], config.parallel.world)
     if code == 0:
+        ignore_signals()  # all is saved, there is nothing to stop
         from tools.report import write_report
 
         print(f"report: {write_report(config.run_dir)}")

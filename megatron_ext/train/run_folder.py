@@ -50,13 +50,14 @@ class RunFolder:
 
     def exit_code(self, code: int) -> int:
         """``code``, or NO_PROGRESS where a requeue would be the next of many that get nowhere."""
-        file = self.path / STOPS
-        if code != REQUEUE or self._checkpoint() != self._start:
+        file, checkpoint = self.path / STOPS, self._checkpoint()
+        if code != REQUEUE or checkpoint != self._start:
             file.unlink(missing_ok=True)
             return code
-        stops = (json.loads(file.read_text())["stops"] if file.exists() else 0) + 1
+        before = json.loads(file.read_text()) if file.exists() else {}
+        stops = before["stops"] + 1 if before.get("checkpoint") == checkpoint else 1  # a killed run may have saved one
         temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"stops": stops}) + "\n")
+        temporary.write_text(json.dumps({"stops": stops, "checkpoint": checkpoint}) + "\n")
         temporary.replace(file)
         if stops < MAX_STOPS:
             return code

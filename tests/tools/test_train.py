@@ -1,4 +1,4 @@
-"""What the training command does around training: a rank's allocator, and what a fault ends in."""
+"""What the training command does around training: a rank's allocator, what a fault ends in, and the report."""
 
 from __future__ import annotations
 
@@ -83,3 +83,27 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "load_config", fail)
     with pytest.raises(RuntimeError, match="a defect"):
         train.main([RECIPE])
+
+
+FINISHED = """
+import os, signal, sys
+from megatron_ext.train.stop import StopSignals, heed_interrupts
+from tools import ranks, report, train
+def write_report(folder):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        os.kill(os.getpid(), number)
+    return "written"
+ranks.run_ranks, report.write_report = lambda *_: 0, write_report
+heed_interrupts()
+StopSignals()
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_signals_do_not_end_a_finished_run_that_writes_its_report() -> None:
+    """It would be run again, or take its end for an interrupted one."""
+    command = [sys.executable, "-c", FINISHED, RECIPE]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["report: written"]), done.stderr

@@ -219,7 +219,7 @@ def test_a_start_that_is_stopped_asks_to_be_run_again_but_not_for_ever(tmp_path:
         assert process.returncode == code, output
         assert output.count("SIGTERM: ") == 1 and "stopped while starting: nothing new to save" in output
         assert "Traceback" not in output and not (run_folder(tmp_path) / "checkpoints").exists()
-        assert json.loads((run_folder(tmp_path) / "stops.json").read_text()) == {"stops": count}
+        assert json.loads((run_folder(tmp_path) / "stops.json").read_text()) == {"stops": count, "checkpoint": ""}
     assert output.count("stopped 3 times in a row before anything new was saved: not to be queued again") == 1
 
 

@@ -101,3 +101,10 @@ def test_stops_without_a_new_checkpoint_are_counted_and_the_third_is_not_queued_
     assert stop(tmp_path) == 75
     assert stop(tmp_path, code=0) == 0
     assert not (tmp_path / "stops.json").exists()
+
+
+def test_what_a_killed_run_saved_counts_as_something_new(tmp_path: Path) -> None:
+    """A kill leaves no time to forget the stops before it."""
+    assert [stop(tmp_path) for _ in range(2)] == [75, 75]
+    (tmp_path / "checkpoints" / "latest").write_text("step_000002")
+    assert [stop(tmp_path) for _ in range(3)] == [75, 75, 76]
