@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.train.metrics import CONFIG, METRICS, SAMPLES
-from megatron_ext.train.redact import redact
 from megatron_ext.train.tracker_backends import BACKENDS, Session
 from megatron_ext.train.trackers import FOLDER
 
@@ -55,9 +54,7 @@ def follow(run_dir: Path, name: str, resume_step: int, words: queue.Queue[str]) 
     if resume_step and state_file.exists():
         state = json.loads(state_file.read_text())
     config = json.loads((run_dir / CONFIG).read_text(encoding="utf-8"))
-    tracker = BACKENDS[name](
-        Session(run_dir, str(config.get("name", "run")), redact(config), state["id"], state["step"] + 1)
-    )
+    tracker = BACKENDS[name](Session(run_dir, str(config.get("name", "run")), config, state["id"], state["step"] + 1))
     state["id"] = tracker.id
     _write(state_file, state)
     metrics, samples, word = _Tail(run_dir / METRICS), _Tail(run_dir / SAMPLES), ""

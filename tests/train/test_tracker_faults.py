@@ -94,6 +94,16 @@ def test_a_run_that_begins_anew_is_a_new_one_in_its_trackers(run_dir: Path) -> N
     assert [step for step, _ in scalars(run_dir)] == [1, 2]
 
 
+def test_a_secret_that_a_model_repeats_does_not_reach_a_tracker(run_dir: Path) -> None:
+    secret = "hunter2hunter2hunter2"
+    sample = {"prompt": f"say hf_{secret}", "tokens": ["it is hf", "_", secret, ", I", " think"]}
+    with MetricsWriter(run_dir, trackers=["tensorboard"], total_steps=9) as writer:
+        writer.write(1, {"reward/mean": 1.0}, [sample])
+    (event,) = EventAccumulator(str(run_dir / "tensorboard")).Reload().Tensors("samples")
+    (text,) = event.tensor_proto.string_val
+    assert b"it is ***, I think" in text and b"say ***" in text and secret.encode() not in text
+
+
 def test_a_server_that_never_answers_holds_up_neither_steps_nor_the_end(
     run_dir: Path, silent_server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
