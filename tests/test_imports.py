@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {  # room -> what it may import of this project
     "megatron_ext.types": set(),
     "megatron_ext.host": set(),
+    "megatron_ext.files": set(),
     "megatron_ext.evaluation": set(),
     "megatron_ext.ops": {"megatron_ext.ops"},
     "megatron_ext.methods": {"megatron_ext.methods", "megatron_ext.types"},
@@ -26,8 +27,9 @@ ROOMS = {  # room -> what it may import of this project
         "megatron_ext.methods.base",
         "megatron_ext.types",
         "megatron_ext.host",
+        "megatron_ext.files",
     },
-    "megatron_ext.rollout": {"megatron_ext.rollout", "megatron_ext.types", "megatron_ext.host"},
+    "megatron_ext.rollout": {"megatron_ext.rollout", "megatron_ext.types", "megatron_ext.host", "megatron_ext.files"},
     "megatron_ext.plan": {"megatron_ext.plan", "megatron_ext.model.hf_config", "megatron_ext.train.config"},
     "megatron_ext.train": {"megatron_ext"},
     "tools": {"megatron_ext", "tools"},
