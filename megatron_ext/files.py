@@ -29,7 +29,7 @@ def read_small(path: str | Path, *, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def read_lines(path: str | Path) -> Iterator[bytes]:
-    """The lines of a regular file of any size, streamed. Raises OSError as ``read_small``, for a line that is larger."""
+    """The lines of a regular file of any size, streamed. Raises OSError for a line of more than ``MAX_BYTES``."""
     number = 1
     with open_regular(path) as file:
         while line := file.readline(MAX_BYTES + 1):
