@@ -10,29 +10,37 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from pydantic import ValidationError
 
 MAX_BYTES = 32 * 2**20
 
 
 def read_small(path: str | Path, *, max_bytes: int = MAX_BYTES) -> bytes:
     """The bytes of a regular file. Raises OSError where there is none, or one of more than ``max_bytes``."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # no waiting for a pipe's writer
-    except ValueError as error:  # NUL in its name
-        raise OSError(errno.EINVAL, str(error), str(path)) from None
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    with open_regular(path) as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
         raise OSError(errno.EFBIG, f"Larger than {max_bytes} bytes", str(path))
     return content
 
 
+def read_lines(path: str | Path) -> Iterator[bytes]:
+    """The lines of a regular file of any size, streamed. Raises OSError for a line of more than ``MAX_BYTES``."""
+    number = 1
+    with open_regular(path) as file:
+        while line := file.readline(MAX_BYTES + 1):
+            if len(line) > MAX_BYTES:
+                raise OSError(errno.EFBIG, f"Line {number} is larger than {MAX_BYTES} bytes", str(path))
+            yield line
+            number += 1
+
+
 def read_json(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Any:
-    """The JSON of a small file in UTF-8. Raises OSError as ``read_small``, ValueError as ``parse_json``."""
+    """The JSON of a small file. Raises OSError as ``read_small``, ValueError as ``parse_json``."""
     return parse_json(read_small(path, max_bytes=max_bytes))
 
 
@@ -42,3 +50,24 @@ def parse_json(text: bytes) -> Any:
         return json.loads(text.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError("its values are nested too deeply") from None
+
+
+def first_fault(error: ValidationError) -> str:
+    """Where and what it is, in a few words without the value, which may be of any size."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:300]
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Raises OSError for what is no regular file, without waiting for the other end of a pipe."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # NUL in its name
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "Not a regular file", str(path))

@@ -7,6 +7,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, ValidationError
 
+from megatron_ext.files import first_fault
+
 NO_LOGPROB = -9999.0  # what a server sends in place of NaN, which JSON does not have
 ROUNDING = 1e-3  # nats by which the log-prob of a sure token may lie above 0
 LARGEST_BYTES, BYTES_PER_TOKEN = 2**16, 512  # of a reply: at most so many, and so many for each token asked for
@@ -67,8 +69,7 @@ def read_reply(body: bytes, *, vocab_size: int, max_tokens: int) -> Choice:
     except ValidationError as error:
         if (reason := _given_up(body)) is not None:
             raise ValueError(f"gave a response up: finish reason {reason}") from None
-        first = error.errors(include_url=False, include_input=False)[0]
-        raise ValueError(f"wrong answer: {'.'.join(map(str, first['loc']))}: {first['msg']}"[:300]) from None
+        raise ValueError(f"wrong answer: {first_fault(error)}") from None
     if fault := _fault(choice, vocab_size, max_tokens):
         raise ValueError(f"wrong answer: {fault}")
     return choice

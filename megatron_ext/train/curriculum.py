@@ -18,8 +18,11 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
+from pydantic import BaseModel, Field, ValidationError
+
+from megatron_ext.files import first_fault, read_lines
 from megatron_ext.train.config import Config, ConfigError
 from megatron_ext.train.order import DataOrder
 from megatron_ext.types import Problem
@@ -53,15 +56,15 @@ def read_stages(path: str | Path, problems: Sequence[Problem]) -> list[list[int]
     Raises ConfigError when the file cannot be read or was made for other problems.
     """
     header, rows = _read(Path(path))
-    if header["problems_sha256"] != fingerprint(problems):
+    if header.problems_sha256 != fingerprint(problems):
         raise ConfigError(
-            f"data.curriculum: {path} is of another data set: {header['num_problems']} problems with sha256 "
-            f"{header['problems_sha256'][:12]}, data.train has {len(problems)} usable ones with "
+            f"data.curriculum: {path} is of another data set: {header.num_problems} problems with sha256 "
+            f"{header.problems_sha256[:12]}, data.train has {len(problems)} usable ones with "
             f"{fingerprint(problems)[:12]}; {_difference(rows, problems)}. Make it anew with {MAKE} --out FILE"
         )
-    stages: list[list[int]] = [[] for _ in range(header["stages"])]
+    stages: list[list[int]] = [[] for _ in range(header.stages)]
     for row in rows:
-        stages[row["stage"]].append(row["row"])
+        stages[row.stage].append(row.row)
     if sorted(number for stage in stages for number in stage) != list(range(len(problems))) or not all(stages):
         raise ConfigError(
             f"data.curriculum: {path} has {len(rows)} rows in stages of {[len(stage) for stage in stages]}, expected "
@@ -85,28 +88,45 @@ def stage_starts(config: Config, num_stages: int) -> list[int]:
     return starts
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+class _Header(BaseModel, strict=True):
+    format: Literal["semantic-entropy/1"]
+    problems_sha256: str
+    num_problems: int
+    stages: Annotated[int, Field(ge=1)]
+
+
+class _Row(BaseModel, strict=True):
+    row: int
+    id: str
+    stage: Annotated[int, Field(ge=0)]
+    entropy: float
+
+
+def _read(path: Path) -> tuple[_Header, list[_Row]]:
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        first, *others = read_lines(path)
+        header, rows = _Header.model_validate_json(first), [_Row.model_validate_json(line) for line in others]
     except OSError as error:
         raise ConfigError(
             f"data.curriculum: cannot read {path}: {error.strerror}; make it with {MAKE} --out {path}"
         ) from None
-    except ValueError as error:
-        raise ConfigError(f"data.curriculum: {path} is not JSON Lines: {error}; make it anew with {MAKE}") from None
-    fields = {"row": int, "id": str, "stage": int, "entropy": float}
-    header = lines[0] if lines and isinstance(lines[0], dict) else {}
-    whole = header.get("format") == FORMAT and len(lines) == 1 + header["num_problems"]
-    if not whole or any(not isinstance(row.get(key), kind) for row in lines[1:] for key, kind in fields.items()):
-        raise ConfigError(
-            f"data.curriculum: {path} is not a whole curriculum of format {FORMAT}; make it anew with {MAKE}"
-        )
-    return header, lines[1:]
+    except ValidationError as error:
+        fault = first_fault(error)
+    except ValueError:
+        fault = "it is empty"
+    else:
+        last = max((row.stage for row in rows), default=0)
+        if len(rows) == header.num_problems and last < header.stages <= len(rows):
+            return header, rows
+        fault = f"{len(rows)} rows for {header.num_problems} problems in {header.stages} stages"
+    raise ConfigError(
+        f"data.curriculum: {path} is not a whole curriculum of format {FORMAT}: {fault}; make it anew with {MAKE}"
+    )
 
 
-def _difference(rows: Sequence[dict[str, Any]], problems: Sequence[Problem]) -> str:
+def _difference(rows: Sequence[_Row], problems: Sequence[Problem]) -> str:
     """A word on the ids that differ."""
-    theirs, ours = {row["id"] for row in rows}, {problem.problem_id for problem in problems}
+    theirs, ours = {row.id for row in rows}, {problem.problem_id for problem in problems}
     only = [("only in the curriculum", sorted(theirs - ours)), ("only in the data", sorted(ours - theirs))]
     words = [f"{len(ids)} ids {where}, such as {ids[0]!r}" for where, ids in only if ids]
     return " and ".join(words) or "the ids are the same, prompts, answers or their order differ"

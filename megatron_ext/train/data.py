@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_ext.files import read_lines
 from megatron_ext.rollout.verify import VERIFIERS, Outcome
 from megatron_ext.train.config import Config, ConfigError, DataConfig
 from megatron_ext.types import Problem, Reward
@@ -198,8 +199,8 @@ def load_training_data(
 def _read_rows(path: Path) -> dict[int, str]:
     """``row number -> line`` of the lines that are not blank."""
     try:
-        with path.open(encoding="utf-8-sig") as lines:
-            return {number: line for number, line in enumerate(lines, 1) if line.strip()}
+        texts = (line.decode("utf-8" if number else "utf-8-sig") for number, line in enumerate(read_lines(path)))
+        return {number: text for number, text in enumerate(texts, 1) if text.strip()}
     except OSError as error:
         raise ConfigError(
             f"data.train: cannot read {path}: {error.strerror}; give an existing JSON Lines file"

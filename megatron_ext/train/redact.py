@@ -19,7 +19,7 @@ IN_URL = re.compile(
 )
 TOKEN = re.compile(  # what Hugging Face, OpenAI and Anthropic, GitHub, GitLab, AWS, Slack issue; and HTTP headers
     r"(?<![A-Za-z0-9])(?:(?:hf|gh[oprsu])_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|sk-[\w-]{16,}"
-    r"|A[KS]IA[A-Z0-9]{16}|xox[abprs]-[\w-]{10,})|(?<=\bBearer )[^\s'\"]{8,}"
+    r"|A[KS]IA[A-Z0-9]{16}\w*|xox[abprs]-[\w-]{10,})|(?<=\bBearer )[^\s'\"]{8,}"
 )
 HIDDEN = "***"
 

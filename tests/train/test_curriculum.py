@@ -69,7 +69,7 @@ def test_a_damaged_curriculum_is_refused(content: list, words: str, tmp_path: Pa
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no json\n")
-    with pytest.raises(ConfigError, match="not JSON Lines"):
+    with pytest.raises(ConfigError, match="Invalid JSON"):
         read_stages(tmp_path / "text", PROBLEMS)
     with pytest.raises(ConfigError, match="make it with python -m tools.semantic_entropy"):
         read_stages(tmp_path / "none", PROBLEMS)
