@@ -23,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 RESEND_S = 1.0  # between two sendings of the same signal
 GRACE_S = 20.0  # between asking the remaining ranks to end and killing them
 STOPPED_S = 30.0  # that a rank may be stopped, as by SIGSTOP
+STORE = "RANKS_STORE_FD"  # of the file in which ranks of a single node meet (train/parallel.py), in their environment
 _POLL_S = 0.05
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -64,10 +66,10 @@ def run_ranks(
 ) -> int:
     """``python -m module arguments`` on this node's ranks; returns the exit code.
 
-    ``master`` is ``host:port`` of node 0; on a single node a free local port serves. ``bind``: to the CPUs near each
-    rank's GPU.
+    ``master`` is ``host:port`` of node 0, where there are several. Ranks of a single node meet in a file without a name,
+    which no other user can open. ``bind``: to the CPUs near each rank's GPU.
     """
-    host, _, port = (master or f"127.0.0.1:{free_port()}").rpartition(":")
+    host, _, port = (master if nodes > 1 else f"127.0.0.1:{free_port()}").rpartition(":")
     environment = {
         **os.environ,
         "WORLD_SIZE": str(nodes * ranks_per_node),
@@ -81,15 +83,17 @@ def run_ranks(
     command = [sys.executable, "-m", module, *arguments]
     cpus = _cpus(ranks_per_node) if bind else None  # asked before the ranks start: their threads inherit the binding
     first = node * ranks_per_node
-    with _received() as received, faults.shared_file() as shared:
+    with _received() as received, faults.shared_file() as shared, tempfile.TemporaryFile() as store:
         environment[faults.FILE] = str(shared.fileno())
+        if nodes == 1 and sys.platform == "linux":
+            environment[STORE] = str(store.fileno())
         parent = os.getpid()
         ranks = [
             subprocess.Popen(
                 command,
                 env={**environment, "RANK": str(first + rank), "LOCAL_RANK": str(rank)},
                 process_group=0,
-                pass_fds=(shared.fileno(),),
+                pass_fds=(shared.fileno(), store.fileno()),
                 preexec_fn=lambda: _tie_to(parent),
             )
             for rank in range(ranks_per_node)
