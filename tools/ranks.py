@@ -66,8 +66,8 @@ def run_ranks(
 ) -> int:
     """``python -m module arguments`` on this node's ranks; returns the exit code.
 
-    ``master`` is ``host:port`` of node 0, where there are several. Ranks of a single node meet in a file without a name,
-    which no other user can open. ``bind``: to the CPUs near each rank's GPU.
+    ``master`` is ``host:port`` of node 0, where there are several. Ranks of a single node meet in a file without a
+    name, which no other user can open. ``bind``: to the CPUs near each rank's GPU.
     """
     host, _, port = (master if nodes > 1 else f"127.0.0.1:{free_port()}").rpartition(":")
     environment = {
