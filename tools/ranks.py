@@ -41,6 +41,7 @@ SAID_BY_RANKS = (2, 3, 4, 76)  # exit codes whose reason a rank has said
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 RESEND_S = 1.0  # between two sendings of the same signal
 GRACE_S = 20.0  # between asking the remaining ranks to end and killing them
+STORE = "RANKS_STORE_FD"  # of the file in which ranks of a single node meet (train/parallel.py), in their environment
 _POLL_S = 0.05
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -67,10 +68,10 @@ def run_ranks(
 ) -> int:
     """``python -m module arguments`` on this node's ranks; returns the exit code.
 
-    ``master`` is ``host:port`` of node 0; on a single node a free local port serves. ``bind``: to the CPUs near each
-    rank's GPU.
+    ``master`` is ``host:port`` of node 0, where there are several. Ranks of a single node meet in a file without a
+    name, which no other user can open. ``bind``: to the CPUs near each rank's GPU.
     """
-    host, _, port = (master or f"127.0.0.1:{free_port()}").rpartition(":")
+    host, _, port = (master if nodes > 1 else f"127.0.0.1:{free_port()}").rpartition(":")
     environment = {
         **os.environ,
         "WORLD_SIZE": str(nodes * ranks_per_node),
@@ -87,9 +88,11 @@ def run_ranks(
     with ExitStack() as opened:
         received = opened.enter_context(_received())
         shared = opened.enter_context(faults.shared_file())
-        beats, *stacks = [opened.enter_context(tempfile.TemporaryFile()) for _ in range(1 + ranks_per_node)]
+        store, beats, *stacks = [opened.enter_context(tempfile.TemporaryFile()) for _ in range(2 + ranks_per_node)]
         slots = heartbeat.Slots(beats, ranks_per_node)
         environment[faults.FILE], environment[heartbeat.SLOTS] = str(shared.fileno()), str(beats.fileno())
+        if nodes == 1 and sys.platform == "linux":
+            environment[STORE] = str(store.fileno())
         parent = os.getpid()
         ranks = [
             subprocess.Popen(
@@ -101,7 +104,7 @@ def run_ranks(
                     heartbeat.STACKS: str(stacks[rank].fileno()),
                 },
                 process_group=0,
-                pass_fds=(shared.fileno(), beats.fileno(), stacks[rank].fileno()),
+                pass_fds=(shared.fileno(), store.fileno(), beats.fileno(), stacks[rank].fileno()),
                 preexec_fn=lambda: _tie_to(parent),
             )
             for rank in range(ranks_per_node)

@@ -207,6 +207,7 @@ def serve_command(
     """
     fixed = {
         "model": str(Path(model_path).absolute()),
+        "trust_remote_code": False,
         "host": host,
         "port": port,
         "tokens_only": True,

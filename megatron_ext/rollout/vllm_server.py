@@ -278,6 +278,7 @@ def _environment(devices: str | None, num: int) -> dict[str, str]:
     """Of one of ``num`` servers, over the trainer's."""
     common = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "INFO", "VLLM_NO_USAGE_STATS": "1"}
     common["PYTORCH_ALLOC_CONF"] = "expandable_segments:False"  # the trainer's grow: tools/train.py
+    common["VLLM_HOST_IP"] = LOOPBACK  # where its own processes meet, all on this node
     if devices is not None:
         common["CUDA_VISIBLE_DEVICES"] = devices
     if not torch.cuda.is_available():  # servers that bind their threads would all bind them to the same cores

@@ -62,7 +62,8 @@ def initialize(layout: ParallelConfig, *, seed: int = 0, hang_minutes: float = 1
 
 
 def _local_store(patience: timedelta) -> dict[str, Any]:
-    """Where the launcher names loopback, all ranks are on this machine: a store, and gloo, that listen there alone.
+    """Where the launcher names loopback, all ranks are on this machine: gloo listens there alone, and the store is the
+    launcher's file. Under another launcher it is a server on loopback, to which other users may write.
 
     What torch makes from the environment listens on all interfaces, and believes what anybody writes to it.
     """
@@ -72,6 +73,9 @@ def _local_store(patience: timedelta) -> dict[str, Any]:
     if "lo" in (name for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     rank, world, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    if "RANKS_STORE_FD" in os.environ:  # tools/ranks.py
+        file = dist.FileStore(f"/proc/self/fd/{os.environ['RANKS_STORE_FD']}", world)  # pyright: ignore[reportPrivateImportUsage]
+        return {"store": file, "rank": rank, "world_size": world}
     listening = socket.create_server(("127.0.0.1", port), backlog=world).detach() if rank == 0 else None
     store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
         "127.0.0.1",

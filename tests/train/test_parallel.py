@@ -129,18 +129,22 @@ from megatron_ext.train.config import ParallelConfig
 
 host.enter()
 parallel.initialize(ParallelConfig(ranks_per_node=2))
-found = [each.laddr.ip for each in psutil.Process().net_connections("inet") if each.status == "LISTEN"]
-pathlib.Path(sys.argv[1], os.environ["RANK"]).write_text(json.dumps(found))
+found = [each.laddr for each in psutil.Process().net_connections("inet") if each.status == "LISTEN"]
+store = os.stat(int(os.environ["RANKS_STORE_FD"]))
+assert store.st_nlink == 0 and store.st_mode & 0o077 == 0 and store.st_size > 0, store
+pathlib.Path(sys.argv[1], os.environ["RANK"]).write_text(json.dumps([found, int(os.environ["MASTER_PORT"])]))
 """
 
 
 def test_ranks_of_one_machine_listen_on_loopback_alone(tmp_path: Path) -> None:
-    """Those of the real launcher; the store of rank 0 and gloo's pairs."""
+    """Those of the real launcher, for gloo's pairs. No store listens, to which any user might write: it is a file that
+    has no name, and whose descriptor only this user's processes reach."""
     (tmp_path / "listening.py").write_text(LISTENING)
     root = Path(__file__).parents[2]
     paths = os.pathsep.join([str(root), str(tmp_path)])
     command = [sys.executable, "-m", "tools.ranks", "--ranks-per-node", "2", "listening", str(tmp_path)]
     subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths}, check=True, timeout=120)
-    found = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
-    assert len(found[0]) > len(found[1]) > 0
-    assert {*found[0], *found[1]} == {"127.0.0.1"}
+    for rank in range(2):
+        listening, store = json.loads((tmp_path / str(rank)).read_text())
+        assert listening and {address for address, _ in listening} == {"127.0.0.1"}
+        assert store not in [port for _, port in listening]
