@@ -8,12 +8,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
 
-from tools.charts import Series, legend, line_chart
+from tools.charts import Figures, Series
 from tools.lab_claims import Claim, claims, pi_run
 from tools.lab_plan import Plan
 from tools.lab_results import OUTPUT, Result, Results, load, seconds, spread, where_entropy_is
@@ -24,29 +22,6 @@ BASELINE = "grpo"
 ENTROPIC = "entropic"  # the family with figures of its own
 TABLE_POINTS = 200  # of a tabular curve's steps
 NO_WRAP = 'style="white-space:nowrap;padding:6px 9px"'
-
-
-@dataclass
-class Figures:
-    """Figures with the data of their tooltips."""
-
-    data: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(
-        self, title: str, note: str, steps: Sequence[int], series: Sequence[Series], *, percent: bool = False
-    ) -> str:
-        """One figure's HTML; nothing without values."""
-        series = [line for line in series if any(value is not None for value in line.values)]
-        if not series:
-            return ""
-        values = [[None if v is None else float(f"{v:.4g}") for v in line.values] for line in series]
-        names = [line.name for line in series]
-        self.data.append({"steps": list(steps), "names": names, "values": values, "percent": percent})
-        drawn = line_chart(steps, series, percent=percent)
-        return (
-            f'<figure data-chart="{len(self.data) - 1}"><h3>{escape(title)}</h3><p>{escape(note) or "&nbsp;"}</p>'
-            f"{drawn}{legend(series, percent=percent)}</figure>"
-        )
 
 
 def write(plan: Plan, folder: Path, out: Path) -> tuple[Path, Path]:
@@ -225,7 +200,7 @@ def family_figures(plan: Plan, results: Results, name: str, figures: Figures) ->
     if results.base is not None:
         untrained = [results.base["metrics"][f"pass@{k}"]["mean"] for k in ks]
         curves.append(Series("untrained", untrained, 7, dashed=True))
-    parts.append(figures.add("pass@k", "held-out problems, over k", ks, curves, percent=True))
+    parts.append(figures.add("pass@k", "held-out problems, over k", ks, curves, percent=True, x="k"))
     return f'<h2>{escape(plan.families[name])}</h2><div class="charts">{"".join(parts)}</div>'
 
 
