@@ -1,7 +1,7 @@
 """How long the property tests search: bounded and the same every time, or long and at random.
 
-    python -m pytest tests/properties                                 a few minutes of a slow machine at most
-    python -m pytest tests/properties --hypothesis-profile=deep       another search each time; failures are kept
+python -m pytest tests/properties                                 a few minutes of a slow machine at most
+python -m pytest tests/properties --hypothesis-profile=deep       another search each time; failures are kept
 """
 
 from __future__ import annotations
