@@ -20,6 +20,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 302, 12, 158  # the plot inside the picture
 NUM_COLORS = 8
 SMOOTH_ABOVE = 40  # points, above which the raw line fades behind its moving average
 POINTS = 240  # a long curve's points
+MOST_DIGITS = 5  # of a figure beside an axis
 
 Values = Sequence[float | None]
 Axis = Literal["step", "k"]  # k is drawn on a logarithmic scale
@@ -208,11 +209,11 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def labels(values: Sequence[float], *, percent: bool = False) -> list[str]:
-    """``short`` figures of an axis that differ; where that takes too many digits, distances from the first."""
-    for digits in (3, 4, 5):
-        texts = [short(value, percent, digits) for value in values]
-        if len(set(texts)) == len(values):
-            return texts
+    """``short`` figures of an axis, exact to its pace; where that takes too many digits, distances from the first."""
+    size, pace = max(map(abs, values)), values[1] - values[0] if len(values) > 1 else 0.0
+    digits = math.floor(math.log10(size)) - math.floor(math.log10(pace)) + 2 if size and pace else 3  # 2 for 2.5
+    if digits <= MOST_DIGITS:
+        return [short(value, percent, max(3, digits)) for value in values]
     return [short(values[0], percent), *(f"+{short(value - values[0], percent)}" for value in values[1:])]
 
 
@@ -297,12 +298,12 @@ def _limits(steps: Sequence[int], series: Sequence[Series]) -> tuple[float, floa
 def _range(values: Sequence[float]) -> tuple[float, float]:
     """Limits with a little air; from 0 when the values are near it on that scale."""
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    if low == high == 0:
+    size = max(abs(low), abs(high))
+    if size < 1e-290:  # smaller ranges have no ticks in floating point
         return 0.0, 1.0
     if 0 <= low < high / 2:
         low = 0.0
-    size = max(abs(low), abs(high))
-    air = 0.06 * (high - low) if high - low > 1e-9 * size else max(size * 0.1, 1e-290)
+    air = 0.06 * (high - low) if high - low > 1e-9 * size else 0.1 * size
     return (low if low == 0.0 and high > 0 else low - air), high + air
 
 
@@ -312,7 +313,7 @@ def _frame(axes: _Axes, percent: bool, steps: Sequence[int]) -> str:
     if axes.kind == "k":
         places = list(steps)
     elif axes.last > axes.first:
-        places = [int(value) for value in ticks(axes.first, axes.last, 5) if value == int(value)]
+        places = [round(value) for value in ticks(axes.first, axes.last, 5) if abs(value - round(value)) < 1e-6]
     else:
         places = [axes.first]
     for step, text in zip(places, labels(places), strict=True):

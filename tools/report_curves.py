@@ -111,7 +111,7 @@ def curves(metrics: Metrics, figures: Figures) -> str:
             titles = ", ".join(chart.title for chart, _ in zero)
             drawn = "".join(_figure(metrics, *each, figures) for each in zero)
             html.append(
-                f"<details class='zero'><summary>Zero in every step: {escape(titles)}</summary>"
+                f'<details class="zero"><summary>Zero in every step: {escape(titles)}</summary>'
                 f'<div class="charts">{drawn}</div></details>'
             )
     if len(rest) > MOST_UNPLANNED:

@@ -233,7 +233,7 @@ def _first(error: ValidationError) -> str:
     """The first thing that is wrong: where, what was expected and what was found."""
     each = error.errors()[0]
     where = ".".join(str(part) for part in each["loc"])
-    found = "" if each["type"] == "missing" else f", found {str(each['input'])[:60]!a}"
+    found = "" if each["type"] == "missing" else f", found {ascii(each['input'])[:60]}"
     return f"{where}: {each['msg']}{found}" if where else f"{each['msg']}{found}"
 
 
@@ -242,5 +242,5 @@ def _number(value: Any, where: str) -> float:
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{where}: expected a number or null, found {str(value)[:60]!a}; repair or move the file away")
+        raise ValueError(f"{where}: expected a number or null, found {ascii(value)[:60]}; repair or move the file away")
     return float(value) if abs(value) <= LARGEST else math.nan

@@ -14,8 +14,8 @@ STYLE = (
 :root { color-scheme: light dark;
   --bg:#f6f5f1; --card:#fffefb; --ink:#22242a; --soft:#6d6f78; --rule:#e4e2da; --heat:214,72,12;
   --edge:rgba(60,55,40,.2);
-  --c0:#2f6fb2; --c1:#d2691e; --c2:#2a8f62; --c3:#a64d9c; --c4:#b8860b; --c5:#3aa6a0; --c6:#8a5a44; --c7:#7a7d87;
-  --good:#2a8f62; --bad:#bf4a3a; }
+  --c0:#2f6fb2; --c1:#d2691e; --c2:#2a8f62; --c3:#a64d9c; --c4:#a97c0a; --c5:#2b928c; --c6:#8a5a44; --c7:#7a7d87;
+  --good:#207d54; --bad:#b83f2f; }
 @media (prefers-color-scheme: dark) { :root {
   --bg:#15171c; --card:#1d2027; --ink:#e8e6e1; --soft:#9a9ca6; --rule:#31353f; --heat:255,120,40;
   --edge:rgba(0,0,0,.75);
@@ -65,6 +65,7 @@ th { color:var(--soft); font-weight:500 } tr+tr>* { border-top:1px solid var(--r
 tr+tr th { color:var(--ink); font-weight:450; white-space:nowrap }
 td.n,th.n { text-align:right; font-variant-numeric:tabular-nums; white-space:nowrap } td small { color:var(--soft) }
 td.vote { white-space:nowrap } td.text { min-width:150px; overflow-wrap:anywhere }
+.dense td,.dense th { padding:5px 9px; font-size:13.5px }
 code { font:13px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace }
 .up { color:var(--good); font-weight:600 } .down { color:var(--bad); font-weight:600 }
 details { margin:12px 0 } summary { cursor:pointer; font-weight:600; padding:4px 0 }
