@@ -23,6 +23,7 @@ class Problem:
 
     ``verifier`` names how a response is judged: ``math`` (equivalence of the boxed answer with
     ``answer``) or ``countdown`` (the boxed expression also uses each of ``numbers`` exactly once).
+    Accuracy is also reported by ``kind``, such as a subject; of problems without one, by ``verifier``.
     """
 
     problem_id: str
@@ -30,6 +31,7 @@ class Problem:
     answer: str
     verifier: str = "math"
     numbers: tuple[int, ...] = ()
+    kind: str = ""
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,10 @@ from rich.table import Table
 from megatron_ext.evaluation import Difference, differences
 from megatron_ext.train.metrics import CLOCK_KEYS, CONFIG
 from megatron_ext.train.redact import redact
-from tools.charts import Series, short
+from tools.charts import Figures, Series, short
 from tools.evaluate import load_evaluations
-from tools.report import EVALUATION, Chart, chart_figure, ends, flatten, load_metrics, page, tooltip
+from tools.report import ends, flatten, page
+from tools.report_data import EVALUATION, load_metrics
 
 Records = Sequence[Mapping[str, Any]]
 COMPARED = (
@@ -78,7 +79,7 @@ def metric_rows(a: Records, b: Records) -> list[tuple[str, float, float]]:
     """Means over the last tenth of each run, and the best step's reward, of what both recorded."""
     rows = []
     for key in COMPARED:
-        last_a, last_b = ends(a, key)[1], ends(b, key)[1]
+        last_a, last_b = (ends([record.get(key) for record in records])[1] for records in (a, b))
         if last_a is not None and last_b is not None:
             rows.append((key, last_a, last_b))
     best_a, best_b = _best_reward(a), _best_reward(b)
@@ -140,24 +141,20 @@ def overlay(a: Path, b: Path) -> str:
     steps = sorted({record["step"] for records in runs for record in records})
     by_step = [{record["step"]: record for record in records} for records in runs]
     keys = [key for key in dict.fromkeys(key for records in runs for key in records[0]) if key != "step"]
-    figures, data = [], []
+    figures, drawn = Figures(), []
     for key in keys:
         values = [[found.get(step, {}).get(key) for step in steps] for found in by_step]
-        if all(value is None for line in values for value in line):
-            continue
         series = [Series(name, line, number) for number, (name, line) in enumerate(zip("AB", values, strict=True))]
-        chart = Chart("", key, "", (key,))
-        figures.append(chart_figure(chart, steps, series, len(data)))
-        data.append(tooltip(chart, steps, series))
+        drawn.append(figures.add(key, "", steps, series))
     changed = config_differences(load_config(a), load_config(b)).items()
     rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(x)}</td><td>{escape(y)}</td></tr>" for k, (x, y) in changed)
     head = "<tr><th></th><th>A</th><th>B</th></tr>"
     body = (
         f'<h1>{escape(a.name)} against {escape(b.name)}</h1><p class="sub">A is {escape(str(a))}, B is {escape(str(b))}'
         f'</p><h2>Settings that differ</h2><div class="card config"><table>{head}{rows}</table></div>'
-        f'<h2>Metrics</h2><div class="charts">{"".join(figures)}</div>'
+        f'<h2>Metrics</h2><div class="charts">{"".join(drawn)}</div>'
     )
-    return page(f"{a.name} against {b.name}", body, data)
+    return page(f"{a.name} against {b.name}", body, figures.data)
 
 
 def main(arguments: list[str] | None = None) -> int:

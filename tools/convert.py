@@ -12,7 +12,6 @@ manifest first. Both ways one tensor is in memory at a time. Exit codes: 0 done,
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import resource
@@ -21,12 +20,11 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_ext.train import manifest
 from megatron_ext.train.config import Config, ConfigError, ParallelConfig, hf_config
 from megatron_ext.train.manifest import CheckpointError, Manifest
-from megatron_ext.train.redact import redact
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,6 +79,7 @@ def to_hf(checkpoint: Path, out: Path, *, source: Path | None, shard_bytes: int)
     from megatron_ext.model.hf_config import read_architecture
     from megatron_ext.model.hf_tables import hf_shapes, whole_rules
     from megatron_ext.train.whole_tensors import CheckpointTensors
+    from tools.model_card import model_card
 
     path, found = find(checkpoint)
     source = source or Path(found.config["model"]["path"])
@@ -97,7 +96,7 @@ def to_hf(checkpoint: Path, out: Path, *, source: Path | None, shard_bytes: int)
         shapes=hf_shapes(architecture),
         dtype=dtype,
         source=source,
-        card=model_card(path, found),
+        card=model_card(path, found, source=source),
         shard_bytes=shard_bytes,
     )
 
@@ -156,56 +155,6 @@ def find(checkpoint: Path) -> tuple[Path, Manifest]:
     for line in found.refused:
         print(f"convert: {line}", file=sys.stderr)
     return found.path, found.manifest
-
-
-def model_card(path: Path, found: Manifest) -> str:
-    """What the export is: where its weights come from, how they were trained, and what they score if that is known."""
-    config: dict[str, Any] = redact(found.config)
-    base = config["model"].get("hub") or config["model"]["path"]
-    if found.step == 0:
-        text = f"# {Path(base).name}\n\nThe weights of `{base}`, not trained further.\n"
-        return f"---\nlibrary_name: transformers\n---\n\n{text}"
-    method = json.dumps(config["method"])
-    front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if config["model"].get("hub"):
-        front["base_model"] = base
-    lines = ["---", *(f"{key}: {value}" for key, value in front.items())]
-    lines += ["tags:", "- reinforcement-learning", f"- {config['method']['name']}", "---", ""]
-    lines += [
-        f"# {config['name']}",
-        "",
-        f"Exported from {path.name} of run `{config['name']}`: `{base}` after {found.step} steps of reinforcement "
-        "learning with verifiable rewards.",
-        "",
-        f"- method: `{method}`",
-        f"- data: `{config['data']['train']}`",
-        f"- rollouts: {config['rollout']['prompts']} prompts x {config['rollout']['samples']} responses, temperature "
-        f"{config['rollout']['temperature']}",
-        f"- learning rate: {config['optimizer']['lr']}",
-        f"- versions: {', '.join(f'{name} {value}' for name, value in found.versions.items())}",
-        *_evaluation(path.parent.parent / "evaluation.json"),
-        *("", "## Recipe", "", "```json", json.dumps(config, indent=1), "```", ""),
-    ]
-    return "\n".join(lines)
-
-
-def _evaluation(file: Path) -> list[str]:
-    """A table of what tools.evaluate wrote into the run's folder; nothing where there is no such file."""
-    if not file.is_file():
-        return []
-    from tools.evaluate import load_evaluations
-
-    found = load_evaluations(file)
-    names = list(dict.fromkeys(name for each in found.values() for name in each["metrics"]))
-    lines = ["", "## Evaluation", "", f"| | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
-    for name in names:
-        values = [each["metrics"].get(name) for each in found.values()]
-        lines.append(f"| {name} | {' | '.join(_interval(value) for value in values)} |")
-    return lines
-
-
-def _interval(value: dict[str, float] | None) -> str:
-    return "" if value is None else f"{value['mean']:.1%} ({value['low']:.1%} .. {value['high']:.1%})"
 
 
 def num_bytes(text: str) -> int:

@@ -190,6 +190,9 @@ def measure(
     rows = [
         {
             "id": problem.problem_id,
+            "prompt": problem.prompt,
+            "answer": problem.answer,
+            "kind": problem.kind or problem.verifier,
             "n": n,
             "c": sum(reward.outcome == "correct" for reward in judged_row),
             "majority": winner is not None and judged_row[winner].outcome == "correct",
@@ -373,7 +376,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.evaluate", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="directory with config.json, safetensors and tokenizer")
-    add("--data", type=Path, required=True, help="JSON Lines: prompt, answer [, id, verifier, numbers]")
+    add("--data", type=Path, required=True, help="JSON Lines: prompt, answer [, id, verifier, numbers, kind]")
     add("--samples", type=int, default=default.samples, help="responses per problem (%(default)s)")
     add("--k", dest="ks", type=_integers, default=(), help="pass@k to report, such as 1,2,4 (powers of two)")
     add("--temperature", type=float, default=default.temperature, help="0 is greedy (%(default)s)")

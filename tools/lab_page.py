@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
-from tools.charts import Series, legend, line_chart
+from tools.charts import Figures, Series
 from tools.lab_claims import Claim, claims, pi_run
 from tools.lab_plan import Plan
 from tools.lab_results import OUTPUT, Result, Results, load, seconds, spread, where_entropy_is
@@ -23,30 +21,6 @@ from tools.tabular import SETTINGS, Curve, simulate
 BASELINE = "grpo"
 ENTROPIC = "entropic"  # the family with figures of its own
 TABLE_POINTS = 200  # of a tabular curve's steps
-NO_WRAP = 'style="white-space:nowrap;padding:6px 9px"'
-
-
-@dataclass
-class Figures:
-    """Figures with the data of their tooltips."""
-
-    data: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(
-        self, title: str, note: str, steps: Sequence[int], series: Sequence[Series], *, percent: bool = False
-    ) -> str:
-        """One figure's HTML; nothing without values."""
-        series = [line for line in series if any(value is not None for value in line.values)]
-        if not series:
-            return ""
-        values = [[None if v is None else float(f"{v:.4g}") for v in line.values] for line in series]
-        names = [line.name for line in series]
-        self.data.append({"steps": list(steps), "names": names, "values": values, "percent": percent})
-        drawn = line_chart(steps, series, percent=percent)
-        return (
-            f'<figure data-chart="{len(self.data) - 1}"><h3>{escape(title)}</h3><p>{escape(note) or "&nbsp;"}</p>'
-            f"{drawn}{legend(series, percent=percent)}</figure>"
-        )
 
 
 def write(plan: Plan, folder: Path, out: Path) -> tuple[Path, Path]:
@@ -100,10 +74,11 @@ def method_rows(results: Results) -> list[list[str]]:
     """Header and one row per run."""
     every = list(results.runs.values())
     evaluations = [result.seeds[0].evaluation for result in every] + ([results.base] if results.base else [])
-    metrics = list(evaluations[0]["metrics"]) if evaluations else []
-    rows = [["run", "seeds", "reward", "entropy", "target", "length", *metrics, "time", "alarm"]]
+    metrics = table_metrics(list(evaluations[0]["metrics"])) if evaluations else []
+    held_out = [f"{name}, %" for name in metrics]
+    rows = [["run", "seeds", "reward, %", "entropy", "target, %", "length", *held_out, "time", "alarm"]]
     if results.base is not None:
-        measured = [f"{results.base['metrics'][name]['mean']:.1%}" for name in metrics]
+        measured = [f"{100 * results.base['metrics'][name]['mean']:.1f}" for name in metrics]
         rows.append(
             ["untrained", "", "", "", "", f"{results.base['response']['length']['mean']:.1f}", *measured, "", ""]
         )
@@ -113,11 +88,11 @@ def method_rows(results: Results) -> list[list[str]]:
             [
                 result.run.name,
                 str(len(result.seeds)),
-                cell(result.late("reward/outcome/correct"), ".1%"),
+                cell(result.late("reward/outcome/correct"), ".1f", scale=100),
                 cell(result.late("entropy/full"), ".3f"),
-                cell(result.distance, "+.1%"),
+                cell(result.distance, "+.1f", scale=100),
                 cell(result.late("response/length"), ".1f"),
-                *(cell(result.evaluated(name), ".1%") for name in metrics),
+                *(cell(result.evaluated(name), ".1f", scale=100) for name in metrics),
                 cell([value / baseline for value in seconds(result)], ".2f"),
                 ", ".join(result.alarms) or "-",
             ]
@@ -125,14 +100,18 @@ def method_rows(results: Results) -> list[list[str]]:
     return rows
 
 
-def cell(values: Sequence[float], style: str) -> str:
-    found = spread(values)
+def table_metrics(names: Sequence[str]) -> list[str]:
+    """What the table has room for: of pass@k the largest k, the others are curves."""
+    passes = [name for name in names if name.startswith("pass@")]
+    return [name for name in names if name not in passes[:-1]]
+
+
+def cell(values: Sequence[float], style: str, *, scale: int = 1) -> str:
+    found = spread([scale * value for value in values])
     if found is None:
         return "-"
     mean, deviation = found
-    if len(values) == 1:
-        return f"{mean:{style}}".replace("%", " %")
-    return f"{mean:{style}} ± {deviation:{style.removeprefix('+')}}".replace("%", " %").replace(" % ±", " ±")
+    return f"{mean:{style}}" + ("" if len(values) == 1 else f" ± {deviation:{style.removeprefix('+')}}")
 
 
 def cell_html(text: str) -> str:
@@ -142,13 +121,19 @@ def cell_html(text: str) -> str:
 
 
 def html_table(rows: Sequence[Sequence[str]]) -> str:
+    """A dense table whose first column names and whose last one may be prose."""
     head, *rest = rows
-    cells = [f'<th class="{"n" if i else ""}">{escape(text)}</th>' for i, text in enumerate(head)]
-    lines = [f"<tr>{''.join(cells)}</tr>"]
-    for row in rest:
-        cells = [f'<td class="{"n" if i else ""}" {NO_WRAP}>{cell_html(text)}</td>' for i, text in enumerate(row)]
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<div class="card" style="overflow-x:auto"><table>{"".join(lines)}</table></div>'
+    kinds = ["", *["n"] * (len(head) - 2), "" if head[-1] == "alarm" else "n"]
+    lines = [_row(head, kinds, "th", escape), *(_row(row, kinds, "td", cell_html) for row in rest)]
+    return f'<div class="card dense"><table>{"".join(lines)}</table></div>'
+
+
+def _row(row: Sequence[str], kinds: Sequence[str], tag: str, text: Callable[[str], str]) -> str:
+    tags = ["th", *[tag] * (len(row) - 1)]
+    cells = [
+        f'<{each} class="{kind}">{text(value)}</{each}>' for each, kind, value in zip(tags, kinds, row, strict=True)
+    ]
+    return f"<tr>{''.join(cells)}</tr>"
 
 
 def claims_table(decided: Sequence[Claim]) -> str:
@@ -172,7 +157,7 @@ def settings_table(plan: Plan) -> str:
         for row, tag in zip(rows, ["th", *["td"] * len(plan.runs)], strict=True)
     )
     everywhere = f'<p class="sub">Everywhere: {escape(" ".join(plan.set))}</p>'
-    return f'<div class="card" style="overflow-x:auto"><table>{lines}</table></div>{everywhere}'
+    return f'<div class="card"><table>{lines}</table></div>{everywhere}'
 
 
 def as_markdown(plan: Plan, results: Results, decided: Sequence[Claim]) -> str:
@@ -225,7 +210,7 @@ def family_figures(plan: Plan, results: Results, name: str, figures: Figures) ->
     if results.base is not None:
         untrained = [results.base["metrics"][f"pass@{k}"]["mean"] for k in ks]
         curves.append(Series("untrained", untrained, 7, dashed=True))
-    parts.append(figures.add("pass@k", "held-out problems, over k", ks, curves, percent=True))
+    parts.append(figures.add("pass@k", "held-out problems, over k", ks, curves, percent=True, x="k"))
     return f'<h2>{escape(plan.families[name])}</h2><div class="charts">{"".join(parts)}</div>'
 
 

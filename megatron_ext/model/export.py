@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_ext.model.safetensors_dir import INDEX, NAMES, SINGLE
 
+LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
 COPIED = (  # of the model the run started from, where present; config.json is written with the weights' dtype
     "generation_config.json",
     "tokenizer.json",
@@ -29,6 +30,9 @@ COPIED = (  # of the model the run started from, where present; config.json is w
     "chat_template.jinja",
     "vocab.json",
     "merges.txt",
+    *LICENSES,
+    "NOTICE",
+    "USE_POLICY.md",
 )
 SHARD_BYTES = 4 * 2**30
 Shapes = Mapping[str, tuple[int, ...]]
@@ -69,7 +73,7 @@ def write_hf(
         for name in COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, partial / name)
-        (partial / "README.md").write_text(card)
+        (partial / "README.md").write_text(card, encoding="utf-8", errors="replace")
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)

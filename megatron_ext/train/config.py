@@ -72,7 +72,7 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    train: str = ""  # JSON Lines: prompt, answer [, id, verifier, numbers]
+    train: str = ""  # JSON Lines: prompt, answer [, id, verifier, numbers, kind]
     hub: str = ""  # what it is made from: ids on the Hugging Face Hub, or a sentence
     prompt_suffix: str = ""
     max_prompt_tokens: Positive = 1024

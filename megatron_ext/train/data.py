@@ -1,7 +1,7 @@
 """Problems to train on: load and check a JSON Lines file, encode prompts.
 
-A row has ``prompt``, ``answer`` and optionally ``id``, ``verifier``, ``numbers``; other keys are ignored. Rows are
-left out, and reported by row and field, for one of two reasons:
+A row has ``prompt``, ``answer`` and optionally ``id``, ``verifier``, ``numbers``, ``kind``; other keys are ignored.
+Rows are left out, and reported by row and field, for one of two reasons:
 
 - a fault. Rows with one may be a small share of the file (``max_left_out``): above it something is wrong with all of
   it, and the run stops. A gold answer that the verifier cannot read, or does not accept as an answer to itself, stops
@@ -255,7 +255,7 @@ def _check_row(where: str, line: str) -> Problem | Fault:
         if row.get(field) is None:
             return Fault(where, field, "missing", f"missing; the row has {sorted(row)}")
     prompt, answer, numbers = row["prompt"], row["answer"], row.get("numbers") or []
-    problem_id, verifier = row.get("id"), row.get("verifier", "math")
+    problem_id, verifier, kind = row.get("id"), row.get("verifier", "math"), row.get("kind") or ""
     if not isinstance(prompt, str):
         return _wrong_type(where, "prompt", "a string", prompt)
     if not isinstance(answer, str) and not _is_int(answer):
@@ -271,13 +271,15 @@ def _check_row(where: str, line: str) -> Problem | Fault:
         return Fault(where, "verifier", "invalid", f"expected one of {', '.join(VERIFIERS)}, found {verifier!r}")
     if not isinstance(numbers, list) or not all(_is_int(number) and number >= 0 for number in numbers):
         return _wrong_type(where, "numbers", "a list of integers, none negative", numbers)
+    if not isinstance(kind, str):
+        return _wrong_type(where, "kind", "a string, by which accuracy is reported", kind)
     if verifier == "countdown":
         if not numbers:
             return Fault(where, "numbers", "missing", "missing; countdown needs the numbers to use")
         if not re.fullmatch(r"-?[0-9]+", str(answer).strip()):
             return Fault(where, "answer", "invalid", f"expected an integer target of countdown, found {answer!r}")
     name = where.removeprefix("row ") if problem_id is None else str(problem_id)
-    return Problem(name, prompt, str(answer).strip(), verifier, tuple(numbers))
+    return Problem(name, prompt, str(answer).strip(), verifier, tuple(numbers), kind)
 
 
 def _check_gold(problems: dict[int, Problem], score: Score) -> dict[int, Fault]:

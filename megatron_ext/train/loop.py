@@ -393,14 +393,17 @@ def _samples(run: Run, episodes: Sequence[Episode], old: TokenStats) -> list[dic
     """The first responses of different prompts, token by token, for the report, which rank 0 writes."""
     if dist.get_rank() != 0:
         return []
-    chosen = range(0, len(episodes), run.config.rollout.samples)[: run.config.log.samples]
+    num = run.config.rollout.samples
+    chosen = range(0, len(episodes), num)[: run.config.log.samples]
     assert old.entropy is not None
     ends = torch.tensor([len(e.sample.response_ids) for e in episodes]).cumsum(0).tolist()
     records = []
     for i in chosen:
         span = slice(ends[i] - len(episodes[i].sample.response_ids), ends[i])
         texts = token_texts(run.engine.tokenizer.decode, episodes[i].sample.response_ids)
-        records.append(sample_record(episodes[i], texts, old.entropy[span].tolist(), old.logprob[span].tolist()))
+        stats = (old.entropy[span].tolist(), old.logprob[span].tolist())
+        group_reward = sum(episode.reward.value for episode in episodes[i : i + num]) / num
+        records.append(sample_record(episodes[i], texts, *stats, group_reward=group_reward))
     return records
 
 

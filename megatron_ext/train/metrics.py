@@ -93,11 +93,17 @@ def write_config(run_dir: str | Path, config: Mapping[str, Any]) -> None:
 
 
 def sample_record(
-    episode: Episode, tokens: Sequence[str], entropy: Sequence[float], logprob: Sequence[float]
+    episode: Episode,
+    tokens: Sequence[str],
+    entropy: Sequence[float],
+    logprob: Sequence[float],
+    *,
+    group_reward: float,
 ) -> dict[str, Any]:
     """One response for ``samples.jsonl``: a text, an entropy in nats and a log-probability for each token.
 
-    ``tokens`` comes from ``token_texts``; the numbers are rounded to 4 decimals. Raises ValueError when the
+    ``tokens`` comes from ``token_texts``; the numbers are rounded to 4 decimals. ``group_reward`` is the mean of the
+    responses to the same prompt, NaN where one is unknown. Raises ValueError when the
     three differ in length.
     """
     if not len(tokens) == len(entropy) == len(logprob):
@@ -108,6 +114,7 @@ def sample_record(
         "answer": episode.problem.answer,
         "extracted": episode.reward.extracted,
         "reward": _or_null(episode.reward.value),
+        "group_reward": _or_null(round(group_reward, 4)),
         "outcome": episode.reward.outcome,
         "truncated": episode.sample.truncated,
         "group": episode.group,
@@ -147,7 +154,7 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
                 record = json.loads(raw)
                 if not isinstance(record, dict) or not isinstance(record.get("step"), int):
                     raise ValueError("no object with an integer step")
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if not file.peek(1):
                     return
                 raise ValueError(

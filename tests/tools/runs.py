@@ -54,9 +54,22 @@ def write_run(folder: Path, *, steps: int = 6, config: dict[str, Any] | None = N
     return folder
 
 
-def evaluation(counts: list[int], sha256: str = "s") -> dict[str, Any]:
+def evaluation(counts: list[int], sha256: str = "s", text: str = "") -> dict[str, Any]:
+    """Problems with ``counts`` of 4 right; of more than 2 the majority is. ``text`` is added to every text."""
     rows = [
-        {"id": str(i), "n": 4, "c": c, "majority": c > 2, "length": 5.0, "truncated": 0.0} for i, c in enumerate(counts)
+        {
+            "id": f"{i}{text}",
+            "prompt": f"{i}+1?{text}",
+            "answer": f"{i + 1}{text}",
+            "kind": ("even", "odd")[i % 2] + text,
+            "n": 4,
+            "c": c,
+            "majority": c > 2,
+            "majority_answer": f"voted {c}{text}",
+            "length": 5.0,
+            "truncated": 0.0,
+        }
+        for i, c in enumerate(counts)
     ]
     decoding = {"samples": 4, "temperature": 1.0, "top_p": 1.0, "max_response_tokens": 32, "ks": [1, 4]}
     return {
@@ -68,6 +81,6 @@ def evaluation(counts: list[int], sha256: str = "s") -> dict[str, Any]:
     }
 
 
-def save_evaluations(folder: Path, **counts: list[int]) -> None:
+def save_evaluations(folder: Path, text: str = "", **counts: list[int]) -> None:
     for label, values in counts.items():
-        save_evaluation(folder / "evaluation.json", label, evaluation(values))
+        save_evaluation(folder / "evaluation.json", label, evaluation(values, text=text))

@@ -12,7 +12,7 @@ from megatron_ext.train.metrics import MetricsWriter
 from tests.tools.runs import evaluation, sample
 from tools.evaluate import save_evaluation
 from tools.lab_claims import Claim, claims
-from tools.lab_page import cell, method_rows, write
+from tools.lab_page import cell, method_rows, table_metrics, write
 from tools.lab_plan import BASE, LABEL, Plan, load_plan
 from tools.lab_results import Results, load, seconds, where_entropy_is
 from tools.tabular import SETTINGS, Setting, simulate
@@ -77,9 +77,10 @@ def test_late_means_distances_and_ratios_of_seconds(plan: Plan, folder: Path) ->
     head, untrained, first, *_ = method_rows(results)
     row = dict(zip(head, first, strict=True))
     assert (row["run"], row["seeds"], row["entropy"], row["time"]) == ("grpo", "3", "0.200 ± 0.000", "1.00 ± 0.00")
-    assert row["avg@4"] == "75.0 ± 0.0 %" and untrained[head.index("avg@4")] == "62.5%"
-    assert cell([0.1, 0.2], "+.1%") == "+15.0 ± 7.1 %"
-    assert cell([0.1], "+.1%") == "+10.0 %" and cell([], ".1%") == "-"  # one seed has no spread
+    assert row["avg@4, %"] == "75.0 ± 0.0" and untrained[head.index("avg@4, %")] == "62.5"
+    assert cell([0.1, 0.2], "+.1f", scale=100) == "+15.0 ± 7.1"
+    assert cell([0.1], "+.1f", scale=100) == "+10.0" and cell([], ".1f") == "-"  # one seed has no spread
+    assert table_metrics(["avg@8", "pass@2", "pass@8", "maj@8"]) == ["avg@8", "pass@8", "maj@8"]
 
 
 def test_verdicts_follow_the_runs(plan: Plan, folder: Path) -> None:

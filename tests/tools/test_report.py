@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,9 +16,11 @@ import pytest
 from megatron_ext.train.metrics import MetricsWriter
 from tests.tools.runs import sample, save_evaluations, step_metrics, write_run
 from tools import report as tool
-from tools.charts import Series, area_chart, line_chart, moving_average, short, ticks
-from tools.report import charts, ends, flatten, report, write_report
-from tools.report_tokens import pick_samples
+from tools.charts import Figures
+from tools.report import ends, flatten, report, write_report
+from tools.report_curves import curves
+from tools.report_data import read_metrics, read_responses
+from tools.report_tokens import keep, pick
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&<b>"
 
@@ -34,7 +37,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
-        if tag in ("script", "i", "h1", "p", "td"):
+        if tag in ("script", "i", "h1", "p", "td", "th"):
             self.open.append(tag)
             self.texts.setdefault(tag, []).append("")
 
@@ -65,7 +68,7 @@ def test_every_text_of_models_and_data_is_escaped(tmp_path: Path):
     )
     with MetricsWriter(tmp_path, trackers=[], total_steps=9, resume_step=6) as writer:
         writer.write(7, step_metrics(7) | {EVIL: 1.0, f"reward/outcome/{EVIL}": 0.5}, [evil])
-    save_evaluations(tmp_path, **{EVIL: [1, 2], "after": [2, 3]})
+    save_evaluations(tmp_path, text=EVIL, **{EVIL: [1, 2, 4], "after": [2, 3, 0]})
     page = Page(report(tmp_path))
     assert len(page.all("script")) == 2 and not page.all("img")
     assert not [name for tag, attributes in page.elements for name in attributes if name.startswith("on")]
@@ -73,6 +76,111 @@ def test_every_text_of_models_and_data_is_escaped(tmp_path: Path):
     assert page.texts["i"][page.texts["i"].index(EVIL) + 1] == "↵\n" + EVIL
     assert page.texts["p"].count(EVIL) == 1  # the prompt
     assert json.dumps(EVIL) in page.texts["td"]  # the configuration
+    shown = " ".join(" ".join(texts) for texts in page.texts.values())
+    line = EVIL.replace("\n", " ")
+    for text in (f"1+1?{line}", f"odd{line}", f"1{line}"):  # a flipped problem, its kind, its id
+        assert text in page.texts["td"] + page.texts["th"], text
+    assert f"voted 3{line}"[:39] in shown
+
+
+def table(page: str, title: str) -> list[list[str]]:
+    """The cells, as text, of the first table behind a title."""
+    html = page[page.index(title) :]
+    html = html[: html.index("</table>")]
+    rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in html.split("<tr>")[1:]]
+    return [[unescape(re.sub("<[^>]*>", "", cell)) for cell in row] for row in rows]
+
+
+def test_flipped_problems_stand_with_what_was_voted_and_the_largest_change_first(tmp_path: Path):
+    write_run(tmp_path)
+    save_evaluations(tmp_path, before=[1, 4, 3, 0, 4, 2, 0], after=[3, 4, 0, 4, 2, 2, 1])
+    page = report(tmp_path)
+    assert "2 wrong → right" in page and "2 right → wrong" in page and "1 right and 2 wrong in both" in page
+    assert table(page, "wrong → right: 2") == [
+        ["problem", "prompt", "answer", "before", "after"],
+        ["3", "3+1?", "4", "voted 0 0/4", "voted 4 4/4"],
+        ["0", "0+1?", "1", "voted 1 1/4", "voted 3 3/4"],
+    ]
+    assert [row[0] for row in table(page, "right → wrong: 2")] == ["problem", "2", "4"]
+    assert re.search(r'class="up">3</span> better.*class="down">2</span> worse.*<b>2</b> the same', page)
+    save_evaluations(tmp_path, after=[1, 4])
+    assert "Problems that flipped" not in report(tmp_path)  # other problems
+
+
+def test_accuracy_is_told_by_kind_and_by_difficulty_before(tmp_path: Path):
+    write_run(tmp_path)
+    save_evaluations(tmp_path, before=[0, 1, 3, 4, 0, 1], after=[2, 1, 4, 4, 0, 3])
+    page = report(tmp_path)
+    # even: (0 + 3 + 0) / 12 -> (2 + 4 + 0) / 12; odd: (1 + 4 + 1) / 12 -> (1 + 4 + 3) / 12
+    assert table(page, "Accuracy by kind")[1:] == [["even", "3", "25.0 %", "50.0 %"], ["odd", "3", "50.0 %", "66.7 %"]]
+    assert table(page, "Accuracy by difficulty")[1:] == [
+        ["never", "2", "0.0 %", "25.0 %"],
+        ["up to 25 %", "2", "25.0 %", "50.0 %"],
+        ["25 to 75 %", "1", "75.0 %", "100.0 %"],
+        ["above 75 %", "1", "100.0 %", "100.0 %"],
+    ]
+
+
+def test_pass_at_k_is_a_curve_of_both_with_its_intervals(tmp_path: Path):
+    write_run(tmp_path)
+    save_evaluations(tmp_path, before=[0, 1, 2, 1] * 5, after=[2, 2, 4, 3] * 5)
+    page = Page(report(tmp_path))
+    chart = json.loads(page.texts["script"][0])["charts"][0]
+    assert (chart["names"], chart["steps"], chart["x"]) == (["before", "after"], [1, 4], "k")
+    assert chart["values"] == [[0.25, 0.75], [0.6875, 1.0]]
+    assert report(tmp_path).count('class="band"') == 2
+
+
+def test_entropy_is_told_by_token_string(tmp_path: Path):
+    write_run(tmp_path, steps=6)
+    lines = []
+    for step in range(1, 7):
+        nats = {"a": 1.0, "\n": 0.25, " the": 0.5 if step <= 3 else 0.1}
+        row = sample(tokens=[*nats, "rare"] if step == 1 else list(nats), logprob=[-1.0] * (4 if step == 1 else 3))
+        lines += [{"step": step} | row | {"entropy": [*nats.values(), 9.0][: len(row["tokens"])]}] * 2
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report(tmp_path)
+    assert "over 38 tokens of 12 responses" in page
+    total = 12 * 1.25 + 6 * 0.6 + 2 * 9
+    assert table(page, "Highest mean entropy") == [
+        ["token", "mean", "1st half", "2nd half", "times", "of all entropy"],
+        ["a", "1", "1", "1", "12", f"{12 / total:.1%}".replace("%", " %")],
+        ["␣the", "0.3", "0.5", "0.1", "12", f"{3.6 / total:.1%}".replace("%", " %")],
+        ["↵", "0.25", "0.25", "0.25", "12", f"{3 / total:.1%}".replace("%", " %")],
+    ]
+
+
+def test_rewards_are_told_by_problem_from_their_groups(tmp_path: Path):
+    write_run(tmp_path, steps=4)
+    rewards = [("hard", 0.0, 0.125), ("easy", 1.0, 1.0), ("hard", 1.0, 0.375), ("old", 0.5, None)]
+    lines = [
+        {"step": step} | sample(problem_id=name, prompt=f"{name}?", reward=reward, group_reward=mean)
+        for step, (name, reward, mean) in enumerate(rewards, 1)
+    ]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert table(report(tmp_path), "Lowest reward") == [
+        ["problem", "prompt", "answer", "reward", "times"],
+        ["hard", "hard?", "2", "0.25 0.125 → 0.375", "2"],
+        ["old", "old?", "2", "0.5", "1"],
+        ["easy", "easy?", "2", "1", "1"],
+    ]
+
+
+def test_charts_of_zeros_are_folded_and_averages_are_said(tmp_path: Path):
+    write_run(tmp_path, steps=45)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        last = {"grad/skipped": 0.0, "response/truncated": 0, "kl/old": 0, "clip/low": 0, "clip/high": 1}
+        file.write(json.dumps({"step": 46} | last) + "\n")
+    page = report(tmp_path)
+    folded = re.findall(r'<details class="zero"><summary>([^<]*)</summary>(.*?)</details>', page)
+    assert [title for title, _ in folded] == [
+        "Zero in every step: KL, Skipped updates",
+        "Zero in every step: Cut off",
+    ]
+    assert [re.findall("<h3>([^<]*)</h3>", html) for _, html in folded] == [["KL", "Skipped updates"], ["Cut off"]]
+    assert "<h3>Clipped tokens</h3>" in page  # one of its curves is not zero
+    assert "moving average over about 2 steps" in page and "▲ flags" in page
+    assert "moving average" not in report(write_run(tmp_path / "short"))
 
 
 def test_nothing_is_loaded_and_only_the_known_script_may_run(tmp_path: Path):
@@ -85,13 +193,14 @@ def test_nothing_is_loaded_and_only_the_known_script_may_run(tmp_path: Path):
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     assert page.all("script")[0]["type"] == "application/json"
-    assert len(json.loads(data)["charts"]) == len(page.all("figure"))
+    assert len(json.loads(data)["charts"]) == len([a for a in page.all("figure") if "data-chart" in a])
 
 
 def test_curves_cover_every_metric_once_and_tooltips_hold_their_numbers(tmp_path: Path):
     write_run(tmp_path)
-    html, data = charts(tool.load_metrics(tmp_path))
-    shown = [(names["names"], names["values"]) for names in data]
+    figures = Figures()
+    html = curves(read_metrics(tmp_path), figures)
+    shown = [(chart["names"], chart["values"]) for chart in figures.data]
     by_name = {name: values for names, rows in shown for name, values in zip(names, rows, strict=True)}
     assert by_name["grad/norm"] == [0.5, None, 0.5, 0.5, 0.5, 0.5]
     assert by_name["reward/mean"] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
@@ -100,7 +209,7 @@ def test_curves_cover_every_metric_once_and_tooltips_hold_their_numbers(tmp_path
     assert ["hbar", "anchor"] in [names for names, _ in shown]
     assert html.count("stroke-dasharray") == 1  # the anchor
     assert "time/step_s" not in by_name
-    sections = re.findall(r"<h2>(\w+)</h2>", html)
+    sections = re.findall(r"<h3>(\w+)</h3><div", html)
     assert sections == ["Learning", "Entropy", "Update", "Machine", "More"]
     assert html.count("<div") == html.count("</div>")
 
@@ -111,7 +220,7 @@ def test_evaluation_shows_both_and_the_paired_difference(tmp_path: Path):
     save_evaluations(tmp_path, before=[0, 1, 2, 1] * 5, after=[2, 2, 4, 3] * 5)
     html = report(tmp_path)
     assert "after − before, points" in html
-    assert '<td>avg@4</td><td class="n">25.0% ' in html and '<td class="n">68.8% ' in html
+    assert '<th>avg@4</th><td class="n">25.0 % ' in html and '<td class="n">68.8 % ' in html
     assert '<span class="up">+43.8</span>' in html
     save_evaluations(tmp_path, after=[1, 2])
     assert "No paired difference: the evaluations are of different problems" in report(tmp_path)
@@ -128,9 +237,9 @@ def test_tokens_are_coloured_by_entropy_and_carry_their_numbers(tmp_path: Path):
 
 def test_samples_are_of_steps_spread_over_the_run(tmp_path: Path):
     write_run(tmp_path, steps=20)
-    found = pick_samples(tmp_path / "samples.jsonl", list(range(1, 21)))
+    found = pick(keep(read_responses(tmp_path / "samples.jsonl"), [1, 20]).by_step)
     assert list(found) == [1, 7, 14, 20] and all(len(rows) == 2 for rows in found.values())
-    assert pick_samples(tmp_path / "none.jsonl", [1]) == {}
+    assert pick(keep(read_responses(tmp_path / "none.jsonl"), [1]).by_step) == {}
 
 
 def test_a_run_without_samples_configuration_or_a_second_step(tmp_path: Path):
@@ -157,61 +266,9 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def test_ends_are_means_of_the_first_and_last_tenth():
-    records = [{"step": i, "a": float(i)} for i in range(20)] + [{"step": 20, "a": None}, {"step": 21}]
-    assert ends(records, "a") == (0.5, 18.5)
-    assert ends(records, "b") == (None, None)
+    assert ends([*map(float, range(20)), None, None]) == (0.5, 18.5)
+    assert ends([None]) == (None, None)
 
 
 def test_flatten():
     assert flatten({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {"a.b": 1, "a.c.d": [2], "e": None}
-
-
-def test_ticks_are_round_and_inside():
-    assert ticks(0, 1) == [0, 0.25, 0.5, 0.75, 1]
-    assert ticks(0.3, 97) == [25, 50, 75]
-    assert ticks(-1e-6, 1e-6) == pytest.approx([-1e-6, -5e-7, 0, 5e-7, 1e-6])
-    assert ticks(1, 140, 6) == [25, 50, 75, 100, 125]
-
-
-def test_labels_are_short():
-    assert [short(v) for v in (0.12345, 12.345, 1234.5, 12345, 2.5e7, None, 1e-6)] == [
-        "0.123",
-        "12.3",
-        "1234",
-        "12.3k",
-        "25M",
-        "-",
-        "1e-06",
-    ]
-    assert short(0.1234, percent=True) == "12.3 %"
-
-
-def test_lines_are_drawn_to_scale_and_interrupted_where_values_miss():
-    picture = line_chart([1, 2, 3, 4], [Series("a", [0.0, 1.0, None, 0.5], 0)])
-    (path,) = re.findall(r'd="([^"]*)"', picture)
-    # x from 46 to 450 in thirds; y from 196 (0) to 10 (1.06)
-    assert path == f"M46.0 196.0L180.7 {196 - 186 / 1.06:.1f}M450.0 {196 - 93 / 1.06:.1f}"
-
-
-def test_areas_stack_to_the_total():
-    picture = area_chart([1, 2], [Series("a", [0.25, 0.5], 0), Series("b", [0.75, None], 1)], percent=True)
-    first, second = re.findall(r'd="([^"]*)"', picture)
-    assert first == "M46.0,149.5L450.0,103.0L450.0,196.0L46.0,196.0Z"
-    assert second == "M46.0,10.0L450.0,103.0L450.0,103.0L46.0,149.5Z"
-
-
-def test_moving_average_by_hand():
-    # two points: decay 1/2; (1), (.5*1 + 2) / 1.5, a gap stays a gap, (.25 + 1 + 4) / 1.75
-    assert moving_average([1.0, 2.0, None, 4.0]) == pytest.approx([1, 2.5 / 1.5, None, 5.25 / 1.75])
-
-
-def test_constant_and_empty_series_have_an_axis():
-    assert re.findall(r">([\d. %-]+)</text>", line_chart([1, 2], [Series("a", [0.0, 0.0], 0)], percent=True))[:5] == [
-        "0 %",
-        "25 %",
-        "50 %",
-        "75 %",
-        "100 %",
-    ]
-    for values in ([0.0, 0.0], [3.0, 3.0], [-1e-9, -1e-9], [None, None]):
-        assert "NaN" not in line_chart([1, 2], [Series("a", values, 0)])

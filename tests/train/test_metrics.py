@@ -135,15 +135,17 @@ def test_a_written_step_is_on_disk_before_close_and_steps_only_go_up(tmp_path: P
 def test_samples_line_up(tmp_path: Path):
     sample = Sample((1, 2), (3, 4), (-0.1, -0.2), "ab", False, 0)
     episode = Episode(Problem("p7", "1+1?", "2"), 5, sample, Reward(1.0, "correct", "2"))
-    record = sample_record(episode, ["a", "\ud83d"], torch.tensor([0.123456, math.nan]).tolist(), [-0.5, -1])
+    entropy = torch.tensor([0.123456, math.nan]).tolist()
+    record = sample_record(episode, ["a", "\ud83d"], entropy, [-0.5, -1], group_reward=0.25)
     with MetricsWriter(tmp_path, trackers=[], total_steps=1) as writer:
         writer.write(1, {}, [record])
     (read,) = read_steps(tmp_path / SAMPLES)
     assert read["entropy"] == [0.1235, None] and read["logprob"] == [-0.5, -1]
     assert (read["step"], read["problem_id"], read["reward"], read["outcome"]) == (1, "p7", 1.0, "correct")
+    assert read["group_reward"] == 0.25
     assert read["tokens"] == ["a", "?"]  # half a surrogate pair has no UTF-8
     with pytest.raises(ValueError, match="2 tokens, 1 entropies"):
-        sample_record(episode, ["a", "b"], [0.1], [-0.5, -1])
+        sample_record(episode, ["a", "b"], [0.1], [-0.5, -1], group_reward=math.nan)
 
 
 def test_token_texts_add_up_when_a_character_spans_tokens():
