@@ -287,3 +287,37 @@ def test_a_fault_that_several_ranks_find_is_said_once(tmp_path: Path, capfd) -> 
 
 def test_several_nodes_need_an_address(tmp_path: Path) -> None:
     assert launch(tmp_path, "", "--nodes", "2").wait() == 2
+
+
+TELLING = """
+import os, sys, time
+from megatron_ext import heartbeat
+heartbeat.begin(float(sys.argv[2]) * int(os.environ["RANK"]))  # rank 0 has all the time there is
+heartbeat.enter("update", step=3)
+if os.environ["RANK"] == "0":
+    time.sleep(6)
+    sys.exit(0)
+for _ in range(20):
+    if sys.argv[3] == "gets_on":
+        heartbeat.progress()
+    time.sleep(0.3)
+"""
+
+
+@pytest.mark.parametrize(("hang_s", "how", "code"), [("2", "idles", 77), ("2", "gets_on", 0), ("0", "idles", 0)])
+def test_a_rank_without_progress_ends_the_run_at_its_deadline(
+    hang_s: str, how: str, code: int, tmp_path: Path, capfd
+) -> None:
+    arguments = [str(tmp_path), hang_s, how]
+    process = run_here(tmp_path, TELLING, f"from tools import ranks; ranks.run_ranks('program', {arguments!r}, 2)")
+    assert process.wait(60) == code
+    said = capfd.readouterr().err
+    assert ("rank 1 (process" in said and "in update of step 3 has worked for 2 s without" in said) == (code == 77)
+
+
+def test_a_killed_rank_is_named_with_its_place(tmp_path: Path, capfd) -> None:
+    program = TELLING.replace("    time.sleep(6)\n    sys.exit(0)", "    os.kill(os.getpid(), 9)")
+    arguments = [str(tmp_path), "0", "idles"]
+    process = run_here(tmp_path, program, f"from tools import ranks; ranks.run_ranks('program', {arguments!r}, 2)")
+    assert process.wait(60) == 137
+    assert "ranks: rank 0 was killed by SIGKILL in update of step 3; the others are ended" in capfd.readouterr().err
