@@ -71,17 +71,7 @@ def run_ranks(
     ``master`` is ``host:port`` of node 0, where there are several. Ranks of a single node meet in a file without a
     name, which no other user can open. ``bind``: to the CPUs near each rank's GPU.
     """
-    host, _, port = (master if nodes > 1 else f"127.0.0.1:{free_port()}").rpartition(":")
-    environment = {
-        **os.environ,
-        "WORLD_SIZE": str(nodes * ranks_per_node),
-        "LOCAL_WORLD_SIZE": str(ranks_per_node),
-        "MASTER_ADDR": host,
-        "MASTER_PORT": port,
-    }
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks_per_node)
-    environment.setdefault("OMP_NUM_THREADS", str(threads))
-    environment.setdefault("PYTHONWARNINGS", "ignore::UserWarning,ignore::FutureWarning")  # Megatron's, once per rank
+    environment = _environment(nodes, ranks_per_node, master if nodes > 1 else f"127.0.0.1:{free_port()}")
     command = [sys.executable, "-m", module, *arguments]
     cpus = _cpus(ranks_per_node) if bind else None  # asked before the ranks start: their threads inherit the binding
     first = node * ranks_per_node
@@ -114,6 +104,22 @@ def run_ranks(
                 os.sched_setaffinity(rank.pid, own)
         watchdog = Watchdog(ranks, slots, stacks, first=first, alone=nodes == 1)
         return _Node(ranks, first, received, shared, watchdog).wait()
+
+
+def _environment(nodes: int, ranks_per_node: int, master: str) -> dict[str, str]:
+    """What all ranks of this node have in common."""
+    host, _, port = master.rpartition(":")
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": str(nodes * ranks_per_node),
+        "LOCAL_WORLD_SIZE": str(ranks_per_node),
+        "MASTER_ADDR": host,
+        "MASTER_PORT": port,
+    }
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks_per_node)
+    environment.setdefault("OMP_NUM_THREADS", str(threads))
+    environment.setdefault("PYTHONWARNINGS", "ignore::UserWarning,ignore::FutureWarning")  # Megatron's, once per rank
+    return environment
 
 
 @contextmanager
@@ -215,13 +221,12 @@ class _Node:
         for index in failed:
             code = self.ranks[index].returncode
             if code < 0:
-                how = f"was killed by {signal.Signals(-code).name}"
+                how = f"was killed by {signal.Signals(-code).name}{self.watchdog.place(index)}"
             elif code in SAID_BY_RANKS:
                 continue
             else:
                 how = f"ended with exit code {code}"
-            place = self.watchdog.place(index)
-            print(f"ranks: rank {self.first + index} {how}{place}; the others are ended", file=sys.stderr)
+            print(f"ranks: rank {self.first + index} {how}; the others are ended", file=sys.stderr)
 
     def _resend(self, number: int) -> None:
         """Send at most every RESEND_S seconds: a rank that is still loading does not listen yet."""

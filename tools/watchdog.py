@@ -128,7 +128,10 @@ class Watchdog:
     def _ask_for_stacks(self, ranks: Sequence[_Rank]) -> None:
         for rank in ranks:
             rank.process.send_signal(heartbeat.SIGNAL)
-            rank.process.send_signal(signal.SIGCONT)  # one that is stopped answers before it does anything else
+            if rank.state == "T":  # it must go on to answer
+                rank.process.send_signal(signal.SIGCONT)
+                _wait_for_stacks([rank])
+                rank.process.send_signal(signal.SIGSTOP)
         _wait_for_stacks(ranks)
         for rank in ranks:
             if not rank.num_written:
@@ -160,7 +163,7 @@ def _wait_for_stacks(ranks: Sequence[_Rank]) -> None:
     """Until all have written theirs, and none writes any more, or STACKS_S."""
     end, before = time.monotonic() + STACKS_S, []
     while time.monotonic() < end:
-        time.sleep(0.2)
+        time.sleep(0.05)
         now = [rank.num_written for rank in ranks]
         if all(now) and now == before:
             return

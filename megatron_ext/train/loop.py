@@ -31,16 +31,16 @@ from megatron_ext.rollout.rewards import RewardPool
 from megatron_ext.train import parallel
 from megatron_ext.train.alarms import Alarms
 from megatron_ext.train.checkpoint import Checkpoints, set_rng
-from megatron_ext.train.config import Config, ConfigError, hf_config, with_defaults
+from megatron_ext.train.config import Config, ConfigError, hf_config
 from megatron_ext.train.curriculum import data_order
 from megatron_ext.train.data import load_training_data
 from megatron_ext.train.display import Watch
 from megatron_ext.train.engine import check_engine, create_engine
-from megatron_ext.train.manifest import differing_keys
 from megatron_ext.train.metrics import MetricsWriter, sample_record, token_texts, write_config
 from megatron_ext.train.objective import create_method, optimizers
 from megatron_ext.train.order import DataOrder
 from megatron_ext.train.reference import Reference
+from megatron_ext.train.resume import check_resume
 from megatron_ext.train.rollouts import EncodedProblem, Rollouts
 from megatron_ext.train.start import Start, weights_identity
 from megatron_ext.train.step import Learner
@@ -49,19 +49,6 @@ from megatron_ext.train.together import on_rank_0
 from megatron_ext.train.trained import Trained
 from megatron_ext.types import Episode, TokenStats
 
-FREE = (  # keys a resumed run may change one by one, besides whole sections (see check_resume)
-    *("optimizer.decay_steps", "critic.decay_steps"),  # what follows from them may not: checkpoint.py::_check_schedule
-    *("train.steps", "train.micro_batch_tokens", "train.max_bad_steps", "train.hang_minutes", "name"),
-    *("rollout.batch_size", "rollout.tensor", "rollout.memory_share", "rollout.eager"),
-    "rollout.model_runner",
-    *("model.fused_head", "model.offload_reference", "model.offload_optimizer", "model.recompute"),
-    *("data.strict", "data.max_left_out", "data.skip_unparsable_gold"),
-    *("reward.workers", "reward.deadline_s", "reward.max_timeout_share"),
-)
-FREE_SECTIONS = (
-    *("parallel.", "checkpoint.", "log.", "alarms.", "rollout.servers.", "model.fusions."),
-    *("data.train", "data.curriculum", "data.hub", "model.path", "model.hub", "model.weights"),
-)
 DONE = 0  # exit code: finished
 
 
@@ -288,24 +275,6 @@ def _kernels(config: Config, architecture: Architecture) -> str:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
-
-
-def check_resume(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuse to continue a run whose results would no longer be one run's. Layout, length and speed may change.
-
-    A key that is newer than the checkpoint had its default: that is how a run without the key behaves.
-    """
-    changed = {
-        key: values
-        for key, values in differing_keys(with_defaults(saved), current).items()
-        if not key.startswith(FREE_SECTIONS) and key not in FREE
-    }
-    if changed:
-        lines = [f"  {key}: checkpoint {old!r}, now {new!r}" for key, (old, new) in changed.items()]
-        raise ConfigError(
-            "resume: the configuration differs from the checkpoint's; restore these keys, or start a new run "
-            "with another name\n" + "\n".join(lines)
-        )
 
 
 def _is_asked_to_stop(signals: StopSignals) -> bool:

@@ -10,6 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from tests.train import test_run
 from tools.ranks import free_port
 
@@ -59,11 +61,11 @@ def left_behind(folder: Path) -> list[str]:
 
 
 WAYS = {  # what is said of the rank
-    "stop": r"has been stopped for \d+ s \(SIGSTOP\)",
     "hold_interpreter": r"has not answered for \d+ s: one of its calls lets no other Python thread run",
     "wait_in_kernel": r"has not answered for \d+ s: it waits for a device or a file system",
     "spin": r"has worked for \d+ s without a sign of progress",
     "deaf": r"has worked for \d+ s without a sign of progress",
+    "stop": r"has been stopped for \d+ s \(SIGSTOP\)",  # last: it goes on for a moment, to answer
 }
 
 
@@ -73,6 +75,7 @@ def stacks(rank: int, output: str) -> str:
     return found[1]
 
 
+@pytest.mark.timeout(1800)  # seven runs; on a machine that is busy otherwise each takes minutes
 def test_ranks_that_hang_are_named_and_the_run_goes_on_bitwise(tmp_path: Path) -> None:
     for how, fault in WAYS.items():
         code, output = train(tmp_path, how)
@@ -81,14 +84,15 @@ def test_ranks_that_hang_are_named_and_the_run_goes_on_bitwise(tmp_path: Path) -
         assert len(re.findall(r"has worked|has not answered|has been stopped|has waited", output)) == 1, output
         waits = r"^ranks: rank 0 \(process \d+\) in update of step 3 waits for other ranks"
         assert re.search(waits, output, re.MULTILINE), output
-        assert f"in {how}\n" in stacks(1, output) and " in update\n" in stacks(1, output), output
+        where = "update" if how == "stop" else how  # one that was stopped goes on while it answers
+        assert f" in {where}\n" in stacks(1, output), output
         assert "distributed_c10d.py" in stacks(0, output), output
         assert "Traceback" not in output
         assert left_behind(tmp_path) == []
     (tmp_path / "whole").mkdir()
     for folder, resumed in ((tmp_path, True), (tmp_path / "whole", False)):
         code, output = train(folder)
-        assert code == 0 and bool(re.search(r"resuming after step [12] of 3", output)) == resumed, output
+        assert code == 0 and bool(re.search(r"resuming after step \d of 3", output)) == resumed, output
     assert test_run.metrics(tmp_path) == test_run.metrics(tmp_path / "whole")
     assert test_run.contents(tmp_path, 3) == test_run.contents(tmp_path / "whole", 3)
 
@@ -120,7 +124,7 @@ def test_the_launcher_of_its_node_names_a_rank_and_the_other_nodes_blames_nobody
     first, second = ((tmp_path / f"said{node}").read_text() for node in (0, 1))
     assert codes[1] == 77 and codes[0] not in (0, 75, 77), first + second
     assert re.search(r"^ranks: rank 1 \(process \d+\) in update of step 3 has worked for \d+ s", second, re.MULTILINE)
-    assert "ranks: rank 0 ended with exit code 1 in update of step 3" in first and "ranks: rank 0 (" not in first, first
+    assert "ranks: rank 0 ended with exit code 1;" in first and "ranks: rank 0 (" not in first, first
     assert left_behind(tmp_path) == []
 
 

@@ -321,3 +321,25 @@ def test_a_killed_rank_is_named_with_its_place(tmp_path: Path, capfd) -> None:
     process = run_here(tmp_path, program, f"from tools import ranks; ranks.run_ranks('program', {arguments!r}, 2)")
     assert process.wait(60) == 137
     assert "ranks: rank 0 was killed by SIGKILL in update of step 3; the others are ended" in capfd.readouterr().err
+
+
+WAITING = """
+import os, sys, time
+import torch.distributed as dist
+from megatron_ext import heartbeat
+dist.init_process_group("gloo")
+heartbeat.begin(3)
+heartbeat.enter("update", step=3)
+if os.environ["RANK"] == "0":
+    for _ in range(40):
+        time.sleep(0.2)
+        heartbeat.progress()
+dist.barrier()
+heartbeat.enter(heartbeat.END, step=0)
+"""
+
+
+def test_a_rank_that_waits_for_a_slow_one_is_not_blamed(tmp_path: Path, capfd) -> None:
+    code = f"from tools import ranks; ranks.run_ranks('program', [{str(tmp_path)!r}], 2)"
+    assert run_here(tmp_path, WAITING, code).wait(120) == 0
+    assert "ranks: " not in capfd.readouterr().err

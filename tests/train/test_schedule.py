@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from megatron_ext.train.config import Config, ConfigError
-from megatron_ext.train.loop import check_resume
 from megatron_ext.train.objective import create_method
+from megatron_ext.train.resume import check_resume
 from tests.train import whole_run
 
 RECIPE = "grpo/grpo-tiny-cpu.toml"

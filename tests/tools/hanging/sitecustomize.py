@@ -52,7 +52,7 @@ def deaf() -> None:
 WAYS = {each.__name__: each for each in (spin, hold_interpreter, stop, wait_in_kernel, deaf)}
 
 
-def in_the_update(loop: ModuleType) -> None:
+def in_the_update(loop: Any) -> None:
     real_step, real_update, steps = loop.train_step, loop.Learner.update, []
 
     def train_step(run: Any, watch: Any) -> Any:
@@ -67,7 +67,7 @@ def in_the_update(loop: ModuleType) -> None:
     loop.train_step, loop.Learner.update = train_step, update
 
 
-def alone_in_a_collective(loop: ModuleType) -> None:
+def alone_in_a_collective(loop: Any) -> None:
     """Rank 0 waits in a collective that rank 1 never enters."""
     import torch.distributed as dist
 
@@ -83,7 +83,7 @@ def alone_in_a_collective(loop: ModuleType) -> None:
     loop.train_step = train_step
 
 
-def slow_to_score(loop: ModuleType) -> None:
+def slow_to_score(loop: Any) -> None:
     real = loop.RewardPool.score
 
     def score(pool: Any, answers: Any) -> Any:
@@ -94,11 +94,11 @@ def slow_to_score(loop: ModuleType) -> None:
     loop.RewardPool.score = score
 
 
-def shorter(heartbeat: ModuleType) -> None:
+def shorter(heartbeat: Any) -> None:
     heartbeat.SILENCE_S = SILENCE_S
 
 
-def sooner(watchdog: ModuleType) -> None:
+def sooner(watchdog: Any) -> None:
     watchdog.STOPPED_S = SILENCE_S
 
 

@@ -1,0 +1,40 @@
+"""What of a run's configuration may change between two of its starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_ext.train.config import ConfigError, with_defaults
+from megatron_ext.train.manifest import differing_keys
+
+FREE = (  # keys a resumed run may change one by one, besides whole sections
+    *("optimizer.decay_steps", "critic.decay_steps"),  # what follows from them may not: checkpoint.py::_check_schedule
+    *("train.steps", "train.micro_batch_tokens", "train.max_bad_steps", "train.hang_minutes", "name"),
+    *("rollout.batch_size", "rollout.tensor", "rollout.memory_share", "rollout.eager"),
+    "rollout.model_runner",
+    *("model.fused_head", "model.offload_reference", "model.offload_optimizer", "model.recompute"),
+    *("data.strict", "data.max_left_out", "data.skip_unparsable_gold"),
+    *("reward.workers", "reward.deadline_s", "reward.max_timeout_share"),
+)
+FREE_SECTIONS = (
+    *("parallel.", "checkpoint.", "log.", "alarms.", "rollout.servers.", "model.fusions."),
+    *("data.train", "data.curriculum", "data.hub", "model.path", "model.hub", "model.weights"),
+)
+
+
+def check_resume(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Refuse to continue a run whose results would no longer be one run's. Layout, length and speed may change.
+
+    A key that is newer than the checkpoint had its default: that is how a run without the key behaves.
+    """
+    changed = {
+        key: values
+        for key, values in differing_keys(with_defaults(saved), current).items()
+        if not key.startswith(FREE_SECTIONS) and key not in FREE
+    }
+    if changed:
+        lines = [f"  {key}: checkpoint {old!r}, now {new!r}" for key, (old, new) in changed.items()]
+        raise ConfigError(
+            "resume: the configuration differs from the checkpoint's; restore these keys, or start a new run "
+            "with another name\n" + "\n".join(lines)
+        )
