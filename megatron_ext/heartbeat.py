@@ -72,8 +72,9 @@ class Slots:
 
     def read(self, local_rank: int) -> Pulse:
         beats, waits = _BEAT.unpack_from(self._map, local_rank * _SIZE)
-        *numbers, phase = _PLACE.unpack_from(self._map, local_rank * _SIZE + _PLACE_AT)
-        return Pulse(beats, bool(waits), *numbers, phase.rstrip(b"\0").decode(errors="replace"))
+        progress, silence_s, deadline_s, step, phase = _PLACE.unpack_from(self._map, local_rank * _SIZE + _PLACE_AT)
+        name = phase.rstrip(b"\0").decode(errors="replace")
+        return Pulse(beats, bool(waits), progress, silence_s, deadline_s, step, name)
 
     def ask(self, local_rank: int) -> None:
         """For its stacks, which it writes within a beat, if its thread runs."""

@@ -75,7 +75,7 @@ def alone_in_a_collective(loop: Any) -> None:
 
     def train_step(run: Any, watch: Any) -> Any:
         if run.step + 1 == int(os.environ["HANG_STEP"]):
-            group = dist.new_group(backend="gloo")
+            group: Any = dist.new_group(backend="gloo")
             if dist.get_rank() == 0:
                 dist.barrier(group)
         return real(run, watch)
