@@ -211,6 +211,7 @@ class _Node:
                 self._end()
                 return HUNG
             time.sleep(_POLL_S)
+        self._name([index for index, rank in enumerate(self.ranks) if rank.returncode not in (0, REQUEUE)])
         return max(self._code(index) for index in range(len(self.ranks)))
 
     def _code(self, index: int) -> int:
@@ -226,7 +227,8 @@ class _Node:
                 continue
             else:
                 how = f"ended with exit code {code}"
-            print(f"ranks: rank {self.first + index} {how}; the others are ended", file=sys.stderr)
+            others = "; the others are ended" if len(self.ranks) > 1 else ""
+            print(f"ranks: rank {self.first + index} {how}{others}", file=sys.stderr)
 
     def _resend(self, number: int) -> None:
         """Send at most every RESEND_S seconds: a rank that is still loading does not listen yet."""

@@ -124,7 +124,7 @@ def test_the_launcher_of_its_node_names_a_rank_and_the_other_nodes_blames_nobody
     first, second = ((tmp_path / f"said{node}").read_text() for node in (0, 1))
     assert codes[1] == 77 and codes[0] not in (0, 75, 77), first + second
     assert re.search(r"^ranks: rank 1 \(process \d+\) in update of step 3 has worked for \d+ s", second, re.MULTILINE)
-    assert "ranks: rank 0 ended with exit code 1;" in first and "ranks: rank 0 (" not in first, first
+    assert "ranks: rank 0 ended with exit code 1\n" in first and "ranks: rank 0 (" not in first, first
     assert left_behind(tmp_path) == []
 
 

@@ -343,3 +343,9 @@ def test_a_rank_that_waits_for_a_slow_one_is_not_blamed(tmp_path: Path, capfd) -
     code = f"from tools import ranks; ranks.run_ranks('program', [{str(tmp_path)!r}], 2)"
     assert run_here(tmp_path, WAITING, code).wait(120) == 0
     assert "ranks: " not in capfd.readouterr().err
+
+
+def test_the_only_rank_of_a_node_is_named_too(tmp_path: Path, capfd) -> None:
+    code = f"from tools import ranks; ranks.run_ranks('program', [{str(tmp_path)!r}], 1)"
+    assert run_here(tmp_path, "import os; os.kill(os.getpid(), 9)", code).wait(60) == 137
+    assert capfd.readouterr().err == "ranks: rank 0 was killed by SIGKILL\n"
