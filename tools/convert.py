@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
             size = to_hf(options.checkpoint, options.out, source=options.model, shard_bytes=options.max_shard_size)
         else:
             size = from_hf(options.model, options.out)
-    except (ConfigError, CheckpointError, ValueError) as error:
+    except (ConfigError, CheckpointError, ValueError, OSError) as error:
         print(f"convert: {error}", file=sys.stderr)
         return 2
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
