@@ -166,8 +166,8 @@ def num_bytes(text: str) -> int:
 
 
 def _refuse_to_overwrite(out: Path) -> None:
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out}: exists and is not empty; remove it or give another directory")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"{out}: exists and is not empty, or no directory; remove it or give another directory")
 
 
 if __name__ == "__main__":
