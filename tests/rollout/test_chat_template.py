@@ -51,7 +51,7 @@ def test_prompts_are_rendered_as_transformers_does(template: str | None, tokeniz
         ("{{ 'x' | center(10**10) }}", 0, "MemoryError"),
         ("{{ 'x' * 10**5 }}", 0, "a prompt of 4 characters becomes 100000, expected at most 32784"),
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", 0, "s of computing"),
-        ("{{ 10**10**9 }}", 0, "s of computing"),
+        ("{{ 10**(10**9) }}", 0, "s of computing"),
         ("{% for %}", 0, "TemplateSyntaxError"),
         ("{% if messages[0].content == 'last' %}{{ raise_exception('no') }}{% endif %}", 2, "TemplateError: no"),
         ("{{ ().__class__.__bases__[0].__subclasses__() }}", 0, "SecurityError"),
