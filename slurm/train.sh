@@ -26,6 +26,21 @@ show() {
     echo
 }
 
+fail() { # what nothing can come of is found here, not by every node after a wait in the queue
+    echo "configuration error: $1" >&2
+    exit 2
+}
+for argument in "$@"; do
+    case "$argument" in
+    --dry-run | --print-config | [a-z]*=*) ;;
+    *) fail "argument '$argument': expected key=value (train.steps=50) or --dry-run; sbatch's own options go before the script" ;;
+    esac
+done
+[[ "${RANKS_PER_NODE:-1}" =~ ^[1-9][0-9]*$ ]] || fail "RANKS_PER_NODE: found '$RANKS_PER_NODE', expected a number above 0"
+if [[ -z "$CONTAINER_IMAGE" ]]; then # which may have the recipe somewhere else
+    (cd "$PROJECT_DIR" && [[ -f "$recipe" ]]) || fail "no such recipe: $recipe, looked for from $PROJECT_DIR"
+fi
+
 if [[ -z "${SLURM_JOB_ID:-}" ]]; then
     submit=(sbatch "${SBATCH_OPTIONS[@]}" "$script" "$@")
     [[ -n "${DRY_RUN:-}" ]] || exec "${submit[@]}"

@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
             size = to_hf(options.checkpoint, options.out, source=options.model, shard_bytes=options.max_shard_size)
         else:
             size = from_hf(options.model, options.out)
-    except (ConfigError, CheckpointError, ValueError) as error:
+    except (ConfigError, CheckpointError, ValueError, OSError) as error:
         print(f"convert: {error}", file=sys.stderr)
         return 2
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -166,8 +166,8 @@ def num_bytes(text: str) -> int:
 
 
 def _refuse_to_overwrite(out: Path) -> None:
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out}: exists and is not empty; remove it or give another directory")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"{out}: exists and is not empty, or no directory; remove it or give another directory")
 
 
 if __name__ == "__main__":

@@ -59,10 +59,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("recipes", nargs="*", help="default: every full-size recipe")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
+    recipes = options.recipes or full_size_recipes()
+    if not recipes:
+        print(
+            f"configuration error\nno full-size recipe (*/*-NnMg.toml) below {RECIPES}; name recipes, or run this in a "
+            "checkout of the repository",
+            file=sys.stderr,
+        )
+        return CONFIGURATION
     found, code, recipe = [], RIGHT, ""
     try:
         with Shards() as shards:
-            for recipe in options.recipes or full_size_recipes():
+            for recipe in recipes:
                 plan, checks = inspect(read_valid(recipe), shards)
                 wrong = [str(check) for check in checks if not check.right]
                 code = WRONG if wrong else code

@@ -1,6 +1,7 @@
-"""Evaluate a Hugging Face model directory on a file of verifiable problems: avg@n, pass@k, maj@n with intervals.
+"""Evaluate Hugging Face model directories on a file of verifiable problems: avg@n, pass@k, maj@n with intervals.
 
     python -m tools.evaluate MODEL --data eval.jsonl --samples 8 --out runs/siren/evaluation.json --label after
+    python -m tools.evaluate BASE RUN_1/hf RUN_2/hf --data eval.jsonl        side by side, differences to the first
 
 The output file maps labels to evaluations, so that one file holds ``before`` and ``after``; writing a label
 leaves the others. Each evaluation keeps n and c per problem, with which tools/compare_runs.py pairs two of
@@ -16,7 +17,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from importlib.metadata import version
@@ -25,22 +26,26 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from pydantic import ValidationError
+from rich import markup
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from megatron_ext.evaluation import CONFIDENCE, bootstrap, majority, per_problem
-from megatron_ext.train.config import ConfigError, RolloutConfig, hf_config
+from megatron_ext.evaluation import CONFIDENCE, bootstrap, differences, majority, per_problem
+from megatron_ext.train.config import ConfigError, DataConfig, RolloutConfig, hf_config
+from tools.arguments import output_file, whole_number, whole_numbers
 
 if TYPE_CHECKING:
     from megatron_ext.rollout.base import Request, Sampling
     from megatron_ext.types import Problem, Reward, Sample
 
 JUDGED_AT_ONCE = 1024
+MAX_LEFT_OUT = DataConfig().max_left_out
 VOTING = ("correct", "wrong")  # other outcomes have no readable answer to the question asked
 OTHER_NAMES = {
     "data.train": "--data",
     "data.max_prompt_tokens": "--max-prompt-tokens",
+    "data.max_left_out": "--max-left-out",
     "model.path": "MODEL",
     "rollout.": "--",
 }
@@ -70,6 +75,7 @@ class Settings:
     top_p: float = 1.0
     max_prompt_tokens: int = 4096
     max_response_tokens: int = 1024
+    max_left_out: float = MAX_LEFT_OUT  # share of the data's rows that may have a fault
     prompt_suffix: str = ""
     seed: int = 0
     limit: int | None = None  # only the first problems of the file
@@ -82,6 +88,8 @@ class Settings:
             raise ConfigError(f"--limit: expected at least 1, found {self.limit}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"--top-p: expected a share in (0, 1], found {self.top_p}")
+        if not 0 <= self.max_left_out <= 1:
+            raise ConfigError(f"--max-left-out: expected a share from 0 to 1, found {self.max_left_out}")
         if not 0 <= self.temperature <= 100:
             raise ConfigError(f"--temperature: expected 0 (greedy) to 100, found {self.temperature}")
         if self.temperature == 0 and self.samples > 1:
@@ -124,7 +132,7 @@ def evaluate(
     check_engine(rollout)
     console = console or Console(quiet=True)
     with RewardPool(workers) as pool:
-        problems, report = load_problems(data, score=pool.score)
+        problems, report = load_problems(data, score=pool.score, max_left_out=settings.max_left_out)
         console.print(report.summary(), markup=False, highlight=False)
         engine = create_engine(
             model,
@@ -314,14 +322,58 @@ def table(evaluation: dict[str, Any]) -> Table:
 
 def _rollout(options: argparse.Namespace) -> RolloutConfig:
     """Raises ConfigError."""
-    names = ("engine", "tensor", "memory_share", "eager", "batch_size")
+    of_vllm = ("tensor", "memory_share", "eager")
+    default = {"tensor": 1, "memory_share": 0.9, "eager": False}
+    given = {name: getattr(options, name) for name in of_vllm if getattr(options, name) is not None}
     try:
-        return RolloutConfig.model_validate({name: getattr(options, name) for name in names})
+        rollout = RolloutConfig.model_validate(
+            {"engine": options.engine, "batch_size": options.batch_size, **default, **given}
+        )
     except ValidationError as error:
         faults = [(str(each["loc"][0]).replace("_", "-"), each) for each in error.errors()]
         raise ConfigError(
             "\n".join(f"--{name}: {each['msg']}, found {each['input']!r}" for name, each in faults)
         ) from None
+    if given and options.engine != "vllm":
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"{names}: only vLLM's engine has this, found --engine {options.engine}; add --engine vllm")
+    return rollout
+
+
+def _labels(models: Sequence[Path], given: Sequence[str]) -> list[str]:
+    """One for each model: those given, or the folders' names. Raises ConfigError for too few, or one of two models."""
+    labels = list(given)
+    if not labels:
+        names = [model.resolve().name for model in models]
+        unique = len(set(names)) == len(names)
+        labels = ["evaluation"] if len(models) == 1 else names if unique else [str(model) for model in models]
+    if len(labels) != len(models) or len(set(labels)) < len(labels):
+        raise ConfigError(
+            f"--label: found {', '.join(labels)} for {len(models)} models, expected a different one for each, in their "
+            "order: --label before --label after"
+        )
+    return labels
+
+
+def side_by_side(evaluations: Mapping[str, dict[str, Any]]) -> list[Table]:
+    """The metrics of several models, and the paired differences to the first; evaluations of the same problems."""
+    first, *others = evaluations
+    values = Table(title="mean and 95 % interval", title_justify="left")
+    values.add_column("metric")
+    for label in evaluations:
+        values.add_column(markup.escape(label), justify="right", overflow="fold")
+    for name in evaluations[first]["metrics"]:
+        found = [each["metrics"][name] for each in evaluations.values()]
+        values.add_row(name, *(f"{v['mean']:.1%} ({v['low']:.1%} .. {v['high']:.1%})" for v in found))
+    pairs = [differences(evaluations[first], evaluations[label]) for label in others]
+    changes = Table(title=f"difference to {markup.escape(first)}, points, the same problems", title_justify="left")
+    changes.add_column("metric")
+    for label in others:
+        changes.add_column(markup.escape(label), justify="right", overflow="fold")
+    for name in evaluations[first]["metrics"]:
+        ends = [[100 * x for x in (d[name].interval.mean, d[name].interval.low, d[name].interval.high)] for d in pairs]
+        changes.add_row(name, *(f"{mean:+.1f} ({low:+.1f} .. {high:+.1f})" for mean, low, high in ends))
+    return [values, changes]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -333,16 +385,18 @@ def main(arguments: list[str] | None = None) -> int:
         values = {name: getattr(options, name) for name in Settings.__dataclass_fields__}
         if options.out is not None and options.out.exists():
             load_evaluations(options.out)  # a file that cannot be extended is found now, not after the evaluation
-        evaluation = evaluate(
-            options.model,
-            options.data,
-            Settings(**values),
-            rollout=_rollout(options),
-            workers=options.workers,
-            console=console,
-        )
-        if options.out is not None:
-            save_evaluation(options.out, options.label, evaluation)
+        settings, rollout, labels = Settings(**values), _rollout(options), _labels(options.models, options.labels)
+        for model in options.models:
+            hf_config(model)  # the last of them is not missed after hours of the first
+        evaluations = {}
+        for label, model in zip(labels, options.models, strict=True):
+            if len(labels) > 1:
+                console.print(f"{label}: {model}", markup=False, highlight=False)
+            evaluations[label] = evaluate(
+                model, options.data, settings, rollout=rollout, workers=options.workers, console=console
+            )
+            if options.out is not None:
+                save_evaluation(options.out, label, evaluations[label])
     except ConfigError as error:
         message = str(error)
         for name, here in OTHER_NAMES.items():
@@ -352,7 +406,9 @@ def main(arguments: list[str] | None = None) -> int:
     except VerifierError as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 3
-    console.print(table(evaluation))
+    tables = side_by_side(evaluations) if len(evaluations) > 1 else map(table, evaluations.values())
+    for each in tables:
+        console.print(each)
     return 0
 
 
@@ -375,16 +431,17 @@ def _parser() -> argparse.ArgumentParser:
     default = Settings()
     parser = argparse.ArgumentParser(prog="python -m tools.evaluate", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("model", type=Path, metavar="MODEL", help="directory with config.json, safetensors and tokenizer")
+    add("models", type=Path, metavar="MODEL", nargs="+", help="directory with config.json, safetensors and tokenizer")
     add("--data", type=Path, required=True, help="JSON Lines: prompt, answer [, id, verifier, numbers, kind]")
     add("--samples", type=int, default=default.samples, help="responses per problem (%(default)s)")
-    add("--k", dest="ks", type=_integers, default=(), help="pass@k to report, such as 1,2,4 (powers of two)")
+    add("--k", dest="ks", type=whole_numbers, default=(), help="pass@k to report, such as 1,2,4 (powers of two)")
     add("--temperature", type=float, default=default.temperature, help="0 is greedy (%(default)s)")
     add("--top-p", type=float, default=default.top_p, help="(%(default)s)")
     add("--max-prompt-tokens", type=int, default=default.max_prompt_tokens, help="longer are left out (%(default)s)")
     add("--max-response-tokens", type=int, default=default.max_response_tokens, help="(%(default)s)")
+    add("--max-left-out", type=float, default=default.max_left_out, help="share of faulty rows that may (%(default)s)")
     add("--prompt-suffix", default="", help="text after every prompt, as in the recipe")
-    add("--seed", type=int, default=default.seed, help="(%(default)s)")
+    add("--seed", type=whole_number(0), default=default.seed, help="(%(default)s)")
     add("--limit", type=int, help="only the first problems of the file")
     engine = RolloutConfig()
     add(
@@ -394,17 +451,19 @@ def _parser() -> argparse.ArgumentParser:
         help="what samples: transformers or vLLM (%(default)s)",
     )
     add("--batch-size", type=int, default=engine.batch_size, help="responses decoded at once (%(default)s)")
-    add("--tensor", type=int, default=1, help="GPUs that share the weights of a vLLM engine (%(default)s)")
-    add("--memory-share", type=float, default=0.9, help="of each GPU's memory, for vLLM (%(default)s)")
-    add("--eager", action="store_true", help="vLLM without compilation: starts at once, generates slower")
-    add("--workers", type=int, default=0, help="processes that judge; 0: one per core, at most 16")
-    add("--out", type=Path, help="JSON file to add the evaluation to")
-    add("--label", default="evaluation", help="its name in the file, such as before or after (%(default)s)")
+    add("--tensor", type=int, help="GPUs that share the weights of a vLLM engine (1)")
+    add("--memory-share", type=float, help="of each GPU's memory, for vLLM (0.9)")
+    add("--eager", action="store_true", default=None, help="vLLM without compilation: starts at once, generates slower")
+    add("--workers", type=whole_number(0), default=0, help="processes that judge; 0: one per core, at most 16")
+    add("--out", type=output_file, help="JSON file to add the evaluation to")
+    add(
+        "--label",
+        dest="labels",
+        action="append",
+        default=[],
+        help="its name in the file, such as before or after (evaluation; of several models their folders' names)",
+    )
     return parser
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
 
 
 if __name__ == "__main__":

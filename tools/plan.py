@@ -24,6 +24,7 @@ from megatron_ext.plan.layout import Plan, make_plan, nearest_fit
 from megatron_ext.plan.memory import PHASES, RECOMPUTE, Roles
 from megatron_ext.plan.speed import RATES, Lengths, Rates, default_lengths
 from megatron_ext.train.config import Config, ConfigError, layout_faults, read_config
+from tools.arguments import number, output_file
 from tools.plan_chart import memory_chart
 
 FITS, DOES_NOT_FIT, CONFIGURATION = 0, 1, 2
@@ -35,11 +36,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = read_valid(options.recipe, options.overrides)
         roles = method_roles(config)
+        lengths = _lengths(options, config)
     except ConfigError as error:
         print(f"configuration error\n{error}", file=sys.stderr)
         return CONFIGURATION
-    rates, lengths = _rates(options), default_lengths(config)
-    lengths = Lengths(options.mean_prompt or lengths.prompt, options.mean_response or lengths.response)
+    rates = _rates(options)
     total = options.memory_gb * GB if options.memory_gb else TOTAL_BYTES[options.gpu]
     plan = make_plan(config, roles, rates=rates, gpu_memory=total, lengths=lengths)
     nearest = None if plan.fits else nearest_fit(plan, rates=rates, lengths=lengths)
@@ -148,6 +149,16 @@ def _rates(options: argparse.Namespace) -> Rates:
     return replace(RATES[options.gpu], **{name: value for name, value in given.items() if value is not None})
 
 
+def _lengths(options: argparse.Namespace, config: Config) -> Lengths:
+    """Raises ConfigError for a mean above the limit."""
+    most = {"prompt": config.data.max_prompt_tokens, "response": config.rollout.max_response_tokens}
+    given = {kind: getattr(options, f"mean_{kind}") for kind in most}
+    for kind, value in given.items():
+        if value is not None and value > most[kind]:
+            raise ConfigError(f"--mean-{kind}: found {value:g} tokens, expected at most the recipe's {most[kind]}")
+    return replace(default_lengths(config), **{kind: value for kind, value in given.items() if value is not None})
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -156,17 +167,17 @@ def _parser() -> argparse.ArgumentParser:
     add("recipe", help="a TOML file under recipes/")
     add("overrides", nargs="*", metavar="key=value", help="for example parallel.tensor=4")
     add("--json", action="store_true", help="print JSON")
-    add("--svg", type=Path, metavar="FILE", help="write the memory as a bar chart")
-    add("--gpu", choices=sorted(RATES), default="h100", help="whose total memory and data sheet (default h100)")
-    add("--memory-gb", type=float, help="total memory of one GPU as torch reports it (default: that of --gpu)")
-    add("--flops", type=float, help="peak bf16 operations a second")
-    add("--bandwidth", type=float, help="memory bandwidth, bytes a second")
-    add("--network", type=float, help="bytes a second a direction between nodes, per GPU")
-    add("--mfu", type=float, help="share of the peak that training a dense model reaches")
-    add("--mfu-experts", type=float, help="the same with a mixture of experts")
-    add("--decode", type=float, help="share of the memory bandwidth that decoding reaches")
-    add("--mean-prompt", type=float, help="tokens of a mean prompt")
-    add("--mean-response", type=float, help="tokens of a mean response (default half of the limit)")
+    add("--svg", type=output_file, metavar="FILE", help="write the memory as a bar chart")
+    add("--gpu", choices=list(RATES), default="h100", help="whose total memory and data sheet (default h100)")
+    add("--memory-gb", type=number(), help="total memory of one GPU as torch reports it (default: that of --gpu)")
+    add("--flops", type=number(), help="peak bf16 operations a second")
+    add("--bandwidth", type=number(), help="memory bandwidth, bytes a second")
+    add("--network", type=number(), help="bytes a second a direction between nodes, per GPU")
+    add("--mfu", type=number(at_most=1), help="share of the peak that training a dense model reaches")
+    add("--mfu-experts", type=number(at_most=1), help="the same with a mixture of experts")
+    add("--decode", type=number(at_most=1), help="share of the memory bandwidth that decoding reaches")
+    add("--mean-prompt", type=number(), help="tokens of a mean prompt")
+    add("--mean-response", type=number(), help="tokens of a mean response (default half of the limit)")
     return parser
 
 

@@ -10,9 +10,8 @@
 V_t is the critic's value where response token t is predicted, before the step's first update; v its value as it is
 updated, on the policy's mini-batches and before the policy. mean and var run over the valid tokens of the whole step
 and all ranks, N over those of the mini-batch: no split or layout changes the result. ``normalise = false`` leaves the
-whitening out. In the first ``critic_only_steps`` steps the policy is not updated; the steps begun are in the
-checkpoint. Groups play no part. The paper's rewards are +-1. Overlong shaping (clip_higher.py) is an option here too.
-
+whitening out. The policy sits out the first ``critic_only_steps`` steps. Groups play no part. The paper's rewards are
++-1. Overlong shaping (clip_higher.py) is an option here too.
 Differs from the authors' code (verl): there the loss of a micro-batch is the mean over its own tokens.
 """
 
@@ -65,8 +64,8 @@ class PPO(ClipHigher):
         if self.normalise:
             mean, variance = mean_and_variance(advantage, batch.mask, reduce)
             advantage = (advantage - mean) / math.sqrt(variance + 1e-8)
-        advantage = torch.where(batch.mask, advantage, 0.0)
-        return replace(batch, advantage=advantage.to(batch.old_value.dtype), returns=returns.to(batch.old_value.dtype))
+        advantage, dtype = torch.where(batch.mask, advantage, 0.0), batch.old_value.dtype
+        return replace(batch, advantage=advantage.to(dtype), returns=returns.to(dtype))
 
     def observe(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
         assert batch.old_value is not None and batch.returns is not None
@@ -108,8 +107,7 @@ def gae(reward_B: Tensor, value: Tensor, sequence: Tensor, *, gamma: float, lam:
     for back in range(1, int(length.max()) + 1 if len(length) else 0):
         row = torch.nonzero(length >= back)[:, 0]
         at = end[row] - back
-        reward = reward_B[row].double() if back == 1 else 0.0
-        own = value[at].double()
+        reward, own = reward_B[row].double() if back == 1 else 0.0, value[at].double()
         ahead[row] = reward + gamma * ahead_value[row] - own + gamma * lam * ahead[row]
         ahead_value[row] = own
         advantage[at] = ahead[row]
@@ -118,6 +116,5 @@ def gae(reward_B: Tensor, value: Tensor, sequence: Tensor, *, gamma: float, lam:
 
 def mean_and_variance(value: Tensor, mask: Tensor, reduce: Reducer) -> tuple[float, float]:
     """Over the masked tokens of all ranks, ddof 1; variance 0 where there are fewer than two."""
-    mean = token_mean(value, mask, reduce)
-    count = num_selected(mask, reduce)
+    mean, count = token_mean(value, mask, reduce), num_selected(mask, reduce)
     return mean, token_mean((value.double() - mean) ** 2, mask, reduce) * count / max(count - 1, 1)

@@ -6,6 +6,10 @@ Taken from out-of-memory reports, the lowest seen of each kind:
     h100  79.11 GiB, H100 80GB HBM3 (vLLM issue 27508; 79.14 to 79.19 with other drivers; nvidia-smi says 81,559 MiB)
     a800  79.33 GiB, A800 80GB (Kimi-VL issue 51, PB-LLM issue 3; nvidia-smi says 81,920 MiB)
     h200  139.72 GiB, H200 141GB (139.72 to 139.81 in public logs)
+    a100  79.15 GiB, A100 80GB (MiniCPM-V issue 338; up to 79.25 in OOTDiffusion issue 235)
+    h20   95.00 GiB, H20 96GB (DiffSynth-Studio issue 1238)
+    b200  178.35 GiB, B200 180GB (178.35 and 178.36 in public logs)
+    h800  not found: assumed to be the h100's, which has the same 80 GB of HBM3
 
 Nothing here was measured with this repository. A measured number replaces its constant and changes nothing else.
 """
@@ -16,7 +20,15 @@ from megatron_ext.model.hf_config import Architecture
 from megatron_ext.train.config import Config
 
 GIB = 2**30
-TOTAL_BYTES = {"h100": 79.11 * GIB, "a800": 79.33 * GIB, "h200": 139.72 * GIB}
+TOTAL_BYTES = {
+    "a100": 79.15 * GIB,
+    "a800": 79.33 * GIB,
+    "h20": 95.00 * GIB,
+    "h100": 79.11 * GIB,
+    "h800": 79.11 * GIB,
+    "h200": 139.72 * GIB,
+    "b200": 178.35 * GIB,
+}
 MARGIN = 3e9  # what a plan leaves free, for what is assumed here
 CONTEXT = 1.3 * GIB  # assumed: context, modules and workspaces of a process; vLLM pull request 11743 logs 1.27 GiB
 PAIR, LARGER = 544 * 2**20, 688 * 2**20  # of a communicator of two, of more ranks: 4 A100, NVLink (NCCL issue 964)

@@ -40,10 +40,16 @@ COMMON = (
     "mfu .40: Megatron-Core reports up to .47 on H100; mfu_experts .20, decode .5, host link 20 GB/s, launch .8 ms a "
     "layer (embedded engine; a tenth under vLLM's CUDA graphs): assumed, replace them by a run's metrics"
 )
+_NIC_200, _NIC_400 = "one 200 Gb/s NIC per GPU (DGX A100)", "one 400 Gb/s NIC per GPU (DGX H100, B200)"
+# NVIDIA's data sheets of the SXM modules; dense bf16, half of what they give with sparsity; NVLink's total halved
 RATES = {
-    "h100": Rates(989e12, 3.35e12, 450e9, 50e9, source=f"H100 SXM data sheet, one 400 Gb/s NIC per GPU; {COMMON}"),
-    "a800": Rates(312e12, 2.04e12, 200e9, 25e9, source=f"A800 SXM data sheet, one 200 Gb/s NIC per GPU; {COMMON}"),
-    "h200": Rates(989e12, 4.8e12, 450e9, 50e9, source=f"H200 SXM data sheet, one 400 Gb/s NIC per GPU; {COMMON}"),
+    "a100": Rates(312e12, 2.039e12, 300e9, 25e9, source=f"A100 80GB SXM data sheet, {_NIC_200}; {COMMON}"),
+    "a800": Rates(312e12, 2.04e12, 200e9, 25e9, source=f"A800 SXM data sheet, {_NIC_200}; {COMMON}"),
+    "h20": Rates(148e12, 4.0e12, 450e9, 50e9, source=f"H20 data sheet, {_NIC_400}; {COMMON}"),
+    "h100": Rates(989e12, 3.35e12, 450e9, 50e9, source=f"H100 SXM data sheet, {_NIC_400}; {COMMON}"),
+    "h800": Rates(989e12, 3.35e12, 200e9, 50e9, source=f"H800 SXM data sheet, {_NIC_400}; {COMMON}"),
+    "h200": Rates(989e12, 4.8e12, 450e9, 50e9, source=f"H200 SXM data sheet, {_NIC_400}; {COMMON}"),
+    "b200": Rates(2250e12, 8.0e12, 900e9, 50e9, source=f"HGX and DGX B200 data sheets, {_NIC_400}; {COMMON}"),
 }
 
 

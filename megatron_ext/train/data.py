@@ -18,12 +18,13 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_ext.files import read_lines
+from megatron_ext.rollout.chat_template import TemplateError, render
 from megatron_ext.rollout.verify import VERIFIERS, Outcome
 from megatron_ext.train.config import Config, ConfigError, DataConfig
 from megatron_ext.types import Problem, Reward
@@ -124,22 +125,28 @@ def load_problems(
     return kept, report
 
 
-def encode_prompt(tokenizer: Any, problem: Problem, prompt_suffix: str = "") -> tuple[int, ...]:
-    """Token ids of the prompt: a user turn of the chat template and the opening of the answer, else plain text.
+def encode_prompts(
+    tokenizer: Any, problems: Sequence[Problem], prompt_suffix: str = ""
+) -> Iterator[tuple[Problem, tuple[int, ...]]]:
+    """The problems with the token ids of their prompts.
 
-    Raises ``ConfigError`` when the template does not take it.
+    A user turn of the chat template and the opening of the answer, else plain text. Raises ``ConfigError`` when the
+    template does not take one of them.
     """
-    text = problem.prompt + prompt_suffix
+    texts = [problem.prompt + prompt_suffix for problem in problems]
     if not getattr(tokenizer, "chat_template", None):
-        return tuple(tokenizer.encode(text))
-    turns = [{"role": "user", "content": text}]
+        for problem, text in zip(problems, texts, strict=True):
+            yield problem, tuple(tokenizer.encode(text))
+        return
     try:
-        return tuple(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False))
-    except Exception as error:  # the template is a program: it may raise anything
+        rendered = render(tokenizer, texts)
+    except TemplateError as error:
         raise ConfigError(
-            f"model.path: the model's chat template cannot be applied to problem {problem.problem_id}: "
-            f"{type(error).__name__}: {error}; take the model's own tokenizer files"
+            f"model.path: the model's chat template cannot be applied to problem "
+            f"{problems[error.prompt].problem_id}: {error}; take the model's own tokenizer files"
         ) from error
+    for problem, text in zip(problems, rendered, strict=True):
+        yield problem, tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
 def encode_problems(
@@ -154,7 +161,7 @@ def encode_problems(
 
     Raises ``ConfigError`` for an overlong prompt when ``strict``, and when no problem is left.
     """
-    encoded = [(problem, encode_prompt(tokenizer, problem, prompt_suffix)) for problem in problems]
+    encoded = list(encode_prompts(tokenizer, problems, prompt_suffix))
     kept = [(problem, ids) for problem, ids in encoded if len(ids) <= max_prompt_tokens]
     expected = f"tokens, expected at most data.max_prompt_tokens = {max_prompt_tokens}"
     faults = tuple(

@@ -62,6 +62,7 @@ PAPER: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_defaults_are_the_papers_over_the_whole_mini_batch(name: str) -> None:
+    assert name in PAPER, f"{name} is new: add the paper's values of its options to PAPER, above in this file"
     method = methods.create({"name": name})
     assert {option: getattr(method, option) for option in PAPER[name]} == PAPER[name]
     assert getattr(method, "scope", "mini_batch") == "mini_batch"
@@ -71,14 +72,22 @@ def test_the_defaults_are_the_papers_over_the_whole_mini_batch(name: str) -> Non
 def test_a_page_names_its_paper_and_is_a_page(name: str) -> None:
     module = inspect.getmodule(METHODS[name])
     assert module is not None and module.__doc__ is not None
-    assert re.search(r"arXiv \d{4}\.\d{5}", module.__doc__)
+    assert re.search(r"arXiv \d{4}\.\d{5}", module.__doc__), f"{name}: cite its paper in {module.__file__}'s docstring"
     assert len(inspect.getsource(module).splitlines()) <= 120
 
 
 def test_every_method_is_tested_and_has_a_recipe_of_its_own() -> None:
-    assert {options["name"] for options in OPTIONS.values()} == set(METHODS)
+    new = set(METHODS) - {options["name"] for options in OPTIONS.values()}
+    assert not new, (
+        f"{sorted(new)}: add options to OPTIONS in tests/methods/cases.py at which each of its branches acts"
+    )
+    assert {options["name"] for options in OPTIONS.values()} <= set(METHODS), (
+        "OPTIONS has a method that METHODS has not"
+    )
     for name in METHODS:
-        recipe = tomllib.loads((RECIPES / name / f"{name}-tiny-cpu.toml").read_text())
+        path = RECIPES / name / f"{name}-tiny-cpu.toml"
+        assert path.is_file(), f"{name} has no {path}: write it, as short as recipes/grpo/grpo-tiny-cpu.toml"
+        recipe = tomllib.loads(path.read_text())
         assert recipe["name"] == f"{name}-tiny-cpu" and recipe["parent"] == "../tiny/tiny-cpu.toml"
         assert recipe["method"]["name"] == name
         methods.create(recipe["method"])
@@ -160,9 +169,10 @@ COUNTING = ["entropy_advantage_ppo", "ppo"]  # only the steps: test_ppo.py
 
 
 def test_the_methods_with_state_are_known() -> None:
-    assert sorted(name for name in METHODS if methods.create({"name": name}).state_dict()) == sorted(
-        STATEFUL + COUNTING
-    )
+    stateful = {name for name in METHODS if methods.create({"name": name}).state_dict()}
+    new = stateful - {*STATEFUL, *COUNTING}
+    assert not new, f"{sorted(new)} keep state: add them to STATEFUL, above, and to CASES in tests/train/test_resume.py"
+    assert stateful == {*STATEFUL, *COUNTING}, "remove from STATEFUL or COUNTING what keeps no state"
 
 
 @pytest.mark.parametrize("name", STATEFUL)

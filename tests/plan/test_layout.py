@@ -157,6 +157,17 @@ def test_an_engine_takes_its_share_of_the_total_memory(eager: bool, graphs: floa
         assert found.worst.phases["update"].get("CUDA graphs", 0) == graphs  # asleep it keeps them
 
 
+def test_gpus_are_ordered_as_their_data_sheets_say() -> None:
+    """The export versions differ from their models in the links alone, or (h20) in arithmetic."""
+    r = RATES
+    assert (r["a800"].flops, r["a800"].network) == (r["a100"].flops, r["a100"].network)
+    assert r["a800"].node_link < r["a100"].node_link and r["h800"].node_link < r["h100"].node_link
+    assert r["h20"].flops < r["a100"].flops < r["h100"].flops == r["h800"].flops == r["h200"].flops < r["b200"].flops
+    assert r["h100"].bandwidth < r["h20"].bandwidth < r["h200"].bandwidth < r["b200"].bandwidth
+    for gpu, rates in r.items():
+        assert gpu.upper() in rates.source, gpu
+
+
 def test_a_plan_leaves_a_margin() -> None:
     found = plan(config())
     assert found.free == 80e9 - found.worst.peak
@@ -166,7 +177,8 @@ def test_a_plan_leaves_a_margin() -> None:
 
 def test_every_gpu_has_rates_and_a_total_below_its_vendors_figure() -> None:
     assert device.TOTAL_BYTES.keys() == RATES.keys()
-    vendors = {"h100": 81_559, "a800": 81_920, "h200": 143_771}  # MiB, nvidia-smi
+    vendors = {"a100": 81_920, "a800": 81_920, "h20": 97_871, "h100": 81_559, "h800": 81_559}  # MiB, nvidia-smi
+    vendors |= {"h200": 143_771, "b200": 183_359}
     for gpu, total in device.TOTAL_BYTES.items():
         assert 0.96 < total / 2**20 / vendors[gpu] < 1, gpu
 

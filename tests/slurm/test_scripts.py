@@ -71,9 +71,31 @@ def test_in_a_job_the_allocation_decides(tmp_path: Path) -> None:
     assert f"--output={ROOT}/runs/slurm/%x-%j-restart2-node%n.log" in launch
     found = " ".join(launch)
     assert "--nodes 3 --ranks-per-node 4 --numa-binding node --master gpu7:20031 tools.train" in found
-    (launch,) = dry_run("siren_7b.sh", **job, RANKS_PER_NODE="1", RECIPE="recipes/other.toml", MASTER_ADDR="10.0.0.1")
+    (launch,) = dry_run("siren_7b.sh", **job, RANKS_PER_NODE="1", RECIPE="recipes/base.toml", MASTER_ADDR="10.0.0.1")
     found = " ".join(launch)
-    assert "--ranks-per-node 1 --numa-binding node --master 10.0.0.1:20031 tools.train recipes/other.toml" in found
+    assert "--ranks-per-node 1 --numa-binding node --master 10.0.0.1:20031 tools.train recipes/base.toml" in found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "message"),
+    [
+        ([], {"RECIPE": "nope.toml"}, "no such recipe: nope.toml, looked for from"),
+        ([], {"RECIPE": "recipes"}, "no such recipe: recipes,"),
+        ([], {"RANKS_PER_NODE": "two"}, "RANKS_PER_NODE: found 'two', expected a number above 0"),
+        ([], {"RANKS_PER_NODE": "0"}, "RANKS_PER_NODE: found '0'"),
+        (["train.steps", "50"], {}, "argument 'train.steps': expected key=value"),
+        (["--nodes=4"], {}, "argument '--nodes=4': expected key=value (train.steps=50) or --dry-run; sbatch's own"),
+    ],
+)
+@pytest.mark.parametrize("job", [{}, {"SLURM_JOB_ID": "31"}])
+def test_what_cannot_be_is_refused_before_it_is_queued(
+    arguments: list[str], variables: dict[str, str], message: str, job: dict[str, str]
+) -> None:
+    environment = {"PATH": os.environ["PATH"], **variables, **job}  # no DRY_RUN: without Slurm a submission would fail
+    command = ["bash", "slurm/siren_7b.sh", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("configuration error: ") and message in done.stderr
 
 
 def test_the_site_file_decides_container_and_account(tmp_path: Path) -> None:

@@ -62,10 +62,13 @@ def test_configurations_differ_by_dotted_keys():
 
 def test_metrics_side_by_side(tmp_path: Path):
     a, b = load_metrics(write_run(tmp_path / "a")), load_metrics(write_run(tmp_path / "b", reward__mean=0.2))
-    rows = {name: (one, two) for name, one, two in metric_rows(a, b)}
-    assert rows["reward/mean"] == pytest.approx((0.6, 0.2))
-    assert rows["reward/mean, best step"] == pytest.approx((0.6, 0.5))
-    assert rows["time/step_s"] == (18, 18) and "kl/old" not in rows
+    rows = dict(metric_rows(a, b))
+    assert rows["reward/mean"] == pytest.approx([0.6, 0.2])
+    assert rows["reward/mean, best step"] == pytest.approx([0.6, 0.5])
+    assert rows["time/step_s"] == [18, 18] and "kl/old" not in rows
+    rows = dict(metric_rows(a, [{"step": 1}], b))
+    assert rows["reward/mean"] == [pytest.approx(0.6), None, pytest.approx(0.2)]
+    assert metric_rows(a, [{"step": 1}]) == [] == metric_rows([{"step": 1}], a)
 
 
 def test_evaluations_are_paired_when_they_can_be(tmp_path: Path):
@@ -99,3 +102,35 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "the configurations are the same" in capsys.readouterr().out
     assert tool.main([str(a), str(tmp_path)]) == 2
     assert "expected the folder of a run" in capsys.readouterr().err
+
+
+def test_more_than_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b"), write_run(tmp_path / "c", reward__mean=0.2)]
+    for run, lr in zip(runs, (1, 1, 2), strict=True):
+        (run / "config.json").write_text(json.dumps({"name": "same", "lr": lr}))
+    save_evaluations(runs[0], after=[0, 1, 2])
+    save_evaluations(runs[2], after=[4, 4, 4])
+    page = tmp_path / "new" / "compare.html"
+    assert tool.main([*map(str, runs), "--out", str(page)]) == 0
+    said = capsys.readouterr().out
+    assert f"C is {runs[2]}" in "".join(said.splitlines())
+    rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in said.splitlines() if line.startswith("│")}
+    assert [cell.strip() for cell in rows["lr"]] == ["1", "1", "2"]
+    assert [cell.strip() for cell in rows["reward/mean"]] == ["0.6", "0.6", "0.2", "+0", "-0.4"]
+    assert "of A against 'after' of C" in said and "of B" not in said
+    html = page.read_text()
+    assert html.count("<figure") == len(step_metrics(1)) and "<th>C</th>" in html and "a against b against c" in html
+
+    assert tool.main([*map(str, runs), "--bitwise"]) == 1
+    said = capsys.readouterr().out
+    assert said == "not equal: step 6: reward/mean is 0.6000000000000001 in A, 0.2 in C\n"
+    assert tool.main([*map(str, runs[:2]), str(runs[1]), "--bitwise"]) == 0
+    assert tool.main([str(runs[0]), str(runs[2]), str(runs[1]), "--bitwise"]) == 1
+
+
+@pytest.mark.parametrize("arguments", [["a"], ["a"] * 9, ["a", "b", "--bitwise", "--out", "x.html"]])
+def test_what_cannot_be_compared(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        tool.main(arguments)
+    assert caught.value.code == 2

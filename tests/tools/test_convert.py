@@ -84,10 +84,17 @@ def bad_input(tmp_path: Path, name: str) -> tuple[list[str], str]:
         return ["from-hf", str(tmp_path / "none"), str(tmp_path / "out")], "holds no config.json"
     if name == "no checkpoint":
         return ["to-hf", str(tmp_path), str(tmp_path / "out")], "holds no checkpoint"
+    if name == "a file":
+        return [*convert_to[:2], str(model / "config.json")], "is not empty, or no directory"
+    if name == "not writable":
+        return [*convert_to[:2], "/dev/null/out"], "Not a directory"
     return ["from-hf", str(BASE), str(BASE)], "exists and is not empty"
 
 
-@pytest.mark.parametrize("name", ["cut", "renamed", "rope", "other model", "no model", "no checkpoint", "not empty"])
+@pytest.mark.parametrize(
+    "name",
+    ["cut", "renamed", "rope", "other model", "no model", "no checkpoint", "not empty", "a file", "not writable"],
+)
 def test_bad_input_is_named_and_leaves_nothing(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments, message = bad_input(tmp_path, name)
     capsys.readouterr()

@@ -43,6 +43,15 @@ def test_every_recipe_is_what_its_name_says_and_its_shards_are_what_was_planned(
     assert done.returncode == 0
 
 
+def test_without_recipes_there_is_nothing_that_could_be_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(dry_run, "RECIPES", tmp_path)
+    assert dry_run.main([]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and f"no full-size recipe (*/*-NnMg.toml) below {tmp_path}" in said.err
+
+
 @pytest.mark.parametrize("path", full_size_recipes(), ids=lambda path: path.stem)
 def test_a_recipe_stands_with_its_method(path: Path) -> None:
     config = read_valid(path)

@@ -13,6 +13,7 @@ from rich.console import Console
 from megatron_ext.rollout.base import Request, Sampling
 from megatron_ext.train.config import ConfigError
 from megatron_ext.types import Problem, Reward, Sample
+from tests.tools.runs import evaluation
 from tools import evaluate as tool
 from tools.evaluate import Settings, equivalent_answers, evaluate, exact_value, load_evaluations, main, measure
 
@@ -163,6 +164,71 @@ def test_bad_input_is_told_with_exit_code_2(tmp_path: Path, capsys: pytest.Captu
 def test_an_engine_that_cannot_be_is_told_with_exit_code_2(option: str, capsys: pytest.CaptureFixture[str]):
     assert main(["nowhere", "--data", "nowhere.jsonl", option]) == 2
     assert f"evaluate: {option.split('=')[0]}: Input should be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tensor=2"], "--tensor: only vLLM's engine has this, found --engine hf; add --engine vllm"),
+        (["--tensor=1", "--memory-share=.5", "--eager"], "--tensor, --memory-share, --eager: only vLLM's engine"),
+        (["--engine=vllm", "--tensor=2"], "MODEL: nowhere holds no config.json"),
+        (["--label=a", "--label=b"], "--label: found a, b for 1 models"),
+        (["--max-left-out=2"], "--max-left-out: expected a share from 0 to 1, found 2.0"),
+    ],
+)
+def test_options_that_contradict_each_other(options: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["nowhere", "--data", "nowhere.jsonl", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--seed=-5", "found '-5', expected a whole number of at least 0"),
+        ("--workers=-1", "found '-1', expected a whole number of at least 0"),
+        ("--k=a,b", "found 'a', expected a whole number of at least 1"),
+        ("--out=/dev/null/x.json", "'/dev/null/x.json' cannot be written"),
+        ("--out=/", "cannot be written"),
+    ],
+)
+def test_an_option_that_cannot_be(option: str, message: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        main(["nowhere", "--data", "nowhere.jsonl", option])
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_several_models_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The numbers are given; what is told and written of them is real."""
+    counts = {"base": [0, 1, 2], "[b]": [4, 4, 4], "other/hf": [0, 1, 2], "another/hf": [1, 1, 1]}
+    for name in counts:
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+    monkeypatch.setattr(tool, "evaluate", lambda model, *_, **__: evaluation(counts[str(model.relative_to(tmp_path))]))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str) -> str:
+        assert main([*arguments, "--data", "d.jsonl", "--out", str(tmp_path / "out" / "all.json")]) == 0
+        return capsys.readouterr().out
+
+    said = run(str(tmp_path / "base"), str(tmp_path / "[b]"))
+    values, changes = said.split("difference to base")
+    assert "25.0% (" in values and "100.0% (100.0% .. 100.0%)" in values and "[b] ┃" in values
+    row = next(line for line in changes.splitlines() if "avg@4" in line)
+    assert "+75.0 (+50.0 .. +100.0)" in row
+    assert list(load_evaluations(tmp_path / "out" / "all.json")) == ["base", "[b]"]
+
+    hf = [str(tmp_path / "other" / "hf"), str(tmp_path / "another" / "hf")]
+    run(*hf)
+    run(*hf, "--label", "x", "--label", "y")
+    found = load_evaluations(tmp_path / "out" / "all.json")
+    assert list(found) == ["base", "[b]", *hf, "x", "y"]
+    assert [row["c"] for row in found["y"]["problems"]] == [1, 1, 1]
+    assert main([hf[0], hf[0], "--data", "d.jsonl"]) == 2
+    assert "expected a different one for each" in capsys.readouterr().err
+    assert main([hf[0], "nowhere", "--data", "d.jsonl"]) == 2  # before the first is evaluated
+    assert capsys.readouterr().out == ""
 
 
 def test_labels_share_a_file(tmp_path: Path):

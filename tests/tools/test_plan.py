@@ -68,3 +68,37 @@ def test_bad_input_is_a_configuration_error(capsys: pytest.CaptureFixture) -> No
     assert "positions" in capsys.readouterr().err
     assert plan.main([SIREN, "method.tau=2"]) == 2
     assert "method.tau" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mfu", "4"], "--mfu: found '4', expected a number above 0 and at most 1"),
+        (["--mfu", "0"], "--mfu: found '0'"),
+        (["--mfu-experts", "nan"], "--mfu-experts: found 'nan'"),
+        (["--decode", "1.1"], "--decode: found '1.1'"),
+        (["--memory-gb", "-3"], "--memory-gb: found '-3', expected a number above 0"),
+        (["--flops", "1e999"], "--flops: found '1e999'"),
+        (["--mean-response", "many"], "--mean-response: found 'many'"),
+        (["--gpu", "h999"], "invalid choice: 'h999'"),
+        (["--svg", "/dev/null/memory.svg"], "--svg: '/dev/null/memory.svg' cannot be written"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        plan.main([SIREN, *arguments])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_lengths_stay_below_the_recipes_limits(capsys: pytest.CaptureFixture) -> None:
+    assert plan.main([SIREN, "--mean-response", "3073"]) == 2
+    assert "--mean-response: found 3073 tokens, expected at most the recipe's 3072" in capsys.readouterr().err
+    assert plan.main([SIREN, "--mean-prompt", "1024", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["lengths"] == {"prompt": 1024, "response": 1536}
+
+
+@pytest.mark.parametrize("gpu", ["a100", "a800", "b200", "h100", "h20", "h200", "h800"])
+def test_every_gpu_is_planned_for(gpu: str, capsys: pytest.CaptureFixture) -> None:
+    assert plan.main([SIREN, "--gpu", gpu]) == 0
+    assert f"rates ({gpu}): " in capsys.readouterr().out

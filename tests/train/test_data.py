@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_ext.rollout.rewards import RewardPool
 from megatron_ext.train.config import ConfigError
-from megatron_ext.train.data import encode_problems, encode_prompt, load_problems
+from megatron_ext.train.data import encode_problems, encode_prompts, load_problems
 from megatron_ext.types import Problem, Reward
 
 GOOD = {"prompt": "What is 2+2?", "answer": "4"}
@@ -215,7 +215,7 @@ def tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
 
 
 def test_prompt_without_a_chat_template_is_plain_text():
-    ids = encode_prompt(tokenizer(), Problem("0", "What is 2+2?", "4"), " Box it.")
+    [(_, ids)] = encode_prompts(tokenizer(), [Problem("0", "What is 2+2?", "4")], " Box it.")
     assert [VOCABULARY[i] for i in ids] == ["<s>", "What", "is", "2", "+", "2", "?", "Box", "it", "."]
 
 
@@ -224,7 +224,7 @@ def test_prompt_with_a_chat_template_is_a_turn_and_the_opening_of_the_answer():
         "{% for turn in messages %}{{ turn.role }} : {{ turn.content }} {% endfor %}"
         "{% if add_generation_prompt %}bot :{% endif %}"
     )
-    ids = encode_prompt(tokenizer(template), Problem("0", "What is 2?", "4"), " Box it.")
+    [(_, ids)] = encode_prompts(tokenizer(template), [Problem("0", "What is 2?", "4")], " Box it.")
     assert isinstance(ids, tuple)
     assert [VOCABULARY[i] for i in ids] == ["user", ":", "What", "is", "2", "?", "Box", "it", ".", "bot", ":"]
 
