@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.filesize import decimal
 
 from megatron_ext.train import manifest
 from megatron_ext.train.config import Config, ConfigError, ParallelConfig, hf_config
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     seconds = time.monotonic() - start
-    print(f"convert: {size / 1e9:.2f} GB in {seconds:.1f} s, peak memory {peak / 1e9:.2f} GB", file=sys.stderr)
+    print(f"convert: {decimal(size)} in {seconds:.1f} s, peak memory {decimal(peak)}", file=sys.stderr)
     print(options.out)
     return 0
 
