@@ -196,7 +196,10 @@ def test_a_package_that_is_not_installed_is_a_configuration_error_with_the_comma
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("log.tensorboard=false", 'log.tensorboard: unknown key; did you mean log.trackers = ["tensorboard"]'),
+        (
+            "log.tensorboard=false",
+            'log.tensorboard: unknown key; here it is log.trackers (a list: ["tensorboard"], or [] for none)',
+        ),
         ('log.trackers=["weights"]', "Input should be 'tensorboard', 'wandb', 'mlflow', 'swanlab' or 'trackio'"),
         ('log.trackers=["wandb", "wandb"]', "log.trackers"),
     ],
