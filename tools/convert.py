@@ -18,19 +18,23 @@ import resource
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+from rich.filesize import decimal
+
 from megatron_ext.train import manifest
 from megatron_ext.train.config import Config, ConfigError, ParallelConfig, hf_config
 from megatron_ext.train.manifest import CheckpointError, Manifest
+from tools.progress import ToolProgress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_ext.model.hf_tables import Rule
-    from megatron_ext.model.safetensors_dir import SafetensorsDir
     from megatron_ext.train.whole_tensors import Place
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -65,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     seconds = time.monotonic() - start
-    print(f"convert: {size / 1e9:.2f} GB in {seconds:.1f} s, peak memory {peak / 1e9:.2f} GB", file=sys.stderr)
+    print(f"convert: {decimal(size)} in {seconds:.1f} s, peak memory {decimal(peak)}", file=sys.stderr)
     print(options.out)
     return 0
 
@@ -81,24 +85,30 @@ def to_hf(checkpoint: Path, out: Path, *, source: Path | None, shard_bytes: int)
     from megatron_ext.train.whole_tensors import CheckpointTensors
     from tools.model_card import model_card
 
+    print(f"convert: checking the files of {checkpoint}", file=sys.stderr)
     path, found = find(checkpoint)
     source = source or Path(found.config["model"]["path"])
     architecture = read_architecture(hf_config(source))
     tensors = CheckpointTensors(path)
     rules = [(rule, _place(rule)) for rule in whole_rules(architecture)]
     dtype = tensors.check([place for _, place in rules], belongs=_is_policy)
-    weights = (
-        named for rule, place in rules for named in zip(rule.hf, rule.layout.join([tensors.read(place)]), strict=True)
-    )
-    return write_hf(
-        out,
-        weights,
-        shapes=hf_shapes(architecture),
-        dtype=dtype,
-        source=source,
-        card=model_card(path, found, source=source),
-        shard_bytes=shard_bytes,
-    )
+    with ToolProgress(Console(stderr=True)) as progress:
+        task = progress.add_task("tensors", total=len(rules))
+
+        def weights() -> Iterator[tuple[str, Tensor]]:
+            for rule, place in rules:
+                progress.advance(task)
+                yield from zip(rule.hf, rule.layout.join([tensors.read(place)]), strict=True)
+
+        return write_hf(
+            out,
+            weights(),
+            shapes=hf_shapes(architecture),
+            dtype=dtype,
+            source=source,
+            card=model_card(path, found, source=source),
+            shard_bytes=shard_bytes,
+        )
 
 
 def from_hf(model: Path, out: Path) -> int:
@@ -114,20 +124,23 @@ def from_hf(model: Path, out: Path) -> int:
     architecture = read_architecture(hf_config(model))
     stored = open_weights(model, architecture)
     rules = whole_rules(architecture)
-    tensors = [(_place(rule), partial(_whole, rule, stored)) for rule in rules]
     config = Config.model_validate({"model": {"path": str(model)}}).model_dump()
     folder = manifest.open_partial(out, 0)
     try:
-        files = write_tensors(folder, tensors, stored.dtype)
+        with ToolProgress(Console(stderr=True)) as progress:
+            task = progress.add_task("tensors", total=len(rules))
+
+            def whole(rule: Rule) -> Tensor:
+                progress.advance(task)
+                return rule.layout.cut([stored.part(name) for name in rule.hf], 0, 1)
+
+            tensors = [(_place(rule), partial(whole, rule)) for rule in rules]
+            files = write_tensors(folder, tensors, stored.dtype)
         manifest.publish(folder, step=0, files=files, layout=ParallelConfig().model_dump(), config=config)
     except BaseException:
         manifest.remove(folder)
         raise
     return sum(record.bytes for record in files.values())
-
-
-def _whole(rule: Rule, stored: SafetensorsDir) -> Tensor:
-    return rule.layout.cut([stored.part(name) for name in rule.hf], 0, 1)
 
 
 def _place(rule: Rule) -> Place:

@@ -28,12 +28,13 @@ import numpy as np
 from pydantic import ValidationError
 from rich import markup
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from megatron_ext.evaluation import CONFIDENCE, bootstrap, differences, majority, per_problem
 from megatron_ext.train.config import ConfigError, DataConfig, RolloutConfig, hf_config
 from tools.arguments import output_file, whole_number, whole_numbers
+from tools.progress import ToolProgress
 
 if TYPE_CHECKING:
     from megatron_ext.rollout.base import Request, Sampling
@@ -175,8 +176,7 @@ def measure(
     A response depends on the seed, its problem's place in the file and its own number, not on the batching.
     """
     start = time.perf_counter()
-    columns = (TextColumn("{task.description:<10}"), BarColumn(bar_width=None), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+    with ToolProgress(console) as progress:
         samples = _generate(engine, [ids for _, ids in problems], settings, progress)
         seconds = time.perf_counter() - start
         answers = [

@@ -26,6 +26,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from megatron_ext import heartbeat
+from megatron_ext.train import warnings_log
 from megatron_ext.train.config import Config, ConfigError, load_config
 from megatron_ext.train.redact import redact
 from megatron_ext.train.run_folder import RunFolder
@@ -64,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     config = (read_valid if options.dry_run else load_config)(options.recipe, options.overrides)
     if ranks.launched():
+        warnings_log.hold()
         _check_launch(config)
         _set_allocator(config)
         if options.dry_run and ranks.local_rank() > 0:
@@ -135,6 +137,7 @@ def _launch(config: Config, options: argparse.Namespace) -> int:
             f"parallel.nodes: {config.parallel.nodes} nodes cannot be started from here; "
             "use the scripts under slurm/, which start one launcher per node"
         )
+    print(f"starting {config.parallel.world} ranks; the run's folder is {config.run_dir}", flush=True)
     code = ranks.run_ranks("tools.train", [options.recipe, *options.overrides], config.parallel.world)
     if code == 0:
         ignore_signals()  # all is saved, there is nothing to stop

@@ -16,6 +16,7 @@ _PROMPTS = "(counted in prompts, not in responses)"
 _TOKENS = "(a budget of tokens, not a number of sequences)"
 _STEPS = "(counted in rollout steps)"
 _ZERO = "(0 switches it off)"
+_TRACKERS = '(a list: ["tensorboard"], or [] for none)'
 
 ALIASES = {
     # models
@@ -199,6 +200,7 @@ ALIASES = {
     "default_local_dir": "log.dir",
     "run_name": "name",
     "experiment_name": "name",
+    "log.tensorboard": f"log.trackers {_TRACKERS}",
     "report_to": "log.trackers",
     "trainer.logger": "log.trackers",
     "use_wandb": "log.trackers",

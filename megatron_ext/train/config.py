@@ -25,7 +25,6 @@ Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "swanlab", "trackio"]
-RENAMED = {"log.tensorboard": 'log.trackers = ["tensorboard"], or [] for none'}
 MAX_NAME_BYTES = 200  # file systems take 255; a temporary file's ending is still to come
 FROM_THE_PUBLISHER = "take the file of the model's publisher"
 _PATHS = (("model", "path"), ("model", "weights"), ("data", "train"), ("data", "curriculum"))

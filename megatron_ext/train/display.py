@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import SupportsFloat
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from megatron_ext import heartbeat
 
@@ -30,6 +31,8 @@ HEADLINES = {
     "cut": "response/truncated",
     "seconds": "time/step_s",
 }
+DROPPED_FIRST = ("cut", "nucleus", "selected", "clipped", "seconds", "grad", "loss", "length", "entropy")
+GAP = 2  # columns of a terminal between two of the table
 
 
 class Phase:
@@ -44,6 +47,13 @@ class Phase:
         heartbeat.progress()
         if self._progress is not None and self._task is not None:
             self._progress.advance(self._task, count)
+
+
+class _Count(ProgressColumn):
+    """How much is done of how much; nothing for what is not counted."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.total is None else f"{task.completed:.0f}/{task.total:.0f}", justify="right")
 
 
 class Watch:
@@ -79,7 +89,7 @@ class Watch:
         self._paces: deque[float] = deque(maxlen=20)  # seconds of the last steps, for the ETA
         self._rows: deque[tuple[int, dict[str, float]]] = deque(maxlen=8)
         self._live: Live | None = None
-        bar = (TextColumn("{task.description:<14}", markup=False), BarColumn(bar_width=None), MofNCompleteColumn())
+        bar = (TextColumn("{task.description:<14}", markup=False), BarColumn(bar_width=None), _Count())
         self._steps = Progress(*bar, TextColumn("ETA {task.fields[eta]}"), console=self._console, expand=True)
         self._phases = Progress(*bar, TimeElapsedColumn(), console=self._console, expand=True)
 
@@ -88,7 +98,7 @@ class Watch:
         heartbeat.enter(heartbeat.BETWEEN, step=self._done + 1)
         if self._is_live:
             self._steps.add_task(self._title, total=self._total, completed=self._done, eta="-")
-            self._live = Live(self._picture(), console=self._console, refresh_per_second=4)
+            self._live = Live(get_renderable=self._picture, console=self._console, refresh_per_second=4)
             self._live.start()
         return self
 
@@ -139,7 +149,7 @@ class Watch:
             for task in list(self._phases.task_ids):
                 self._phases.remove_task(task)
             self._steps.update(self._steps.task_ids[0], completed=step, eta=self.eta())
-            self._live.update(self._picture())
+            self._live.refresh()
         elif self._show:
             figures = "  ".join(f"{name} {_short(value)}" for name, value in self._rows[-1][1].items())
             line = f"{self._title} {step}/{self._total}  {figures}  ETA {self.eta()}"
@@ -153,13 +163,24 @@ class Watch:
         return f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
 
     def _picture(self) -> Group:
-        names = [name for name in HEADLINES if any(name in row for _, row in self._rows)]
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for name in ("step", *names):
-            table.add_column(name, justify="right", style="bold green" if name == "reward" else "")
-        for step, row in self._rows:
-            table.add_row(str(step), *(_short(row[name]) if name in row else "" for name in names))
-        return Group(self._steps, self._phases, table)
+        return Group(self._steps, self._phases, _table(list(self._rows), self._console.width))
+
+
+def _table(rows: Sequence[tuple[int, Mapping[str, float]]], width: int) -> Table:
+    """The last steps' headlines: as many of them as fit in ``width``, each number whole."""
+    names = [name for name in HEADLINES if any(name in row for _, row in rows)]
+    columns = {"step": [str(step) for step, _ in rows]}
+    columns |= {name: [_short(row[name]) if name in row else "" for _, row in rows] for name in names}
+    needed = {name: max(map(len, (name, *cells))) for name, cells in columns.items()}
+    for name in DROPPED_FIRST:
+        if sum(needed.values()) + GAP * (len(needed) - 1) > width:
+            needed.pop(name, None)
+    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="dim")
+    for name in needed:
+        table.add_column(name, justify="right", style="bold green" if name == "reward" else "", no_wrap=True)
+    for cells in zip(*(columns[name] for name in needed), strict=True):
+        table.add_row(*cells)
+    return table
 
 
 def _short(value: float) -> str:

@@ -28,7 +28,7 @@ from megatron_ext.model.megatron_config import Fusions
 from megatron_ext.rollout.base import RolloutEngine, RolloutError
 from megatron_ext.rollout.model_files import load_tokenizer
 from megatron_ext.rollout.rewards import RewardPool
-from megatron_ext.train import parallel
+from megatron_ext.train import parallel, warnings_log
 from megatron_ext.train.alarms import Alarms
 from megatron_ext.train.checkpoint import Checkpoints, set_rng
 from megatron_ext.train.config import Config, ConfigError, hf_config
@@ -353,6 +353,8 @@ def _open_files(config: Config, step: int) -> MetricsWriter | None:
 
     opened: list[MetricsWriter] = []
     on_rank_0(open_files, _users_fault)
+    if (folder := warnings_log.write_to(config.run_dir)) is not None:
+        _tell(f"warnings of Megatron, torch and transformers: {folder}")
     if opened:
         _tell_lines(opened[0])
     return opened[0] if opened else None

@@ -87,7 +87,7 @@ def tensorboard_steps(run: Path) -> Steps:
 
 def wandb_steps(run: Path) -> Steps:
     from swanlab.converter.wb.wbdatastore import WBDataStoreReader
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
     steps: Steps = {}
     files = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
@@ -130,7 +130,7 @@ def mlflow_steps(run: Path) -> Steps:
         for metric in client.get_metric_history(found.info.run_id, key):
             assert key not in steps.setdefault(metric.step, {})
             steps[metric.step][key] = metric.value
-    artifacts = Path(found.info.artifact_uri.removeprefix("file://"))
+    artifacts = Path(str(found.info.artifact_uri).removeprefix("file://"))
     check_config(run, json.loads((artifacts / "config.json").read_text()))
     for step in steps:
         check_table(run, step, json.loads((artifacts / "samples" / f"step_{step:06d}.json").read_text()))
