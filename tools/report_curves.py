@@ -173,8 +173,8 @@ def _averages(num_steps: int) -> str:
         )
     if num_steps > 2 * NEIGHBOURS:
         text += (
-            f"▲ flags a step {SPIKE:g} robust deviations from the median of its neighbours, at most {MOST_SPIKES} a "
-            "curve; one that would flatten the rest is cut off."
+            f"▲ flags steps more than {SPIKE:g} robust deviations away from the median of their neighbours, at most "
+            f"{MOST_SPIKES} a curve; those that would flatten the rest are cut off."
         )
     return text
 
