@@ -81,7 +81,7 @@ CARDS = {
     "a card without metadata": ("# x\nlicense: mit\n", (), {"license": "unknown"}, "ask its publisher"),
     "a card that is no YAML": ("---\na: [\n---\n", (), {"license": "unknown"}, "metadata that cannot be read"),
     "a card that is a list": ("---\n- a\n---\n", (), {"license": "unknown"}, "metadata that cannot be read"),
-    "a licence of two lines": ("---\nlicense: |\n  a\n  b: c\n---\n", (), {"license": "a\nb: c\n"}, "ask"),
+    "a licence of two lines": ("---\nlicense: |-\n  a\n  b: c\n---\n", (), {"license": "a\nb: c"}, "card says"),
     "a licence that is a number": ("---\nlicense: 3\n---\n", (), {"license": "unknown"}, "ask its publisher"),
 }  # fmt: skip
 
