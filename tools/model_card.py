@@ -29,28 +29,26 @@ def model_card(checkpoint: Path, found: Manifest, *, source: Path) -> str:
     config: dict[str, Any] = redact(found.config)
     base = config["model"].get("hub") or config["model"]["path"]
     terms, licence = license_of(source)
-    facts = terms | {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    hub = _hub_id(config["model"].get("hub", ""))
-    if found.step == 0:
-        front = ModelCardData(base_model=hub, **facts).to_yaml()
-        return f"---\n{front}\n---\n\n# {Path(base).name}\n\nThe weights of `{base}`, not trained further.\n"
-    datasets = _hub_id(config["data"].get("hub", ""))
     front = ModelCardData(
-        base_model=hub,
-        datasets=[datasets] if datasets else None,
-        tags=["reinforcement-learning", str(config["method"]["name"])],
-        **facts,
-    ).to_yaml()
+        base_model=_hub_id(config["model"].get("hub", "")), library_name="transformers", pipeline_tag="text-generation"
+    )
+    for key, value in terms.items():
+        front[key] = value
+    if found.step == 0:
+        return f"---\n{front.to_yaml()}\n---\n\n# {Path(base).name}\n\nThe weights of `{base}`, not trained further.\n"
+    front.tags = ["reinforcement-learning", str(config["method"]["name"])]
+    datasets = _hub_id(config["data"].get("hub", ""))
+    front.datasets = [datasets] if datasets else None
     rollout = config["rollout"]
     lines = [
-        f"---\n{front}\n---",
+        f"---\n{front.to_yaml()}\n---",
         "",
         f"# {config['name']}",
         "",
         f"Exported from {checkpoint.name} of run `{config['name']}`: `{base}` after {found.step} steps of "
         "reinforcement learning with verifiable rewards.",
         "",
-        f"- base model: `{base}`{'' if hub else ' (no id on the Hugging Face Hub is known: model.hub)'}",
+        f"- base model: `{base}`{'' if front.base_model else ' (no id on the Hugging Face Hub is known: model.hub)'}",
         f"- licence: {licence}",
         f"- method: `{json.dumps(config['method'])}`",
         f"- data: `{config['data']['train']}`",

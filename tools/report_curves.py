@@ -106,10 +106,12 @@ def curves(metrics: Metrics, figures: Figures) -> str:
                 (shown if _nonzero(metrics, keys) else zero).append((chart, keys))
         html.append(f"<h3>{escape(section)}</h3>")
         if shown:
-            html.append(f'<div class="charts">{"".join(_figure(metrics, *each, figures) for each in shown)}</div>')
+            html.append(
+                f'<div class="charts">{"".join(_figure(metrics, chart, keys, figures) for chart, keys in shown)}</div>'
+            )
         if zero:
             titles = ", ".join(chart.title for chart, _ in zero)
-            drawn = "".join(_figure(metrics, *each, figures) for each in zero)
+            drawn = "".join(_figure(metrics, chart, keys, figures) for chart, keys in zero)
             html.append(
                 f'<details class="zero"><summary>Zero in every step: {escape(titles)}</summary>'
                 f'<div class="charts">{drawn}</div></details>'
@@ -173,8 +175,8 @@ def _averages(num_steps: int) -> str:
         )
     if num_steps > 2 * NEIGHBOURS:
         text += (
-            f"▲ flags a step {SPIKE:g} robust deviations from the median of its neighbours, at most {MOST_SPIKES} a "
-            "curve; one that would flatten the rest is cut off."
+            f"▲ flags steps more than {SPIKE:g} robust deviations away from the median of their neighbours, at most "
+            f"{MOST_SPIKES} a curve; those that would flatten the rest are cut off."
         )
     return text
 

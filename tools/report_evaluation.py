@@ -48,8 +48,8 @@ def evaluations(found: Mapping[str, Evaluation], figures: Figures) -> str:
         "</div>",
     ]
     tables = _by_kind(found)
+    both = list(zip(before.problems, after.problems, strict=True)) if pairs else []
     if pairs:
-        both = list(zip(before.problems, after.problems, strict=True))
         tables += _by_difficulty(both, first, last)
     parts.append(f'<div class="pair">{tables}</div>')
     return "".join(parts) + (_flips(both, first, last) if pairs else "")

@@ -130,7 +130,7 @@ def test_a_spike_is_flagged_and_does_not_flatten_the_rest():
     flagged = line_chart(steps, [Series("a", values, 0, spikes=spikes(steps, values))])
     marks = re.findall(r'text-anchor="end"[^>]*>([^<]*)<', flagged)
     assert marks == ["0.5", "0.52", "0.54", "0.56"] and flagged.count('class="flag"') == 1
-    heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", flagged)]
+    heights = [float(y) for y in re.findall(r"[ML][-\d.]+ (-?[\d.]+)", flagged)]
     assert min(heights) >= TOP - 9 and max(heights) <= BOTTOM + 9  # nothing is drawn outside
     html = Figures().add("a", "", steps, [Series("a", values, 0, spikes=((30, 1000.0),))])
     assert "spike at step 30: <b>1000</b>" in html

@@ -7,20 +7,18 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_ext.model.export import write_hf
-from megatron_ext.train.config import Config
-from megatron_ext.train.manifest import Manifest
 from tests import tiny
-from tools.convert import main, model_card, num_bytes
+from tools.convert import main, num_bytes
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "recipes" / "tiny" / "base"
@@ -38,6 +36,9 @@ def test_a_model_directory_returns_bitwise_and_loads_in_transformers(tmp_path: P
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     ids = torch.tensor([tokenizer.encode("9 5 1 > 44?")])
     assert torch.equal(model(ids).logits, AutoModelForCausalLM.from_pretrained(BASE)(ids).logits)
+    card = ModelCard.load(tmp_path / "hf" / "README.md")
+    assert (card.data.license, card.data.library_name) == ("apache-2.0", "transformers")
+    assert f"The weights of `{BASE}`, not trained further." in card.text
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "qwen3_moe", "qwen3_moe_mixed"])
@@ -109,28 +110,6 @@ def test_a_size_is_read_or_explained() -> None:
     for text in ("0MB", "4 giga", "-1", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="expected a size such as 500MB or 4GiB"):
             num_bytes(text)
-
-
-def test_the_card_says_what_the_weights_are(tmp_path: Path) -> None:
-    metric = {"pass@1": {"mean": 0.5, "low": 0.25, "high": 0.75}}
-    evaluations = {"before": {"metrics": metric, "problems": []}, "after": {"metrics": {}, "problems": []}}
-    (tmp_path / "evaluation.json").write_text(json.dumps(evaluations))
-    config = Config.model_validate(
-        {"name": "mine", "model": {"path": "somewhere", "hub": "Org/Base"}, "method": {"name": "siren", "coef": 0.1}}
-    ).model_dump()
-    found = Manifest(7, {}, {}, config, "", {"torch": "2"})
-    card = model_card(tmp_path / "checkpoints" / "step_000007", found)
-    for text in (
-        "base_model: Org/Base",
-        "- siren",
-        "`Org/Base` after 7 steps",
-        '- method: `{"name": "siren", "coef": 0.1}`',
-        "| | before | after |",
-        "| pass@1 | 50.0% (25.0% .. 75.0%) |  |",
-        '"max_response_tokens": 3072',
-    ):
-        assert text in card, text
-    assert "not trained" in model_card(tmp_path / "step_000000", replace(found, step=0))
 
 
 def test_the_export_states_the_dtype_of_its_weights(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,8 +74,12 @@ def test_numbers_by_hand():
             3: ["hm", "hm", "A=bomb", "hm"],  # nobody votes
         }
     )
-    result = measure(engine, FakePool(), problems("7", "x", "8", "0"), Settings(samples=4), console=SILENT)
+    asked = problems("7", "x", "8", "0")
+    asked[0] = (replace(asked[0][0], kind="algebra"), asked[0][1])
+    result = measure(engine, FakePool(), asked, Settings(samples=4), console=SILENT)
     rows = result["problems"]
+    assert [rows[0][key] for key in ("prompt", "answer", "kind")] == ["prompt 0", "7", "algebra"]
+    assert rows[1]["kind"] == "math"  # the verifier's name for want of another
     assert [(row["id"], row["n"], row["c"], row["majority"]) for row in rows] == [
         ("p0", 4, 3, True),
         ("p1", 4, 2, True),

@@ -37,7 +37,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
-        if tag in ("script", "i", "h1", "p", "td", "th"):
+        if tag in ("script", "i", "h1", "p", "td", "th", "code"):
             self.open.append(tag)
             self.texts.setdefault(tag, []).append("")
 
@@ -67,15 +67,16 @@ def test_every_text_of_models_and_data_is_escaped(tmp_path: Path):
         logprob=[-0.1, -2],
     )
     with MetricsWriter(tmp_path, trackers=[], total_steps=9, resume_step=6) as writer:
-        writer.write(7, step_metrics(7) | {EVIL: 1.0, f"reward/outcome/{EVIL}": 0.5}, [evil])
+        writer.write(7, step_metrics(7) | {EVIL: 1.0, f"reward/outcome/{EVIL}": 0.5}, [evil] * 12)
     save_evaluations(tmp_path, text=EVIL, **{EVIL: [1, 2, 4], "after": [2, 3, 0]})
     page = Page(report(tmp_path))
     assert len(page.all("script")) == 2 and not page.all("img")
     assert not [name for tag, attributes in page.elements for name in attributes if name.startswith("on")]
     assert EVIL in page.texts["i"] and page.texts["h1"] == [EVIL]
     assert page.texts["i"][page.texts["i"].index(EVIL) + 1] == "↵\n" + EVIL
-    assert page.texts["p"].count(EVIL) == 1  # the prompt
+    assert page.texts["p"].count(EVIL) == 3  # the prompts of one step
     assert json.dumps(EVIL) in page.texts["td"]  # the configuration
+    assert EVIL.replace(" ", "␣") in page.texts["code"] and EVIL in page.texts["th"]  # a token, a training problem
     shown = " ".join(" ".join(texts) for texts in page.texts.values())
     line = EVIL.replace("\n", " ")
     for text in (f"1+1?{line}", f"odd{line}", f"1{line}"):  # a flipped problem, its kind, its id

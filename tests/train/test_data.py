@@ -42,13 +42,13 @@ def test_rows_become_problems(tmp_path: Path, pool: RewardPool):
         tmp_path,
         {"prompt": "a", "answer": r"\frac{1}{2}", "id": "first", "source": "ignored"},
         "",
-        {"prompt": "b", "answer": 12, "id": 7, "numbers": None},
+        {"prompt": "b", "answer": 12, "id": 7, "numbers": None, "kind": "algebra"},
         {"prompt": "c", "answer": "9\n", "verifier": "countdown", "numbers": [3, 2, 1]},
     )
     problems, report = load_problems(path, score=pool.score, strict=True)
     assert problems == [
         Problem("first", "a", r"\frac{1}{2}"),
-        Problem("7", "b", "12"),
+        Problem("7", "b", "12", kind="algebra"),
         Problem("4", "c", "9", "countdown", (3, 2, 1)),
     ]
     assert (report.num_rows, report.num_kept, report.counts) == (3, 3, {})
@@ -73,6 +73,7 @@ def test_rows_become_problems(tmp_path: Path, pool: RewardPool):
         ({"prompt": " ", "answer": "4"}, "prompt", "empty", "empty"),
         ({"prompt": "p", "answer": "\n"}, "answer", "empty", "empty"),
         ({"prompt": "p", "answer": "4", "id": 1.5}, "id", "wrong_type", "found float"),
+        ({"prompt": "p", "answer": "4", "kind": ["a"]}, "kind", "wrong_type", "found list"),
         ({"prompt": "p", "answer": "4", "verifier": "maths"}, "verifier", "invalid", "math, countdown, found 'maths'"),
         ({"prompt": "p", "answer": "4", "verifier": ["math"]}, "verifier", "invalid", "found ['math']"),
         ({"prompt": "p", "answer": "4", "verifier": "countdown"}, "numbers", "missing", "numbers to use"),

@@ -134,6 +134,11 @@ def test_what_a_run_reports(uninterrupted: Path) -> None:
     for key in REPORTED:
         assert isinstance(last[key], float), key
     assert last["mismatch/max"] < 1e-4
+    kept = [json.loads(line) for line in (run_folder(uninterrupted) / "samples.jsonl").read_text().splitlines()]
+    for step in metrics(uninterrupted):  # all four groups of a step are kept, each with its mean
+        groups = [row["group_reward"] for row in kept if row["step"] == step["step"]]
+        assert len(groups) == 4 and sum(groups) / 4 == pytest.approx(step["reward/mean"], abs=1e-4)
+    assert any(row["group_reward"] != row["reward"] for row in kept)
     assert (run_folder(uninterrupted) / "report.html").read_text().startswith("<!doctype html>")
 
 
