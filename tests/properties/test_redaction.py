@@ -24,7 +24,9 @@ TOKENS = st.one_of(
     st.text(string.ascii_uppercase + string.digits, min_size=16, max_size=16).map("AKIA{}".format),
     SECRETS.map("xoxb-{}".format),
 )
-BOUNDARIES = st.sampled_from(["", " ", "\n", "'", '"', "/", "=", ":", "(", "[", ",", "-", "_", "\t", "é", "\0", "\ud800"])
+BOUNDARIES = st.sampled_from(
+    ["", " ", "\n", "'", '"', "/", "=", ":", "(", "[", ",", "-", "_", "\t", "é", "\0", "\ud800"]
+)
 AROUND = st.text(max_size=15)
 NAMES = st.sampled_from(["token", "api_key", "access_token", "X-Amz-Signature", "password", "sig", "auth", "Secret"])
 
