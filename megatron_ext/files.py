@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from pydantic import ValidationError
 
 MAX_BYTES = 32 * 2**20
+LARGE_BYTES = 512 * 2**20  # of what grows with the data: an evaluation of a million problems
 MAX_DEPTH = 50  # of nested values: what walks through them recursively has room for it
 
 
