@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 from pydantic import ValidationError
 
 MAX_BYTES = 32 * 2**20
+LARGE_BYTES = 512 * 2**20  # of what grows with the data: an evaluation of a million problems
+MAX_DEPTH = 50  # of nested values: what walks through them recursively has room for it
 
 
 def read_small(path: str | Path, *, max_bytes: int = MAX_BYTES) -> bytes:
@@ -45,11 +47,18 @@ def read_json(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Any:
 
 
 def parse_json(text: bytes) -> Any:
-    """Raises ValueError for what is not JSON in UTF-8, numbers and nesting beyond what Python reads included."""
+    """Raises ValueError for what is not JSON in UTF-8, also for nesting beyond ``MAX_DEPTH`` and endless numbers."""
     try:
-        return json.loads(text.decode("utf-8-sig"))
+        value = json.loads(text.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError("its values are nested too deeply") from None
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        parts = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = [child for part in parts for child in part]
+    if level:
+        raise ValueError("its values are nested too deeply")
+    return value
 
 
 def first_fault(error: ValidationError) -> str:

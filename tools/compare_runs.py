@@ -23,12 +23,11 @@ from rich.table import Table
 
 from megatron_ext.evaluation import Difference, differences
 from megatron_ext.train.metrics import CLOCK_KEYS, CONFIG
-from megatron_ext.train.redact import redact
 from tools.arguments import output_file
 from tools.charts import NUM_COLORS, Figures, Series, short
 from tools.evaluate import load_evaluations
 from tools.report import ends, flatten, page
-from tools.report_data import EVALUATION, load_metrics
+from tools.report_data import EVALUATION, load_metrics, read_config
 
 Records = Sequence[Mapping[str, Any]]
 COMPARED = (
@@ -100,8 +99,7 @@ def evaluation_differences(a: Path, b: Path, name: str = "B") -> tuple[str, dict
 
 
 def load_config(folder: Path) -> dict[str, Any]:
-    file = folder / CONFIG
-    return redact(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    return read_config(folder / CONFIG)
 
 
 def show(console: Console, runs: Sequence[Path]) -> None:

@@ -32,6 +32,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from megatron_ext.evaluation import CONFIDENCE, bootstrap, differences, majority, per_problem
+from megatron_ext.files import LARGE_BYTES, read_json
 from megatron_ext.train.config import ConfigError, DataConfig, RolloutConfig, hf_config
 from tools.arguments import output_file, whole_number, whole_numbers
 from tools.progress import ToolProgress
@@ -279,8 +280,8 @@ def exact_value(answer: str) -> Fraction | None:
 def load_evaluations(path: str | Path) -> dict[str, dict[str, Any]]:
     """``label -> evaluation`` of a file written by this tool. Raises ConfigError for any other file."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError:
+        found = read_json(path, max_bytes=LARGE_BYTES)
+    except (ValueError, OSError):
         found = None
     evaluations = list(found.values()) if isinstance(found, dict) else [None]
     if not all(isinstance(item, dict) and {"metrics", "problems"} <= item.keys() for item in evaluations):

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from megatron_ext import files
 from megatron_ext.train.metrics import METRICS, read_steps
 from megatron_ext.train.redact import redact
 
@@ -38,9 +39,12 @@ class Metrics:
 
 
 def load_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The steps of a run as they were written. Raises ValueError when there are none."""
+    """The steps of a run as they were written. Raises ValueError when there are none or one is damaged."""
     path = folder / METRICS
     records = list(read_steps(path)) if path.is_file() else []
+    for record in records:
+        for name, value in record.items():
+            _number(value, f"{path}, step {str(record['step'])[:30]}, {name}")
     if not records:
         raise ValueError(f"{folder}: expected the folder of a run with {METRICS}, found no finished step there")
     return records
@@ -92,8 +96,8 @@ def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        return files.read_json(path, max_bytes=files.LARGE_BYTES)
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path}: not JSON: {error}; repair or remove it") from None
 
 

@@ -38,7 +38,10 @@ def open_weights(path: str | Path, a: Architecture) -> SafetensorsDir:
     found = SafetensorsDir(path)
     if a.tied:
         found.entries.pop("lm_head.weight", None)  # a second copy of the embedding
-    faults = misfits(found, hf_shapes(a), a.dtype)
+    least = a.num_layers if a.experts is None else (a.num_layers - len(a.experts.dense_layers)) * a.experts.num
+    faults = [f"found {len(found.entries)} tensors, expected at least {least}"]
+    if found.faults or least <= len(found.entries):  # else names would be made for what is not there
+        faults = misfits(found, hf_shapes(a), a.dtype)
     if faults:
         raise ValueError(f"{path}: the weights do not fit {a.name}:\n  " + "\n  ".join(faults))
     return found

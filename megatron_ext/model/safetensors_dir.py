@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from safetensors import safe_open
 from torch import Tensor
+
+from megatron_ext.files import first_fault, open_regular, parse_json, read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -28,6 +31,24 @@ class Entry:
     shape: tuple[int, ...]
 
 
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _Tensor(BaseModel):
+    """What a header says of a tensor."""
+
+    dtype: Annotated[str, Field(max_length=16)]
+    shape: list[_Count]
+    data_offsets: Annotated[list[_Count], Field(min_length=2, max_length=2)]
+
+
+class _Index(BaseModel):
+    weight_map: dict[str, Annotated[str, Field(pattern="^[^/]{1,255}$")]]
+
+
+_HEADER, _INDEX = TypeAdapter(dict[str, _Tensor]), TypeAdapter(_Index)
+
+
 class SafetensorsDir:
     """``entries`` of all readable files; ``faults`` has a line for every file that is absent, cut or damaged."""
 
@@ -38,7 +59,7 @@ class SafetensorsDir:
         for file in self._files():
             try:
                 self.entries |= _read_header(self.path / file)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError) as error:
                 self.faults.append(f"{file}: {error}")
 
     @property
@@ -58,9 +79,12 @@ class SafetensorsDir:
     def _files(self) -> list[str]:
         if (self.path / INDEX).is_file():
             try:
-                return sorted(set(json.loads((self.path / INDEX).read_text())["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{self.path / INDEX}: is no index of safetensors files: {error!r}") from None
+                return sorted(set(_INDEX.validate_python(read_json(self.path / INDEX)).weight_map.values()))
+            except ValidationError as error:
+                fault = first_fault(error)
+            except (OSError, ValueError) as error:
+                fault = str(error)
+            raise ValueError(f"{self.path / INDEX}: is no index of safetensors files: {fault}")
         if (self.path / SINGLE).is_file():
             return [SINGLE]
         raise ValueError(f"{self.path}: holds neither {SINGLE} nor {INDEX}")
@@ -105,14 +129,19 @@ def misfits(found: SafetensorsDir, shapes: Mapping[str, tuple[int, ...]], dtype:
 
 
 def _read_header(path: Path) -> dict[str, Entry]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
             raise ValueError(f"is cut or no safetensors file: {size} bytes, its header alone would need {8 + length}")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        header = parse_json(file.read(length))
+    try:
+        tensors = _HEADER.validate_python({name: header[name] for name in header if name != "__metadata__"})
+    except ValidationError as error:
+        raise ValueError(f"its header is none of safetensors: {first_fault(error)}") from None
+    except TypeError:
+        raise ValueError("its header is no JSON object") from None
+    end = 8 + length + max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
     if size != end:
         raise ValueError(f"found {size} bytes, expected {end}: the file is {'cut' if size < end else 'too long'}")
-    return {name: Entry(path.name, tensor["dtype"], tuple(tensor["shape"])) for name, tensor in header.items()}
+    return {name: Entry(path.name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from megatron_ext.files import open_regular
 from megatron_ext.train.manifest import CheckpointError, Record
 
 INDEX = ".metadata"
@@ -155,15 +156,27 @@ def read_index(folder: Path) -> Metadata:
     Raises CheckpointError if it names anything but an index of tensors, or if the chunks of a tensor overlap or leave
     a part of it out.
     """
-    with (folder / INDEX).open("rb") as file:
-        index = _IndexReader(file).load()
+    try:
+        with open_regular(folder / INDEX) as file:
+            index = _IndexReader(file).load()
+        _check_index(index, folder.name)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a pickle, and objects made of it, of any content
+        raise CheckpointError(f"{folder.name}: {INDEX} cannot be read: {type(error).__name__}: {error}") from error
+    return index
+
+
+def _check_index(index: Metadata, name: str) -> None:
     pickled = [key for key, entry in index.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata)]
     if pickled:
-        raise CheckpointError(f"{folder.name}: holds pickled objects, which are never loaded: {pickled[:5]}")
+        raise CheckpointError(f"{name}: holds pickled objects, which are never loaded: {pickled[:5]}")
     for key, entry in index.state_dict_metadata.items():
         if not tiled(tuple(entry.size), [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]):
-            raise CheckpointError(f"{folder.name}: {key}: its chunks do not cover {list(entry.size)} exactly once")
-    return index
+            raise CheckpointError(f"{name}: {key}: its chunks do not cover {list(entry.size)} exactly once")
+    astray = [each.relative_path for each in places_of(index).values() if "/" in each.relative_path]
+    if astray:
+        raise CheckpointError(f"{name}: {INDEX} names files in other folders: {astray[:5]}")
 
 
 def tiled(shape: Shape, boxes: Sequence[tuple[Shape, Shape]]) -> bool:
@@ -209,7 +222,7 @@ def read_targets(folder: Path, index: Metadata, targets: Sequence[Target]) -> No
     for each in uses:
         files[places_of(index)[each].relative_path].append(each)
     for name, wanted in files.items():
-        with (folder / name).open("rb") as file:
+        with open_regular(folder / name) as file:
             for each in wanted:
                 loaded = load_chunk(file, index, each)
                 for destination, part in uses[each]:
@@ -222,10 +235,18 @@ def places_of(index: Metadata) -> Places:
 
 
 def load_chunk(file: IO[bytes], index: Metadata, chunk: MetadataIndex) -> Tensor:
-    """A stored chunk out of the open file that holds it."""
-    where = places_of(index)[chunk]
-    view: Any = _create_file_view(file, where.offset, where.length)  # pyright: ignore[reportArgumentType]
-    return torch.load(view, map_location="cpu", weights_only=True)
+    """A stored chunk out of the open file that holds it. Raises CheckpointError unless it is what the index says."""
+    entry, what = _entry(index, chunk.fqn), f"{chunk.fqn} at {list(chunk.offset or ())}"
+    try:
+        where = places_of(index)[chunk]
+        view: Any = _create_file_view(file, where.offset, where.length)  # pyright: ignore[reportArgumentType]
+        found = torch.load(view, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file of any content
+        raise CheckpointError(f"{what} cannot be read: {type(error).__name__}: {error}") from error
+    [sizes] = [each.sizes for each in entry.chunks if each.offsets == chunk.offset]
+    if not isinstance(found, Tensor) or (found.numel(), found.dtype) != (sizes.numel(), entry.properties.dtype):
+        raise CheckpointError(f"{what} is not the {entry.properties.dtype} of {list(sizes)} that {INDEX} says")
+    return found
 
 
 def misfits(index: Metadata, targets: Iterable[Target]) -> dict[str, str]:

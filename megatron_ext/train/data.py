@@ -270,7 +270,8 @@ def _check_row(where: str, line: str) -> Problem | Fault:
     for field, text in (("prompt", prompt), ("answer", str(answer))):
         if not text.strip():
             return Fault(where, field, "empty", "empty")
-        if re.search("[\ud800-\udfff]", text):
+    for field in ("prompt", "answer", "id", "kind"):
+        if re.search("[\ud800-\udfff]", text := str(row.get(field))):
             return Fault(where, field, "invalid", f"holds half of a surrogate pair, which is no text: {text[:60]!a}")
     if not isinstance(problem_id, str | None) and not _is_int(problem_id):
         return _wrong_type(where, "id", "a string", problem_id)
@@ -315,5 +316,5 @@ def _is_int(value: object) -> bool:
 
 
 def _listed(faults: Sequence[Fault]) -> list[str]:
-    lines = [f"  {fault}" for fault in faults[:NUM_LISTED]]
+    lines = [f"  {fault}"[:400] for fault in faults[:NUM_LISTED]]
     return lines + ([f"  ... and {len(faults) - NUM_LISTED} more"] if len(faults) > NUM_LISTED else [])

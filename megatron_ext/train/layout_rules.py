@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_ext.train.config import ParallelConfig
 
+MOST_STAGES = 256  # that a message spells out; no model has more layers
+
 
 def model_faults(hf: dict[str, Any], p: ParallelConfig) -> list[str]:
     """A line for each rule the layout breaks: rule, values, nearest valid choice."""
@@ -41,22 +43,24 @@ def _stage_faults(layers: int, p: ParallelConfig) -> list[str]:
     if p.stage_layers and (len(p.stage_layers) != stages or sum(p.stage_layers) != layers):
         faults.append(
             f"parallel.stage_layers: found {len(p.stage_layers)} numbers that sum to {sum(p.stage_layers)}, expected "
-            f"one for each of {stages} stages (pipeline x virtual) with the model's {layers} layers in sum; set "
-            f"parallel.stage_layers = {_even(layers, stages)}"
+            f"one for each of {stages} stages (pipeline x virtual) with the model's {layers} layers in sum; "
+            f"set {_even(layers, stages)}"
         )
     elif not p.stage_layers and layers % stages:
         faults.append(
             f"{named} does not divide the model's {layers} layers; nearest valid is "
-            f"{nearest_divisor(layers, stages)}, or parallel.stage_layers = {_even(layers, stages)}"
+            f"{nearest_divisor(layers, stages)}, or set {_even(layers, stages)}"
         )
     return faults
 
 
-def _even(layers: int, stages: int) -> list[int]:
+def _even(layers: int, stages: int) -> str:
     """As even as it goes, with fewer layers on the first and last stages: they hold the embedding and the head."""
+    if stages > min(layers, MOST_STAGES):
+        return f"parallel.pipeline x parallel.virtual to at most {min(layers, MOST_STAGES)}"
     least, more = divmod(layers, stages)
     first = (stages - more) // 2
-    return [least + (first <= stage < first + more) for stage in range(stages)]
+    return f"parallel.stage_layers = {[least + (first <= stage < first + more) for stage in range(stages)]}"
 
 
 def _expert_faults(hf: dict[str, Any], p: ParallelConfig) -> list[str]:

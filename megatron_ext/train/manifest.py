@@ -1,6 +1,6 @@
 """Checkpoints as directories: what makes one complete, which one to resume from, which ones to delete.
 
-Only the standard library: a launcher or a report can ask for the newest valid checkpoint without torch.
+No torch: a launcher or a report can ask for the newest valid checkpoint.
 
     root/latest                   the commit point: the name of the last checkpoint whose save finished
     root/step_000010/             payload files and MANIFEST.json: size and sha256 of every one of them
@@ -25,15 +25,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from megatron_ext.files import first_fault, open_regular, read_json, read_small
 from megatron_ext.train.redact import redact
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "MANIFEST.json"
 TRACKER = "latest"
-_PUBLISHED = re.compile(r"step_(\d+)(\.replaced-\w+)?")
+_PUBLISHED = re.compile(r"step_([0-9]{1,18})(\.replaced-\w+)?")
 _HASH_THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -46,7 +49,7 @@ class Record:
     """One file of a checkpoint."""
 
     sha256: str
-    bytes: int
+    bytes: Annotated[int, Field(ge=0)]
 
     def __str__(self) -> str:
         return f"sha256 {self.sha256} ({self.bytes} bytes)"
@@ -56,12 +59,17 @@ class Record:
 class Manifest:
     """What MANIFEST.json states. ``files`` are paths relative to the checkpoint, the manifest left out."""
 
-    step: int
+    step: Annotated[int, Field(ge=0, lt=10**18)]
     files: dict[str, Record]
-    layout: dict[str, int]
+    layout: dict[str, Any]
     config: dict[str, Any]
     config_hash: str
     versions: dict[str, str]
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+
+_MANIFEST = TypeAdapter(Manifest)
 
 
 @dataclass(frozen=True)
@@ -216,21 +224,21 @@ def remove(path: Path) -> None:
 def read_manifest(path: Path) -> Manifest:
     """The manifest of the checkpoint directory ``path``; CheckpointError if it is absent or damaged."""
     try:
-        content = json.loads((path / MANIFEST).read_bytes())
+        content = read_json(path / MANIFEST)
         digest = content.pop("digest")
         actual = hashlib.sha256(_canonical(content)).hexdigest()
-        if actual != digest:
-            raise CheckpointError(f"{path.name}: {MANIFEST}: expected sha256 {digest}, found {actual}")
-        files = {name: Record(**record) for name, record in content.pop("files").items()}
-        return Manifest(files=files, **content)
     except FileNotFoundError:
         raise CheckpointError(f"{path.name}: {MANIFEST} is missing") from None
-    except (OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path.name}: {MANIFEST} cannot be read: {error!r}") from None
-    except CheckpointError:
-        raise
-    except ValueError as error:  # JSON and UTF-8
-        raise CheckpointError(f"{path.name}: {MANIFEST} is not valid JSON: {error}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path.name}: {MANIFEST} cannot be read as JSON: {error}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path.name}: {MANIFEST} cannot be read: it is no object with a digest") from None
+    if actual != digest:
+        raise CheckpointError(f"{path.name}: {MANIFEST}: expected sha256 {str(digest)[:100]}, found {actual}")
+    try:
+        return _MANIFEST.validate_json(json.dumps(content), strict=True)
+    except ValidationError as error:
+        raise CheckpointError(f"{path.name}: {MANIFEST} cannot be read: {first_fault(error)}") from None
 
 
 def verify(path: Path, hash_files: Hasher = record_files) -> Manifest:
@@ -242,12 +250,16 @@ def verify(path: Path, hash_files: Hasher = record_files) -> Manifest:
         faults.append(f"{MANIFEST} is of step {manifest.step}")
     present = set(payload_names(path))
     try:
-        actual = hash_files(path, sorted(manifest.files.keys() & present))
+        sizes = {name: (path / name).stat().st_size for name in present}
+        whole = [name for name, record in manifest.files.items() if sizes.get(name) == record.bytes]
+        actual = hash_files(path, sorted(whole))  # the others are refused unread, whatever they are
     except OSError as error:
         raise CheckpointError(f"{path.name}: cannot be read: {error}") from None
     for name, expected in sorted(manifest.files.items()):
         if name not in present:
             faults.append(f"{name} is missing, expected {expected}")
+        elif name not in actual:
+            faults.append(f"{name}: expected {expected}, found {sizes[name]} bytes")
         elif actual[name] != expected:
             faults.append(f"{name}: expected {expected}, found {actual[name]}")
     faults += [f"{name} is not listed in {MANIFEST}" for name in sorted(present - manifest.files.keys())]
@@ -296,7 +308,7 @@ def newest_valid(root: Path, hash_files: Hasher = record_files) -> Found | None:
 def _tracked_step(root: Path) -> int:
     """The step of the checkpoint that ``latest`` names; CheckpointError where that is of no use."""
     try:
-        text = (root / TRACKER).read_bytes().decode(errors="replace").strip()
+        text = read_small(root / TRACKER, max_bytes=1000).decode(errors="replace").strip()
     except OSError as error:
         raise CheckpointError(f"{TRACKER}: cannot be read: {error}") from None
     match = _PUBLISHED.fullmatch(text)
@@ -346,7 +358,7 @@ def _warn(lines: list[str]) -> None:
 
 
 def _record(path: Path) -> Record:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return Record(digest, file.tell())
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
+from megatron_ext.files import parse_json, read_lines
 from megatron_ext.train.redact import redact
 from megatron_ext.train.trackers import FINISH_S, Trackers
 
@@ -144,23 +145,26 @@ def token_texts(decode: Callable[[Sequence[int]], str], ids: Sequence[int]) -> l
 
 def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """Each complete line's object and the offset behind it."""
-    end = 0
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
+    end, fault = 0, ""
+    try:
+        for number, raw in enumerate(read_lines(path), 1):
+            if fault:
+                raise ValueError(f"{path}, {fault}. Repair the line or move the file away")
             if not raw.endswith(b"\n"):
                 return  # killed while writing
             end += len(raw)
             try:
-                record = json.loads(raw)
-                if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                record = parse_json(raw)
+                if not isinstance(record, dict) or type(record.get("step")) is not int:
                     raise ValueError("no object with an integer step")
-            except (ValueError, RecursionError) as error:
-                if not file.peek(1):
-                    return
-                raise ValueError(
-                    f"{path}, line {number}: {error}; found {raw[:60]!r}. Repair the line or move the file away"
-                ) from None
-            yield record, end
+            except ValueError as error:
+                fault = f"line {number}: {str(error)[:200]}; found {raw[:60]!r}"  # the last one may be what a kill left
+            else:
+                yield record, end
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}; move it away") from None
 
 
 def _check_steps(path: Path, resume_step: int) -> int:
@@ -214,8 +218,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _number(value: Any) -> float | int:
-    return value if isinstance(value, int) else float(value)
+    return +value if isinstance(value, int) else float(value)  # of a bool, 0 or 1
 
 
 def _or_null(value: float | int) -> float | int | None:
-    return value if math.isfinite(value) else None
+    return value if isinstance(value, int) or math.isfinite(value) else None

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron.core.models.gpt import GPTModel
 
 from megatron_ext.model.hf_config import Architecture
-from megatron_ext.model.hf_weights import load_weights
+from megatron_ext.model.hf_weights import load_weights, open_weights
 from megatron_ext.train import checkpoint, manifest
 from megatron_ext.train.config import ModelConfig
 from megatron_ext.train.reference import identity
@@ -17,13 +17,15 @@ from megatron_ext.train.reference import identity
 class Start:
     """Fills policy, reference and critic alike. The checkpoint may be of any layout; it is verified once, here.
 
-    Raises CheckpointError on all ranks if it is damaged.
+    Raises CheckpointError on all ranks if it is damaged, ValueError for safetensors that are not the architecture's.
     """
 
     def __init__(self, model: ModelConfig, architecture: Architecture) -> None:
         self.model, self.architecture = model, architecture
         if model.weights:
             checkpoint.verify(Path(model.weights))
+        else:
+            open_weights(model.path, architecture)
 
     def fill(self, modules: list[GPTModel]) -> None:
         """Collective. Raises ValueError (CheckpointError, with model.weights) naming what does not fit."""

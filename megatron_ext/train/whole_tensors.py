@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
+from megatron_ext.files import open_regular
 from megatron_ext.train.checkpoint_io import (
     FORMAT,
     FORMAT_FILE,
@@ -113,7 +114,7 @@ class CheckpointTensors:
         return found
 
     def _load(self, chunk: MetadataIndex) -> Tensor:
-        with (self.path / places_of(self._index)[chunk].relative_path).open("rb") as file:
+        with open_regular(self.path / places_of(self._index)[chunk].relative_path) as file:
             return load_chunk(file, self._index, chunk)
 
 

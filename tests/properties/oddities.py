@@ -63,13 +63,13 @@ def mutated(draw: st.DrawFn, document: Any, values: st.SearchStrategy[Any] = VAL
         container, key = draw(st.sampled_from(_nodes(root)))
         match draw(st.sampled_from(("replace", "remove", "repeat", "rename", "move", "wrap"))):
             case "replace":
-                container[key] = draw(values)
+                container[key] = copy.deepcopy(draw(values))
             case "remove" if container is not root:
                 del container[key]
             case "repeat" if isinstance(container, dict):
-                container[Again(key)] = draw(values | st.just(container[key]))
+                container[Again(key)] = copy.deepcopy(draw(values | st.just(container[key])))
             case "repeat":
-                container.append(container[key])
+                container.append(copy.deepcopy(container[key]))
             case "rename" if isinstance(container, dict):
                 container[draw(st.sampled_from(TEXTS) | st.text(max_size=8))] = container.pop(key)
             case "move":

@@ -108,7 +108,7 @@ MOE = SIZES | {"num_hidden_layers": 6, "num_experts": 12, "moe_intermediate_size
     ("hf", "layout", "message"),
     [
         (SIZES, {"stage_layers": (2, 3, 2), "pipeline": 3}, None),
-        (SIZES, {"pipeline": 3}, "nearest valid is 1, or parallel.stage_layers = [2, 3, 2]"),
+        (SIZES, {"pipeline": 3}, "nearest valid is 1, or set parallel.stage_layers = [2, 3, 2]"),
         (SIZES, {"pipeline": 2, "virtual": 2}, "2 x parallel.virtual 2 = 4 does not divide the model's 7 layers"),
         (SIZES, {"pipeline": 2, "stage_layers": (3, 3)}, "found 2 numbers that sum to 6, expected one for each of 2"),
         (SIZES, {"pipeline": 2, "stage_layers": (7,)}, "set parallel.stage_layers = [4, 3]"),

@@ -166,8 +166,9 @@ def test_damage_to_a_file_is_refused_by_name_and_hash(tmp_path, name, damage):
     assert found and found.manifest.step == 10
     (line,) = found.refused
     assert line.startswith(f"step_000020: {name}") and good in line
-    if path.is_file():
-        assert hashlib.sha256(path.read_bytes()).hexdigest() in line
+    if path.is_file():  # one of another size is refused unread
+        actual = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert actual in line or (damage in ("truncate", "empty") and f"found {path.stat().st_size} bytes" in line)
     with pytest.raises(CheckpointError, match="step_000020"):
         verify(tmp_path / "step_000020")
 

@@ -1,0 +1,29 @@
+"""Servers' replies: any body is a response within its bounds or is refused in a few words."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ext.rollout.server_reply import ROUNDING, max_bytes, read_reply
+from tests.properties.oddities import damaged, limits, mutated, to_bytes, to_json
+from tests.rollout.test_server_reply import MAX_TOKENS, VOCAB, reply
+
+VALID = json.dumps(reply()).encode()
+
+
+@given(body=mutated(reply()).map(to_json).map(to_bytes) | damaged(VALID) | st.binary(max_size=200))
+def test_a_reply_is_right_or_refused(body: bytes) -> None:
+    with limits():
+        try:
+            choice = read_reply(body[: max_bytes(MAX_TOKENS)], vocab_size=VOCAB, max_tokens=MAX_TOKENS)
+        except ValueError as error:
+            assert type(error) is ValueError and 10 < len(str(error)) < 400
+            return
+    assert choice.finish_reason in ("stop", "length") and choice.versions
+    assert 1 <= len(choice.token_ids) == len(choice.token_logprobs) <= MAX_TOKENS
+    assert all(type(each) is int and 0 <= each < VOCAB for each in choice.token_ids)
+    assert all(math.isnan(each) or -9999 < each <= ROUNDING for each in choice.token_logprobs)
