@@ -83,7 +83,9 @@ def find_test(test: str) -> ast.FunctionDef | None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.reliability", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.reliability", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.relative_to(ROOT)} instead of showing it")
     written = page(load_cases())
     if parser.parse_args().write:
