@@ -21,7 +21,7 @@ HEAD = """# Faults and bad input: what is promised, and by which test
 
 Written by `python -m tests.reliability --write` from [tests/reliability.toml](../tests/reliability.toml); a test keeps
 the two alike. `python -m tests.mutations` makes each change of the last column in a copy of the tree and sees the
-tests fail with it, and pass without it. F1 to F12 are what an attack tried; F3 is in 24, F6 in 12, F9 in 13.
+tests fail with it, and pass without it. F1 to F12 are what an attack tried; F3 is in 24, F6 in 12.
 """
 
 
