@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_ext import methods
 from megatron_ext.model import hf_weights
-from megatron_ext.train.metrics import Watch
+from megatron_ext.train.display import Watch
 from megatron_ext.types import Episode
 from tests import gloo, tiny
 from tests.train.test_invariance import gathered_gradients, worst
