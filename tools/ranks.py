@@ -190,7 +190,8 @@ class _Node:
             if self.received.count(signal.SIGINT) > 1:
                 self._end()
                 return INTERRUPTED
-            if self.received:
+            has_left = any(rank.poll() == REQUEUE for rank in self.ranks)
+            if self.received or has_left:  # one that was asked alone, while starting, is waited for by the others
                 self._resend(signal.SIGUSR1)
             failed = [index for index, rank in enumerate(self.ranks) if rank.poll() not in (None, 0, REQUEUE)]
             if failed:
@@ -198,7 +199,7 @@ class _Node:
                 time.sleep(RESEND_S)  # ranks that fail together end together
                 self._end()
                 return min((self._code(index) for index in failed), key=lambda code: code not in SAID_BY_RANKS)
-            if self.received and left is None and any(rank.poll() == REQUEUE for rank in self.ranks):
+            if has_left and left is None:
                 left = time.monotonic()
             if left is not None and time.monotonic() > left + GRACE_S:
                 self._end()  # they wait for one that will not come

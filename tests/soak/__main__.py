@@ -163,10 +163,9 @@ def _check(run: WatchedRun, reference: WatchedRun, code: int, decisive: Struck |
 
 def _compare(run: WatchedRun, reference: WatchedRun) -> None:
     """What must hold when a run is done."""
-    if found := compare.differences(run, reference):
-        raise Fault(f"differs from {reference.path}:\n  " + "\n  ".join(found))
-    if left := [str(path) for path in run.temporary_files()]:
-        raise Fault("temporary files are left:\n  " + "\n  ".join(left))
+    found = [f"differs from {reference.path}: {each}" for each in compare.differences(run, reference)]
+    if found := [*found, *(f"a temporary file is left: {path}" for path in run.temporary_files())]:
+        raise Fault("\n  ".join(found))
 
 
 def main(arguments: list[str] | None = None) -> int:

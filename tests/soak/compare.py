@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
@@ -60,17 +61,23 @@ def _checkpoint_differences(own: Path, expected: Path) -> list[str]:
     if damage := _damage(own):
         return damage
     found = [f"{own.name}/{name} differs" for name in sorted(_unequal(_hashes(own), _hashes(expected)))]
-    tensors = _tensors(own), _tensors(expected)
-    if not tensors[1]:
-        found.append(f"{expected} holds no tensors")
-    if tensors[0].keys() != tensors[1].keys():
-        found.append(f"{own.name}: names of tensors: {sorted(tensors[0].keys() ^ tensors[1].keys())[:5]}")
-    same = tensors[0].keys() & tensors[1].keys()
-    unequal = sorted(name for name in same if not torch.equal(tensors[0][name], tensors[1][name]))
-    if unequal:
-        found.append(f"{own.name}: {len(unequal)} of {len(same)} tensors differ, the first {unequal[0]}")
+    return found + _tensor_differences(own, expected) + _state_differences(own, expected)
+
+
+def _tensor_differences(own: Path, expected: Path) -> list[str]:
+    reference = _tensors(expected)
+    assert reference, f"{expected} holds no tensors"
+    try:
+        tensors = _tensors(own)
+    except CheckpointException as error:
+        return [f"{own.name}: torch cannot read it: {str(error).splitlines()[-1]}"]
+    unequal = sorted(_unequal(tensors, reference))
+    return [f"{own.name}: {len(unequal)} of {len(reference)} tensors differ, the first {unequal[0]}"] if unequal else []
+
+
+def _state_differences(own: Path, expected: Path) -> list[str]:
     states = (_flat(torch.load(folder / "state.pt", weights_only=True)) for folder in (own, expected))
-    return found + [f"{own.name}/state.pt: {key} differs" for key in sorted(_unequal(*states))]
+    return [f"{own.name}/state.pt: {key} differs" for key in sorted(_unequal(*states))]
 
 
 def _tensors(checkpoint: Path) -> dict[str, Tensor]:

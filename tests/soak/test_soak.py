@@ -10,12 +10,15 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from tests.soak import compare, strikes, watched_run
 from tests.soak.__main__ import RECIPES, Soak
@@ -23,29 +26,25 @@ from tests.soak.strikes import KINDS, Strike, Struck
 from tests.soak.watched_run import PHASES, SAVING, WatchedRun
 
 RECIPE = replace(RECIPES[0], steps=5)
+LAST = "step_000005"
 KINDS_BY_NAME = {str(kind): kind for kind in KINDS}
 SHORT = (  # a life each, but for the worker's, which the run survives
-    Strike(KINDS_BY_NAME["reward worker SIGKILL"], "step", 0.3, rank=1, steps=0),
+    Strike(KINDS_BY_NAME["reward worker SIGKILL"], "step", 0.05, rank=1, steps=0),
     Strike(KINDS_BY_NAME["a rank SIGKILL"], "save: shards", 0.0, rank=1, steps=1),
     Strike(KINDS_BY_NAME["launcher SIGTERM"], "step", 0.5, rank=0, steps=0),
     Strike(KINDS_BY_NAME["launcher SIGKILL"], "step", 0.7, rank=0, steps=0),
 )
 
 
-@pytest.fixture(scope="module")
-def soaked(tmp_path_factory: pytest.TempPathFactory) -> Soak:
-    soak = Soak(tmp_path_factory.mktemp("soak"), print)
+@pytest.mark.timeout(1800)  # five starts of real runs, on a machine that may be busy
+def test_a_struck_run_ends_like_one_that_nobody_struck(tmp_path: Path) -> None:
+    soak = Soak(tmp_path, print)
     soak.run(RECIPE, iter(SHORT))
-    return soak
-
-
-@pytest.mark.timeout(1800)  # six starts of real runs, on a machine that may be busy
-def test_a_struck_run_ends_like_one_that_nobody_struck(soaked: Soak) -> None:
-    assert soaked.exit_codes == {0: 1, 75: 1, 137: 1, -9: 1}, soaked.exit_codes
-    assert soaked.strikes.total() == len(SHORT)
-    phases = {phase for _, phase in soaked.strikes}
+    assert soak.exit_codes == {0: 1, 75: 1, 137: 1, -9: 1}, soak.exit_codes
+    assert soak.strikes.total() == len(SHORT)
+    phases = {phase for _, phase in soak.strikes}
     assert phases <= set(PHASES)
-    assert phases - {"starting", "ending", *(f"save: {part}" for part in SAVING)}, "no stack was read"
+    assert phases - {"starting", "ending", "after a save", *(f"save: {part}" for part in SAVING)}, "no stack was read"
 
 
 def test_every_kind_and_every_aim_comes_before_any_comes_again() -> None:
@@ -135,11 +134,29 @@ def test_a_signal_before_there_is_a_handler_may_end_the_launcher(run: WatchedRun
     assert Struck(strike, "starting", heard=True).faults(run, -signal.SIGHUP) == ["exit code -1, expected 75"]
 
 
+def written(folder: Path) -> WatchedRun:
+    """What a finished run leaves, but small: two tensors in a checkpoint that torch itself wrote."""
+    run = WatchedRun(folder, RECIPE, folder)
+    checkpoint = run.checkpoints / LAST
+    tensors = {"weight": torch.arange(6.0).view(2, 3), "optimizer.state.exp_avg.weight": torch.ones(2, 3)}
+    save(tensors, storage_writer=FileSystemWriter(checkpoint), no_dist=True)
+    state = {"state": {"method": {"integral": 2.0}, "order": torch.arange(7)}}
+    torch.save(state, checkpoint / "state.pt")
+    (run.checkpoints / "latest").write_text(LAST + "\n")
+    (run.path / "config.json").write_text("{}")
+    for step in range(1, RECIPE.steps + 1):
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            with (run.path / name).open("a") as file:
+                print(json.dumps({"step": step, "loss/total": step / 3, "time/step_s": time.monotonic()}), file=file)
+    seal(run.path)
+    return run
+
+
 def other_metric(folder: Path) -> None:
     file = folder / "metrics.jsonl"
     *lines, last = file.read_text().splitlines()
     record = json.loads(last)
-    record["loss/total"] = math.nextafter(record["loss/total"], 1)
+    record["loss/total"] = math.nextafter(record["loss/total"], 9)
     file.write_text("\n".join([*lines, json.dumps(record)]) + "\n")
 
 
@@ -149,15 +166,19 @@ def fewer_samples(folder: Path) -> None:
 
 
 def damaged_tensor(folder: Path) -> None:
-    shard = folder / "checkpoints" / LAST / "__1_0.distcp"
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
+    shard = next((folder / "checkpoints" / LAST).glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes().replace(b"\x00\x00\xa0\x40", b"\x00\x00\xa1\x40"))  # 5.0: weight's last
 
 
 def other_tensor(folder: Path) -> None:
     """With a manifest that agrees: only the uninterrupted run's checkpoint tells."""
     damaged_tensor(folder)
+    seal(folder)
+
+
+def unreadable_tensor(folder: Path) -> None:
+    shard = next((folder / "checkpoints" / LAST).glob("*.distcp"))
+    shard.write_bytes(bytes(shard.stat().st_size))
     seal(folder)
 
 
@@ -174,38 +195,51 @@ def older_checkpoint(folder: Path) -> None:
 
 
 def seal(folder: Path) -> None:
+    """Write the checkpoint's manifest anew."""
     checkpoint = folder / "checkpoints" / LAST
-    manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
-    for name, record in manifest["files"].items():
-        record["sha256"] = hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
-        record["bytes"] = (checkpoint / name).stat().st_size
-    (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
+    (checkpoint / "MANIFEST.json").unlink(missing_ok=True)
+    contents = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    files = {
+        name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        for name, content in contents.items()
+    }
+    (checkpoint / "MANIFEST.json").write_text(json.dumps({"files": files}))
 
 
-LAST = f"step_{RECIPE.steps:06d}"
-
-
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("change", "found"),
     [
         (lambda folder: None, []),
         (other_metric, ["metrics.jsonl: .* step 5: loss/total is", "tools.compare_runs --bitwise: not equal: step 5"]),
         (fewer_samples, ["samples.jsonl: 4 lines, expected 5"]),
-        (damaged_tensor, [f"{LAST}/__1_0.distcp is not what the manifest says"]),
-        (other_tensor, [f"{LAST}/__1_0.distcp differs", f"{LAST}: 1 of [0-9]+ tensors differ, the first "]),
+        (damaged_tensor, [f"{LAST}/__0_0.distcp is not what the manifest says"]),
+        (other_tensor, [f"{LAST}/__0_0.distcp differs", f"{LAST}: 1 of 2 tensors differ, the first weight"]),
+        (unreadable_tensor, [f"{LAST}/__0_0.distcp differs", f"{LAST}: torch cannot read it"]),
         (other_state, [f"{LAST}/state.pt differs", f"{LAST}/state.pt: state.method.integral differs"]),
         (older_checkpoint, ["the last checkpoint is of step 4, expected 5"]),
     ],
 )
-def test_a_difference_is_found(
-    soaked: Soak, change: Callable[[Path], object], found: list[str], tmp_path: Path
-) -> None:
-    reference, _ = soaked.reference(RECIPE)
-    run = WatchedRun(tmp_path / "run", RECIPE, tmp_path)
-    shutil.copytree(reference.path, run.path)
+def test_a_difference_is_found(change: Callable[[Path], object], found: list[str], tmp_path: Path) -> None:
+    reference, run = written(tmp_path / "reference"), written(tmp_path / "run")
     change(run.path)
     differences = compare.differences(run, reference)
     assert len(differences) == len(found), differences
     for each, pattern in zip(differences, found, strict=True):
         assert re.match(pattern, each), each
+
+
+def test_a_difference_is_found_before_the_run_is_done(tmp_path: Path) -> None:
+    reference, run = written(tmp_path / "reference"), written(tmp_path / "run")
+    assert compare.faults_so_far(run, reference) == []
+    fewer_samples(run.path)  # killed while it wrote
+    metrics = run.path / "metrics.jsonl"
+    three = "".join(metrics.read_text().splitlines(keepends=True)[:3])
+    metrics.write_text(three + '{"step": 4, "lo')
+    assert compare.faults_so_far(run, reference) == []
+    metrics.write_text(three)
+    other_metric(run.path)
+    damaged_tensor(run.path)
+    found = compare.faults_so_far(run, reference)
+    assert found[0].startswith("step 3: loss/total is") and found[1].startswith(f"{LAST}/__0_0.distcp is not what")
+    shutil.rmtree(run.checkpoints / LAST)
+    assert "which latest names, is damaged" in compare.faults_so_far(run, reference)[1]

@@ -229,6 +229,14 @@ def test_a_rank_that_cannot_leave_does_not_hold_up_one_that_has_saved(tmp_path: 
     assert process.wait(20) == 75
 
 
+def test_a_rank_that_was_asked_alone_takes_the_others_along(tmp_path: Path) -> None:
+    """They would wait for it: while a run starts, each rank waits for all."""
+    program = "import os, sys\nif os.environ['RANK'] == '1': sys.exit(75)\n" + LISTENING.replace("SAVING_S", "0")
+    process = launch(tmp_path, program)
+    assert process.wait(50) == 75
+    assert [path.name for path in tmp_path.glob("heard*")] == ["heard0-SIGUSR1"]
+
+
 def run_here(folder: Path, program: str, code: str) -> subprocess.Popen:
     """A launcher whose waits are shorter; the last expression of ``code`` is its exit code."""
     (folder / "program.py").write_text(program)
