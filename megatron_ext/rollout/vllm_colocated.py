@@ -78,6 +78,8 @@ class VLLMEngine:
         os.environ.update(model_runner_variable(model_runner))
         vllm_transfer.register()
         _forget_shared_memory(self.group)
+        if self.group is None and self.here:  # else vLLM makes this, and its store listens on all interfaces
+            dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
         self.llm = LLM(
             model=str(model_path),
             trust_remote_code=False,
