@@ -119,7 +119,7 @@ def test_a_chat_template_does_not_reach_python(tmp_path: Path, template: str) ->
     shutil.copytree(BASE, model)
     (model / "chat_template.jinja").write_text(template.replace("MARKER", str(marker)))
     problem = Problem(problem_id="0", prompt="1+1", answer="2", verifier="math")
-    with pytest.raises(ConfigError, match="chat template cannot be applied to problem 0: (SecurityError|TypeError)"):
+    with pytest.raises(ConfigError, match="chat template cannot be applied to problem 0"):
         encode_prompt(load_tokenizer(model), problem)
     assert not marker.exists()
 
