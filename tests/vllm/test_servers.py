@@ -21,7 +21,7 @@ import psutil
 import pytest
 import torch
 from torch import Tensor
-from vllm.entrypoints.openai.cli_args import make_arg_parser
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from megatron_ext.rollout import server_guard, server_round, vllm_transfer
@@ -152,6 +152,7 @@ def spoil(url: str, token: str, weights: Frozen) -> None:
 def test_a_server_is_told_to_trust_no_code() -> None:
     """As vLLM's own parser reads the command."""
     command = serve_command(BASE, host="127.0.0.1", port=1, backend=vllm_transfer.INLINE, options={})
+    assert "--no-trust-remote-code" in command
     parser = make_arg_parser(FlexibleArgumentParser())
     assert parser.parse_args(command[command.index("--model") :]).trust_remote_code is False
 
