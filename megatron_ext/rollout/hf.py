@@ -28,7 +28,7 @@ class HFEngine:
     def __init__(self, model_path: str | Path, *, batch_size: int = 256) -> None:
         logging.disable_progress_bar()
         self.tokenizer = load_tokenizer(model_path)
-        model: Any = AutoModelForCausalLM.from_pretrained(model_path, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_pretrained(model_path, trust_remote_code=False, use_safetensors=True)
         self.model = model.to(host.device()).eval()
         self.batch_size = batch_size
         self.version = 0

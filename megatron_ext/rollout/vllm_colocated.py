@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -78,6 +79,8 @@ class VLLMEngine:
         os.environ.update(model_runner_variable(model_runner))
         vllm_transfer.register()
         _forget_shared_memory(self.group)
+        if self.group is None and self.here:
+            _join_nobody()
         self.llm = LLM(
             model=str(model_path),
             trust_remote_code=False,
@@ -195,6 +198,13 @@ def _engine_group(tensor: int) -> dist.ProcessGroup | None:
     mine, _ = dist.new_subgroups_by_enumeration(engines, backend="gloo", timeout=timedelta(days=1))
     assert isinstance(mine, dist.ProcessGroup)  # every rank is in one of them
     return mine
+
+
+def _join_nobody() -> None:
+    """Make the process group of one that vLLM would make with a store, and gloo, that listen on all interfaces."""
+    if "lo" in (name for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _forget_shared_memory(group: dist.ProcessGroup | None) -> None:

@@ -110,6 +110,6 @@ def test_every_kernel_compiles_without_spills_and_fills_half_of_an_sm(capability
         *("outputs_kernel", "nucleus_outputs_kernel", "gradient_kernel"),
     }
     for kernel in found:
-        # Triton 3.7.1, which torch brings, keeps one register of sm_80's decide_kernel at TP 1 in memory; 3.9.0 does not
+        # torch's own Triton, 3.7.1, keeps one register of sm_80's decide_kernel at TP 1 in memory; 3.9.0 does not
         assert kernel.spilled_bytes <= (8 if kernel.name == "decide_kernel" else 0), kernel
         assert kernel.occupancy >= 0.5, kernel

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,9 @@ import pytest
 
 from megatron_ext.rollout.hf import HFEngine
 from megatron_ext.rollout.model_files import load_config, load_tokenizer
+from megatron_ext.train.config import ConfigError
+from megatron_ext.train.data import encode_prompt
+from megatron_ext.types import Problem
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "recipes" / "tiny" / "base"
@@ -80,6 +84,43 @@ def test_the_message_names_file_and_code(tmp_path: Path, load: Callable[[Path], 
     name = ASKING[asking][0].replace(".", r"\.")
     with pytest.raises(ValueError, match=rf"auto_map in {name} is .*code\.C.*expected none, for code of a model never"):
         load(model)
+    assert not marker.exists()
+
+
+class Payload:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_weights_that_are_a_pickle_are_not_read(tmp_path: Path) -> None:
+    model, marker = tmp_path / "model", tmp_path / "marker"
+    shutil.copytree(BASE, model, ignore=shutil.ignore_patterns("*.safetensors"))
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Payload(marker)}))
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        HFEngine(model)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ lipsum.__globals__['os'].system('touch MARKER') }}",
+        "{{ cycler.__init__.__globals__.os.system('touch MARKER') }}",
+        "{% include '/etc/passwd' %}",
+        "{{ messages.append(1) }}",
+    ],
+)
+def test_a_chat_template_does_not_reach_python(tmp_path: Path, template: str) -> None:
+    model, marker = tmp_path / "model", tmp_path / "marker"
+    shutil.copytree(BASE, model)
+    (model / "chat_template.jinja").write_text(template.replace("MARKER", str(marker)))
+    problem = Problem(problem_id="0", prompt="1+1", answer="2", verifier="math")
+    with pytest.raises(ConfigError, match="chat template cannot be applied to problem 0"):
+        encode_prompt(load_tokenizer(model), problem)
     assert not marker.exists()
 
 

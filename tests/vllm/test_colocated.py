@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -121,6 +122,8 @@ def alone(_rank: int, _world: int, folder: Path, case: str) -> Any:
     torch.distributed.destroy_process_group()
     engine = VLLMEngine(folder, dtype="float32", max_tokens=64, eager=True)
     KEPT.append(engine)
+    listening = [each.laddr.ip for each in psutil.Process().net_connections("inet") if each.status == "LISTEN"]
+    assert set(listening) <= {"127.0.0.1"}, listening
     if case == "runner":
         found = engine.llm.collective_rpc(lambda worker: type(worker.model_runner).__module__)  # what really runs
         return found, engine.model_runner, engine.metrics(), os.environ.get("VLLM_USE_V2_MODEL_RUNNER")

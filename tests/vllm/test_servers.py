@@ -21,12 +21,15 @@ import psutil
 import pytest
 import torch
 from torch import Tensor
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from megatron_ext.rollout import server_guard, server_round, vllm_transfer
 from megatron_ext.rollout.base import Request, RolloutError, Sampling
 from megatron_ext.rollout.hf import HFEngine
 from megatron_ext.rollout.server_round import Round
 from megatron_ext.rollout.server_weights import Servers, Source, connect
+from megatron_ext.rollout.servers import serve_command
 from megatron_ext.rollout.vllm_server import ServerEngine
 from megatron_ext.types import Sample
 from tests import gloo
@@ -144,6 +147,14 @@ def push(servers: dict[str, str], weights: Frozen, version: str) -> dict[str, st
 def spoil(url: str, token: str, weights: Frozen) -> None:
     """Other weights, labelled as the ones the server started with."""
     assert not push({url: token}, weights, "default")
+
+
+def test_a_server_is_told_to_trust_no_code() -> None:
+    """As vLLM's own parser reads the command."""
+    command = serve_command(BASE, host="127.0.0.1", port=1, backend=vllm_transfer.INLINE, options={})
+    assert "--no-trust-remote-code" in command
+    parser = make_arg_parser(FlexibleArgumentParser())
+    assert parser.parse_args(command[command.index("--model") :]).trust_remote_code is False
 
 
 def test_every_update_reaches_all_servers(engine: ServerEngine, truth: Truth) -> None:
