@@ -62,6 +62,7 @@ def test_a_template_that_takes_too_much(
     template: str, prompt: int, message: str, tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chat_template, "CPU_S", 3.0)  # the start takes 1
+    monkeypatch.setattr(chat_template, "WALL", 200.0)
     tokenizer.chat_template = template
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.process_time()
