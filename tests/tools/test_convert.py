@@ -37,7 +37,7 @@ def test_a_model_directory_returns_bitwise_and_loads_in_transformers(tmp_path: P
     ids = torch.tensor([tokenizer.encode("9 5 1 > 44?")])
     assert torch.equal(model(ids).logits, AutoModelForCausalLM.from_pretrained(BASE)(ids).logits)
     card = ModelCard.load(tmp_path / "hf" / "README.md")
-    assert (card.data.license, card.data.library_name) == ("apache-2.0", "transformers")
+    assert (card.data.get("license"), card.data.get("library_name")) == ("apache-2.0", "transformers")
     assert f"The weights of `{BASE}`, not trained further." in card.text
 
 
