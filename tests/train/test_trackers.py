@@ -152,7 +152,7 @@ def swanlab_steps(run: Path) -> Steps:
         reader.open(file)
         for data in reader:
             record = Record.FromString(data)
-            if record.HasField("scalar"):
+            if record.HasField("scalar") and not record.scalar.key.startswith("__swanlab__"):  # the machine's load
                 scalar = record.scalar
                 assert scalar.key not in steps.setdefault(scalar.step, {})
                 steps[scalar.step][scalar.key] = scalar.value.number
