@@ -207,7 +207,6 @@ def build(config: Config, pool: RewardPool) -> Run:
     method = create_method(config)
     with _users_files():
         architecture = read_architecture(hf_config(config.model.path))
-        start = Start(config.model, architecture)  # before a model of any size is built
     problems = _load_data(config, pool, architecture.vocab_size)
     order = data_order(config, [problem for problem, _ in problems])
     layout: dict[str, Any] = {
@@ -218,6 +217,8 @@ def build(config: Config, pool: RewardPool) -> Run:
     }
     overlap = parallel.overlap(config.parallel)
     _tell(f"kernels: {_kernels(config, architecture)}")
+    with _users_files():
+        start = Start(config.model, architecture)  # before a model of any size is built
     policy = build_policy(architecture, overlap=overlap, fused_head=config.model.fused_head, **layout)
     with _users_files():
         start.fill(policy.modules)

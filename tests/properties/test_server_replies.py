@@ -9,13 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.rollout.server_reply import ROUNDING, max_bytes, read_reply
-from tests.properties.oddities import damaged, limits, mutated, to_bytes, to_json
-from tests.rollout.test_server_reply import MAX_TOKENS, VOCAB, reply
+from tests.properties.oddities import VALUES, damaged, limits, mutated, to_bytes, to_json
+from tests.rollout.test_server_reply import MAX_TOKENS, VOCAB, logprobs, reply
 
 VALID = json.dumps(reply()).encode()
 
 
-@given(body=mutated(reply()).map(to_json).map(to_bytes) | damaged(VALID) | st.binary(max_size=200))
+NEAR = st.integers(-3, VOCAB + 3) | st.floats(-3, 3) | VALUES
+RESPONSES = st.fixed_dictionaries(
+    {
+        "token_ids": st.lists(st.sampled_from([0, 7, VOCAB - 1, VOCAB, -1]), min_size=2, max_size=2),
+        "logprobs": st.just(logprobs(-1.0, -2.0)),
+    }
+).map(lambda changes: reply(**changes))
+
+
+@given(body=(mutated(reply(), NEAR) | RESPONSES).map(to_json).map(to_bytes) | damaged(VALID) | st.binary(max_size=200))
 def test_a_reply_is_right_or_refused(body: bytes) -> None:
     with limits():
         try:
