@@ -172,6 +172,7 @@ def _check_index(index: Metadata, name: str) -> None:
     if pickled:
         raise CheckpointError(f"{name}: holds pickled objects, which are never loaded: {pickled[:5]}")
     for key, entry in index.state_dict_metadata.items():
+        assert not isinstance(entry, BytesStorageMetadata)
         if not tiled(tuple(entry.size), [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]):
             raise CheckpointError(f"{name}: {key}: its chunks do not cover {list(entry.size)} exactly once")
     astray = [each.relative_path for each in places_of(index).values() if "/" in each.relative_path]

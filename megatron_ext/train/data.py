@@ -32,10 +32,10 @@ from megatron_ext.types import Problem, Reward
 SCHEMA = '{"prompt": "What is 2+2?", "answer": "4"}'
 NUM_LISTED = 5  # faults spelt out in a message
 
-FaultKind = Literal[
-    *("not_json", "missing", "wrong_type", "empty", "invalid", "conflicting", "unparsable_gold"),
-    *("duplicate", "overlong_prompt"),
-]
+FaultKind = (
+    Literal["not_json", "missing", "wrong_type", "empty", "invalid", "conflicting", "unparsable_gold"]
+    | Literal["duplicate", "overlong_prompt"]
+)
 HARMLESS = ("duplicate", "overlong_prompt")  # nothing is wrong with the row
 MAX_LEFT_OUT = DataConfig().max_left_out
 Score = Callable[[Sequence[tuple[Problem, str]]], list[Reward]]

@@ -80,7 +80,7 @@ def to_code(*arguments: object) -> int:
     return code
 
 
-def reseal(step: Path, content: Any | None = None) -> None:
+def reseal(step: Path, content: Any = None) -> None:
     """Make sizes and hashes of the manifest, or of ``content`` in its place, fit: what an attacker can do."""
     if content is None:
         content = json.loads((step / "MANIFEST.json").read_text())

@@ -18,7 +18,7 @@ import pytest
 from megatron_ext.rollout.hf import HFEngine
 from megatron_ext.rollout.model_files import load_config, load_tokenizer
 from megatron_ext.train.config import ConfigError
-from megatron_ext.train.data import encode_prompt
+from megatron_ext.train.data import encode_prompts
 from megatron_ext.types import Problem
 
 ROOT = Path(__file__).parents[2]
@@ -120,7 +120,7 @@ def test_a_chat_template_does_not_reach_python(tmp_path: Path, template: str) ->
     (model / "chat_template.jinja").write_text(template.replace("MARKER", str(marker)))
     problem = Problem(problem_id="0", prompt="1+1", answer="2", verifier="math")
     with pytest.raises(ConfigError, match="chat template cannot be applied to problem 0"):
-        encode_prompt(load_tokenizer(model), problem)
+        list(encode_prompts(load_tokenizer(model), [problem]))
     assert not marker.exists()
 
 

@@ -93,7 +93,7 @@ def test_bubbles_lie_above_and_below_the_diagonal_with_their_count_as_area():
 
 def test_long_curves_are_means_of_stretches_with_their_extremes():
     steps = list(range(1, 10 * POINTS + 1))
-    values = [float(step % 10) for step in steps]  # 1 .. 9, 0 in every stretch
+    values: list[float | None] = [float(step % 10) for step in steps]  # 1 .. 9, 0 in every stretch
     values[0:10] = [None] * 10
     spans, (line,) = thin(steps, [Series("a", values, 0)])
     assert spans[:2] == [(1, 10), (11, 20)] and len(spans) == POINTS and spans[-1][1] == steps[-1]

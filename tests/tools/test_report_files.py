@@ -53,7 +53,10 @@ def changed(file: str, edit: Callable[[Any], Any]) -> Callable[[Path], None]:
 
 
 def content(file: str, data: bytes) -> Callable[[Path], None]:
-    return lambda folder: (folder / file).write_bytes(data) and None
+    def apply(folder: Path) -> None:
+        (folder / file).write_bytes(data)
+
+    return apply
 
 
 def key(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
