@@ -135,7 +135,7 @@ def search_kernel(
         total = tl.load(numbers + row * 8 + 1).to(tl.float64)
         bits = tl.full((), 0, tl.int64)
         if ROUND > 0:
-            bits, above = chosen_bin(state, gathered, row, T, total, TOP_P, ROUND, WORLD)
+            bits, above = chosen_bin(state, gathered, row, T, total, TOP_P, ROUND, WORLD)  # pyright: ignore[reportGeneralTypeIssues]
             tl.store(state + row * 2, bits.to(tl.float64))
             tl.store(state + row * 2 + 1, above)
         column = tl.arange(0, COLUMNS)
@@ -167,7 +167,7 @@ def search_sums_kernel(
         factor = tl.load(scale + row * scale_stride)
         top = tl.load(numbers + row * 8)
         total = tl.load(numbers + row * 8 + 1).to(tl.float64)
-        bits, _ = chosen_bin(state, gathered, row, T, total, TOP_P, ROUNDS, WORLD)
+        bits, _ = chosen_bin(state, gathered, row, T, total, TOP_P, ROUNDS, WORLD)  # pyright: ignore[reportGeneralTypeIssues]
         theta = from_order_key(((bits << (32 - 4 * ROUNDS)) - 2147483648).to(tl.int32))
         tl.store(numbers + row * 8 + 4, theta)
         column = tl.arange(0, COLUMNS)
