@@ -43,6 +43,7 @@ _WAITING_IN = tuple(  # code of which a blocked main thread waits for other rank
 )
 _BEAT = struct.Struct("=2q")  # beats, whether the main thread waits for others; written by the thread
 _PLACE = struct.Struct("=4q32s")  # signs of progress, silence and deadline in seconds, step, phase; by the main thread
+_COUNT = struct.Struct("=q")  # the first of _PLACE
 _ASKED = struct.Struct("=q")  # whether the launcher asks for stacks
 _PLACE_AT, _ASKED_AT, _SIZE = _BEAT.size, _BEAT.size + _PLACE.size, _BEAT.size + _PLACE.size + _ASKED.size
 
@@ -78,7 +79,7 @@ class Slots:
 
     def ask(self, local_rank: int) -> None:
         """For its stacks, which it writes within a beat, if its thread runs."""
-        _ASKED.pack_into(self._map, local_rank * _SIZE + _ASKED_AT, 1)
+        _put(self._map, local_rank * _SIZE + _ASKED_AT, _ASKED.pack(1))
 
 
 class _Heartbeat:
@@ -100,23 +101,28 @@ class _Heartbeat:
         deadline_s = max(self._hang_s, LONG_S) if is_long and self._hang_s else self._hang_s
         silence_s = LONG_SILENCE_S if phase in (START, END) else SILENCE_S
         place = (self._progress, silence_s, math.ceil(deadline_s), self._step, phase.encode()[:32])
-        _PLACE.pack_into(self._map, self._slot + _PLACE_AT, *place)
+        _put(self._map, self._slot + _PLACE_AT, _PLACE.pack(*place))
         return before
 
     def progress(self) -> None:
         self._progress += 1
-        struct.pack_into("=q", self._map, self._slot + _PLACE_AT, self._progress)
+        _put(self._map, self._slot + _PLACE_AT, _COUNT.pack(self._progress))
 
     def _beat_on(self) -> None:
         main, beats = threading.main_thread().ident, 0
         assert main is not None
         while True:
             beats += 1
-            _BEAT.pack_into(self._map, self._slot, beats, _waits(main))
+            _put(self._map, self._slot, _BEAT.pack(beats, _waits(main)))
             if _ASKED.unpack_from(self._map, self._slot + _ASKED_AT)[0]:
-                _ASKED.pack_into(self._map, self._slot + _ASKED_AT, 0)
+                _put(self._map, self._slot + _ASKED_AT, _ASKED.pack(0))
                 faulthandler.dump_traceback(self._stacks, all_threads=True)
             time.sleep(BEAT_S)
+
+
+def _put(slots: mmap.mmap, at: int, content: bytes) -> None:
+    """For a reader who may look meanwhile: it sees old numbers or new ones. ``pack_into`` would show it zeros first."""
+    slots[at : at + len(content)] = content
 
 
 def _waits(thread: int) -> bool:

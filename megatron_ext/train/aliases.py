@@ -16,6 +16,7 @@ _PROMPTS = "(counted in prompts, not in responses)"
 _TOKENS = "(a budget of tokens, not a number of sequences)"
 _STEPS = "(counted in rollout steps)"
 _ZERO = "(0 switches it off)"
+_DEEPEST = 8  # of an unknown section, which may be nested without end
 _TRACKERS = '(a list: ["tensorboard"], or [] for none)'
 
 ALIASES = {
@@ -242,9 +243,9 @@ def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-def _leaves(where: str, value: Any) -> Iterator[str]:
-    if not isinstance(value, dict) or not value:
+def _leaves(where: str, value: Any, depth: int = 0) -> Iterator[str]:
+    if not isinstance(value, dict) or not value or depth == _DEEPEST:
         yield where
         return
     for key, each in value.items():
-        yield from _leaves(f"{where}.{key}", each)
+        yield from _leaves(f"{where}.{key}", each, depth + 1)

@@ -26,9 +26,12 @@ TOKENIZER = load_tokenizer(TINY / "base")
 LONGEST_MESSAGE = 20_000
 
 
-def load(path: Path, **data: bool) -> list[tuple[Problem, tuple[int, ...]]]:
+def load(path: Path, *, max_left_out: float = 1.0, **data: bool | float | str) -> list[tuple[Problem, tuple[int, ...]]]:
     """What a run would train on; nothing where it is refused with a message."""
-    overrides = [f"data.train={path}", *(f"data.{key}={str(value).lower()}" for key, value in data.items())]
+    data |= {"train": str(path), "max_left_out": max_left_out}
+    overrides = [
+        f"data.{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in data.items()
+    ]
     config = read_config(TINY / "tiny-cpu.toml", overrides)
     with limits():
         try:
@@ -49,14 +52,21 @@ def rows_as_bytes(rows: list[Any]) -> bytes:
     return b"".join(to_bytes(to_json(row)) + b"\n" for row in rows)
 
 
-@given(data=st.data(), strict=st.booleans(), skip_unparsable_gold=st.booleans())
-def test_rows_with_something_wrong(data: st.DataObject, strict: bool, skip_unparsable_gold: bool) -> None:
+@given(
+    data=st.data(),
+    strict=st.booleans(),
+    skip_unparsable_gold=st.booleans(),
+    max_left_out=st.sampled_from([0.01, 0.5, 1.0]),
+)
+def test_rows_with_something_wrong(
+    data: st.DataObject, strict: bool, skip_unparsable_gold: bool, max_left_out: float
+) -> None:
     rows = data.draw(mutated(ROWS))
     content = rows_as_bytes(rows if isinstance(rows, list) else [rows])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train.jsonl"
         path.write_bytes(data.draw(st.just(content) | damaged(content)))
-        load(path, strict=strict, skip_unparsable_gold=skip_unparsable_gold)
+        load(path, strict=strict, skip_unparsable_gold=skip_unparsable_gold, max_left_out=max_left_out)
 
 
 FIELDS = {

@@ -44,6 +44,7 @@ FIELDS = dict(fields())
 SECTIONS = ["", *(f"{name}." for name, field in FIELDS.items() if is_section(field))]
 OPTIONS = ("method.name", "method.coef", "method.target", "method.clip_low")
 BOUND = ("data.", "rollout.", "parallel.", "model.", "train.", "method")  # files and sizes that must fit one another
+FALLING = (".min_lr", ".decay_steps")  # belong to some schedules of the learning rate alone
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -132,12 +133,14 @@ def test_a_chain_of_thousands_of_parents(tmp_path: Path) -> None:
 def valid(field: FieldInfo) -> st.SearchStrategy[Any]:
     """What the schema should take for a key."""
     bounded: Any = Annotated[field.annotation, *field.metadata, ""]  # type: ignore[misc]
-    return st.from_type(bounded).filter(lambda value: not isinstance(value, float) or math.isfinite(value))
+    values = st.from_type(bounded).filter(lambda value: not isinstance(value, float) or math.isfinite(value))
+    return values.filter(lambda value: not isinstance(value, list) or len(set(value)) == len(value))
 
 
 @given(data=st.data())
 def test_what_is_printed_is_a_recipe_of_the_same_run(data: st.DataObject) -> None:
-    keys = [name for name, field in FIELDS.items() if not is_section(field) and not name.startswith(BOUND)]
+    keys = [name for name, field in FIELDS.items() if not is_section(field)]
+    keys = [name for name in keys if not name.startswith(BOUND) and not name.endswith(FALLING)]
     chosen = data.draw(st.lists(st.sampled_from(keys), min_size=1, max_size=4, unique=True))
     values = {key: data.draw(valid(FIELDS[key]), label=key) for key in chosen}
     printed = print_config(TINY, *(f"{key}={toml(value)}" for key, value in values.items()))

@@ -91,7 +91,7 @@ REFUSED = {
     "a string for a number": (changed("metrics.jsonl", key("reward/mean", "high")), "step 2, reward/mean: expected a "),
     "a list for a number": (changed("metrics.jsonl", key("reward/mean", [1])), "found [1]"),
     "true for a number": (changed("metrics.jsonl", key("reward/mean", True)), "found True"),
-    "a step of true": (changed("metrics.jsonl", key("step", True)), "entry 2: step True follows 1"),
+    "a step of true": (changed("metrics.jsonl", key("step", True)), "line 2: no object with an integer step"),
     "no step": (changed("metrics.jsonl", without("step")), "metrics.jsonl, line 2: no object with an integer step"),
     "a step twice": (changed("metrics.jsonl", key("step", 1)), "entry 2: step 1 follows 1; steps increase"),
     "a negative step": (content("metrics.jsonl", b'{"step": -5}\n{"step": 1}\n'), "step -5 follows the start"),

@@ -95,9 +95,11 @@ def test_an_index_with_a_gap_or_two_opinions_is_refused(tmp_path: Path) -> None:
 def test_a_full_disk_is_said_in_the_systems_words(numel: int, tmp_path: Path) -> None:
     """torch.save alone says "unexpected pos 704 vs 598"."""
 
+    piece = torch.zeros(numel)  # before the fork, which torch's threads do not survive
+
     def write() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-        chunks = ((Chunk(str(i), (numel,), (0,), (numel,), torch.float32), torch.zeros(numel)) for i in range(500))
+        chunks = ((Chunk(str(i), (numel,), (0,), (numel,), torch.float32), piece) for i in range(500))
         with pytest.raises(OSError, match="File too large"):
             write_chunks(tmp_path / "file", chunks)
 
