@@ -86,7 +86,7 @@ def test_ranks_that_hang_are_named_and_the_run_goes_on_bitwise(tmp_path: Path) -
         assert re.search(waits, output, re.MULTILINE), output
         where = "update" if how == "stop" else how  # one that was stopped goes on while it answers
         assert f" in {where}\n" in stacks(1, output), output
-        assert "distributed_c10d.py" in stacks(0, output), output
+        assert how == "stop" or "distributed_c10d.py" in stacks(0, output), output
         assert "Traceback" not in output
         assert left_behind(tmp_path) == []
     (tmp_path / "whole").mkdir()
