@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def evaluate(model: str, label: str, run: Path, engine: str) -> list[str]:
     options = ["--data", HELD_OUT, "--samples", "8", "--max-prompt-tokens", "48", "--max-response-tokens", "32"]
-    sampling = ["--engine", engine, "--eager"]
+    sampling = ["--engine", engine, *(["--eager"] if engine != "hf" else [])]
     return ["tools.evaluate", model, *options, *sampling, "--out", str(run / EVALUATION), "--label", label]
 
 
