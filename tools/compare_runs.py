@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_ext.evaluation import Difference, differences
-from megatron_ext.train.metrics import CLOCK_KEYS, CONFIG
+from megatron_ext.train.metrics import CLOCK_KEYS
 from tools.arguments import output_file
 from tools.charts import NUM_COLORS, Figures, Series, short
 from tools.evaluate import load_evaluations
@@ -98,17 +98,13 @@ def evaluation_differences(a: Path, b: Path, name: str = "B") -> tuple[str, dict
     return f"evaluation {labels[0]!r} of A against {labels[1]!r} of {name}, the same problems", pairs
 
 
-def load_config(folder: Path) -> dict[str, Any]:
-    return read_config(folder / CONFIG)
-
-
 def show(console: Console, runs: Sequence[Path]) -> None:
     """Print the comparison as tables."""
     names, records = NAMES[: len(runs)], [load_metrics(run) for run in runs]
     if len(runs) > 2:  # two are easily kept apart
         for name, run in zip(names, runs, strict=True):
             console.print(f"{name} is {run}", markup=False, highlight=False)
-    changed = config_differences(*map(load_config, runs))
+    changed = config_differences(*map(read_config, runs))
     if changed:
         table = _table("configuration", ("key", *names))
         for key, values in changed.items():
@@ -152,7 +148,7 @@ def overlay(runs: Sequence[Path]) -> str:
         values = [[found.get(step, {}).get(key) for step in steps] for found in by_step]
         series = [Series(name, line, number) for number, (name, line) in enumerate(zip(names, values, strict=True))]
         drawn.append(figures.add(key, "", steps, series))
-    changed = config_differences(*map(load_config, runs)).items()
+    changed = config_differences(*map(read_config, runs)).items()
     rows = "".join(_html_row("td", key, *values) for key, values in changed)
     title = " against ".join(run.name for run in runs)
     where = ", ".join(f"{name} is {run}" for name, run in zip(names, runs, strict=True))

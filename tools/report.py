@@ -21,7 +21,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.train.metrics import CONFIG, SAMPLES
+from megatron_ext.train.metrics import SAMPLES
 from tools.charts import LEFT, RIGHT, WIDTH, Figures, short
 from tools.report_curves import curves
 from tools.report_data import (
@@ -50,7 +50,7 @@ def report(run_dir: str | Path) -> str:
     """The page of a run's folder. Raises ValueError when there is no run in it or a file is damaged."""
     folder = Path(run_dir)
     metrics = read_metrics(folder)
-    config = read_config(folder / CONFIG)
+    config = read_config(folder)
     found = read_evaluations(folder / EVALUATION)
     kept = keep(read_responses(folder / SAMPLES), metrics.steps)
     name = str(config.get("name") or folder.resolve().name)

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from megatron_ext import files
-from megatron_ext.train.metrics import METRICS, read_steps
+from megatron_ext.train.metrics import CONFIG, METRICS, read_steps
 from megatron_ext.train.redact import redact
 
 EVALUATION = "evaluation.json"
@@ -57,7 +57,7 @@ def read_metrics(folder: Path) -> Metrics:
     columns: dict[str, array[float]] = {}
     for record in read_steps(path) if path.is_file() else ():
         step = record.pop("step")
-        if isinstance(step, bool) or not (steps[-1] if steps else -1) < step <= LAST_STEP:
+        if not (steps[-1] if steps else -1) < step <= LAST_STEP:
             raise ValueError(
                 f"{path}, entry {len(steps) + 1}: step {str(step)[:30]} follows {steps[-1] if steps else 'the start'}; "
                 "steps increase: lines were lost, or two runs wrote to the file. Repair it or move it away"
@@ -75,17 +75,15 @@ def read_metrics(folder: Path) -> Metrics:
     return Metrics(steps, columns)
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     """A run's configuration without its secrets; empty where there is none."""
+    path = folder / CONFIG
     if not path.is_file():
         return {}
     config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(config).__name__}; repair or remove it")
-    try:
-        return redact(config)
-    except RecursionError:
-        raise ValueError(f"{path}: nested too deeply; repair or remove it") from None
+    return redact(config)
 
 
 def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

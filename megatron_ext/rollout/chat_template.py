@@ -41,11 +41,10 @@ def render(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
         "prompts": list(prompts),
         "cpu_s": round(CPU_S + PER_PROMPT_S * len(prompts)),
     }
-    from megatron_ext.rollout.rewards import INHERITED  # brings torch, which the process does without
+    from megatron_ext.rollout.rewards import inherited  # brings torch, which the process does without
 
     command = [sys.executable, "-P", __file__]
-    environment = {name: os.environ[name] for name in INHERITED if name in os.environ}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    environment = inherited() | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
         done = subprocess.run(
             command,

@@ -40,6 +40,11 @@ INHERITED = (  # of the environment, by a worker: how to find Python and its pac
 )
 
 
+def inherited() -> dict[str, str]:
+    """The environment of a process that reads what is not trusted."""
+    return {name: os.environ[name] for name in INHERITED if name in os.environ}
+
+
 class VerifierError(RuntimeError):
     """Rewards can no longer be trusted: the run must stop. Exit code 3."""
 
@@ -238,7 +243,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # the LaTeX parser complains there about every bad answer
             bufsize=0,
-            env={name: os.environ[name] for name in INHERITED if name in os.environ} | verify.WORKER_ENVIRONMENT,
+            env=inherited() | verify.WORKER_ENVIRONMENT,
         )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin, self._process.stdout

@@ -85,14 +85,19 @@ def tensorboard_steps(run: Path) -> Steps:
     return steps
 
 
+def sessions(folder: Path, pattern: str) -> list[Path]:
+    """The files of one id that was written in several sessions, in their order."""
+    files = sorted(folder.glob(pattern))
+    assert len({file.name for file in files}) == 1 < len(files)
+    return files
+
+
 def wandb_steps(run: Path) -> Steps:
     from swanlab.converter.wb.wbdatastore import WBDataStoreReader
     from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
     steps: Steps = {}
-    files = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
-    assert len({file.name for file in files}) == 1 < len(files)  # one id in several sessions
-    for file in files:
+    for file in sessions(run / "wandb", "offline-run-*/*.wandb"):
         with WBDataStoreReader() as reader:
             reader.open(file)
             while (data := reader.scan()) is not None:
@@ -143,9 +148,7 @@ def swanlab_steps(run: Path) -> Steps:
     from swanlab.sdk.internal.core_python.store import DataStoreReader
 
     steps: Steps = {}
-    files = sorted((run / "swanlab").glob("run-*/*.swanlab"))
-    assert len({file.name for file in files}) == 1 < len(files)  # one id in several sessions
-    for file in files:
+    for file in sessions(run / "swanlab", "run-*/*.swanlab"):
         config = yaml.safe_load((file.parent / "files" / "config.yaml").read_text())
         check_config(run, {key: item["value"] for key, item in config.items()})
         reader = DataStoreReader()
