@@ -36,7 +36,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Reward:
-    """A judged response. ``outcome`` says why (rollout/rewards.py lists the values)."""
+    """A judged response. ``outcome`` says why (rollout/rewards/reward_pool.py lists the values)."""
 
     value: float
     outcome: str

@@ -1,6 +1,6 @@
 """Curves as inline SVG, written by hand: no plotting library, nothing to download, sharp at every size.
 
-Colours and fonts come from CSS variables of the page (tools/report_style.py), so a chart follows its theme. A chart is
+Colours and fonts come from CSS variables of the page (tools/report/style.py), so a chart follows its theme. A chart is
 WIDTH units wide and FONT units of text high; the page never draws one narrower than ``WIDTH * 11 / FONT`` pixels, so
 that text on it stays at 11 pixels or more. Missing values (None) interrupt a line. Long curves are drawn as the means
 of at most POINTS stretches.

@@ -21,13 +21,13 @@ from rich import markup
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ext.evaluation import Difference, differences
-from megatron_ext.train.metrics import CLOCK_KEYS
+from megatron_ext.metrics.eval_stats import Difference, differences
+from megatron_ext.metrics.writer import CLOCK_KEYS
 from tools.arguments import output_file
 from tools.charts import NUM_COLORS, Figures, Series, short
 from tools.evaluate import load_evaluations
-from tools.report import ends, flatten, page
-from tools.report_data import EVALUATION, load_metrics, read_config
+from tools.report.data import EVALUATION, load_metrics, read_config
+from tools.report.page import ends, flatten, page
 
 Records = Sequence[Mapping[str, Any]]
 COMPARED = (

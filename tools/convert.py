@@ -26,16 +26,18 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.filesize import decimal
 
-from megatron_ext.train import manifest
-from megatron_ext.train.config import Config, ConfigError, ParallelConfig, hf_config
-from megatron_ext.train.manifest import CheckpointError, Manifest
+from megatron_ext.checkpoint import manifest
+from megatron_ext.checkpoint.manifest import CheckpointError, Manifest
+from megatron_ext.config.checks import read_hf_config
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.schema import Config, ParallelConfig
 from tools.progress import ToolProgress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_ext.model.hf_tables import Rule
-    from megatron_ext.train.whole_tensors import Place
+    from megatron_ext.checkpoint.full_tensors import Place
+    from megatron_ext.model.param_mapping import Rule
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -79,16 +81,16 @@ def to_hf(checkpoint: Path, out: Path, *, source: Path | None, shard_bytes: int)
 
     Raises CheckpointError for a damaged, absent or unfitting one, ConfigError for a missing model.
     """
+    from megatron_ext.checkpoint.full_tensors import CheckpointTensors
     from megatron_ext.model.export import write_hf
     from megatron_ext.model.hf_config import read_architecture
-    from megatron_ext.model.hf_tables import hf_shapes, whole_rules
-    from megatron_ext.train.whole_tensors import CheckpointTensors
+    from megatron_ext.model.param_mapping import hf_shapes, whole_rules
     from tools.model_card import model_card
 
     print(f"convert: checking the files of {checkpoint}", file=sys.stderr)
     path, found = find(checkpoint)
     source = source or Path(found.config["model"]["path"])
-    architecture = read_architecture(hf_config(source))
+    architecture = read_architecture(read_hf_config(source))
     tensors = CheckpointTensors(path)
     rules = [(rule, _place(rule)) for rule in whole_rules(architecture)]
     dtype = tensors.check([place for _, place in rules], belongs=_is_policy)
@@ -116,12 +118,12 @@ def from_hf(model: Path, out: Path) -> int:
 
     Raises ValueError naming everything about its files and tensors that is not as config.json says.
     """
+    from megatron_ext.checkpoint.full_tensors import write_tensors
     from megatron_ext.model.hf_config import read_architecture
-    from megatron_ext.model.hf_tables import whole_rules
     from megatron_ext.model.hf_weights import open_weights
-    from megatron_ext.train.whole_tensors import write_tensors
+    from megatron_ext.model.param_mapping import whole_rules
 
-    architecture = read_architecture(hf_config(model))
+    architecture = read_architecture(read_hf_config(model))
     stored = open_weights(model, architecture)
     rules = whole_rules(architecture)
     config = Config.model_validate({"model": {"path": str(model)}}).model_dump()
@@ -144,8 +146,8 @@ def from_hf(model: Path, out: Path) -> int:
 
 
 def _place(rule: Rule) -> Place:
-    from megatron_ext.model.cuts import Vocabulary
-    from megatron_ext.train.whole_tensors import Place
+    from megatron_ext.checkpoint.full_tensors import Place
+    from megatron_ext.model.tp_sharding import Vocabulary
 
     return Place(rule.key, rule.index, rule.stacked, rule.shape, padded=isinstance(rule.layout, Vocabulary))
 

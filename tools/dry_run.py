@@ -4,9 +4,10 @@
     python -m tools.dry_run                       every full-size recipe under recipes/, a line each
     python -m tools.dry_run --json                the same as JSON
 
-Checks the configuration and the method's options; reads the data, or a sample where it is not here; packs the first
-mini-batch; builds, for every pipeline rank, the real Megatron shard of the full world (train/shards.py); compares the
-elements of all shards and what the export would stream with config.json, and the planner's bytes with the shards'.
+Checks the configuration and the method's options; reads the data, or a sample where it is not here; packs the
+first mini-batch; builds, for every pipeline rank, the real Megatron shard of the full world (plan/meta_build.py);
+compares the elements of all shards and what the export would stream with config.json, and the planner's bytes with the
+shards'.
 
 Exit codes: 0 all is right (what is not here yet is named), 1 something differs or does not fit, 2 configuration.
 """
@@ -25,13 +26,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.config.checks import read_hf_config
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.schema import Config
 from megatron_ext.model.hf_config import Architecture, read_architecture
 from megatron_ext.plan.device import TOTAL_BYTES
 from megatron_ext.plan.layout import Plan, make_plan
 from megatron_ext.plan.memory import num_engines
 from megatron_ext.plan.sizes import hf_tensors, num_parameters
 from megatron_ext.plan.speed import RATES
-from megatron_ext.train.config import Config, ConfigError, hf_config
 from tools.plan import method_roles, read_valid, table
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -93,7 +96,7 @@ def one_line(plan: Plan) -> str:
 
 def full_size_recipes() -> list[Path]:
     """Every shipped recipe that names its nodes and GPUs."""
-    return [path for path in sorted(RECIPES.glob(FULL_SIZE)) if path.parent.name != "settings"]
+    return sorted(RECIPES.glob(FULL_SIZE))
 
 
 def dry_run(config: Config) -> int:
@@ -114,10 +117,10 @@ def inspect(config: Config, shards: Shards) -> tuple[Plan, list[Check]]:
 
 def data_path(config: Config) -> Iterator[str]:
     """Reads the data as a run would, or a sample of the tiny task; names what has to be brought here first."""
+    from megatron_ext.data.curriculum import data_order
+    from megatron_ext.data.dataset import load_training_data
     from megatron_ext.rollout.model_files import load_tokenizer
-    from megatron_ext.rollout.rewards import RewardPool
-    from megatron_ext.train.curriculum import data_order
-    from megatron_ext.train.data import load_training_data
+    from megatron_ext.rollout.rewards.reward_pool import RewardPool
 
     model, data = Path(config.model.path), config.data
     yield from missing(config)
@@ -185,7 +188,7 @@ def packing_check(config: Config) -> Check:
 class Shards:
     """Builds shards and compares them with config.json and the plan. Equal layouts are built once.
 
-    A process of its own does it: what Megatron-Core needs without CUDA is changed there (megatron_ext/host.py).
+    A process of its own does it: what Megatron-Core needs without CUDA is changed there (megatron_ext/cpu_compat.py).
     """
 
     def __init__(self) -> None:
@@ -237,11 +240,11 @@ class Shards:
 def build_shards(config: Config) -> list[Any]:
     """One ``train.shards.Shard`` for each pipeline rank, of its first tensor, expert and data-parallel rank."""
     with warnings.catch_warnings(record=True):  # Megatron's, that Transformer Engine and Apex are absent
-        from megatron_ext.train.objective import create_method
-        from megatron_ext.train.shards import build_shard
+        from megatron_ext.plan.meta_build import build_shard
+        from megatron_ext.train.method_factory import create_method
 
         p, needs = config.parallel, create_method(config).needs
-        architecture = read_architecture(hf_config(config.model.path))
+        architecture = read_architecture(read_hf_config(config.model.path))
         ranks = range(0, p.world, p.world // p.pipeline)
         return [build_shard(config, architecture, needs, rank) for rank in ranks]
 

@@ -29,9 +29,11 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import Progress
 
-from megatron_ext.evaluation import CONFIDENCE, bootstrap, majority, per_problem
+from megatron_ext.config.checks import read_hf_config
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.schema import DataConfig, RolloutConfig
 from megatron_ext.files import LARGE_BYTES, read_json
-from megatron_ext.train.config import ConfigError, DataConfig, RolloutConfig, hf_config
+from megatron_ext.metrics.eval_stats import CONFIDENCE, bootstrap, majority, per_problem
 from tools.arguments import output_file, whole_number, whole_numbers
 from tools.evaluation_tables import side_by_side, table
 from tools.progress import ToolProgress
@@ -122,12 +124,12 @@ def evaluate(
     goes to ``console`` (None: silent). Raises ConfigError for a missing model or file, faulty data and an engine that
     is not installed, VerifierError when judgements cannot be trusted.
     """
-    hf = hf_config(model)
+    hf = read_hf_config(model)
     if not Path(data).is_file():
         raise ConfigError(f"--data: no such file: {data}; give a JSON Lines file with prompt and answer")
-    from megatron_ext.rollout.rewards import RewardPool
-    from megatron_ext.train.data import encode_problems, load_problems
-    from megatron_ext.train.engine import check_engine, create_engine
+    from megatron_ext.data.dataset import encode_problems, load_problems
+    from megatron_ext.rollout.registry import check_engine, create_engine
+    from megatron_ext.rollout.rewards.reward_pool import RewardPool
 
     rollout = (rollout or RolloutConfig()).model_copy(update={"max_response_tokens": settings.max_response_tokens})
     check_engine(rollout)
@@ -268,7 +270,7 @@ def equivalent_answers(pool: Pool, votes: Sequence[Sequence[str | None]]) -> lis
 
 def exact_value(answer: str) -> Fraction | None:
     """The value of integers joined by ``+ - * /`` and brackets, None for anything else."""
-    from tools.tiny_task import evaluate as value_of
+    from tools.tiny.task import evaluate as value_of
 
     try:
         return value_of(answer) if len(answer) <= 60 else None
@@ -338,7 +340,7 @@ def _labels(models: Sequence[Path], given: Sequence[str]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     console = Console()
-    from megatron_ext.rollout.rewards import VerifierError
+    from megatron_ext.rollout.rewards.reward_pool import VerifierError
 
     try:
         values = {name: getattr(options, name) for name in Settings.__dataclass_fields__}
@@ -346,7 +348,7 @@ def main(arguments: list[str] | None = None) -> int:
             load_evaluations(options.out)  # a file that cannot be extended is found now, not after the evaluation
         settings, rollout, labels = Settings(**values), _rollout(options), _labels(options.models, options.labels)
         for model in options.models:
-            hf_config(model)  # the last of them is not missed after hours of the first
+            read_hf_config(model)  # the last of them is not missed after hours of the first
         evaluations = {}
         for label, model in zip(labels, options.models, strict=True):
             if len(labels) > 1:

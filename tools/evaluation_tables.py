@@ -8,7 +8,7 @@ from typing import Any
 from rich import markup
 from rich.table import Table
 
-from megatron_ext.evaluation import differences
+from megatron_ext.metrics.eval_stats import differences
 
 
 def table(evaluation: dict[str, Any]) -> Table:

@@ -26,7 +26,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_ext.train.config import Config, ConfigError, read_config
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.loading import read_config
+from megatron_ext.config.schema import Config
 
 STOP_SIGNAL = "USR1@{seconds}"  # to every node's task, so many seconds before the time limit
 # After NeMo-Run's own --kill-on-bad-exit=1, and of two srun takes the last: a node that has saved and left must not

@@ -16,9 +16,9 @@ from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from yaml import YAMLError
 
+from megatron_ext.checkpoint.manifest import Manifest
+from megatron_ext.config.redact import redact
 from megatron_ext.model.export import LICENSES
-from megatron_ext.train.manifest import Manifest
-from megatron_ext.train.redact import redact
 
 CARD = "README.md"
 UNKNOWN = "unknown: the base model's directory does not tell it; ask its publisher before passing these weights on"

@@ -19,11 +19,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_ext.config.checks import layout_faults
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.loading import read_config
+from megatron_ext.config.schema import Config
 from megatron_ext.plan.device import MARGIN, TOTAL_BYTES
 from megatron_ext.plan.layout import Plan, make_plan, nearest_fit
 from megatron_ext.plan.memory import PHASES, RECOMPUTE, Roles
 from megatron_ext.plan.speed import RATES, Lengths, Rates, default_lengths
-from megatron_ext.train.config import Config, ConfigError, layout_faults, read_config
 from tools.arguments import number, output_file
 from tools.plan_chart import memory_chart
 
@@ -64,7 +67,7 @@ def read_valid(recipe: str | Path, overrides: list[str] | None = None) -> Config
 
 def method_roles(config: Config) -> Roles:
     """The models and passes that the recipe's method asks for. Raises ConfigError for a bad option."""
-    from megatron_ext.train.objective import create_method  # brings torch: the plan itself does without
+    from megatron_ext.train.method_factory import create_method  # brings torch: the plan itself does without
 
     needs = create_method(config).needs
     return Roles(reference=needs.reference, critic=needs.value, current=needs.current)

@@ -9,7 +9,7 @@ launcher runs per node and takes its number from SLURM_NODEID. ``--numa-binding 
 near its GPU alone; where that cannot be known, it says so and binds none.
 
 Signals are the parent's: ranks are in process groups of their own, so a terminal's Ctrl-C does not reach them, and
-they ignore what comes before they listen (train/stop.py). SIGTERM, SIGUSR1, SIGHUP and the first SIGINT become
+they ignore what comes before they listen (train/signals.py). SIGTERM, SIGUSR1, SIGHUP and the first SIGINT become
 SIGUSR1, sent until the ranks have saved and ended; a second SIGINT ends them at once, exit code 130. A rank dies with
 its parent, whatever ends that. One that hangs (watchdog.py) ends the run, exit code 77, after all have shown their
 Python stacks.
@@ -31,7 +31,7 @@ from contextlib import ExitStack, contextmanager
 from typing import IO
 
 from megatron_ext import heartbeat
-from megatron_ext.train.stop import REQUEUE
+from megatron_ext.train.signals import REQUEUE
 from tools import faults
 from tools.numa import NoBinding, cpus_of_ranks
 from tools.watchdog import Watchdog
@@ -41,7 +41,7 @@ SAID_BY_RANKS = (2, 3, 4, 76)  # exit codes whose reason a rank has said
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 RESEND_S = 1.0  # between two sendings of the same signal
 GRACE_S = 20.0  # between asking the remaining ranks to end and killing them
-STORE = "RANKS_STORE_FD"  # of the file in which ranks of a single node meet (train/parallel.py), in their environment
+STORE = "RANKS_STORE_FD"  # of the file in which ranks of a single node meet (model/parallel.py), in their environment
 _POLL_S = 0.05
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

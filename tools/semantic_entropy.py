@@ -10,7 +10,7 @@ cluster C, those without an answer one more:
 
 ``--weight`` is a response's weight. The paper says probability, not whether it is normalised by length: ``mean``
 exp(mean log-prob of its tokens), ``raw`` exp(sum), which leaves nearly all mass on the shortest response, or ``count``
-1. FILE is a curriculum (megatron_ext/train/curriculum.py): problems ascending, in ``--stages`` stages; a histogram
+1. FILE is a curriculum (megatron_ext/data/curriculum.py): problems ascending, in ``--stages`` stages; a histogram
 is written beside it (FILE with .png). Results are kept in FILE.partial as they come: a tool that was stopped goes on
 with the same command and ends with the same file.
 
@@ -32,8 +32,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megatron_ext.evaluation import clusters
-from megatron_ext.train.config import Config, ConfigError, check_layout, read_config
+from megatron_ext.config.checks import check_layout
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.loading import read_config
+from megatron_ext.config.schema import Config
+from megatron_ext.metrics.eval_stats import clusters
 
 if TYPE_CHECKING:
     from megatron_ext.rollout.base import Request, Sampling
@@ -78,7 +81,7 @@ def entropy(shares: Sequence[float]) -> float:
 
 def measured(samples: Sequence[Sequence[Sample]], pool: Pool, kind: str) -> list[dict[str, Any]]:
     """``entropy`` and ``clusters`` of each problem from its responses; largest share first."""
-    from megatron_ext.rollout.verify import MAX_ANSWER_CHARS, extract
+    from megatron_ext.rollout.rewards.verify import MAX_ANSWER_CHARS, extract
     from tools.evaluate import equivalent_answers
 
     found = []
@@ -173,7 +176,7 @@ class Partial:
 
 def write_curriculum(path: Path, header: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Sort ascending, number the stages, write the whole file or none of it; the rows as written."""
-    from megatron_ext.train.curriculum import stage_of
+    from megatron_ext.data.curriculum import stage_of
 
     ordered = sorted(rows, key=lambda row: (row["entropy"], row["row"]))
     staged = [
@@ -214,10 +217,10 @@ def make(config: Config, options: argparse.Namespace, console: Console) -> Path:
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name}: expected at least 1, found {getattr(options, name)}")
     check_layout(config)
-    from megatron_ext.rollout.rewards import RewardPool
-    from megatron_ext.train.curriculum import FORMAT, fingerprint
-    from megatron_ext.train.data import load_training_data
-    from megatron_ext.train.engine import create_engine
+    from megatron_ext.data.curriculum import FORMAT, fingerprint
+    from megatron_ext.data.dataset import load_training_data
+    from megatron_ext.rollout.registry import create_engine
+    from megatron_ext.rollout.rewards.reward_pool import RewardPool
 
     with RewardPool(config.reward.workers, deadline_s=config.reward.deadline_s) as pool:
         engine = create_engine(
@@ -319,7 +322,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stages", type=int, default=2, help="stages of the curriculum, N (%(default)s)")
     parser.add_argument("--weight", choices=WEIGHTS, default=WEIGHTS[0], help="of a response (%(default)s)")
     options = parser.parse_intermixed_args(arguments)
-    from megatron_ext.rollout.rewards import VerifierError
+    from megatron_ext.rollout.rewards.reward_pool import VerifierError
 
     try:
         make(read_config(options.recipe, options.overrides), options, Console())

@@ -26,12 +26,14 @@ from contextlib import nullcontext
 from typing import Any
 
 from megatron_ext import heartbeat
-from megatron_ext.train import warnings_log
-from megatron_ext.train.config import Config, ConfigError, load_config
-from megatron_ext.train.redact import redact
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.loading import load_config
+from megatron_ext.config.redact import redact
+from megatron_ext.config.schema import Config
+from megatron_ext.metrics import warnings_log
+from megatron_ext.metrics.trackers import check_trackers
 from megatron_ext.train.run_folder import RunFolder
-from megatron_ext.train.stop import REQUEUE, StopSignals, heed_interrupts, ignore_signals
-from megatron_ext.train.trackers import check_trackers
+from megatron_ext.train.signals import REQUEUE, StopSignals, heed_interrupts, ignore_signals
 from tools import faults, ranks
 from tools.dry_run import dry_run
 from tools.plan import read_valid
@@ -85,12 +87,12 @@ def _meaning(error: Exception) -> tuple[int, str] | None:
     """The exit code and the message of a fault that has one: the only place that says which. None for a defect."""
     if isinstance(error, ConfigError):
         return CONFIGURATION, f"configuration error\n{error}"
+    from megatron_ext.checkpoint.manifest import CheckpointError
+    from megatron_ext.metrics.alarms import AlarmError
+    from megatron_ext.model.trainable import TrainingError
     from megatron_ext.rollout.base import RolloutError  # these bring torch, which any other fault has already
-    from megatron_ext.rollout.rewards import VerifierError
-    from megatron_ext.train.alarms import AlarmError
-    from megatron_ext.train.manifest import CheckpointError
+    from megatron_ext.rollout.rewards.reward_pool import VerifierError
     from megatron_ext.train.mismatch import MismatchError
-    from megatron_ext.train.trained import TrainingError
 
     if isinstance(error, VerifierError):
         return HEALTH, f"reward health\n{error}"
@@ -124,7 +126,7 @@ def _set_allocator(config: Config) -> None:
 
 def _check_method(config: Config) -> dict[str, Any]:
     """The configuration with the method's own defaults filled in; its options are checked here."""
-    from megatron_ext.train.objective import create_method  # brings torch: only when needed
+    from megatron_ext.train.method_factory import create_method  # brings torch: only when needed
 
     method = create_method(config)
     options = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
@@ -141,7 +143,7 @@ def _launch(config: Config, options: argparse.Namespace) -> int:
     code = ranks.run_ranks("tools.train", [options.recipe, *options.overrides], config.parallel.world)
     if code == 0:
         ignore_signals()  # all is saved, there is nothing to stop
-        from tools.report import write_report
+        from tools.report.page import write_report
 
         print(f"report: {write_report(config.run_dir)}")
     return code

@@ -13,7 +13,8 @@ reward of a response of more than Lmax - Lbuf tokens before its group is normali
 Its only statistics are those of the groups.
 
 Differs from the authors' code: there a micro-batch's loss is the mean over its own tokens; here a token counts
-the same in every split. Dynamic sampling, DAPO's other part, is ``rollout.dynamic_sampling`` (train/rollouts.py).
+the same in every split. Dynamic sampling, DAPO's other part, is ``rollout.dynamic_sampling``
+(train/collect_rollouts.py).
 """
 
 from __future__ import annotations

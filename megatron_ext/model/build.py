@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 from torch import Tensor
 
-from megatron_ext import host
+from megatron_ext import cpu_compat
 from megatron_ext.model import groups, rope
 from megatron_ext.model.hf_config import Architecture
 from megatron_ext.model.layers import block_spec
@@ -151,7 +151,7 @@ def build_modules(
             _give_whole_rows(module.output_layer)
         if fusions.here().gradient_accumulation:
             _accumulate_in_fp32(module)
-    return [module.to(device=host.device(), dtype=dtype) for module in modules]
+    return [module.to(device=cpu_compat.device(), dtype=dtype) for module in modules]
 
 
 def _mark_parameters(module: GPTModel) -> None:

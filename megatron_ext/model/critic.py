@@ -16,7 +16,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_ext import host
+from megatron_ext import cpu_compat
 from megatron_ext.model.build import OVERLAPPED, Overlap, Policy, build_modules, wrap
 from megatron_ext.model.forward import hidden_rows, run_pipeline
 from megatron_ext.model.hf_config import Architecture
@@ -29,7 +29,7 @@ class ValueHead(torch.nn.Linear):
     """``[..., D] -> [...]``, computed in fp32."""
 
     def __init__(self, hidden_size: int, dtype: torch.dtype):
-        super().__init__(hidden_size, 1, device=host.device(), dtype=dtype)
+        super().__init__(hidden_size, 1, device=cpu_compat.device(), dtype=dtype)
         torch.nn.init.zeros_(self.weight)
         torch.nn.init.zeros_(self.bias)
 

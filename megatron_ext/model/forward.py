@@ -20,7 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megatron_ext import heartbeat, host
+from megatron_ext import cpu_compat, heartbeat
 from megatron_ext.methods.base import Needs
 from megatron_ext.model import groups
 from megatron_ext.model.build import Policy
@@ -69,10 +69,10 @@ def run_pipeline(
     def step(numbered, model):
         heartbeat.progress()
         number, micro = next(numbered)
-        tokens = micro.tokens.to(host.device())[None]
+        tokens = micro.tokens.to(cpu_compat.device())[None]
         output = model(
             input_ids=tokens,
-            position_ids=micro.position.to(host.device())[None],
+            position_ids=micro.position.to(cpu_compat.device())[None],
             attention_mask=None,
             packed_seq_params=_packed_params(micro),
         )
@@ -152,7 +152,7 @@ def _outputs(needs: Needs) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _packed_params(micro: PackedSequences) -> PackedSeqParams:
-    starts = micro.starts.to(host.device())
+    starts = micro.starts.to(cpu_compat.device())
     longest = int(micro.starts.diff().max())
     return PackedSeqParams(
         qkv_format="thd",

@@ -20,12 +20,12 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_ext import host
+from megatron_ext import cpu_compat
 from megatron_ext.model import groups
 from megatron_ext.model.build import Policy
 from megatron_ext.model.hf_config import Architecture
-from megatron_ext.model.hf_tables import Rule, hf_shapes, rules, stage_rules
 from megatron_ext.model.layers import have_transformer_engine
+from megatron_ext.model.param_mapping import Rule, hf_shapes, rules, stage_rules
 from megatron_ext.model.safetensors_dir import SafetensorsDir, misfits
 
 
@@ -159,7 +159,7 @@ def _gather(held: Sequence[Tensor] | None, rules: Sequence[Rule], dtype: torch.d
     if own is not None and group.size() == 1:
         return own[None]
     elements = sum(map(math.prod, _part_shapes(rules, size)))
-    gathered = torch.empty((group.size(), elements), dtype=dtype, device=host.device())
+    gathered = torch.empty((group.size(), elements), dtype=dtype, device=cpu_compat.device())
     if own is not None:
         dist.all_gather_into_tensor(gathered.flatten(), own, group=group)
     return gathered

@@ -18,7 +18,7 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
-from megatron_ext import host
+from megatron_ext import cpu_compat
 from megatron_ext.model.hf_config import Architecture
 from megatron_ext.model.layers import have_transformer_engine
 
@@ -91,7 +91,7 @@ def transformer_config(
     ``calculate_per_token_loss`` makes Megatron add gradients over micro-batches and data-parallel ranks without
     dividing by their number: the weights of the loss already carry the whole mini-batch's counts.
     """
-    a, cuda, fused = architecture, host.device().type == "cuda", fusions.here()
+    a, cuda, fused = architecture, cpu_compat.device().type == "cuda", fusions.here()
     return TransformerConfig(
         num_layers=a.num_layers,
         hidden_size=a.hidden_size,

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_ext.ops.candidates import Window, ascending, from_order_key, merge_windows, order_key
 from megatron_ext.ops.collectives import all_gather, all_to_all, group_rank, group_size
 from megatron_ext.ops.options import Rule
 from megatron_ext.ops.shard import VocabShard
-from megatron_ext.ops.window import Window, ascending, from_order_key, merge_windows, order_key
 
 PIVOTS = 15  # keys weighed in one round: four bits of the crossing's key
 BLOCK = 1 << 19  # window entries, or logits, handled at once

@@ -1,7 +1,7 @@
 """The operators' work in torch (backend.py::Implementation): the CPU's path, and fp64's everywhere.
 
-rows.py does the row work, nucleus.py decides the rows and searches those whose windows do not, this file makes the
-outputs and the backward's row numbers of what they found.
+logit_passes.py does the row work, nucleus.py decides the rows and searches those whose windows do not, this file makes
+the outputs and the backward's row numbers of what they found.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_ext.ops import rows
+from megatron_ext.ops import logit_passes
+from megatron_ext.ops.candidates import Blocks, in_nucleus
+from megatron_ext.ops.logit_passes import RowGradient
 from megatron_ext.ops.nucleus import Rows, exchange, exchange_windows, search
 from megatron_ext.ops.options import Forward, Options
-from megatron_ext.ops.rows import RowGradient
 from megatron_ext.ops.shard import VocabShard
-from megatron_ext.ops.window import Blocks, in_nucleus
 
 
 def forward(logits: Tensor, targets: Tensor, scale: Tensor, options: Options) -> Forward:
     """See backend.py::Implementation."""
     shard, rule = options.shard, options.rule
     column, window = _local_columns(targets, shard), options.window if rule else None
-    sums, found = rows.summarise(
+    sums, found = logit_passes.summarise(
         logits, column, scale, shard.real, moment=options.moment, window=window, tail=1 - options.held_share
     )
     if rule is None or found is None:
@@ -52,7 +52,7 @@ def backward(
 ) -> None:
     """See backend.py::Implementation."""
     row = _row_gradient(saved, scale, upstream, options)
-    rows.gradient(logits, _local_columns(targets, options.shard), scale, options.shard.real, row, out)
+    logit_passes.gradient(logits, _local_columns(targets, options.shard), scale, options.shard.real, row, out)
 
 
 def _local_columns(targets: Tensor, shard: VocabShard) -> Tensor:

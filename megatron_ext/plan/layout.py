@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_ext.config.checks import layout_faults, read_hf_config
+from megatron_ext.config.schema import Config
 from megatron_ext.model.hf_config import Architecture, read_architecture
 from megatron_ext.plan import device, memory, speed
 from megatron_ext.plan.memory import RankMemory, Roles
 from megatron_ext.plan.sizes import active_parameters, num_parameters
 from megatron_ext.plan.speed import Lengths, Rates
-from megatron_ext.train.config import Config, hf_config, layout_faults
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ class Plan:
 
 
 def make_plan(config: Config, roles: Roles, *, rates: Rates, gpu_memory: float, lengths: Lengths | None = None) -> Plan:
-    """The plan of a configuration whose layout is valid (train/config.py::layout_faults)."""
-    a = read_architecture(hf_config(config.model.path))
+    """The plan of a configuration whose layout is valid (config/schema.py::layout_faults)."""
+    a = read_architecture(read_hf_config(config.model.path))
     lengths = lengths or speed.default_lengths(config)
     per_rank = config.train.mini_batch_prompts * config.rollout.samples // config.parallel.data
     micro_batches = math.ceil(per_rank / (config.train.micro_batch_tokens // config.longest_sequence))

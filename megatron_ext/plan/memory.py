@@ -23,10 +23,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_ext.config.schema import Config, ParallelConfig
 from megatron_ext.model.hf_config import Architecture
 from megatron_ext.plan import device
 from megatron_ext.plan.sizes import Buffers, Sharding, attention_widths, buffers, num_parameters, stage_parameters
-from megatron_ext.train.config import Config, ParallelConfig
 
 Recompute = Literal["none", "mlp", "full"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "mlp", "full")

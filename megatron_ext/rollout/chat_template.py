@@ -41,7 +41,7 @@ def render(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
         "prompts": list(prompts),
         "cpu_s": round(CPU_S + PER_PROMPT_S * len(prompts)),
     }
-    from megatron_ext.rollout.rewards import inherited  # brings torch, which the process does without
+    from megatron_ext.rollout.rewards.reward_pool import inherited  # brings torch, which the process does without
 
     command = [sys.executable, "-P", __file__]
     environment = inherited() | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

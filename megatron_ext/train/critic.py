@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_ext import host
+from megatron_ext import cpu_compat
 from megatron_ext.methods.base import Method, Reducer
 from megatron_ext.model import critic as model
-from megatron_ext.train import packing, parallel
+from megatron_ext.model import parallel
+from megatron_ext.model.trainable import Trained, totals
+from megatron_ext.train import packing
 from megatron_ext.train.packing import Micros
-from megatron_ext.train.trained import Trained, totals
 from megatron_ext.types import Batch
 
 
@@ -19,7 +20,7 @@ def values(critic: Trained, micros: Micros) -> Tensor:
     results = model.values(critic.model, [packed for _, packed in micros])
     joined = None
     if results is not None:
-        joined = {"value": torch.cat(results)[packing.positions(micros).to(host.device())]}
+        joined = {"value": torch.cat(results)[packing.positions(micros).to(cpu_compat.device())]}
     return parallel.from_last_stage(joined)["value"]
 
 

@@ -18,35 +18,37 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_ext import host
-from megatron_ext.model import kernels
+from megatron_ext import cpu_compat
+from megatron_ext.checkpoint.checkpoint import Checkpoints, set_rng
+from megatron_ext.checkpoint.collectives import on_rank_0
+from megatron_ext.checkpoint.weight_initializer import Start, weights_identity
+from megatron_ext.config.checks import read_hf_config
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.schema import Config
+from megatron_ext.data.curriculum import data_order
+from megatron_ext.data.dataset import load_training_data
+from megatron_ext.data.sampler import DataOrder
+from megatron_ext.metrics import warnings_log
+from megatron_ext.metrics.alarms import Alarms
+from megatron_ext.metrics.display import Watch
+from megatron_ext.metrics.writer import MetricsWriter, sample_record, token_texts, write_config
+from megatron_ext.model import kernels, parallel
 from megatron_ext.model.build import build_policy, build_reference
 from megatron_ext.model.critic import build_critic
 from megatron_ext.model.hf_config import Architecture, read_architecture
 from megatron_ext.model.hf_weights import PolicyWeights
 from megatron_ext.model.megatron_config import Fusions
+from megatron_ext.model.reference import Reference
+from megatron_ext.model.trainable import Trained
 from megatron_ext.rollout.base import RolloutEngine, RolloutError
 from megatron_ext.rollout.model_files import load_tokenizer
-from megatron_ext.rollout.rewards import RewardPool
-from megatron_ext.train import parallel, warnings_log
-from megatron_ext.train.alarms import Alarms
-from megatron_ext.train.checkpoint import Checkpoints, set_rng
-from megatron_ext.train.config import Config, ConfigError, hf_config
-from megatron_ext.train.curriculum import data_order
-from megatron_ext.train.data import load_training_data
-from megatron_ext.train.display import Watch
-from megatron_ext.train.engine import check_engine, create_engine
-from megatron_ext.train.metrics import MetricsWriter, sample_record, token_texts, write_config
-from megatron_ext.train.objective import create_method, optimizers
-from megatron_ext.train.order import DataOrder
-from megatron_ext.train.reference import Reference
+from megatron_ext.rollout.registry import check_engine, create_engine
+from megatron_ext.rollout.rewards.reward_pool import RewardPool
+from megatron_ext.train.collect_rollouts import EncodedProblem, Rollouts
+from megatron_ext.train.method_factory import create_method, optimizers
 from megatron_ext.train.resume import check_resume
-from megatron_ext.train.rollouts import EncodedProblem, Rollouts
-from megatron_ext.train.start import Start, weights_identity
+from megatron_ext.train.signals import REQUEUE, StopSignals
 from megatron_ext.train.step import Learner
-from megatron_ext.train.stop import REQUEUE, StopSignals
-from megatron_ext.train.together import on_rank_0
-from megatron_ext.train.trained import Trained
 from megatron_ext.types import Episode, TokenStats
 
 DONE = 0  # exit code: finished
@@ -136,7 +138,7 @@ def run(config: Config) -> int:
     Raises ConfigError (data or configuration), VerifierError, AlarmError, CheckpointError or TrainingError.
     """
     signals = StopSignals()
-    host.enter()
+    cpu_compat.enter()
     parallel.initialize(config.parallel, seed=config.train.seed, hang_minutes=config.train.hang_minutes)
     chief = dist.get_rank() == 0
     with _reward_pool(config) as pool:
@@ -206,7 +208,7 @@ def build(config: Config, pool: RewardPool) -> Run:
     check_engine(config.rollout)
     method = create_method(config)
     with _users_files():
-        architecture = read_architecture(hf_config(config.model.path))
+        architecture = read_architecture(read_hf_config(config.model.path))
     problems = _load_data(config, pool, architecture.vocab_size)
     order = data_order(config, [problem for problem, _ in problems])
     layout: dict[str, Any] = {
@@ -226,7 +228,7 @@ def build(config: Config, pool: RewardPool) -> Run:
     if method.needs.reference:
         frozen = build_reference(architecture, fused_head=config.model.fused_head, **layout)
         start.fill(frozen.modules)
-        reference = Reference(frozen, device=host.device(), offload=config.model.offload_reference)
+        reference = Reference(frozen, device=cpu_compat.device(), offload=config.model.offload_reference)
     options = optimizers(config, method)
     actor, critic = Trained.build(policy, options["optimizer"]), None
     if method.needs.value:

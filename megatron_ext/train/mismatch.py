@@ -18,7 +18,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_ext.train.config import Config
+from megatron_ext.config.schema import Config
 
 
 class MismatchError(RuntimeError):

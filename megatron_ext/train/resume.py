@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_ext.train.config import ConfigError, with_defaults
-from megatron_ext.train.manifest import differing_keys
+from megatron_ext.checkpoint.manifest import differing_keys
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.loading import with_defaults
 
 FREE = (  # keys a resumed run may change one by one, besides whole sections
     *("optimizer.decay_steps", "critic.decay_steps"),  # what follows from them may not: checkpoint.py::_check_schedule

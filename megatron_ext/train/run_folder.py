@@ -15,9 +15,9 @@ import socket
 import sys
 from pathlib import Path
 
-from megatron_ext.train.config import ConfigError
-from megatron_ext.train.manifest import TRACKER
-from megatron_ext.train.stop import REQUEUE
+from megatron_ext.checkpoint.manifest import TRACKER
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.train.signals import REQUEUE
 
 LOCK, STOPS = ".lock", "stops.json"
 MAX_STOPS = 3  # in a row without a new checkpoint

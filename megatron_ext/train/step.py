@@ -22,18 +22,19 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from megatron_ext import host
+from megatron_ext import cpu_compat
+from megatron_ext.config.schema import Config
 from megatron_ext.methods.base import Method, Needs, Plan, Reducer, num_valid
+from megatron_ext.metrics.display import Watch
+from megatron_ext.metrics.step_metrics import summarise
+from megatron_ext.model import parallel
 from megatron_ext.model.build import Policy
 from megatron_ext.model.forward import forward, forward_backward
-from megatron_ext.train import critic, mismatch, packing, parallel
-from megatron_ext.train.config import Config
-from megatron_ext.train.display import Watch
+from megatron_ext.model.reference import Reference
+from megatron_ext.model.trainable import Trained, totals
+from megatron_ext.train import critic, mismatch, packing
 from megatron_ext.train.packing import Micros
-from megatron_ext.train.reference import Reference
-from megatron_ext.train.summary import summarise
 from megatron_ext.train.token_weights import token_weights
-from megatron_ext.train.trained import Trained, totals
 from megatron_ext.types import Batch, Episode, TokenStats
 
 NUCLEUS_P = 0.8  # of the reported nucleus where the method has none
@@ -215,7 +216,7 @@ class Learner:
         """The last stage's statistics of each micro-batch in the order of the mini-batch's tokens, on every stage."""
         joined = None
         if results is not None:
-            order = packing.positions(micros).to(host.device())
+            order = packing.positions(micros).to(cpu_compat.device())
             joined = {
                 name: torch.cat([part.present()[name] for part in results])[order] for name in results[0].present()
             }
@@ -225,7 +226,7 @@ class Learner:
         self, episodes: Sequence[Episode], old: TokenStats | None, ref: Tensor | None, value: Tensor | None = None
     ) -> Batch:
         """The whole step on this rank with its advantages, not yet weighed; ``old`` None: not known yet."""
-        to = host.device()
+        to = cpu_compat.device()
         lengths = torch.tensor([len(e.sample.response_ids) for e in episodes], device=to)
         reward = torch.tensor([e.reward.value for e in episodes], dtype=torch.float32, device=to)
         group = torch.tensor([e.group for e in episodes], device=to)

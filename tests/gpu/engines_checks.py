@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_ext.rollout.vllm_version import vllm_fault
+from megatron_ext.rollout.vllm.version import vllm_fault
 from tests.gpu.harness import Absent, Here, Line, limit
 from tests.gpu.training_checks import train
 

@@ -16,17 +16,17 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
-from megatron_ext import host
+from megatron_ext import cpu_compat
+from megatron_ext.config.schema import Config, ParallelConfig
 from megatron_ext.methods.base import Needs
-from megatron_ext.model import groups
+from megatron_ext.model import groups, parallel
 from megatron_ext.model.build import build_policy
 from megatron_ext.model.forward import forward, forward_backward
 from megatron_ext.model.hf_config import Architecture
 from megatron_ext.model.hf_weights import module_rules
 from megatron_ext.model.megatron_config import Fusions
-from megatron_ext.train import packing, parallel
-from megatron_ext.train.config import Config, ParallelConfig
-from megatron_ext.train.trained import Trained
+from megatron_ext.model.trainable import Trained
+from megatron_ext.train import packing
 from megatron_ext.types import PackedSequences, TokenStats
 from tests.gpu.echo import echo_group
 
@@ -37,9 +37,9 @@ MAX_BAD_STEPS = 3
 @contextmanager
 def one_rank() -> Iterator[None]:
     """Megatron's groups of a world of one: NCCL on a GPU, gloo in a rehearsal."""
-    host.enter()
+    cpu_compat.enter()
     os.environ.setdefault("LOCAL_RANK", "0")
-    dist.init_process_group(host.backend(), store=HashStore(), rank=0, world_size=1)
+    dist.init_process_group(cpu_compat.backend(), store=HashStore(), rank=0, world_size=1)
     try:
         parallel.initialize(ParallelConfig(ranks_per_node=1))
         yield
@@ -51,7 +51,7 @@ def one_rank() -> Iterator[None]:
 @contextmanager
 def first_rank_of(layout: ParallelConfig) -> Iterator[None]:
     """This process is rank 0 of the layout's world, and Megatron's groups exist, every one an echo."""
-    host.enter()
+    cpu_compat.enter()
     distributed: Any = dist
     real = dist.new_group
 

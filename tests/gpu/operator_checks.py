@@ -22,7 +22,7 @@ from tests.gpu.echo import echo_group
 from tests.gpu.harness import Absent, Here, Line, anchor, equal, fact, limit
 from tests.gpu.peers import language_rows, random_targets
 from tests.ops.cases import ALL, assert_values, language_like, truth, weighted
-from tools.bench_count import count
+from tools.bench.count import count
 
 TOP_P = 0.8
 LAUNCHES, ECHO = 40, 8  # of a forward and a backward with the nucleus; what the echo's copies may add
@@ -272,7 +272,7 @@ def launches(here: Here) -> Iterator[Line]:
                     total += found.launches + found.copies
                 most = LAUNCHES if world == 1 else LAUNCHES + ECHO
                 yield here.claim(limit(f"{at}: launches of both", total, most))
-                yield anchor(f"{at}: launches beside tools.bench_count's", total, without_gpu, "")
+                yield anchor(f"{at}: launches beside tools.bench.count's", total, without_gpu, "")
                 counted.append(total)
                 del logits, outputs
         yield here.claim(equal(f"TP {world}: launches do not grow with T", counted[-1], counted[0]))

@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.gpu.harness import Here
 
-PRELOADED = ["megatron_ext.train.loop", "megatron_ext.rollout.hf", "tools.train", "tools.convert"]
+PRELOADED = ["megatron_ext.train.loop", "megatron_ext.rollout.hf.engine", "tools.train", "tools.convert"]
 
 
 class Command:

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from megatron_ext.config.checks import read_hf_config
+from megatron_ext.config.loading import read_config
 from megatron_ext.methods.base import Needs
 from megatron_ext.model import hf_weights
 from megatron_ext.model.build import build_reference
@@ -26,8 +28,7 @@ from megatron_ext.plan.layout import make_plan
 from megatron_ext.plan.memory import Roles
 from megatron_ext.plan.speed import RATES
 from megatron_ext.train import packing
-from megatron_ext.train.config import hf_config, read_config
-from megatron_ext.train.objective import create_method
+from megatron_ext.train.method_factory import create_method
 from megatron_ext.types import PackedSequences
 from tests import tiny
 from tests.gpu import measure, models
@@ -47,7 +48,7 @@ def parity(here: Here) -> Iterator[Line]:
     for kind in tiny.KINDS:
         model, path = tiny.hf_model(kind)
         pairs = models.sequences(tiny.VOCAB, [(5, 9), (1, 3), (8, 11), (2, 1)])
-        architecture = read_architecture(hf_config(path))
+        architecture = read_architecture(read_hf_config(path))
         with models.one_rank():
             policy = build_reference(architecture, dtype=torch.float32)
             for module in policy.modules:
@@ -187,7 +188,7 @@ def memory(here: Here) -> Iterator[Line]:
     tokens = here.size(4_096, 80)
     layout = ("parallel.nodes=1", "parallel.ranks_per_node=1", "parallel.tensor=1", "parallel.sequence=false")
     config = read_config(recipe, [*layout, f"train.micro_batch_tokens={tokens}"])
-    architecture = read_architecture(hf_config(config.model.path))
+    architecture = read_architecture(read_hf_config(config.model.path))
     needs = create_method(config).needs
     pairs = models.sequences(architecture.vocab_size, [(tokens // 16, tokens // 4 - tokens // 16)] * 4)
     with models.one_rank():

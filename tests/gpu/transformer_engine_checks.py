@@ -18,6 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
 
+from megatron_ext.config.checks import read_hf_config
+from megatron_ext.config.loading import read_config
+from megatron_ext.config.schema import AlarmsConfig, Config
 from megatron_ext.methods.base import Needs
 from megatron_ext.model import kernels
 from megatron_ext.model.build import build_modules
@@ -25,8 +28,7 @@ from megatron_ext.model.hf_config import read_architecture
 from megatron_ext.model.hf_weights import module_rules
 from megatron_ext.model.layers import have_transformer_engine
 from megatron_ext.model.megatron_config import Fusions
-from megatron_ext.train.config import AlarmsConfig, Config, hf_config, read_config
-from megatron_ext.train.objective import create_method
+from megatron_ext.train.method_factory import create_method
 from tests import tiny
 from tests.gpu import measure, models, training_checks
 from tests.gpu.harness import Here, Line, equal, fact, limit
@@ -50,7 +52,7 @@ def names(here: Here) -> Iterator[Line]:
     """The layers' parameters are called, and shaped, what the tables say."""
     for kind in tiny.KINDS:
         _, path = tiny.hf_model(kind)
-        architecture = read_architecture(hf_config(path))
+        architecture = read_architecture(read_hf_config(path))
         with models.one_rank():
             (module,) = build_modules(architecture, dtype=torch.bfloat16)
             found = {name: tuple(p.shape) for name, p in module.named_parameters()}
@@ -178,7 +180,7 @@ class Found:
 
 def _built(here: Here, truth: Truth, *overrides: str) -> Found:
     config = _config(here, truth, *overrides)
-    architecture = read_architecture(hf_config(config.model.path))
+    architecture = read_architecture(read_hf_config(config.model.path))
     with models.one_rank():
         learning = models.Learning.build(config, architecture, Needs(), truth.weights)
         packed = [models.pack(truth.pairs, config.parallel)]
@@ -285,7 +287,7 @@ def full_size(here: Here) -> Iterator[Line]:
 def _kernels(config: Config) -> str:
     """What a run says when it starts. Raises ValueError where attention would not be a fused one."""
     return kernels.describe(
-        read_architecture(hf_config(config.model.path)),
+        read_architecture(read_hf_config(config.model.path)),
         tensor=config.parallel.tensor,
         dtype=getattr(torch, config.model.dtype),
         longest=config.longest_sequence,
@@ -298,7 +300,7 @@ def _full_step(here: Here, name: str, overrides: list[str]) -> Iterator[Line]:
     small = ["data.max_prompt_tokens=8", "rollout.max_response_tokens=24", "train.micro_batch_tokens=128"]
     small = ['model.path="recipes/tiny/base"', *small] if here.rehearse else []
     config = read_config(FULL, [*overrides, *small])
-    architecture = read_architecture(hf_config(config.model.path))
+    architecture = read_architecture(read_hf_config(config.model.path))
     lengths = (config.data.max_prompt_tokens, config.rollout.max_response_tokens)
     count = config.train.micro_batch_tokens // config.longest_sequence
     own = architecture.vocab_size // config.parallel.tensor  # tokens whose embedding and logit this rank holds

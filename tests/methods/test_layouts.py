@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext import host, methods
+from megatron_ext import cpu_compat, methods
+from megatron_ext.config.checks import read_hf_config
+from megatron_ext.config.schema import Config, ParallelConfig, RolloutConfig, TrainConfig
 from megatron_ext.methods.base import Needs
-from megatron_ext.model import build, hf_config, hf_weights
-from megatron_ext.train import config as train_config
-from megatron_ext.train import parallel
-from megatron_ext.train.config import Config, ParallelConfig, RolloutConfig, TrainConfig
+from megatron_ext.model import build, hf_config, hf_weights, parallel
+from megatron_ext.model.trainable import Trained
 from megatron_ext.train.step import Learner
-from megatron_ext.train.trained import Trained
 from tests import gloo, tiny
 from tests.methods.cases import OPTIONS
 from tests.train.test_invariance import gathered_gradients, moved, worst
@@ -37,14 +36,14 @@ LAYOUTS = {"one": (1, 1, 1000), "tensor": (2, 1, 130), "data": (1, 2, 80)}  # te
 def every_method(rank: int, world: int, path: str, layout: tuple[int, int, int]) -> dict[str, Any]:
     """Metrics and whole gradients of one mini-batch of each method, as this rank sees them."""
     tensor, data, budget = layout
-    host.enter()
+    cpu_compat.enter()
     config = Config(
         parallel=ParallelConfig(ranks_per_node=world, tensor=tensor),
         rollout=RolloutConfig(prompts=4, samples=4, max_response_tokens=12),
         train=TrainConfig(mini_batch_prompts=4, micro_batch_tokens=budget),
     )
     parallel.initialize(config.parallel)
-    architecture = hf_config.read_architecture(train_config.hf_config(path))
+    architecture = hf_config.read_architecture(read_hf_config(path))
     policy = build.build_policy(architecture, tensor=tensor, pipeline=1, sequence=False, dtype=torch.float32)
     hf_weights.load_weights(policy.modules[0], architecture, path)
     optimizer = build.build_optimizer(policy, lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.99, eps=1e-8, clip_grad=1.0)

@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ext import host
+from megatron_ext import cpu_compat
+from megatron_ext.config.checks import read_hf_config
+from megatron_ext.config.schema import FusionsConfig, ParallelConfig
 from megatron_ext.methods.base import Needs
-from megatron_ext.model import hf_config, hf_weights
+from megatron_ext.model import hf_config, hf_weights, parallel
 from megatron_ext.model.build import build_policy
 from megatron_ext.model.forward import forward_backward
 from megatron_ext.model.megatron_config import Fusions, ModelLayout, transformer_config
-from megatron_ext.train import config as train_config
-from megatron_ext.train import packing, parallel
-from megatron_ext.train.config import FusionsConfig, ParallelConfig
+from megatron_ext.train import packing
 from tests import gloo, tiny
 
 SWIGLU = Fusions(rope=False, bias_activation=True, gradient_accumulation=False, moe_permute=False)
@@ -28,12 +28,12 @@ SWIGLU = Fusions(rope=False, bias_activation=True, gradient_accumulation=False, 
 
 def gradients(rank: int, world: int, path: str, fused: bool, layout: dict[str, Any]) -> dict[str, Tensor]:
     """Of the sum of log-probs over two micro-batches."""
-    host.enter()
+    cpu_compat.enter()
     if fused:
         vars_of: Any = Fusions
         vars_of.here = lambda self: self  # as where Transformer Engine is
     parallel.initialize(ParallelConfig(ranks_per_node=world, **layout))
-    architecture = hf_config.read_architecture(train_config.hf_config(path))
+    architecture = hf_config.read_architecture(read_hf_config(path))
     policy = build_policy(architecture, dtype=torch.float32, fusions=SWIGLU, **layout)
     assert policy.modules[0].config.bias_activation_fusion is fused
     for module in policy.modules:
@@ -59,8 +59,8 @@ def test_fused_swiglu_has_the_gradients_of_the_unfused(kind: str, world: int, la
 
 
 def switches(rank: int, world: int) -> list[bool]:
-    host.enter()
-    architecture = hf_config.read_architecture(train_config.hf_config(tiny.hf_model("qwen3_moe")[1]))
+    cpu_compat.enter()
+    architecture = hf_config.read_architecture(read_hf_config(tiny.hf_model("qwen3_moe")[1]))
     config = transformer_config(architecture, ModelLayout(), torch.bfloat16, fusions=Fusions())
     return [
         *(config.apply_rope_fusion, config.bias_activation_fusion),

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_ext import host
+from megatron_ext import cpu_compat
+from megatron_ext.config.checks import read_hf_config
+from megatron_ext.config.schema import ParallelConfig
 from megatron_ext.methods.base import Needs
-from megatron_ext.model import build, forward, hf_config
-from megatron_ext.train import config as train_config
-from megatron_ext.train import packing, parallel
-from megatron_ext.train.config import ParallelConfig
+from megatron_ext.model import build, forward, hf_config, parallel
+from megatron_ext.train import packing
 from megatron_ext.types import TokenStats
 from tests import gloo, tiny
 
@@ -63,9 +63,9 @@ class Products(TorchDispatchMode):
 
 def products(rank: int, world: int, path: str, layout: dict[str, Any], tied: bool) -> tuple[list[int], int, list[int]]:
     """Of one micro-batch: rows in each product, how many tensors of logits' width took part, and what was scattered."""
-    host.enter()
+    cpu_compat.enter()
     parallel.initialize(ParallelConfig(ranks_per_node=world, **layout))
-    architecture = hf_config.read_architecture(train_config.hf_config(path))
+    architecture = hf_config.read_architecture(read_hf_config(path))
     policy = build.build_policy(architecture, dtype=torch.float32, **layout)
     for parameter in (p for module in policy.modules for p in module.parameters()):
         parameter.data.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.2)

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_ext import host
-from megatron_ext.model import build, groups, hf_config, hf_tables, hf_weights, rope
+from megatron_ext import cpu_compat
+from megatron_ext.config.checks import read_hf_config
+from megatron_ext.config.schema import ParallelConfig
+from megatron_ext.model import build, groups, hf_config, hf_weights, parallel, param_mapping, rope
 from megatron_ext.model.forward import hidden_rows, logits_of, run_pipeline
-from megatron_ext.train import config as train_config
-from megatron_ext.train import packing, parallel
-from megatron_ext.train.config import ParallelConfig
+from megatron_ext.train import packing
 from megatron_ext.types import PackedSequences
 from tests import gloo, tiny
 
@@ -63,14 +63,14 @@ KINDS = [
 
 def in_layouts(rank: int, world: int, path: str, layouts: list[dict], sequences: Sequences) -> list[tuple]:
     """For each layout: the streamed weights, their announced names, and the logits of each micro-batch."""
-    host.enter()
+    cpu_compat.enter()
     return [in_layout(world, path, layout, sequences) for layout in layouts]
 
 
 def in_layout(world: int, path: str, layout: dict[str, Any], sequences: Sequences) -> tuple:
     parallel.initialize(ParallelConfig(ranks_per_node=world, **layout))
     try:
-        architecture = hf_config.read_architecture(train_config.hf_config(path))
+        architecture = hf_config.read_architecture(read_hf_config(path))
         policy = build.build_reference(architecture, dtype=torch.float32, **layout)
         for module in policy.modules:
             hf_weights.load_weights(module, architecture, path)
@@ -129,7 +129,7 @@ def test_weights_return_bitwise_and_logits_match_transformers(kind: str, tied: b
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 def test_rotary_frequencies_are_those_of_transformers_to_the_bit(kind: str) -> None:
     model, path = tiny.hf_model(kind)
-    architecture = hf_config.read_architecture(train_config.hf_config(path))
+    architecture = hf_config.read_architecture(read_hf_config(path))
     assert torch.equal(rope.frequencies(architecture, "cpu"), model.model.rotary_emb.inv_freq)
 
 
@@ -138,7 +138,7 @@ def test_every_target_model_has_the_tensors_that_transformers_has() -> None:
     assert folders
     for file in folders:
         architecture = hf_config.read_architecture(json.loads(file.read_text()))
-        shapes = hf_tables.hf_shapes(architecture)
+        shapes = param_mapping.hf_shapes(architecture)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(file.parent))
         expected = sum(parameter.numel() for parameter in model.parameters())

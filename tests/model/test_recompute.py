@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ext import host
+from megatron_ext import cpu_compat
+from megatron_ext.config.checks import read_hf_config
+from megatron_ext.config.schema import ParallelConfig
 from megatron_ext.methods.base import Needs
-from megatron_ext.model import build, forward, hf_config
+from megatron_ext.model import build, forward, hf_config, parallel
 from megatron_ext.plan.memory import RECOMPUTE, saved_per_token
-from megatron_ext.train import config as train_config
-from megatron_ext.train import packing, parallel
-from megatron_ext.train.config import ParallelConfig
+from megatron_ext.train import packing
 from megatron_ext.types import TokenStats
 from tests import gloo, tiny
 
@@ -23,10 +23,10 @@ TOKENS = 256
 
 def gradients(rank: int, world: int, path: str, recompute: str) -> tuple[dict[str, Tensor], int]:
     """Every gradient of this rank, and the bytes of what its forward kept."""
-    host.enter()
+    cpu_compat.enter()
     layout: dict[str, Any] = {"tensor": world, "sequence": world > 1}
     parallel.initialize(ParallelConfig(ranks_per_node=world, **layout))
-    architecture = hf_config.read_architecture(train_config.hf_config(path))
+    architecture = hf_config.read_architecture(read_hf_config(path))
     policy = build.build_policy(architecture, dtype=torch.float32, recompute=recompute, **layout)
     generator = torch.Generator().manual_seed(rank)
     for parameter in policy.modules[0].parameters():
@@ -53,7 +53,7 @@ def gradients(rank: int, world: int, path: str, recompute: str) -> tuple[dict[st
 @pytest.mark.parametrize("world", [1, 2])
 def test_recomputing_changes_no_gradient_and_keeps_less(world: int) -> None:
     _, path = tiny.hf_model()
-    a = hf_config.read_architecture(train_config.hf_config(path))
+    a = hf_config.read_architecture(read_hf_config(path))
     p = ParallelConfig(ranks_per_node=world, tensor=world, sequence=world > 1)
     runs = [gloo.run(gradients, world, str(path), mode) for mode in RECOMPUTE]
     for (plain, none), (with_mlp, mlp), (whole, full) in zip(*runs, strict=True):

@@ -10,11 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_ext import host
-from megatron_ext.model import build, groups, hf_config, hf_weights
-from megatron_ext.train import config as train_config
-from megatron_ext.train import parallel
-from megatron_ext.train.config import ParallelConfig
+from megatron_ext import cpu_compat
+from megatron_ext.config.checks import read_hf_config
+from megatron_ext.config.schema import ParallelConfig
+from megatron_ext.model import build, groups, hf_config, hf_weights, parallel
 from tests import gloo, tiny
 
 LAYERS, EXPERTS = 2, 16
@@ -40,9 +39,9 @@ LAYOUTS: list[tuple[str, dict[str, Any], int, int]] = [  # model, layout, gather
 
 def counted(rank: int, world: int, path: str, layout: dict[str, Any]) -> tuple[Counter, int, int]:
     """Collectives of one stream, the largest exchange, and the largest part of a layer that travels together."""
-    host.enter()
+    cpu_compat.enter()
     parallel.initialize(ParallelConfig(ranks_per_node=world, **layout))
-    architecture = hf_config.read_architecture(train_config.hf_config(path))
+    architecture = hf_config.read_architecture(read_hf_config(path))
     experts = architecture.experts and replace(architecture.experts, num=EXPERTS)
     architecture = replace(architecture, num_layers=LAYERS, experts=experts)
     policy = build.build_reference(architecture, dtype=torch.float32, **layout)
@@ -84,9 +83,9 @@ def test_what_is_streamed_outlives_the_stream() -> None:
 
 
 def owned(rank: int, world: int, path: str) -> bool:
-    host.enter()
+    cpu_compat.enter()
     parallel.initialize(ParallelConfig(ranks_per_node=1))
-    architecture = hf_config.read_architecture(train_config.hf_config(path))
+    architecture = hf_config.read_architecture(read_hf_config(path))
     policy = build.build_reference(architecture, dtype=torch.float32)
     found = list(hf_weights.PolicyWeights(policy))
     parameters = {p.untyped_storage().data_ptr() for module in policy.modules for p in module.parameters()}

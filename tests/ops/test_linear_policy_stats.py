@@ -109,7 +109,7 @@ def test_the_weight_gradient_is_added_to_main_grad():
 
 def test_no_logits_of_all_rows_exist(monkeypatch):
     """The widest product is a chunk's: counted at the row work, forward and backward."""
-    from megatron_ext.ops import rows
+    from megatron_ext.ops import logit_passes
 
     seen: list[int] = []
 
@@ -121,7 +121,7 @@ def test_no_logits_of_all_rows_exist(monkeypatch):
         return call
 
     for name in ("summarise", "gradient"):
-        monkeypatch.setattr(rows, name, counted(getattr(rows, name)))
+        monkeypatch.setattr(logit_passes, name, counted(getattr(logit_passes, name)))
     run_linear(0, 1, torch.float32, False, 5, 256)
     assert seen == [5, 5, 2, 5, 5, 2]
 

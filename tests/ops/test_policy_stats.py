@@ -201,8 +201,8 @@ def nucleus_loss(logits: Tensor, targets: Tensor, shard: VocabShard, **options) 
 
 
 def test_the_backward_of_large_rows_in_many_blocks(monkeypatch):
-    monkeypatch.setattr("megatron_ext.ops.rows.BLOCK", 1 << 14)
-    monkeypatch.setattr("megatron_ext.ops.rows.GROUP", 1 << 15)
+    monkeypatch.setattr("megatron_ext.ops.logit_passes.BLOCK", 1 << 14)
+    monkeypatch.setattr("megatron_ext.ops.logit_passes.GROUP", 1 << 15)
     logits, targets = language_like(16, 5003)
     for dtype in (torch.float32, torch.bfloat16):
         x = logits.to(dtype).requires_grad_()

@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3MoeConfig
 
+from megatron_ext.config.checks import read_hf_config
+from megatron_ext.config.schema import Config, ParallelConfig
 from megatron_ext.model.hf_config import read_architecture
 from megatron_ext.plan import device
-from megatron_ext.train.config import Config, ParallelConfig, hf_config
 from tests import gloo
 from tests.train import whole_run
 
@@ -131,13 +132,13 @@ def test_the_planned_groups_are_those_in_use(
     whole_run.data()
     used = gloo.run(groups_used, WORLD, tmp_path, (*own, *overrides), timeout=120)[0]
     config = Config(parallel=ParallelConfig(ranks_per_node=WORLD, **layout))
-    planned = device.communicators(read_architecture(hf_config(path)), config)
+    planned = device.communicators(read_architecture(read_hf_config(path)), config)
     assert {"world": WORLD} | {NAMES[description]: ranks for description, ranks in used.items()} == planned
 
 
 def test_a_full_size_layout_counts_every_group_once() -> None:
     """Qwen3-30B-A3B on 32 ranks: ten groups of more than two ranks, 7.2 GB of buffers by NCCL issue 964."""
-    moe = read_architecture(hf_config(MODELS / "qwen3-30b-a3b"))
+    moe = read_architecture(read_hf_config(MODELS / "qwen3-30b-a3b"))
     layout = ParallelConfig(nodes=4, tensor=4, sequence=True, expert=8)
     config = Config.model_validate({"parallel": layout, "rollout": {"engine": "vllm", "tensor": 4}})
     assert device.communicators(moe, config) == {

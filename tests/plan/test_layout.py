@@ -7,19 +7,20 @@ from typing import Any
 
 import pytest
 
+from megatron_ext.config.checks import read_hf_config
+from megatron_ext.config.schema import Config, ParallelConfig
 from megatron_ext.model.hf_config import read_architecture
 from megatron_ext.ops.linear_policy_stats import CHUNK_BYTES
 from megatron_ext.plan import device, memory, speed
 from megatron_ext.plan.layout import Plan, make_plan, nearest_fit
 from megatron_ext.plan.memory import PHASES, Roles
 from megatron_ext.plan.speed import RATES, Lengths
-from megatron_ext.train.config import Config, ParallelConfig, hf_config
 from tools.dry_run import full_size_recipes
 from tools.plan import method_roles, read_valid
 
 MODELS = Path(__file__).parents[2] / "recipes" / "models"
-SEVEN = read_architecture(hf_config(MODELS / "qwen2.5-math-7b"))
-MOE = read_architecture(hf_config(MODELS / "qwen3-30b-a3b"))
+SEVEN = read_architecture(read_hf_config(MODELS / "qwen2.5-math-7b"))
+MOE = read_architecture(read_hf_config(MODELS / "qwen3-30b-a3b"))
 
 
 def config(directory: str = "qwen2.5-math-7b", **sections: dict[str, Any]) -> Config:

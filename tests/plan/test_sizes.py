@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from megatron_ext.config.checks import read_hf_config
 from megatron_ext.model.hf_config import read_architecture
 from megatron_ext.plan import sizes
 from megatron_ext.plan.sizes import (
@@ -18,7 +19,6 @@ from megatron_ext.plan.sizes import (
     num_parameters,
     stage_parameters,
 )
-from megatron_ext.train.config import hf_config
 from tests import tiny
 
 MODELS = Path(__file__).parents[2] / "recipes" / "models"
@@ -44,24 +44,24 @@ def test_the_tensors_are_those_that_transformers_saves(kind: str, tied: bool) ->
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
             saved |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    assert dict(hf_tensors(read_architecture(hf_config(folder)))) == saved
+    assert dict(hf_tensors(read_architecture(read_hf_config(folder)))) == saved
 
 
 def test_every_target_model_has_its_published_size() -> None:
     assert {path.parent.name for path in MODELS.glob("*/config.json")} == set(PUBLISHED)
     for name, count in PUBLISHED.items():
-        assert num_parameters(read_architecture(hf_config(MODELS / name))) == count, name
+        assert num_parameters(read_architecture(read_hf_config(MODELS / name))) == count, name
 
 
 def test_active_parameters_are_those_of_a_token() -> None:
-    moe = read_architecture(hf_config(MODELS / "qwen3-30b-a3b"))
+    moe = read_architecture(read_hf_config(MODELS / "qwen3-30b-a3b"))
     # a layer: 2048 x (2 x 4096 + 2 x 512) attention, 128 x 2048 router, 8 x 3 x 2048 x 768 experts; the output layer
     layer = 2048 * (2 * 4096 + 2 * 512) + 128 * 2048 + 8 * 3 * 2048 * 768
     assert active_parameters(moe) == 48 * layer + 151936 * 2048
 
 
 def test_shards_of_all_ranks_make_the_model() -> None:
-    a = read_architecture(hf_config(MODELS / "qwen3-8b-base"))
+    a = read_architecture(read_hf_config(MODELS / "qwen3-8b-base"))
     whole = stage_parameters(a, Sharding(), range(36), first=True, last=True)
     assert sum(p.numel for p in whole) == num_parameters(a)
     quarter = stage_parameters(a, Sharding(tensor=4), range(36), first=True, last=True)
@@ -70,7 +70,7 @@ def test_shards_of_all_ranks_make_the_model() -> None:
 
 
 def test_experts_are_cut_twice_and_everything_else_is_not() -> None:
-    a = read_architecture(hf_config(MODELS / "qwen3-30b-a3b"))
+    a = read_architecture(read_hf_config(MODELS / "qwen3-30b-a3b"))
     s = Sharding(expert=8, expert_tensor=2)
     held = stage_parameters(a, s, range(48), first=True, last=True)
     assert sum(p.numel for p in held if p.expert) * 16 == 48 * 128 * 3 * 2048 * 768
@@ -78,7 +78,7 @@ def test_experts_are_cut_twice_and_everything_else_is_not() -> None:
 
 
 def test_a_tied_embedding_is_held_by_the_first_and_the_last_stage() -> None:
-    a = read_architecture(hf_config(MODELS / "qwen3-4b-base"))
+    a = read_architecture(read_hf_config(MODELS / "qwen3-4b-base"))
     s, vocabulary = Sharding(), 151936 * 2560
     first = stage_parameters(a, s, range(18), first=True, last=False)
     last = stage_parameters(a, s, range(18, 36), first=False, last=True)

@@ -6,8 +6,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from megatron_ext.train.config import ParallelConfig
-from megatron_ext.train.layout_rules import model_faults, nearest_divisor
+from megatron_ext.config.parallel_checks import model_faults, nearest_divisor
+from megatron_ext.config.schema import ParallelConfig
 from megatron_ext.train.packing import pack, positions, split
 from tests.properties.oddities import limits
 

@@ -21,7 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.train.manifest import CheckpointError, Found, newest_valid
+from megatron_ext.checkpoint.manifest import CheckpointError, Found, newest_valid
 from tests import gloo
 from tests.properties.oddities import SPOILERS, damaged, limits, mutated, to_bytes, to_json
 from tests.tiny import hf_model

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.loading import read_config
+from megatron_ext.data.curriculum import fingerprint, read_stages
+from megatron_ext.data.dataset import load_training_data
 from megatron_ext.rollout.model_files import load_tokenizer
-from megatron_ext.train.config import ConfigError, read_config
-from megatron_ext.train.curriculum import fingerprint, read_stages
-from megatron_ext.train.data import load_training_data
 from megatron_ext.types import Problem
 from tests.properties.oddities import SPOILERS, TEXTS, VALUES, damaged, limits, mutated, to_bytes, to_json
 from tests.train.whole_run import Judge

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.train.metrics import METRICS, SAMPLES, MetricsWriter, read_steps
+from megatron_ext.metrics.writer import METRICS, SAMPLES, MetricsWriter, read_steps
 from tests.properties.oddities import SPOILERS, TEXTS, VALUES, damaged, limits, mutated, to_bytes, to_json
 from tests.tools.runs import write_run
 from tools import compare_runs

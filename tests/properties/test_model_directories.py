@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_ext.config.checks import read_hf_config
+from megatron_ext.config.errors import ConfigError
 from megatron_ext.model.hf_config import read_architecture
-from megatron_ext.train.config import ConfigError, hf_config
 from tests.properties.oddities import SPOILERS, damaged, limits, mutated, to_bytes, to_json
 from tests.tiny import hf_model
 from tools import convert, train
@@ -55,7 +56,7 @@ def test_a_configuration_with_something_wrong(data: st.DataObject) -> None:
         code(train.main, TINY / "tiny-cpu.toml", f"model.path={folder}", "--print-config")
         with limits():
             try:
-                found = read_architecture(hf_config(folder))
+                found = read_architecture(read_hf_config(folder))
             except (ConfigError, ValueError) as error:
                 assert type(error) in (ConfigError, ValueError) and len(str(error)) < 2000
             else:

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from megatron_ext.train.config import Config, ConfigError, read_config
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.loading import read_config
+from megatron_ext.config.schema import Config
 from tests.properties.oddities import SPOILERS, TEXTS, VALUES, damaged, limits, mutated, to_bytes, to_toml
 from tools import ranks, train
 

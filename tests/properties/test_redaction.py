@@ -9,8 +9,8 @@ from typing import Any
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_ext.train.config import ConfigError
-from megatron_ext.train.redact import redact, redact_text
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.redact import redact, redact_text
 
 LETTERS = string.ascii_letters + string.digits
 SECRETS = st.text(LETTERS, min_size=20, max_size=40)

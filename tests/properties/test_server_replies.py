@@ -8,7 +8,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.rollout.server_reply import ROUNDING, max_bytes, read_reply
+from megatron_ext.rollout.vllm_server.reply import ROUNDING, max_bytes, read_reply
 from tests.properties.oddities import VALUES, damaged, limits, mutated, to_bytes, to_json
 from tests.rollout.test_server_reply import MAX_TOKENS, VOCAB, logprobs, reply
 

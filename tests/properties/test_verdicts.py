@@ -7,7 +7,7 @@ from fractions import Fraction
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.rollout.verify import MAX_ANSWER_CHARS, Outcome, extract, judge, judge_answer
+from megatron_ext.rollout.rewards.verify import MAX_ANSWER_CHARS, Outcome, extract, judge, judge_answer
 from tests.properties.oddities import limits
 
 SLOW = settings(max_examples=max(20, settings().max_examples // 3))

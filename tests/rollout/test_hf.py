@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_ext.rollout.base import Request, Sampling
-from megatron_ext.rollout.hf import HFEngine
+from megatron_ext.rollout.hf.engine import HFEngine
 from megatron_ext.rollout.sampling import gumbel, nucleus_logprobs, seed_of
 from megatron_ext.types import Sample
 from tests import tiny

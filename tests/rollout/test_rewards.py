@@ -13,9 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.rollout import rewards, verify
-from megatron_ext.rollout.rewards import Question, RewardPool, VerifierError, outcome_counts
-from megatron_ext.rollout.verify import Outcome
+from megatron_ext.rollout.rewards import reward_pool, verify
+from megatron_ext.rollout.rewards.reward_pool import (
+    Question,
+    RewardPool,
+    VerifierError,
+    outcome_counts,
+)
+from megatron_ext.rollout.rewards.verify import Outcome
 from megatron_ext.types import Problem, Reward
 
 
@@ -86,13 +91,13 @@ def test_bombs_cost_themselves_and_nothing_else():
 
 
 def record_questions(monkeypatch: pytest.MonkeyPatch, judged: list[Question]) -> None:
-    judge = rewards._Worker.judge
+    judge = reward_pool._Worker.judge
 
-    def record(worker: rewards._Worker, question: Question, deadline_s: float) -> Outcome:
+    def record(worker: reward_pool._Worker, question: Question, deadline_s: float) -> Outcome:
         judged.append(question)
         return judge(worker, question, deadline_s)
 
-    monkeypatch.setattr(rewards._Worker, "judge", record)
+    monkeypatch.setattr(reward_pool._Worker, "judge", record)
 
 
 def test_identical_answers_are_judged_once(monkeypatch: pytest.MonkeyPatch):
@@ -100,7 +105,7 @@ def test_identical_answers_are_judged_once(monkeypatch: pytest.MonkeyPatch):
     record_questions(monkeypatch, judged)
     with RewardPool(1, deadline_s=20) as pool:
         assert all_right(pool.score(integers(3) * 8))
-    assert len(judged) == 3 + len(rewards.CANARIES)
+    assert len(judged) == 3 + len(reward_pool.CANARIES)
 
 
 def test_no_worker_loads_gmpy2(pool: RewardPool):
@@ -181,7 +186,7 @@ def test_a_notice_to_the_whole_job_leaves_the_workers_at_work(pool: RewardPool, 
 def test_workers_that_cannot_start_stop_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     script = tmp_path / "broken.py"
     script.write_text("raise ImportError\n")
-    monkeypatch.setattr(rewards, "WORKER_SCRIPT", script)
+    monkeypatch.setattr(reward_pool, "WORKER_SCRIPT", script)
     with RewardPool(2) as pool, pytest.raises(VerifierError, match="did not start, twice"):
         pool.score(integers(3))
 
@@ -204,7 +209,7 @@ for line in sys.stdin:
 def test_a_verifier_gone_wrong_stops_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str, found: str):
     script = tmp_path / "fake.py"
     script.write_text(FAKE.format(ready=verify.READY, body=body))
-    monkeypatch.setattr(rewards, "WORKER_SCRIPT", script)
+    monkeypatch.setattr(reward_pool, "WORKER_SCRIPT", script)
     with RewardPool(2, deadline_s=20) as pool, pytest.raises(VerifierError, match=found):
         pool.score(integers(3))
 
@@ -212,13 +217,13 @@ def test_a_verifier_gone_wrong_stops_the_run(monkeypatch: pytest.MonkeyPatch, tm
 def test_one_worker_gone_wrong_ends_the_batch_of_the_others(monkeypatch: pytest.MonkeyPatch):
     with RewardPool(2, deadline_s=20) as pool:
         bad, judged = pool._workers[1], []
-        judge = rewards._Worker.judge
+        judge = reward_pool._Worker.judge
 
-        def record(worker: rewards._Worker, question: Question, deadline_s: float) -> Outcome:
+        def record(worker: reward_pool._Worker, question: Question, deadline_s: float) -> Outcome:
             judged.append(question)
             return Outcome.TIMEOUT if worker is bad else judge(worker, question, deadline_s)
 
-        monkeypatch.setattr(rewards._Worker, "judge", record)
+        monkeypatch.setattr(reward_pool._Worker, "judge", record)
         with pytest.raises(VerifierError, match="found timeout"):
             pool.score(integers(500))
     assert len(judged) < 100
@@ -230,8 +235,8 @@ def trusted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script = tmp_path / "fake.py"
     body = "a = json.loads(line)[0]; a == '13' and __import__('time').sleep(60); a == '17' and os._exit(1); "
     script.write_text(FAKE.format(ready=verify.READY, body=body + "print('correct', flush=True)"))
-    monkeypatch.setattr(rewards, "WORKER_SCRIPT", script)
-    monkeypatch.setattr(rewards, "CANARIES", rewards.CANARIES[:1])
+    monkeypatch.setattr(reward_pool, "WORKER_SCRIPT", script)
+    monkeypatch.setattr(reward_pool, "CANARIES", reward_pool.CANARIES[:1])
 
 
 @pytest.mark.usefixtures("trusted")
@@ -286,7 +291,7 @@ def test_a_closed_pool_leaves_no_process_and_says_so():
 
 def test_an_orphan_ends_itself():
     """The trainer may be killed while a worker is inside a bomb: the worker must not run for ever."""
-    worker = rewards._Worker(orphan_s=1)
+    worker = reward_pool._Worker(orphan_s=1)
     try:
         worker._wait_until_ready()
         worker._stdin.write(b'["(2^{31})!", "4", "math", []]\n')

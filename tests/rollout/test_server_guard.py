@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.rollout.server_guard import PROOF, TOKEN_VARIABLE, Guard, answer_key, request_key
+from megatron_ext.rollout.vllm_server.guard import PROOF, TOKEN_VARIABLE, Guard, answer_key, request_key
 
 TOKEN = "0123456789abcdef"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.rollout.server_reply import read_reply
+from megatron_ext.rollout.vllm_server.reply import read_reply
 
 VOCAB, MAX_TOKENS = 100, 4
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.rollout import verify
-from megatron_ext.rollout.verify import Outcome, extract, judge, judge_answer
+from megatron_ext.rollout.rewards import verify
+from megatron_ext.rollout.rewards.verify import Outcome, extract, judge, judge_answer
 
 RIGHT, WRONG, UNPARSABLE, FALSE = Outcome.CORRECT, Outcome.WRONG, Outcome.UNPARSABLE, Outcome.CONTRADICTION
 

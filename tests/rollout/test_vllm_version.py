@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_ext.rollout import vllm_version
-from megatron_ext.train.config import ConfigError, RolloutConfig
-from megatron_ext.train.engine import check_engine
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.schema import RolloutConfig
+from megatron_ext.rollout.registry import check_engine
+from megatron_ext.rollout.vllm import version as vllm_version
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, **found: str) -> None:

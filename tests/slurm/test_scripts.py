@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext.config.loading import read_config
 from megatron_ext.plan.device import TOTAL_BYTES
 from megatron_ext.plan.layout import make_plan
 from megatron_ext.plan.speed import RATES
-from megatron_ext.train.config import read_config
 from tools.plan import method_roles
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.train.metrics import MetricsWriter, write_config
+from megatron_ext.metrics.writer import MetricsWriter, write_config
 from tools.evaluate import save_evaluation, summary
 
 

@@ -16,7 +16,7 @@ def nothing_heavy(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("ranks were started")
 
     monkeypatch.setattr(ranks, "run_ranks", refuse)
-    monkeypatch.setattr("megatron_ext.rollout.rewards.RewardPool", Judge)
+    monkeypatch.setattr("megatron_ext.rollout.rewards.reward_pool.RewardPool", Judge)
 
 
 def recipe(method: str) -> str:

@@ -22,7 +22,7 @@ from tools.charts import (
     thin,
     ticks,
 )
-from tools.report_curves import spikes
+from tools.report.curves import spikes
 
 
 def test_ticks_are_round_and_inside():

@@ -11,7 +11,7 @@ from tests.tools.runs import evaluation, save_evaluations, step_metrics, write_r
 from tools import compare_runs as tool
 from tools.compare_runs import config_differences, evaluation_differences, first_difference, metric_rows
 from tools.evaluate import save_evaluation
-from tools.report_data import load_metrics
+from tools.report.data import load_metrics
 
 
 def test_equal_runs_are_equal_whatever_the_clock_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -11,8 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from megatron_ext.config.errors import ConfigError
 from megatron_ext.rollout.base import Request, Sampling
-from megatron_ext.train.config import ConfigError
 from megatron_ext.types import Problem, Reward, Sample
 from tests.tools.runs import evaluation
 from tools import evaluate as tool
@@ -251,7 +251,7 @@ def test_labels_share_a_file(tmp_path: Path):
 
 def overfit(folder: Path, pairs: list[tuple[Problem, str]]) -> None:
     """A tiny model that has learnt exactly these responses."""
-    from tools.make_tiny_base import build_model, build_tokenizer, encode
+    from tools.tiny.base_model import build_model, build_tokenizer, encode
 
     torch.manual_seed(0)
     tokenizer = build_tokenizer()

@@ -12,7 +12,8 @@ from types import ModuleType
 
 import pytest
 
-from megatron_ext.train.config import ConfigError, read_config
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.loading import read_config
 from tools import launch
 
 ROOT = Path(__file__).parents[2]

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext.config.loading import load_config
 from megatron_ext.methods import METHODS
 from megatron_ext.methods.clip_higher import ClipHigher
 from megatron_ext.methods.grpo import GRPO
 from megatron_ext.methods.siren import SIREN
-from megatron_ext.train.config import load_config
 from tools import methods as tool
 
 ROOT = Path(__file__).parents[2]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
+from megatron_ext.checkpoint.manifest import Manifest
+from megatron_ext.config.schema import Config
 from megatron_ext.model.export import write_hf
-from megatron_ext.train.config import Config
-from megatron_ext.train.manifest import Manifest
 from tests import tiny
 from tools.model_card import model_card
 

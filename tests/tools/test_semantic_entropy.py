@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.train.curriculum import read_stages
+from megatron_ext.data.curriculum import read_stages
 from megatron_ext.types import Problem, Reward, Sample
 from tests.train.whole_run import RECIPES, Judge
 from tools import semantic_entropy as tool
@@ -62,7 +62,7 @@ def test_equivalent_answers_and_those_without_one_are_clusters() -> None:
 @pytest.fixture
 def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Eleven problems in batches of two, judged without verifier processes."""
-    monkeypatch.setattr("megatron_ext.rollout.rewards.RewardPool", Judge)
+    monkeypatch.setattr("megatron_ext.rollout.rewards.reward_pool.RewardPool", Judge)
     lines = (RECIPES / "tiny/data/train.jsonl").read_text().splitlines(keepends=True)[:11]
     (tmp_path / "train.jsonl").write_text("".join(lines))
     settings = [f'data.train="{tmp_path}/train.jsonl"', "rollout.batch_size=10"]
@@ -137,8 +137,8 @@ def test_bad_input_exits_2_and_says_what_to_do(
 
 
 def test_the_shipped_curriculum_belongs_to_the_shipped_data() -> None:
-    from megatron_ext.train.config import load_config
-    from megatron_ext.train.data import load_problems
+    from megatron_ext.config.loading import load_config
+    from megatron_ext.data.dataset import load_problems
 
     config = load_config(SENT)
     problems, _ = load_problems(config.data.train, score=lambda answers: [Reward(1.0, "correct") for _ in answers])

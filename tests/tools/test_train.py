@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext.checkpoint.manifest import CheckpointError
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.metrics.alarms import AlarmError
+from megatron_ext.model.trainable import TrainingError
 from megatron_ext.rollout.base import RolloutError
-from megatron_ext.rollout.rewards import VerifierError
-from megatron_ext.train.alarms import AlarmError
-from megatron_ext.train.config import ConfigError
-from megatron_ext.train.manifest import CheckpointError
+from megatron_ext.rollout.rewards.reward_pool import VerifierError
 from megatron_ext.train.mismatch import MismatchError
-from megatron_ext.train.trained import TrainingError
 from tools import train
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +87,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 FINISHED = """
 import os, signal, sys
-from megatron_ext.train.stop import StopSignals, heed_interrupts
+from megatron_ext.train.signals import StopSignals, heed_interrupts
 from tools import ranks, report, train
 def write_report(folder):
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):

@@ -17,16 +17,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ext import host, methods
-from megatron_ext.model import build, hf_config, hf_weights
+from megatron_ext import cpu_compat, methods
+from megatron_ext.checkpoint.checkpoint import Checkpoints
+from megatron_ext.config.checks import read_hf_config
+from megatron_ext.config.schema import Config, CriticConfig, OptimizerConfig, ParallelConfig, RolloutConfig, TrainConfig
+from megatron_ext.model import build, hf_config, hf_weights, parallel
 from megatron_ext.model.critic import build_critic
-from megatron_ext.train import config as train_config
-from megatron_ext.train import critic, parallel
-from megatron_ext.train.checkpoint import Checkpoints
-from megatron_ext.train.config import Config, CriticConfig, OptimizerConfig, ParallelConfig, RolloutConfig, TrainConfig
+from megatron_ext.model.trainable import Trained, TrainingError
+from megatron_ext.train import critic
 from megatron_ext.train.packing import Micros
 from megatron_ext.train.step import Learner
-from megatron_ext.train.trained import Trained, TrainingError
 from megatron_ext.types import Batch, TokenStats
 from tests import gloo, tiny
 from tests.train.test_invariance import TEMPERATURE, gathered_gradients, moved, worst
@@ -62,7 +62,7 @@ def launch(function: Callable[..., Any], case: str, *args: Any) -> list[Any]:
 def learner_of(case: str, path: str) -> Learner:
     """A learner with a critic whose head is ``head()``, with the tiny model's weights."""
     layout, budget, _ = CASES[case]
-    host.enter()
+    cpu_compat.enter()
     config = Config(
         parallel=ParallelConfig(**layout),
         rollout=RolloutConfig(prompts=4, samples=4, temperature=TEMPERATURE, max_response_tokens=12),
@@ -70,7 +70,7 @@ def learner_of(case: str, path: str) -> Learner:
     )
     parallel.initialize(config.parallel)
     shape: dict[str, Any] = parallel.model_layout(config.parallel) | {"dtype": torch.float32}
-    architecture = hf_config.read_architecture(train_config.hf_config(path))
+    architecture = hf_config.read_architecture(read_hf_config(path))
 
     def fill(modules: list) -> None:
         for module in modules:

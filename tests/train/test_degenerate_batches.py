@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_ext import methods
+from megatron_ext.metrics.display import Watch
 from megatron_ext.model import hf_weights
-from megatron_ext.train.display import Watch
 from megatron_ext.types import Episode
 from tests import gloo, tiny
 from tests.train.test_invariance import gathered_gradients, worst

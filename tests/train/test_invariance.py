@@ -15,14 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ext import host, methods
+from megatron_ext import cpu_compat, methods
+from megatron_ext.config.checks import read_hf_config
+from megatron_ext.config.schema import Config, ParallelConfig, RolloutConfig, TrainConfig
 from megatron_ext.methods.base import Needs
-from megatron_ext.model import build, hf_config, hf_weights
-from megatron_ext.train import config as train_config
-from megatron_ext.train import parallel
-from megatron_ext.train.config import Config, ParallelConfig, RolloutConfig, TrainConfig
+from megatron_ext.model import build, hf_config, hf_weights, parallel
+from megatron_ext.model.trainable import Trained
 from megatron_ext.train.step import Learner
-from megatron_ext.train.trained import Trained
 from tests import gloo, tiny
 
 TEMPERATURE = 0.8
@@ -53,7 +52,7 @@ def one_step(
 ) -> Any:
     """Metrics and whole gradients of one mini-batch, as this rank sees them; ``more`` of the layout's fields."""
     tensor, pipeline, data, sequence, budget = layout
-    host.enter()
+    cpu_compat.enter()
     config = Config(
         parallel=ParallelConfig(ranks_per_node=world, tensor=tensor, pipeline=pipeline, sequence=sequence, **more),
         rollout=RolloutConfig(prompts=4, samples=4, temperature=TEMPERATURE, max_response_tokens=12),
@@ -61,7 +60,7 @@ def one_step(
         method=method,
     )
     parallel.initialize(config.parallel)
-    architecture = hf_config.read_architecture(train_config.hf_config(path))
+    architecture = hf_config.read_architecture(read_hf_config(path))
     spread = parallel.model_layout(config.parallel)
     policy = build.build_policy(architecture, dtype=torch.float32, fused_head=fused_head, **spread)
     for module in policy.modules:

@@ -7,8 +7,9 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.train import checkpoint, loop
-from megatron_ext.train.trained import Trained
+from megatron_ext.checkpoint import checkpoint
+from megatron_ext.model.trainable import Trained
+from megatron_ext.train import loop
 from tests import gloo
 from tests.train import whole_run
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from megatron_ext import methods
+from megatron_ext.config.schema import Config
 from megatron_ext.methods.base import OneRank
-from megatron_ext.rollout.hf import HFEngine
+from megatron_ext.rollout.hf.engine import HFEngine
 from megatron_ext.train import mismatch
-from megatron_ext.train.config import Config
 from megatron_ext.types import Sample
 from tests.methods import cases
 from tests.train import whole_run

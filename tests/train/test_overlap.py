@@ -13,12 +13,9 @@ import torch
 from megatron.core.distributed import param_and_grad_buffer
 from torch import Tensor
 
-from megatron_ext import host, methods
-from megatron_ext.model import hf_config, hf_weights
-from megatron_ext.model.build import Overlap, build_policy
-from megatron_ext.train import config as train_config
-from megatron_ext.train import parallel
-from megatron_ext.train.config import (
+from megatron_ext import cpu_compat, methods
+from megatron_ext.config.checks import read_hf_config
+from megatron_ext.config.schema import (
     AlarmsConfig,
     Config,
     ModelConfig,
@@ -27,9 +24,11 @@ from megatron_ext.train.config import (
     RolloutConfig,
     TrainConfig,
 )
-from megatron_ext.train.display import Watch
+from megatron_ext.metrics.display import Watch
+from megatron_ext.model import hf_config, hf_weights, parallel
+from megatron_ext.model.build import Overlap, build_policy
+from megatron_ext.model.trainable import Trained
 from megatron_ext.train.step import Learner
-from megatron_ext.train.trained import Trained
 from tests import gloo, tiny
 from tests.train import whole_run
 
@@ -50,7 +49,7 @@ def updates(
     rank: int, world: int, path: str, layout: dict[str, Any], overlap: Overlap, options: dict[str, Any]
 ) -> tuple[list[Tensor], dict[str, Tensor], Counter[str]]:
     """Gradient norms of three steps with two updates each, the weights afterwards, and collectives by kind."""
-    host.enter()
+    cpu_compat.enter()
     counts = counted_collectives()
     config = Config(
         parallel=ParallelConfig(ranks_per_node=world, **layout),
@@ -62,7 +61,7 @@ def updates(
         alarms=AlarmsConfig(mismatch=0),  # nothing sampled these episodes
     )
     parallel.initialize(config.parallel)
-    architecture = hf_config.read_architecture(train_config.hf_config(path))
+    architecture = hf_config.read_architecture(read_hf_config(path))
     spread = parallel.model_layout(config.parallel)
     policy = build_policy(
         architecture, overlap=overlap, dtype=torch.float32, fused_head=config.model.fused_head, **spread

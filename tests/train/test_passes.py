@@ -8,12 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ext import host, methods
-from megatron_ext.methods.base import Needs
-from megatron_ext.model import build, forward, hf_config, hf_weights
-from megatron_ext.train import config as train_config
-from megatron_ext.train import parallel
-from megatron_ext.train.config import (
+from megatron_ext import cpu_compat, methods
+from megatron_ext.config.checks import read_hf_config
+from megatron_ext.config.schema import (
     AlarmsConfig,
     Config,
     LogConfig,
@@ -22,11 +19,13 @@ from megatron_ext.train.config import (
     RolloutConfig,
     TrainConfig,
 )
-from megatron_ext.train.display import Watch
+from megatron_ext.methods.base import Needs
+from megatron_ext.metrics.display import Watch
+from megatron_ext.model import build, forward, hf_config, hf_weights, parallel
+from megatron_ext.model.reference import Reference
+from megatron_ext.model.trainable import Trained
 from megatron_ext.train.mismatch import MismatchError
-from megatron_ext.train.reference import Reference
 from megatron_ext.train.step import Learner
-from megatron_ext.train.trained import Trained
 from tests import gloo, tiny
 from tests.train.test_invariance import gathered_gradients, worst
 
@@ -48,7 +47,7 @@ def world_of(layout: dict[str, Any]) -> int:
 
 def learner_of(path: str, world: int, method: dict, layout: dict, mini: int = 4, **sections: Any) -> Learner:
     """On this rank, with the tiny model's weights and its engine's made-up log-probs let pass."""
-    host.enter()
+    cpu_compat.enter()
     spread = ParallelConfig(**{**layout, "ranks_per_node": world})
     options: dict[str, Any] = {"alarms": AlarmsConfig(mismatch=0)} | sections
     config = Config(
@@ -59,7 +58,7 @@ def learner_of(path: str, world: int, method: dict, layout: dict, mini: int = 4,
         **options,
     )
     parallel.initialize(spread)
-    architecture = hf_config.read_architecture(train_config.hf_config(path))
+    architecture = hf_config.read_architecture(read_hf_config(path))
     shape: dict[str, Any] = parallel.model_layout(spread) | {"dtype": torch.float32}
     policy, frozen = build.build_policy(architecture, **shape), build.build_reference(architecture, **shape)
     for module in policy.modules + frozen.modules:
@@ -68,7 +67,7 @@ def learner_of(path: str, world: int, method: dict, layout: dict, mini: int = 4,
         for parameter in module.parameters():
             parameter.data *= 0.9
     created = methods.create(method)
-    reference = Reference(frozen, device=host.device(), offload=False) if created.needs.reference else None
+    reference = Reference(frozen, device=cpu_compat.device(), offload=False) if created.needs.reference else None
     return Learner(config, created, Trained.build(policy, OptimizerConfig(lr=1e-3)), None, reference)
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatron_ext import methods
+from megatron_ext.config.loading import load_config
 from megatron_ext.train import loop
-from megatron_ext.train.config import load_config
 from tests import gloo
 from tests.train import whole_run
 

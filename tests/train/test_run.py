@@ -20,14 +20,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ext import host
+from megatron_ext import cpu_compat
+from megatron_ext.checkpoint.checkpoint import load_model
+from megatron_ext.config.checks import read_hf_config
+from megatron_ext.config.schema import ParallelConfig
 from megatron_ext.methods.base import Needs
+from megatron_ext.model import parallel
 from megatron_ext.model.build import build_policy
 from megatron_ext.model.forward import forward
 from megatron_ext.model.hf_config import read_architecture
-from megatron_ext.train import packing, parallel
-from megatron_ext.train.checkpoint import load_model
-from megatron_ext.train.config import ParallelConfig, hf_config
+from megatron_ext.train import packing
 from tests import gloo
 
 ROOT = Path(__file__).parents[2]
@@ -144,9 +146,9 @@ def test_what_a_run_reports(uninterrupted: Path) -> None:
 
 def megatron_log_probs(rank: int, world: int, source: str, path: str, sequences: list) -> list[float]:
     """Log-probs and entropies of a checkpoint under TP 2, as the trainer computes them."""
-    host.enter()
+    cpu_compat.enter()
     parallel.initialize(ParallelConfig(ranks_per_node=2, tensor=2))
-    architecture = read_architecture(hf_config(source))
+    architecture = read_architecture(read_hf_config(source))
     policy = build_policy(architecture, tensor=2, pipeline=1, sequence=False, dtype=torch.float32)
     load_model(Path(path), policy.modules)
     stats = forward(policy, [packing.pack(sequences)], Needs(entropy=True), 1.0)

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.rollout.hf import HFEngine
-from megatron_ext.train import checkpoint, loop
+from megatron_ext.checkpoint import checkpoint
+from megatron_ext.rollout.hf.engine import HFEngine
+from megatron_ext.train import loop
+from megatron_ext.train.signals import REQUEUE
 from megatron_ext.train.step import Learner
-from megatron_ext.train.stop import REQUEUE
 from tests import gloo
 from tests.train import whole_run
 

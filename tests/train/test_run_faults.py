@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.rollout.hf import HFEngine
-from megatron_ext.train.config import ConfigError
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.rollout.hf.engine import HFEngine
 from megatron_ext.types import Sample
 from tests import gloo
 from tests.train import whole_run

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.train.config import ConfigError
+from megatron_ext.config.errors import ConfigError
 from megatron_ext.train.run_folder import RunFolder
 
 HOLD = """

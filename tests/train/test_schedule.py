@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.train.config import Config, ConfigError
-from megatron_ext.train.objective import create_method
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.schema import Config
+from megatron_ext.train.method_factory import create_method
 from megatron_ext.train.resume import check_resume
 from tests.train import whole_run
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext import host
-from megatron_ext.train import parallel
-from megatron_ext.train.config import ParallelConfig
+from megatron_ext import cpu_compat
+from megatron_ext.config.schema import ParallelConfig
+from megatron_ext.model import parallel
 from tests import gloo
 from tests.train import whole_run
 
@@ -33,7 +33,7 @@ def test_a_pipeline_has_the_state_of_one_stage(tmp_path: Path) -> None:
 
 
 def agreed(rank: int, world: int) -> tuple[int, int]:
-    host.enter()
+    cpu_compat.enter()
     parallel.initialize(ParallelConfig(ranks_per_node=world, pipeline=2))
     return parallel.from_first_copy(rank), parallel.groups.data().rank()
 

@@ -10,15 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ext import host
-from megatron_ext.model import groups
+from megatron_ext import cpu_compat
+from megatron_ext.checkpoint.checkpoint import Checkpoints, LoadedState, set_rng
+from megatron_ext.config.schema import ParallelConfig
+from megatron_ext.model import groups, parallel
 from megatron_ext.model.build import Policy, build_optimizer, build_policy, build_scheduler
 from megatron_ext.model.hf_config import Architecture
-from megatron_ext.model.hf_tables import stage_rules
-from megatron_ext.train import parallel
-from megatron_ext.train.checkpoint import Checkpoints, LoadedState, set_rng
-from megatron_ext.train.config import ParallelConfig
-from megatron_ext.train.trained import Trained
+from megatron_ext.model.param_mapping import stage_rules
+from megatron_ext.model.trainable import Trained
 
 TINY = Architecture(
     name="Qwen2ForCausalLM",
@@ -53,7 +52,7 @@ class Run:
         dtype: torch.dtype = torch.float32,
         lr: float = 1e-3,
     ):
-        host.enter()
+        cpu_compat.enter()
         layout = ParallelConfig(ranks_per_node=world, tensor=tensor, pipeline=pipeline)
         parallel.initialize(layout)
         self.layout = {"tensor": tensor, "pipeline": pipeline, "data": layout.data}

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.rollout.verify import VERIFIERS, extract
+from megatron_ext.config.loading import load_config
+from megatron_ext.rollout.rewards.verify import VERIFIERS, extract
 from megatron_ext.train import loop
-from megatron_ext.train.config import load_config
 from megatron_ext.types import Problem, Reward
 from tests import gloo
 

@@ -32,15 +32,14 @@ from transformer_engine.pytorch import DotProductAttention  # noqa: E402
 from transformer_engine.pytorch.attention.dot_product_attention import utils  # noqa: E402
 from transformer_engine.pytorch.module.base import TransformerEngineBaseModule  # noqa: E402
 
-from megatron_ext import host  # noqa: E402
-from megatron_ext.model import hf_config, hf_weights, kernels, layers  # noqa: E402
+from megatron_ext import cpu_compat  # noqa: E402
+from megatron_ext.checkpoint.checkpoint import Checkpoints  # noqa: E402
+from megatron_ext.config.checks import read_hf_config as read_json  # noqa: E402
+from megatron_ext.config.schema import Config, OptimizerConfig, ParallelConfig  # noqa: E402
+from megatron_ext.model import hf_config, hf_weights, kernels, layers, parallel  # noqa: E402
 from megatron_ext.model.build import Policy, build_policy  # noqa: E402
 from megatron_ext.model.megatron_config import Fusions  # noqa: E402
-from megatron_ext.train import parallel  # noqa: E402
-from megatron_ext.train.checkpoint import Checkpoints  # noqa: E402
-from megatron_ext.train.config import Config, OptimizerConfig, ParallelConfig  # noqa: E402
-from megatron_ext.train.config import hf_config as read_json  # noqa: E402
-from megatron_ext.train.trained import Trained  # noqa: E402
+from megatron_ext.model.trainable import Trained  # noqa: E402
 from tests import gloo  # noqa: E402
 from tests.train.tiny_run import TINY as ARCHITECTURE  # noqa: E402
 
@@ -51,7 +50,7 @@ def policy_of(world: int, path: str, layout: Mapping[str, Any]) -> Policy:
     """``layout``: keys of [parallel], and ``fusions``, whether there are any."""
     layout = dict(layout)
     fusions = Fusions(*[layout.pop("fusions", True)] * 4)
-    host.enter()
+    cpu_compat.enter()
     assert layers.have_transformer_engine()
     config = ParallelConfig(ranks_per_node=world, **layout)
     parallel.initialize(config)
@@ -165,7 +164,7 @@ def contents(each: Trained) -> dict[str, Any]:
 
 def attention(rank: int, world: int, gpus: list[dict[str, Any]], options: dict[str, Any]) -> list[str]:
     """What is said of the kernels on each GPU: compute capability, cuDNN's answer, flash-attn's version or none."""
-    host.enter()
+    cpu_compat.enter()
     found = []
     bindings: Any = BINDINGS
     for gpu in gpus:

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from megatron_ext.config.checks import read_hf_config
 from megatron_ext.model import hf_config
-from megatron_ext.model.cuts import Vocabulary
 from megatron_ext.model.hf_config import Architecture
-from megatron_ext.model.hf_tables import Rule, rules
-from megatron_ext.train import config as train_config
+from megatron_ext.model.param_mapping import Rule, rules
+from megatron_ext.model.tp_sharding import Vocabulary
 from tests import tiny
 from tests.transformer_engine.models import moe_of_16
 from tests.transformer_engine.running import inside
@@ -48,7 +48,7 @@ def found(layout: str) -> list[list[dict[str, Any]]]:
 def expected(kind: str, layout: str, rank: int) -> tuple[Architecture, list[Rule], int]:
     """The architecture, this rank's rules, and over how many ranks its tensors are cut."""
     world, options = LAYOUTS[layout]
-    architecture = hf_config.read_architecture(train_config.hf_config(directory(kind)))
+    architecture = hf_config.read_architecture(read_hf_config(directory(kind)))
     experts = None
     if architecture.experts is not None and "expert" in options:
         own = architecture.experts.num // world

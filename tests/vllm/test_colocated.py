@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_ext.rollout.base import Request, Sampling
-from megatron_ext.rollout.hf import HFEngine
+from megatron_ext.rollout.hf.engine import HFEngine
 from megatron_ext.rollout.sampling import seed_of
 from megatron_ext.types import Sample
 from tests import gloo
@@ -56,14 +56,15 @@ def rollouts(rank: int, world: int, folders: list[Path], shared: int) -> list[tu
     """This rank's greedy and drawn samples after each update of a policy whose training is tensor-parallel."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1"}
-    from megatron_ext import host
-    from megatron_ext.model import build, hf_config, hf_weights
-    from megatron_ext.rollout.vllm_colocated import VLLMEngine
-    from megatron_ext.train import config, parallel
+    from megatron_ext import cpu_compat
+    from megatron_ext.config.checks import read_hf_config
+    from megatron_ext.config.schema import ParallelConfig
+    from megatron_ext.model import build, hf_config, hf_weights, parallel
+    from megatron_ext.rollout.vllm.engine import VLLMEngine
 
-    host.enter()
-    parallel.initialize(config.ParallelConfig(ranks_per_node=world, tensor=world))
-    architecture = hf_config.read_architecture(config.hf_config(folders[0]))
+    cpu_compat.enter()
+    parallel.initialize(ParallelConfig(ranks_per_node=world, tensor=world))
+    architecture = hf_config.read_architecture(read_hf_config(folders[0]))
     policy = build.build_policy(architecture, tensor=world, pipeline=1, sequence=False, dtype=torch.float32)
     engine = VLLMEngine(folders[0], dtype="float32", max_tokens=200, tensor=shared, eager=True)
     KEPT.append(engine)
@@ -117,7 +118,7 @@ def nucleus_of(reference: HFEngine, sample: Sample, sampling: Sampling) -> list[
 
 
 def alone(_rank: int, _world: int, folder: Path, case: str) -> Any:
-    from megatron_ext.rollout.vllm_colocated import VLLMEngine
+    from megatron_ext.rollout.vllm.engine import VLLMEngine
 
     torch.distributed.destroy_process_group()
     engine = VLLMEngine(folder, dtype="float32", max_tokens=64, eager=True)
@@ -167,7 +168,7 @@ def test_the_model_runner_is_the_configured_one() -> None:
     """vLLM's own rule, where it finds a Triton as on a GPU."""
     code = """
 import os
-from megatron_ext.rollout.vllm_shared import model_runner_variable
+from megatron_ext.rollout.vllm.common import model_runner_variable
 import vllm.config.vllm as module
 module.HAS_TRITON = True
 for choice in ("auto", "v1", "v2"):
@@ -181,7 +182,7 @@ for choice in ("auto", "v1", "v2"):
 
 def first_update(_rank: int, _world: int) -> list[str]:
     """What an engine on a GPU asks of vLLM at its first update, at the second and when it goes to sleep."""
-    from megatron_ext.rollout.vllm_colocated import VLLMEngine
+    from megatron_ext.rollout.vllm.engine import VLLMEngine
 
     asked: list[str] = []
 

@@ -21,12 +21,13 @@ import psutil
 import pytest
 from aiohttp import web
 
-from megatron_ext.rollout import server_round, vllm_server
 from megatron_ext.rollout.base import Request, RolloutError, Sampling
-from megatron_ext.rollout.server_guard import PROOF, TOKEN_VARIABLE, answer_key, request_key
-from megatron_ext.rollout.server_round import Outcome, Round
-from megatron_ext.rollout.servers import Fleet, ServerProcess
-from megatron_ext.rollout.vllm_server import ServerEngine
+from megatron_ext.rollout.vllm_server import engine as vllm_server
+from megatron_ext.rollout.vllm_server import round as server_round
+from megatron_ext.rollout.vllm_server.engine import ServerEngine
+from megatron_ext.rollout.vllm_server.fleet import Fleet, ServerProcess
+from megatron_ext.rollout.vllm_server.guard import PROOF, TOKEN_VARIABLE, answer_key, request_key
+from megatron_ext.rollout.vllm_server.round import Outcome, Round
 
 BASE = Path(__file__).parents[2] / "recipes" / "tiny" / "base"
 SAMPLING = Sampling(1.0, 1.0, 4)
@@ -243,7 +244,7 @@ IMPOSTOR = """
 import json, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from megatron_ext.rollout.server_guard import PROOF, TOKEN_VARIABLE, answer_key
+from megatron_ext.rollout.vllm_server.guard import PROOF, TOKEN_VARIABLE, answer_key
 import os
 
 ran = Path(sys.argv[2])

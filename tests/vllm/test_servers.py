@@ -24,13 +24,15 @@ from torch import Tensor
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from megatron_ext.rollout import server_guard, server_round, vllm_transfer
 from megatron_ext.rollout.base import Request, RolloutError, Sampling
-from megatron_ext.rollout.hf import HFEngine
-from megatron_ext.rollout.server_round import Round
-from megatron_ext.rollout.server_weights import Servers, Source, connect
-from megatron_ext.rollout.servers import serve_command
-from megatron_ext.rollout.vllm_server import ServerEngine
+from megatron_ext.rollout.hf.engine import HFEngine
+from megatron_ext.rollout.vllm import weight_transfer
+from megatron_ext.rollout.vllm_server import guard
+from megatron_ext.rollout.vllm_server import round as server_round
+from megatron_ext.rollout.vllm_server.engine import ServerEngine
+from megatron_ext.rollout.vllm_server.fleet import serve_command
+from megatron_ext.rollout.vllm_server.round import Round
+from megatron_ext.rollout.vllm_server.weights import Servers, Source, connect
 from megatron_ext.types import Sample
 from tests import gloo
 
@@ -151,7 +153,7 @@ def spoil(url: str, token: str, weights: Frozen) -> None:
 
 def test_a_server_is_told_to_trust_no_code() -> None:
     """As vLLM's own parser reads the command."""
-    command = serve_command(BASE, host="127.0.0.1", port=1, backend=vllm_transfer.INLINE, options={})
+    command = serve_command(BASE, host="127.0.0.1", port=1, backend=weight_transfer.INLINE, options={})
     assert "--no-trust-remote-code" in command
     parser = make_arg_parser(FlexibleArgumentParser())
     assert parser.parse_args(command[command.index("--model") :]).trust_remote_code is False
@@ -201,7 +203,7 @@ def test_old_weights_are_noticed_and_replaced(engine: ServerEngine, truth: Truth
 
 
 def two_ranks(rank: int, world: int, url: str, token: str, log_dir: Path, weights: list[Frozen]) -> Any:
-    os.environ[server_guard.TOKEN_VARIABLE] = token if rank == 0 else ""
+    os.environ[guard.TOKEN_VARIABLE] = token if rank == 0 else ""
     engine = new_engine(log_dir, urls=[url], deadline_s=60)
     engine.update_weights(weights[0], 6)
     if rank == 0:
@@ -295,8 +297,8 @@ def test_another_user_can_do_nothing_with_a_server(engine: ServerEngine, truth: 
     assert ours.recv() == []
     child.join()
     for method, path, body in VLLMS:  # not even with the token
-        assert status_of(url, method, path, body, server_guard.request_key(token)) == (404, b"")
-    status, info = status_of(url, *OURS[5], server_guard.request_key(token))
+        assert status_of(url, method, path, body, guard.request_key(token)) == (404, b"")
+    status, info = status_of(url, *OURS[5], guard.request_key(token))
     assert status == 200 and token.encode() not in info
     restarts = engine.num_restarts
     truth.check(engine.generate(requests(4), GREEDY), 9)
@@ -308,7 +310,7 @@ def test_weights_that_do_not_arrive_as_they_were_sent_are_not_used(
 ) -> None:
     """One bit of one tensor differs, or the stream is not confirmed: such a server is replaced, with a new token."""
     engine.update_weights(truth.weights(10), 10)
-    encoded, update = vllm_transfer._encoded, Servers.update_weights
+    encoded, update = weight_transfer._encoded, Servers.update_weights
     numbers = iter(range(1000))
 
     def flipped(value: Tensor) -> str:
@@ -319,7 +321,7 @@ def test_weights_that_do_not_arrive_as_they_were_sent_are_not_used(
 
     first, second = (dict([each]) for each in engine.servers.items())
     with monkeypatch.context() as patch:
-        patch.setattr(vllm_transfer, "_encoded", flipped)
+        patch.setattr(weight_transfer, "_encoded", flipped)
         assert "received checksum" in push(first, truth.weights(11), "11")[next(iter(first))]
     with monkeypatch.context() as patch:
         patch.setattr(Servers, "update_weights", lambda self, info: "checksum" in info or update(self, info))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.rollout.checksum import Checksum
-from megatron_ext.rollout.vllm_transfer import ConfirmedNCCLTransfer, Received, confirmation
+from megatron_ext.rollout.vllm.weight_transfer import ConfirmedNCCLTransfer, Received, confirmation
 
 SENT = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16()}
 

@@ -1,0 +1,159 @@
+"""Rules between the fields of a configuration, and the files that it names. No torch, no model built."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.parallel_checks import model_faults, nearest_divisor
+from megatron_ext.config.schema import Config, OptimizerConfig
+from megatron_ext.files import read_json
+
+FROM_THE_PUBLISHER = "take the file of the model's publisher"
+_SIZES = (  # of a model: fields of config.json that are numbers above 0, where they are there
+    *("num_attention_heads", "num_key_value_heads", "num_hidden_layers", "hidden_size", "intermediate_size"),
+    *("head_dim", "vocab_size", "max_position_embeddings", "num_experts", "moe_intermediate_size"),
+)
+
+
+def check_layout(config: Config) -> None:
+    """Rules between fields: sizes that must divide, heads against TP, and files that must exist."""
+    if faults := layout_faults(config) + file_faults(config):
+        raise ConfigError("\n".join(faults))
+
+
+def layout_faults(config: Config) -> list[str]:
+    """What does not fit together, whatever files are there; of the model only ``config.json`` is read."""
+    p, faults = config.parallel, []
+    model_parallel = p.tensor * p.pipeline
+    if p.world % model_parallel:
+        nearest = max(1, round(p.world / model_parallel)) * model_parallel
+        faults.append(
+            f"parallel: tensor {p.tensor} x pipeline {p.pipeline} = {model_parallel} does not divide the world "
+            f"of nodes {p.nodes} x ranks_per_node {p.ranks_per_node} = {p.world}; nearest valid world is {nearest}"
+        )
+    if p.sequence and p.tensor == 1:
+        faults.append("parallel.sequence: needs parallel.tensor > 1, found 1; set parallel.sequence = false")
+    prompts, mini = config.rollout.prompts, config.train.mini_batch_prompts
+    if prompts % mini:
+        faults.append(
+            f"train.mini_batch_prompts: {mini} does not divide rollout.prompts {prompts}; "
+            f"nearest valid is {nearest_divisor(prompts, mini)}"
+        )
+    elif not p.world % model_parallel and mini % p.data:
+        faults.append(
+            f"train.mini_batch_prompts: {mini} is not divisible by the data-parallel size {p.data}; "
+            f"nearest valid is {max(1, round(mini / p.data)) * p.data}"
+        )
+    longest = config.longest_sequence
+    if config.train.micro_batch_tokens < longest:
+        faults.append(
+            f"train.micro_batch_tokens: {config.train.micro_batch_tokens} cannot hold one sequence of "
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}; raise it to at least {longest}"
+        )
+    faults += _engine_faults(config) + _schedule_faults("optimizer", config.optimizer)
+    faults += _schedule_faults("critic", config.critic)
+    if config.rollout.dynamic_sampling and config.rollout.samples == 1:
+        faults.append(
+            "rollout.dynamic_sampling: keeps groups whose rewards differ, but rollout.samples is 1: raise "
+            "rollout.samples, or set rollout.dynamic_sampling = false"
+        )
+    if not config.data.train:
+        faults.append("data.train: no training file is named; set data.train to a JSON Lines file")
+    if config.data.stage_starts and not config.data.curriculum:
+        faults.append("data.stage_starts: there are no stages without data.curriculum; remove it, or name a curriculum")
+    return faults + _check_model(config)
+
+
+def _engine_faults(config: Config) -> list[str]:
+    rollout, faults = config.rollout, []
+    shared, ranks, servers = rollout.tensor, config.parallel.ranks_per_node, rollout.servers
+    if shared > 1 and (rollout.engine == "hf" or (rollout.engine == "vllm" and ranks % shared)):
+        faults.append(
+            f"rollout.tensor: {shared} ranks cannot share an engine: rollout.engine is {rollout.engine} and "
+            f"parallel.ranks_per_node is {ranks}; hf takes 1, vllm a divisor of the ranks of a node"
+        )
+    if servers.devices and len(servers.devices) != servers.num:
+        faults.append(
+            f"rollout.servers.devices: {len(servers.devices)} entries for rollout.servers.num = {servers.num} servers; "
+            "give one string of device numbers for each"
+        )
+    return faults
+
+
+def _schedule_faults(section: str, o: OptimizerConfig) -> list[str]:
+    if o.schedule != "constant":
+        above = f"{section}.min_lr: {o.min_lr:g} is above {section}.lr {o.lr:g}, from which it falls; lower it"
+        return [above] if o.min_lr > o.lr else []
+    return [
+        f"{section}.{key}: {value:g} says how the learning rate falls, but {section}.schedule is constant; set it to "
+        f'"linear" or "cosine", or {section}.{key} = 0'
+        for key, value in (("min_lr", o.min_lr), ("decay_steps", o.decay_steps))
+        if value
+    ]
+
+
+def file_faults(config: Config) -> list[str]:
+    """Files that a run needs and that are not there; the model's weights are looked for when they are loaded."""
+    data, weights, faults = config.data, config.model.weights, []
+    if weights and not os.path.isfile(os.path.join(weights, "MANIFEST.json")):
+        faults.append(
+            f"model.weights: {weights} is no checkpoint; give a step_* directory of a run, or make one with\n"
+            "  python -m tools.convert from-hf MODEL OUT\n"
+            'or start from the safetensors of model.path with model.weights = ""'
+        )
+    if data.train and not os.path.isfile(data.train):
+        faults.append(f"data.train: no such file: {data.train}; give a path from here or from the recipe")
+    if data.curriculum and not os.path.isfile(data.curriculum):
+        faults.append(
+            f"data.curriculum: no such file: {data.curriculum}; make it from the initial policy with\n"
+            f"  python -m tools.semantic_entropy RECIPE --out {data.curriculum}\n"
+            'or train on the data in any order with data.curriculum = ""'
+        )
+    return faults
+
+
+def read_hf_config(path: str | Path) -> dict[str, Any]:
+    """The model directory's ``config.json``."""
+    file = Path(path) / "config.json"
+    if not os.path.isfile(file):  # False too for a name that no file can have
+        raise ConfigError(
+            f"model.path: {path} holds no config.json; expected a Hugging Face model directory "
+            "(config.json, *.safetensors, tokenizer files)"
+        )
+    try:
+        hf = read_json(file)
+        if not isinstance(hf, dict):
+            raise ValueError(f"expected an object, found {str(hf)[:60]!r}")
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"model.path: {file} is not the JSON of a model's configuration: {error}") from None
+    faults = [
+        f"{name} is {hf[name]!r}, expected a whole number above 0"
+        for name in _SIZES
+        if hf.get(name) is not None and (type(hf[name]) is not int or hf[name] < 1)
+    ]
+    if faults:
+        raise ConfigError(f"model.path: {file}: " + "; ".join(faults) + f"; {FROM_THE_PUBLISHER}")
+    return hf
+
+
+def _check_model(config: Config) -> list[str]:
+    if not config.model.path:
+        return ["model.path: no model is named; set model.path to a Hugging Face model directory"]
+    try:
+        hf = read_hf_config(config.model.path)
+    except ConfigError as error:
+        return [str(error)]
+    missing = [name for name in ("num_attention_heads", "num_hidden_layers") if hf.get(name) is None]
+    if missing:
+        return [f"model.path: {config.model.path}/config.json: {', '.join(missing)} missing; {FROM_THE_PUBLISHER}"]
+    faults = []
+    positions, longest = hf.get("max_position_embeddings"), config.longest_sequence
+    if positions is not None and longest > positions:
+        faults.append(
+            f"rollout.max_response_tokens: data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceed the "
+            f"model's {positions} positions; lower them, or set max_position_embeddings if its rope stretches that far"
+        )
+    return faults + model_faults(hf, config.parallel)

@@ -1,0 +1,135 @@
+"""A recipe, its parents and the command line's overrides as one checked ``Config``. No torch.
+
+A recipe holds only what differs from its parent (``parent = "../base.toml"``). ``load_config`` merges the
+chain, applies ``key=value`` overrides from the command line and checks everything that can be checked
+without building a model. Every fault is a ``ConfigError`` that says what, found, expected, what to do.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_ext.config.aliases import unknown_keys
+from megatron_ext.config.checks import check_layout
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.redact import redact
+from megatron_ext.config.schema import Config
+from megatron_ext.files import read_small
+
+_PATHS = (("model", "path"), ("model", "weights"), ("data", "train"), ("data", "curriculum"))
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a recipe, its parents and ``key=value`` overrides (dotted keys, TOML values), and check them.
+
+    Relative paths in ``model.path``, ``data.train`` and ``data.curriculum`` are tried from the current directory
+    first, then from the file that states them; data that is in neither place is expected in the second.
+    """
+    config = read_config(path, overrides)
+    check_layout(config)
+    return config
+
+
+def read_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """``load_config`` without the rules between fields."""
+    merged = _read_chain(Path(path))
+    for override in overrides or []:
+        _apply_override(merged, override)
+    given = [override.partition("=")[0] for override in overrides or []]
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(_readable(error, path, given)) from None
+
+
+def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that an older version wrote, with the keys that it did not have."""
+    return _merge(Config().model_dump(), config)
+
+
+def _read_chain(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The recipe ``path`` over its parents. ``children``: the recipes that led here."""
+    own = _read_recipe(path)
+    if path.resolve() in children:
+        raise ConfigError(f"recipe: {path} is its own parent; a chain of parents ends with a recipe that names none")
+    for name, key in _PATHS:
+        section = own.get(name)
+        if not isinstance(section, dict) or not isinstance(value := section.get(key), str):
+            continue  # the schema says what is wrong with it
+        made_later = name == "data"  # by a tool, where the recipe says
+        if value and not os.path.exists(value) and (made_later or os.path.exists(path.parent / value)):
+            section[key] = os.path.normpath(path.parent / value)
+    parent = own.pop("parent", None)
+    if parent is None:
+        return own
+    if not isinstance(parent, str):
+        raise ConfigError(f"recipe: {path}: parent is {parent!r}, expected the path of one recipe")
+    return _merge(_read_chain(path.parent / parent, (*children, path.resolve())), own)
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(read_small(path).decode())
+    except FileNotFoundError:
+        raise ConfigError(f"recipe: no such file: {path}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe: {path} is not valid TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"recipe: {path} is not valid TOML: its values are nested too deeply") from None
+    except (OSError, ValueError) as error:  # a folder, another user's, not UTF-8, a number of thousands of digits
+        raise ConfigError(f"recipe: {path} cannot be read: {error}; expected a TOML file in UTF-8") from None
+
+
+def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """``own`` over ``base``, section by section. Another method's options are never inherited."""
+    merged = dict(base)
+    for key, value in own.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        replaced = both and key == "method" and value.get("name", base[key].get("name")) != base[key].get("name")
+        merged[key] = _merge(base[key], value) if both and not replaced else value
+    return merged
+
+
+def _apply_override(merged: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"on the command line: {override!r} is not of the form key=value, for example train.steps=10")
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        parsed = {"value": text}  # a string without its quotes
+    except RecursionError:
+        raise ConfigError(f"on the command line: {key}: its value is nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ConfigError(f"override: {key}: its value cannot be read: {error}") from None
+    if len(parsed) > 1 or (parsed["value"] is text and "\n" in text):
+        raise ConfigError(
+            f"on the command line: {override!r} has several lines; give each key=value as an argument of its own, and "
+            "a string with line breaks in quotes"
+        )
+    value = parsed["value"]
+    *sections, last = key.split(".")
+    for section in sections:
+        merged = merged.setdefault(section, {})
+        if not isinstance(merged, dict):
+            raise ConfigError(f"on the command line: {key} goes below {section}, which is a value and not a section")
+    merged[last] = value
+
+
+def _readable(error: ValidationError, path: str | Path, given: list[str]) -> str:
+    """Every fault, below the place where it stands. ``given``: the keys of the command line."""
+    places: dict[str, list[str]] = {"on the command line": [], str(path): []}
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        overridden = any(f"{key}.".startswith(f"{where}.") or where.startswith(f"{key}.") for key in given)
+        lines = places["on the command line" if overridden else str(path)]
+        if item["type"] == "extra_forbidden":
+            lines += unknown_keys(Config, where, item["input"])
+        else:
+            lines.append(f"{where}: {item['msg']}, found {redact(item['input'], where)!r}")
+    return "\n".join(f"{place}:\n  " + "\n  ".join(lines) for place, lines in places.items() if lines)

@@ -1,0 +1,321 @@
+"""Problems to train on: load and check a JSON Lines file, encode prompts.
+
+A row has ``prompt``, ``answer`` and optionally ``id``, ``verifier``, ``numbers``, ``kind``; other keys are ignored.
+Rows are left out, and reported by row and field, for one of two reasons:
+
+- a fault. Rows with one may be a small share of the file (``max_left_out``): above it something is wrong with all of
+  it, and the run stops. A gold answer that the verifier cannot read, or does not accept as an answer to itself, stops
+  the run at once unless such golds are to count like other faults (``skip_unparsable_gold``).
+- a repeated prompt with the same answer, or a prompt longer than the recipe wants: nothing is wrong with these, and
+  their number is not limited.
+
+Under ``strict`` both stop the run. An id that several rows have is made one of its own for each, and counted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.schema import Config, DataConfig
+from megatron_ext.files import read_lines
+from megatron_ext.rollout.chat_template import TemplateError, render
+from megatron_ext.rollout.rewards.verify import VERIFIERS, Outcome
+from megatron_ext.types import Problem, Reward
+
+SCHEMA = '{"prompt": "What is 2+2?", "answer": "4"}'
+NUM_LISTED = 5  # faults spelt out in a message
+
+FaultKind = (
+    Literal["not_json", "missing", "wrong_type", "empty", "invalid", "conflicting", "unparsable_gold"]
+    | Literal["duplicate", "overlong_prompt"]
+)
+HARMLESS = ("duplicate", "overlong_prompt")  # nothing is wrong with the row
+MAX_LEFT_OUT = DataConfig().max_left_out
+Score = Callable[[Sequence[tuple[Problem, str]]], list[Reward]]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with one row. ``where`` is ``row 17`` (counted from 1) or ``problem <id>``."""
+
+    where: str
+    field: str
+    kind: FaultKind
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.where}, field {self.field}: {self.message}"
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """How many rows were read and kept, and why the others were not."""
+
+    num_rows: int
+    num_kept: int
+    faults: tuple[Fault, ...]
+    num_renamed: int = 0  # rows whose id another one had
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return dict(Counter(fault.kind for fault in self.faults))
+
+    def summary(self) -> str:
+        """A line with the counts and one for each of the first faults of every kind."""
+        counts = ", ".join(f"{kind} {count}" for kind, count in sorted(self.counts.items()))
+        lines = [f"{self.num_kept} of {self.num_rows} rows kept" + (f"; left out: {counts}" if counts else "")]
+        if self.num_renamed:
+            lines[0] += f"; {self.num_renamed} with the id of another row, which now end in @ and the row's number"
+        for kind in self.counts:
+            lines += _listed([fault for fault in self.faults if fault.kind == kind])
+        return "\n".join(lines)
+
+
+def load_problems(
+    path: str | Path,
+    *,
+    score: Score,
+    strict: bool = False,
+    max_left_out: float = MAX_LEFT_OUT,
+    skip_unparsable_gold: bool = False,
+) -> tuple[list[Problem], DataReport]:
+    """The problems of a JSON Lines file and a report on the rows left out.
+
+    ``score`` judges ``(problem, response)`` pairs, for example ``RewardPool.score``; every gold answer is judged
+    against itself. Raises ``ConfigError`` for a file that cannot be read, for an unparsable gold answer unless
+    ``skip_unparsable_gold``, for faults in more than the share ``max_left_out`` of the rows, for any when ``strict``,
+    and when no row is left.
+    """
+    rows = _read_rows(Path(path))
+    problems, faults = _check_rows(rows)
+    bad_gold = _check_gold(problems, score)
+    faults += bad_gold.values()
+    kept, num_renamed = _with_own_ids({row: problem for row, problem in problems.items() if row not in bad_gold})
+    report = DataReport(len(rows), len(kept), tuple(faults), num_renamed)
+    if strict and faults:
+        raise ConfigError(
+            f"data.train: {path} has {len(faults)} faults in {len(rows)} rows and data.strict is on; "
+            "correct or remove the rows, or set data.strict = false to leave them out\n" + "\n".join(_listed(faults))
+        )
+    if bad_gold and not skip_unparsable_gold:
+        raise ConfigError(
+            f"data.train: {path} has {len(bad_gold)} gold answers that are not right when judged against themselves; "
+            "every response to them would be scored wrong. Correct or remove the rows, or choose to leave them out\n"
+            + "\n".join(_listed(list(bad_gold.values())))
+        )
+    if not kept:
+        raise ConfigError(
+            f"data.train: no usable row in {path}: {len(rows)} rows, 0 kept; expected one JSON object a line, "
+            f"like {SCHEMA}. Write such rows or point data.train to another file\n" + "\n".join(_listed(faults))
+        )
+    num_faulty = sum(fault.kind not in HARMLESS for fault in faults)
+    if num_faulty > max_left_out * len(rows):
+        raise ConfigError(
+            f"data.train: {num_faulty} of the {len(rows)} rows in {path} have a fault, more than the share "
+            f"data.max_left_out = {max_left_out:g} that may be left out. Correct or remove them, or raise "
+            f"data.max_left_out to at least {math.ceil(num_faulty / len(rows) * 1e4) / 1e4:g}\n{report.summary()}"
+        )
+    return kept, report
+
+
+def encode_prompts(
+    tokenizer: Any, problems: Sequence[Problem], prompt_suffix: str = ""
+) -> Iterator[tuple[Problem, tuple[int, ...]]]:
+    """The problems with the token ids of their prompts.
+
+    A user turn of the chat template and the opening of the answer, else plain text. Raises ``ConfigError`` when the
+    template does not take one of them.
+    """
+    texts = [problem.prompt + prompt_suffix for problem in problems]
+    if not getattr(tokenizer, "chat_template", None):
+        for problem, text in zip(problems, texts, strict=True):
+            yield problem, tuple(tokenizer.encode(text))
+        return
+    try:
+        rendered = render(tokenizer, texts)
+    except TemplateError as error:
+        raise ConfigError(
+            f"model.path: the model's chat template cannot be applied to problem "
+            f"{problems[error.prompt].problem_id}: {error}; take the model's own tokenizer files"
+        ) from error
+    for problem, text in zip(problems, rendered, strict=True):
+        yield problem, tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+def encode_problems(
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    *,
+    max_prompt_tokens: int,
+    prompt_suffix: str = "",
+    strict: bool = False,
+) -> tuple[list[tuple[Problem, tuple[int, ...]]], DataReport]:
+    """The problems with their prompt ids, and a report on those whose prompt exceeds ``max_prompt_tokens``.
+
+    Raises ``ConfigError`` for an overlong prompt when ``strict``, and when no problem is left.
+    """
+    encoded = list(encode_prompts(tokenizer, problems, prompt_suffix))
+    kept = [(problem, ids) for problem, ids in encoded if len(ids) <= max_prompt_tokens]
+    expected = f"tokens, expected at most data.max_prompt_tokens = {max_prompt_tokens}"
+    faults = tuple(
+        Fault(f"problem {problem.problem_id}", "prompt", "overlong_prompt", f"{len(ids)} {expected}")
+        for problem, ids in encoded
+        if len(ids) > max_prompt_tokens
+    )
+    if faults and (strict or not kept):
+        raise ConfigError(
+            f"data.max_prompt_tokens: {len(faults)} of {len(problems)} prompts are too long, {len(kept)} are left; "
+            f"the longest has {max(len(ids) for _, ids in encoded)} tokens. Raise data.max_prompt_tokens or remove "
+            "the rows\n" + "\n".join(_listed(faults))
+        )
+    return kept, DataReport(len(problems), len(kept), faults)
+
+
+def load_training_data(
+    config: Config, *, score: Score, tokenizer: Any
+) -> tuple[list[tuple[Problem, tuple[int, ...]]], list[str]]:
+    """What a run trains on, checked and encoded, and what to tell its user. Raises ``ConfigError`` as the parts do."""
+    data = config.data
+    problems, rows = load_problems(
+        data.train,
+        score=score,
+        strict=data.strict,
+        max_left_out=data.max_left_out,
+        skip_unparsable_gold=data.skip_unparsable_gold,
+    )
+    encoded, prompts = encode_problems(
+        tokenizer,
+        problems,
+        max_prompt_tokens=data.max_prompt_tokens,
+        prompt_suffix=data.prompt_suffix,
+        strict=data.strict,
+    )
+    return encoded, [
+        f"data: {data.train}: {rows.summary()}",
+        f"data: prompts of at most {data.max_prompt_tokens} tokens: {prompts.summary()}",
+    ]
+
+
+def _read_rows(path: Path) -> dict[int, str]:
+    """``row number -> line`` of the lines that are not blank."""
+    try:
+        texts = (line.decode("utf-8" if number else "utf-8-sig") for number, line in enumerate(read_lines(path)))
+        return {number: text for number, text in enumerate(texts, 1) if text.strip()}
+    except OSError as error:
+        raise ConfigError(
+            f"data.train: cannot read {path}: {error.strerror}; give an existing JSON Lines file"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"data.train: {path} is not UTF-8: {error}; write it again as UTF-8") from None
+
+
+def _check_rows(rows: dict[int, str]) -> tuple[dict[int, Problem], list[Fault]]:
+    """``row number -> problem`` of the rows without a fault. Of equal prompts the first stays."""
+    problems: dict[int, Problem] = {}
+    faults: list[Fault] = []
+    first_with: dict[str, int] = {}
+    for number, line in rows.items():
+        checked = _check_row(f"row {number}", line)
+        if isinstance(checked, Fault):
+            faults.append(checked)
+            continue
+        first = first_with.setdefault(checked.prompt, number)
+        if first == number:
+            problems[number] = checked
+            continue
+        where = f"row {number}"
+        if checked.answer == problems[first].answer:
+            faults.append(Fault(where, "prompt", "duplicate", f"the prompt of row {first}, with the same answer"))
+        else:
+            faults.append(Fault(where, "answer", "conflicting", f"not the answer of row {first} to the same prompt"))
+    return problems, faults
+
+
+def _with_own_ids(problems: dict[int, Problem]) -> tuple[list[Problem], int]:
+    """The problems, each with an id that no other has, and how many got a new one: the first with an id keeps it."""
+    own: dict[str, Problem] = {}
+    num_renamed = 0
+    for row, problem in problems.items():
+        name = problem.problem_id
+        num_renamed += name in own
+        while name in own:
+            name += f"@{row}"
+        own[name] = replace(problem, problem_id=name)
+    return list(own.values()), num_renamed
+
+
+def _check_row(where: str, line: str) -> Problem | Fault:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:  # also numbers and nesting beyond what Python reads
+        return Fault(where, "(all)", "not_json", f"not JSON: {error}; found {line.strip()[:60]!r}")
+    if not isinstance(row, dict):
+        return _wrong_type(where, "(all)", f"a JSON object like {SCHEMA}", row)
+    for field in ("prompt", "answer"):
+        if row.get(field) is None:
+            return Fault(where, field, "missing", f"missing; the row has {sorted(row)}")
+    prompt, answer, numbers = row["prompt"], row["answer"], row.get("numbers") or []
+    problem_id, verifier, kind = row.get("id"), row.get("verifier", "math"), row.get("kind") or ""
+    if not isinstance(prompt, str):
+        return _wrong_type(where, "prompt", "a string", prompt)
+    if not isinstance(answer, str) and not _is_int(answer):
+        return _wrong_type(where, "answer", "a string or an integer (one answer, exact)", answer)
+    for field, text in (("prompt", prompt), ("answer", str(answer))):
+        if not text.strip():
+            return Fault(where, field, "empty", "empty")
+    for field in ("prompt", "answer", "id", "kind"):
+        if re.search("[\ud800-\udfff]", text := str(row.get(field))):
+            return Fault(where, field, "invalid", f"holds half of a surrogate pair, which is no text: {text[:60]!a}")
+    if not isinstance(problem_id, str | None) and not _is_int(problem_id):
+        return _wrong_type(where, "id", "a string", problem_id)
+    if not isinstance(verifier, str) or verifier not in VERIFIERS:
+        return Fault(where, "verifier", "invalid", f"expected one of {', '.join(VERIFIERS)}, found {verifier!r}")
+    if not isinstance(numbers, list) or not all(_is_int(number) and number >= 0 for number in numbers):
+        return _wrong_type(where, "numbers", "a list of integers, none negative", numbers)
+    if not isinstance(kind, str):
+        return _wrong_type(where, "kind", "a string, by which accuracy is reported", kind)
+    if verifier == "countdown":
+        if not numbers:
+            return Fault(where, "numbers", "missing", "missing; countdown needs the numbers to use")
+        if not re.fullmatch(r"-?[0-9]+", str(answer).strip()):
+            return Fault(where, "answer", "invalid", f"expected an integer target of countdown, found {answer!r}")
+    name = where.removeprefix("row ") if problem_id is None else str(problem_id)
+    return Problem(name, prompt, str(answer).strip(), verifier, tuple(numbers), kind)
+
+
+def _check_gold(problems: dict[int, Problem], score: Score) -> dict[int, Fault]:
+    """``row number -> fault`` of the gold answers that are not right as a response. Countdown targets are integers."""
+    asked = {row: problem for row, problem in problems.items() if problem.verifier == "math"}
+    rewards = score([(problem, rf"\boxed{{{problem.answer}}}") for problem in asked.values()])
+    return {
+        row: Fault(
+            f"row {row}",
+            "answer",
+            "unparsable_gold",
+            f"gold {problem.answer[:100]!r} judged against itself is {reward.outcome}, expected correct",
+        )
+        for (row, problem), reward in zip(asked.items(), rewards, strict=True)
+        if reward.outcome != Outcome.CORRECT
+    }
+
+
+def _wrong_type(where: str, field: str, expected: str, found: object) -> Fault:
+    message = f"expected {expected}, found {type(found).__name__} {str(found)[:60]!r}"
+    return Fault(where, field, "wrong_type", message)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _listed(faults: Sequence[Fault]) -> list[str]:
+    lines = [f"  {fault}"[:400] for fault in faults[:NUM_LISTED]]
+    return lines + ([f"  ... and {len(faults) - NUM_LISTED} more"] if len(faults) > NUM_LISTED else [])

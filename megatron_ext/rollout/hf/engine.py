@@ -1,0 +1,141 @@
+"""The embedded rollout engine: transformers' ``generate`` on this rank's device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers.utils import logging
+
+from megatron_ext import cpu_compat, heartbeat
+from megatron_ext.rollout.base import Request, Sampling
+from megatron_ext.rollout.model_files import eos_ids, load_tokenizer
+from megatron_ext.rollout.sampling import gumbel, nucleus_logprobs
+from megatron_ext.types import Sample
+
+
+class HFEngine:
+    """Generates with a whole copy of the model on every rank (rollout/base.py::RolloutEngine).
+
+    Starts with the directory's weights as version 0. Raises ValueError when streamed weights do not cover
+    the model exactly.
+    """
+
+    def __init__(self, model_path: str | Path, *, batch_size: int = 256) -> None:
+        logging.disable_progress_bar()
+        self.tokenizer = load_tokenizer(model_path)
+        model: Any = AutoModelForCausalLM.from_pretrained(model_path, trust_remote_code=False, use_safetensors=True)
+        self.model = model.to(cpu_compat.device()).eval()
+        self.batch_size = batch_size
+        self.version = 0
+        self._eos = eos_ids(model_path)
+
+    @torch.no_grad()
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Copy streamed weights into the model; a tied output layer may be left out of the stream."""
+        own = {name: part for whole in self.model.state_dict().items() for name, part in _as_stored(*whole)}
+        missing = {value.data_ptr(): name for name, value in own.items()}
+        for name, value in weights:
+            if name not in own or own[name].shape != value.shape:
+                raise ValueError(f"update_weights: {name} {list(value.shape)} does not fit the rollout model")
+            own[name].copy_(value)
+            missing.pop(own[name].data_ptr(), None)
+        if missing:
+            raise ValueError(f"update_weights: the stream left out {', '.join(sorted(missing.values()))}")
+        self.version = version
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, on_batch: Callable[[list[Sample]], None] | None = None
+    ) -> list[Sample]:
+        """One sample per request, in order; batches hold prompts of similar length."""
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+        samples: dict[int, Sample] = {}
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            batch = self._generate([requests[i] for i in chosen], sampling)
+            samples.update(zip(chosen, batch, strict=True))
+            if on_batch is not None:
+                on_batch(batch)
+        return [samples[i] for i in range(len(requests))]
+
+    def sleep(self) -> None:
+        """Nothing to release: the weights stay where they are."""
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        del self.model
+
+    @torch.no_grad()
+    def _generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
+        longest = max(len(request.prompt_ids) for request in requests)
+        pad = [longest - len(request.prompt_ids) for request in requests]
+        ids = [[self._eos[0]] * n + list(request.prompt_ids) for n, request in zip(pad, requests, strict=True)]
+        mask = [[0] * n + [1] * (longest - n) for n in pad]
+        draw = _Draw(torch.tensor([request.seed for request in requests], device=cpu_compat.device()), sampling)
+        output = self.model.generate(
+            input_ids=torch.tensor(ids, device=cpu_compat.device()),
+            attention_mask=torch.tensor(mask, device=cpu_compat.device()),
+            logits_processor=LogitsProcessorList([draw]),
+            do_sample=False,
+            max_new_tokens=sampling.max_response_tokens,
+            eos_token_id=self._eos,
+            pad_token_id=self._eos[0],
+        )
+        tokens = output[:, longest:].cpu().tolist()
+        logprobs = torch.stack(draw.logprobs, 1).cpu().tolist()
+        return [
+            self._sample(request, row, logprob, sampling)
+            for request, row, logprob in zip(requests, tokens, logprobs, strict=True)
+        ]
+
+    def _sample(self, request: Request, row: list[int], logprobs: list[float], sampling: Sampling) -> Sample:
+        end = next((i + 1 for i, token in enumerate(row) if token in self._eos), None)
+        response = row[:end]
+        return Sample(
+            prompt_ids=request.prompt_ids,
+            response_ids=tuple(response),
+            logprobs=tuple(logprobs[: len(response)]),
+            text=self.tokenizer.decode(response, skip_special_tokens=True),
+            truncated=end is None and len(response) >= sampling.max_response_tokens,
+            weight_version=self.version,
+        )
+
+
+class _Draw(LogitsProcessor):
+    """Turns greedy decoding into an exact draw: leaves only the drawn token, and keeps its log-prob."""
+
+    def __init__(self, seeds: Tensor, sampling: Sampling) -> None:
+        self.seeds = seeds
+        self.sampling = sampling
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore
+        heartbeat.progress()
+        if self.sampling.temperature == 0:
+            logprob = scores.float().log_softmax(-1)
+            drawn = logprob.argmax(-1, keepdim=True)
+        else:
+            logprob = nucleus_logprobs(scores, temperature=self.sampling.temperature, top_p=self.sampling.top_p)
+            drawn = (logprob + gumbel(self.seeds, len(self.logprobs), scores.shape[-1])).argmax(-1, keepdim=True)
+        self.logprobs.append(logprob.gather(-1, drawn)[:, 0])
+        return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
+
+
+def _as_stored(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A parameter as its files have it: transformers stacks the experts of a layer, and gate on up."""
+    at, _, kind = name.rpartition(".")
+    if not at.endswith(".experts"):
+        yield name, value
+    elif kind == "down_proj":
+        yield from ((f"{at}.{number}.down_proj.weight", expert) for number, expert in enumerate(value))
+    else:
+        for number, expert in enumerate(value):
+            gate, up = expert.chunk(2)
+            yield f"{at}.{number}.gate_proj.weight", gate
+            yield f"{at}.{number}.up_proj.weight", up

@@ -1,0 +1,39 @@
+"""The method of a run, checked against the rest of its configuration."""
+
+from __future__ import annotations
+
+from megatron_ext import methods
+from megatron_ext.config.aliases import find
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.schema import Config, OptimizerConfig
+from megatron_ext.methods.base import Method
+
+
+def create_method(config: Config) -> Method:
+    """The method that ``config.method`` names. Raises ConfigError for its options, or if it does not fit the rest."""
+    if foreign := [f"method.{key}: unknown option; here it is {ours}" for key in config.method if (ours := find(key))]:
+        raise ConfigError("\n".join(foreign))
+    try:
+        method = methods.create(config.method)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if method.group_relative and config.rollout.samples == 1:
+        raise ConfigError(
+            f"rollout.samples: found 1, but {config.method['name']} compares a response with the others to its prompt: "
+            "a group of one has no advantage and nothing would be learnt; expected at least 2, 8 is usual"
+        )
+    for section, options in optimizers(config, method).items():
+        if options.schedule != "constant" and options.decay_steps <= options.warmup_steps:
+            raise ConfigError(
+                f"{section}.warmup_steps: {options.warmup_steps} optimizer steps of warm-up leave nothing to the "
+                f"decay, which ends after {options.decay_steps} (the run's, unless {section}.decay_steps says so); "
+                f'lower it, or set {section}.schedule = "constant"'
+            )
+    return method
+
+
+def optimizers(config: Config, method: Method) -> dict[str, OptimizerConfig]:
+    """The options of each model that trains, by their section, ``decay_steps`` filled in."""
+    steps, updates = config.train.steps, config.updates_per_step
+    found = {"optimizer": config.optimizer.with_decay_steps(method.policy_steps(steps) * updates)}
+    return found | ({"critic": config.critic.with_decay_steps(steps * updates)} if method.needs.value else {})

@@ -1,0 +1,206 @@
+"""Recipes: one parent, overrides, and every fault named with what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.loading import load_config
+from megatron_ext.config.parallel_checks import model_faults
+from megatron_ext.config.schema import ParallelConfig
+
+BASE = """
+[model]
+path = "model"
+[data]
+train = "train.jsonl"
+max_prompt_tokens = 8
+[rollout]
+prompts = 16
+samples = 4
+max_response_tokens = 8
+[train]
+mini_batch_prompts = 8
+micro_batch_tokens = 64
+[parallel]
+ranks_per_node = 4
+tensor = 2
+[method]
+name = "siren"
+coef = 0.01
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps({"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 6})
+    )
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    (tmp_path / "base.toml").write_text(BASE)
+    (tmp_path / "own").mkdir()
+    path = tmp_path / "own" / "recipe.toml"
+    path.write_text('parent = "../base.toml"\nname = "mine"\n[method]\ntau = 0.5\n')
+    return path
+
+
+def fault(recipe: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe, list(overrides))
+    return str(caught.value)
+
+
+def test_a_recipe_is_its_parent_with_its_own_values_over_it(recipe: Path) -> None:
+    config = load_config(recipe, ["train.steps=7", "optimizer.lr=1e-4", "name=other"])
+    assert config.method == {"name": "siren", "coef": 0.01, "tau": 0.5}
+    assert (config.name, config.train.steps, config.optimizer.lr) == ("other", 7, 1e-4)
+    assert (config.parallel.world, config.parallel.data) == (4, 2)
+    assert Path(config.model.path).samefile(recipe.parent.parent / "model")
+
+
+def test_another_method_does_not_inherit_options(recipe: Path) -> None:
+    recipe.write_text('parent = "../base.toml"\n[method]\nname = "grpo"\nbeta = 0.1\n')
+    assert load_config(recipe).method == {"name": "grpo", "beta": 0.1}
+
+
+def test_a_typo_names_the_key_and_a_near_one(recipe: Path) -> None:
+    assert "train.micro_batch_token: unknown key; did you mean micro_batch_tokens?" in fault(
+        recipe, "train.micro_batch_token=1"
+    )
+    assert "optimiser: unknown key; did you mean optimizer?" in fault(recipe, "optimiser.lr=1")
+
+
+def test_a_wrong_value_is_shown(recipe: Path) -> None:
+    assert "optimizer.lr" in fault(recipe, "optimizer.lr=-1") and "found -1" in fault(recipe, "optimizer.lr=-1")
+    assert "model.dtype" in fault(recipe, "model.dtype=float8")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["parallel.tensor=3"], "tensor 3 x pipeline 1 = 3 does not divide the world"),
+        (["parallel.tensor=8", "parallel.ranks_per_node=8"], "8 does not divide the model's 4 key-value heads"),
+        (["parallel.pipeline=4", "parallel.tensor=1"], "4 does not divide the model's 6 layers; nearest valid is 3"),
+        (["parallel.tensor=1", "parallel.sequence=true"], "needs parallel.tensor > 1"),
+        (["train.mini_batch_prompts=5"], "5 does not divide rollout.prompts 16; nearest valid is 4"),
+        (["rollout.prompts=15", "train.mini_batch_prompts=15"], "not divisible by the data-parallel size 2"),
+        (["train.micro_batch_tokens=15"], "raise it to at least 16"),
+        (["data.train=nowhere.jsonl"], "no such file: nowhere.jsonl"),
+        (["model.path=nowhere"], "nowhere holds no config.json"),
+        (["optimizer.min_lr=1e-7"], "1e-07 says how the learning rate falls, but optimizer.schedule is constant"),
+        (["critic.decay_steps=9"], "but critic.schedule is constant"),
+        (["optimizer.schedule=linear", "optimizer.min_lr=1e-3"], "optimizer.min_lr: 0.001 is above optimizer.lr 1e-06"),
+        (["steps"], "not of the form key=value"),
+        (["train.steps=3", "train.steps.more=1"], "goes below steps"),
+    ],
+)
+def test_a_rule_between_fields_is_explained(recipe: Path, overrides: list[str], message: str) -> None:
+    assert message in fault(recipe, *overrides)
+
+
+SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 7, "intermediate_size": 48}
+MOE = SIZES | {"num_hidden_layers": 6, "num_experts": 12, "moe_intermediate_size": 10}
+
+
+@pytest.mark.parametrize(
+    ("hf", "layout", "message"),
+    [
+        (SIZES, {"stage_layers": (2, 3, 2), "pipeline": 3}, None),
+        (SIZES, {"pipeline": 3}, "nearest valid is 1, or set parallel.stage_layers = [2, 3, 2]"),
+        (SIZES, {"pipeline": 2, "virtual": 2}, "2 x parallel.virtual 2 = 4 does not divide the model's 7 layers"),
+        (SIZES, {"pipeline": 2, "stage_layers": (3, 3)}, "found 2 numbers that sum to 6, expected one for each of 2"),
+        (SIZES, {"pipeline": 2, "stage_layers": (7,)}, "set parallel.stage_layers = [4, 3]"),
+        (SIZES | {"num_hidden_layers": 8}, {"virtual": 2}, "need parallel.pipeline > 1, found 1"),
+        (SIZES | {"intermediate_size": 50}, {"tensor": 4}, "4 does not divide the model's 50 feed-forward columns"),
+        (SIZES, {"expert": 2}, "parallel.expert: the model has no experts, found 2"),
+        (SIZES, {"expert_tensor": 2}, "parallel.expert_tensor: the model has no experts, found 2"),
+        (MOE, {"expert": 4, "tensor": 2, "sequence": True}, None),
+        (MOE, {"expert": 5}, "5 does not divide the model's 12 experts; nearest valid is 4"),
+        (MOE, {"expert_tensor": 4}, "4 does not divide the model's 10 columns of an expert; nearest valid is 5"),
+        (MOE, {"expert": 6, "pipeline": 2}, "= 12 does not divide the world of 8 ranks; nearest valid world is 12"),
+        (MOE, {"tensor": 2}, "experts under parallel.tensor 2 need sequence parallelism"),
+    ],
+)
+def test_a_layout_that_does_not_fit_the_model_is_explained(hf: dict, layout: dict, message: str | None) -> None:
+    faults = model_faults(hf, ParallelConfig(**layout))
+    assert faults == [] if message is None else message in "\n".join(faults)
+
+
+def test_a_missing_or_broken_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("[train\n")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_config(tmp_path / "bad.toml")
+
+
+def deep(depth: int) -> str:
+    return "[" * depth + "]" * depth
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('parent = "recipe.toml"', "is its own parent"),
+        ('parent = "other.toml"', "is its own parent"),
+        ("parent = 3", "parent is 3, expected the path of one recipe"),
+        ('parent = "."', "cannot be read"),
+        ('parent = "a\\u0000b"', "cannot be read"),
+        ("data = 3", "data: Input should be a valid dictionary"),
+        ("model = [1]", "model: Input should be a valid dictionary"),
+        ("[data]\ntrain = 3", "data.train: Input should be a valid string, found 3"),
+        ("[model]\npath = [1]", "model.path: Input should be a valid string"),
+        ('method = "grpo"', "method: Input should be a valid dictionary"),
+        (f"a = {deep(5000)}", "nested too deeply"),
+        (b'name = "\xff"', "cannot be read: 'utf-8' codec"),
+    ],
+)
+def test_a_recipe_that_is_none_is_explained(recipe: Path, content: str | bytes, message: str) -> None:
+    raw = content.encode() if isinstance(content, str) else content
+    recipe.write_bytes(raw)
+    (recipe.parent / "other.toml").write_text('parent = "recipe.toml"')
+    assert message in fault(recipe)
+
+
+@pytest.mark.parametrize("name", ["", "..", "../../x", "a/../b", "/tmp/x", "a//b", "a\0b", "a\nb", "\ud800", "x" * 300])
+def test_a_name_is_a_folder_below_log_dir(recipe: Path, name: str) -> None:
+    assert "name: Value error, is" in fault(recipe, f"name={json.dumps(name, ensure_ascii=False)}")
+
+
+def test_a_name_may_make_folders(recipe: Path) -> None:
+    assert load_config(recipe, ['name="sweep/lr 1e-4"', "log.dir=there"]).run_dir == Path("there/sweep/lr 1e-4")
+
+
+def test_a_second_line_of_an_override_is_not_dropped(recipe: Path) -> None:
+    assert "has several lines" in fault(recipe, "train.steps=3\noptimizer.lr=1")
+    assert "has several lines" in fault(recipe, "name=a\noptimizer.lr=1")
+    assert load_config(recipe, ["parallel.stage_layers=[\n6,\n]"]).parallel.stage_layers == (6,)
+    assert "nested too deeply" in fault(recipe, f"train.steps={deep(5000)}")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not the JSON of a model's configuration"),
+        (b"[1]", "expected an object, found '[1]'"),
+        (b'"\xff"', "'utf-8' codec"),
+        (deep(100_000).encode(), "nested too deeply"),
+        (b"{}", "num_attention_heads, num_hidden_layers missing; take"),
+        (b'{"num_attention_heads": 0, "num_hidden_layers": 2}', "num_attention_heads is 0, expected a whole number"),
+        (b'{"num_attention_heads": 2, "num_hidden_layers": "2"}', "num_hidden_layers is '2', expected"),
+        (b'{"num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 1.5}', "vocab_size is 1.5, expected"),
+    ],
+)
+def test_a_models_configuration_that_is_none_is_explained(recipe: Path, content: bytes, message: str) -> None:
+    (recipe.parent.parent / "model" / "config.json").write_bytes(content)
+    assert message in fault(recipe)
+
+
+@pytest.mark.parametrize("key", ["model.path", "model.weights", "data.train", "data.curriculum"])
+@pytest.mark.parametrize("value", ["a" * 300, "a\0b"])
+def test_a_path_that_no_file_can_have(recipe: Path, key: str, value: str) -> None:
+    assert key in fault(recipe, f"{key}={json.dumps(value)}")

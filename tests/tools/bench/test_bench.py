@@ -1,0 +1,59 @@
+"""The operator benchmark at a small size: it writes its files, and prints no speed when a result is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+
+
+def bench(folder: Path, *arguments: str, code: str = "") -> subprocess.CompletedProcess:
+    options = ["ops", "--rows", "16", "--vocab", "512", "--dtype", "float32", "--repeat", "1", "--out", str(folder)]
+    run = f"{code}\nimport sys; from tools.bench.command import main; sys.exit(main({[*options, *arguments]!r}))"
+    return subprocess.run(
+        [sys.executable, "-c", run],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_table_is_written_with_its_plot(tmp_path):
+    done = bench(tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (table,) = json.loads((tmp_path / "ops-cpu-tp1.json").read_text())["tables"]
+    lines = {line["name"]: line for line in table["lines"]}
+    assert lines["log-prob + entropy + nucleus"]["milliseconds"] > 0
+    assert lines["log-prob + nucleus"]["certified"] == 1.0
+    assert lines["gather + sort"]["error"] < 1e-4
+    assert "<svg" in (tmp_path / "ops-cpu-tp1.svg").read_text()
+
+
+def test_without_entropy_nothing_more_is_saved_and_exchanged(tmp_path):
+    done = bench(tmp_path, "--tp", "2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (table,) = json.loads((tmp_path / "ops-cpu-tp2.json").read_text())["tables"]
+    lines = {line["name"]: line for line in table["lines"]}
+    assert lines["log-prob"]["collectives"] == lines["log-prob + entropy"]["collectives"] == 1
+    assert lines["log-prob"]["exchanged_bytes_per_token"] == 16
+    assert lines["log-prob + nucleus"]["collectives"] == 2
+
+
+def test_a_wrong_result_prints_no_speed(tmp_path):
+    broken = (
+        "import megatron_ext.ops.logit_passes as rows\n"
+        "right = rows.gradient\n"
+        "def wrong(logits, column, scale, real, row, out):\n"
+        "    right(logits, column, scale, real, row, out); out.mul_(1.001)\n"
+        "rows.gradient = wrong"
+    )
+    done = bench(tmp_path, code=broken)
+    assert done.returncode == 1
+    assert "nothing is timed" in done.stdout and " ms" not in done.stdout
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,256 @@
+"""Dynamic sampling: which groups train depends on seeds and rewards, not on the layout."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from megatron_ext import cpu_compat, methods
+from megatron_ext.config.schema import Config, ParallelConfig, RolloutConfig, TrainConfig
+from megatron_ext.data.sampler import DataOrder
+from megatron_ext.metrics.display import Watch
+from megatron_ext.model import hf_weights, parallel
+from megatron_ext.rollout.base import Request, Sampling
+from megatron_ext.train.collect_rollouts import Rollouts, choose, deal, imbalance, num_to_draw, num_tokens, verdict_of
+from megatron_ext.types import Episode, Problem, Reward, Sample
+from tests import gloo, tiny
+from tests.train.test_invariance import gathered_gradients, worst
+from tests.train.test_passes import learner_of
+
+PROMPTS, SAMPLES, MINI, NUM_PROBLEMS = 8, 4, 4, 40
+LAYOUTS = [(1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 1, 4), (4, 2, 2)]  # world, tensor, data
+
+
+class Engine:
+    """A response is its seed, and now and then a long one."""
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, on_batch: Callable[[list[Sample]], None] | None = None
+    ) -> list[Sample]:
+        lengths = [2 ** (r.seed % 9) for r in requests]
+        return [
+            Sample(r.prompt_ids, (1,) * n, (0.0,) * n, str(r.seed), False, 0)
+            for r, n in zip(requests, lengths, strict=True)
+        ]
+
+
+class Pool:
+    """Every third problem is always solved, every third never, the others by chance; 0: never, 1: always."""
+
+    def __init__(self, everything: float | None) -> None:
+        self.everything = everything
+
+    def score(self, answers: Sequence[tuple[Problem, str]]) -> list[Reward]:
+        return [self.reward(int(problem.problem_id), int(text)) for problem, text in answers]
+
+    def reward(self, number: int, seed: int) -> Reward:
+        value = (1.0, 0.0, float(seed % 2))[number % 3] if self.everything is None else self.everything
+        return Reward(value, "correct" if value else "wrong")
+
+
+def collected(
+    rank: int, world: int, tensor: int, everything: float | None, rounds: int, dynamic: bool, oversample: float = 1.0
+) -> tuple[list[Episode], dict[str, float], list[int]]:
+    """Two steps' episodes of this rank, the last step's metrics, and the problems that a third step would take."""
+    config = Config(
+        parallel=ParallelConfig(ranks_per_node=world, tensor=tensor),
+        rollout=RolloutConfig(
+            prompts=PROMPTS,
+            samples=SAMPLES,
+            dynamic_sampling=dynamic,
+            oversample=oversample,
+            max_generations=rounds,
+        ),
+        train=TrainConfig(mini_batch_prompts=MINI, seed=11),
+    )
+    cpu_compat.enter()
+    parallel.initialize(config.parallel)
+    order = DataOrder([range(NUM_PROBLEMS)], seed=11)
+    episodes, metrics = [], {}
+    for step in range(2):
+
+        def draw(count: int, step: int = step) -> list[tuple[Problem, tuple[int, ...]]]:
+            return [(Problem(str(i), "", ""), (i,)) for i in order.take(count, step=step)]
+
+        rollouts: Any = Rollouts(config, Engine(), Pool(everything), step, Watch(1, show=False))  # type: ignore[arg-type]
+        found, metrics = rollouts.collect(draw)
+        episodes += found
+    return episodes, metrics, order.take(5, step=2)
+
+
+def summary(episodes: list[Episode]) -> list[tuple[int, str, str, float]]:
+    return [(e.group, e.problem.problem_id, e.sample.text, e.reward.value) for e in episodes]
+
+
+def trained(layout: tuple, everything: float | None = None, rounds: int = 10, dynamic: bool = True) -> Any:
+    """All ranks' episodes of each mini-batch in order of group; metrics and next problems, equal on all ranks.
+
+    Without the imbalance, which alone depends on the layout.
+    """
+    world, tensor, data = layout
+    results = gloo.run(collected, world, tensor, everything, rounds, dynamic)
+    assert all(result[1:] == results[0][1:] for result in results)
+    copies = [summary(episodes) for episodes, _, _ in results]
+    assert all(copies.count(copy) == tensor for copy in copies)  # the ranks of a model copy train on the same
+    minis: list[list[tuple]] = [[] for _ in range(2 * PROMPTS // MINI)]
+    for copy in dict.fromkeys(map(tuple, copies)):
+        share = MINI // data * SAMPLES
+        assert len(copy) == share * len(minis)
+        for mini, episodes in enumerate(minis):
+            episodes += copy[mini * share : (mini + 1) * share]
+    assert results[0][1].pop("data/imbalance") >= 1
+    return [sorted(episodes, key=lambda e: e[0]) for episodes in minis], results[0][1], results[0][2]
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Any:
+    return trained(LAYOUTS[0])
+
+
+def test_every_group_that_trains_has_an_advantage(one_rank: Any) -> None:
+    minis, metrics, _ = one_rank
+    for mini in minis:
+        rewards = [[e[3] for e in mini if e[0] == group] for group in dict.fromkeys(e[0] for e in mini)]
+        assert [len(r) for r in rewards] == [SAMPLES] * MINI
+        assert all(len(set(r)) == 2 for r in rewards)
+    assert [e[0] for e in minis[0] + minis[1]] == [group for group in range(PROMPTS) for _ in range(SAMPLES)]
+    assert metrics["dynamic/generations"] > 1 and metrics["dynamic/filled"] == 0
+    assert 0.1 < metrics["dynamic/kept_share"] < 0.5
+    shares = [metrics[f"dynamic/{name}"] for name in ("kept_share", "all_right", "all_wrong")]
+    assert sum(shares) == pytest.approx(1) and min(shares) > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
+def test_which_groups_train_does_not_depend_on_the_layout(layout: tuple, one_rank: Any) -> None:
+    assert trained(layout) == one_rank
+
+
+def test_oversampling_draws_more_at_first_and_trains_on_as_many(one_rank: Any) -> None:
+    [(episodes, metrics, _)] = gloo.run(collected, 1, 1, None, 10, True, 6.0)
+    assert metrics["dynamic/generations"] == 1 < one_rank[1]["dynamic/generations"]
+    assert len(episodes) == 2 * PROMPTS * SAMPLES and metrics["dynamic/surplus"] > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:4], ids=str)
+def test_without_it_every_prompt_of_the_step_trains(layout: tuple) -> None:
+    minis, metrics, _ = trained(layout, dynamic=False)
+    assert metrics == {} and trained(LAYOUTS[0], dynamic=False)[0] == minis
+    drawn = [e[1] for mini in minis for e in mini][::SAMPLES]
+    assert drawn == [str(i) for i in DataOrder([range(NUM_PROBLEMS)], seed=11).take(2 * PROMPTS, step=0)]
+
+
+@pytest.mark.parametrize(("everything", "name"), [(1.0, "all_right"), (0.0, "all_wrong")])
+def test_at_the_limit_the_first_dropped_groups_fill_the_batch(everything: float, name: str) -> None:
+    minis, metrics, after = trained(LAYOUTS[1], everything=everything, rounds=3)
+    expected = {
+        "kept_share": 0.0,
+        "all_right": 0.0,
+        "all_wrong": 0.0,
+        "filled": 8.0,
+        "surplus": 0.0,
+        "generations": 3.0,
+    }
+    assert metrics == {f"dynamic/{key}": value for key, value in (expected | {name: 1.0}).items()}
+    order = DataOrder([range(NUM_PROBLEMS)], seed=11)
+    first, second = order.take(3 * PROMPTS, step=0), order.take(3 * PROMPTS, step=1)
+    taken = [int(e[1]) for mini in minis for e in mini][::SAMPLES]
+    assert taken == first[:PROMPTS] + second[:PROMPTS] and after == order.take(5, step=2)
+
+
+def test_a_gap_is_filled_and_useful_groups_come_first() -> None:
+    verdicts: Any = ["right", "useful", "wrong", "useful", "right"]
+    assert choose(verdicts, 2) == [1, 3]
+    assert choose(verdicts, 4) == [0, 1, 2, 3]
+    assert choose(verdicts, 1) == [1]
+
+
+def test_a_round_draws_what_the_share_so_far_makes_necessary() -> None:
+    few: Any = ["useful", "wrong", "wrong", "right"]
+    assert num_to_draw(few, 4) == 4  # 3 missing at 1/4: 12, at most a whole batch
+    assert num_to_draw(few[:2] * 2, 3) == 2  # 1 missing at 1/2
+    assert num_to_draw(few[1:], 4) == 4
+
+
+def test_the_longest_groups_are_dealt_first_and_move_only_for_balance() -> None:
+    assert deal([5, 5, 5, 5], [0, 1, 0, 1], 4, 2) == [0, 1, 0, 1]
+    assert deal([5, 5, 5, 5], [0, 0, 0, 1], 4, 2) == [0, 1, 0, 1]  # as many groups on each
+    assert deal([9, 1, 1, 1], [0, 1, 0, 1], 4, 2) == [0, 1, 1, 0]  # the rank with the longest has to take another
+    assert deal([9, 1, 1, 9], [0, 1, 0, 1], 2, 2) == [0, 1, 0, 1]  # two mini-batches: each is balanced alone
+
+
+def skewed(seed: int, count: int, samples: int = 8) -> list[int]:
+    """Tokens of groups whose responses are long-tailed: log-normal around 1,000, cut at 8,192."""
+    draw = random.Random(seed)
+    return [sum(min(8192, round(1000 * math.exp(draw.gauss(0, 1)))) for _ in range(samples)) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("ranks", "per_rank"), [(2, 16), (8, 4), (16, 2), (16, 8)])
+def test_the_largest_rank_has_few_tokens_more_than_the_mean(ranks: int, per_rank: int) -> None:
+    """Against dealing in turn, over ten mini-batches."""
+    mini = ranks * per_rank
+    tokens = [n for seed in range(10) for n in skewed(seed, mini)]
+    holders = [number % ranks for number in range(len(tokens))]
+    owners = deal(tokens, holders, mini, ranks)
+    for start in range(0, len(tokens), mini):
+        assert Counter(owners[start : start + mini]) == dict.fromkeys(range(ranks), per_rank)
+    before, after = (imbalance(tokens, dealt, mini, ranks) for dealt in (holders, owners))
+    assert after - 1 < (before - 1) / 2
+    assert deal(tokens, owners, mini, ranks) == owners  # whoever holds them, but for ties
+
+
+def test_greedy_dealing_is_near_the_best_there_is() -> None:
+    for seed in range(30):
+        tokens = skewed(seed, 6, samples=1)
+        halves = [sum(tokens[i] for i in half) for half in itertools.combinations(range(6), 3)]
+        best = min(max(half, sum(tokens) - half) for half in halves)
+        dealt = deal(tokens, [0, 1] * 3, 6, 2)
+        largest = max(sum(n for n, owner in zip(tokens, dealt, strict=True) if owner == rank) for rank in (0, 1))
+        assert best <= largest <= best * 7 / 6
+
+
+def test_ranks_are_balanced_after_sampling() -> None:
+    """What is reported is what the ranks got."""
+    results = gloo.run(collected, 4, 1, None, 10, False)
+    loads = [
+        [num_tokens(episodes[i : i + SAMPLES]) for i in range(0, len(episodes), SAMPLES)] for episodes, _, _ in results
+    ]
+    ratios = [max(step) * 4 / sum(step) for step in zip(*loads, strict=True)]  # one group a mini-batch and rank
+    assert results[0][1]["data/imbalance"] == pytest.approx(sum(ratios[2:]) / 2)
+
+
+def gradients_of_shares(rank: int, world: int, path: str, method: dict) -> list[dict[str, Tensor]]:
+    """A step's gradient with the first groups on the first rank, and as they are dealt for balance."""
+    learner, everything = learner_of(path, world, method, {"ranks_per_node": 2}), tiny.episodes()
+    tokens = [num_tokens([e for e in everything if e.group == group]) for group in range(4)]
+    found = []
+    for owners in ([0, 0, 1, 1], deal(tokens, [0, 1, 0, 1], 4, 2)):
+        learner.method.load_state_dict(methods.create(method).state_dict())
+        learner.actor.update = lambda max_bad_steps: (1.0, 0.0)  # type: ignore[method-assign]
+        learner.step([e for e in everything if owners[e.group] == rank], Watch(1, show=False))
+        whole = hf_weights.stream(learner.policy, gathered_gradients(learner.policy))
+        found.append({name: gradient.clone() for name, gradient in whole})
+    assert owners != [0, 0, 1, 1]
+    return found
+
+
+@pytest.mark.parametrize("method", [{"name": "siren", "coef": 0.7}, {"name": "forking_tokens"}], ids=str)
+def test_who_trains_on_a_group_changes_no_gradient(method: dict) -> None:
+    for plain, balanced in gloo.run(gradients_of_shares, 2, str(tiny.hf_model()[1]), method):
+        assert worst(balanced, plain) < 1e-6 and all(gradient.any() for gradient in plain.values())
+
+
+def test_a_reward_that_is_none_does_not_make_a_group_useful() -> None:
+    def group(*values: float) -> list[Episode]:
+        sample = Sample((1,), (1,), (0.0,), "", False, 0)
+        return [Episode(Problem("", "", ""), 0, sample, Reward(v, "correct" if v > 0 else "wrong")) for v in values]
+
+    nan = float("nan")
+    found = [verdict_of(group(*values)) for values in ((1, 0), (1, nan), (0, nan), (nan, nan), (nan, 1, 0))]
+    assert found == ["useful", "right", "wrong", "wrong", "useful"]

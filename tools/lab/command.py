@@ -1,0 +1,132 @@
+"""Train every method on the tiny task with several seeds, and write what each does to entropy on one page.
+
+    python -m tools.lab                          everything in recipes/lab/lab.toml; run it again to continue
+    python -m tools.lab --only 'entropic*' --seeds 1
+    python -m tools.lab --dry-run                the commands, one a line; nothing is run
+    python -m tools.lab --page                   only write the page of what is finished
+
+Two trainings at a time on two cores (--jobs), one process each. A finished run is never repeated and a stopped one
+continues from its checkpoint. The page is OUT/index.html, its tables are OUT/README.md.
+
+Exit codes: 0 done, 75 stopped by a signal with everything saved (run it again), 2 configuration, 1 a run failed
+(its log is named).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from megatron_ext.config.errors import ConfigError
+from tools.lab.page import write
+from tools.lab.plan import Job, Plan, jobs, load_plan
+from tools.lab.runs import EVALUATION_STEPS, LOG, Outcome, Running, alone, preload, steps_done, work
+
+CONFIGURATION, REQUEUE = 2, 75
+LINE_EVERY_S = 30.0  # without a terminal
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        plan = load_plan(options.plan)
+        if options.only:
+            plan = plan.select(options.only)
+        plan = replace(plan, seeds=options.seeds or plan.seeds, steps=options.steps)
+        todo = jobs(plan, options.dir)
+        if options.dry_run:
+            return dry_run(todo)
+        outcome = Outcome()
+        if not options.page:
+            with alone(options.dir):
+                outcome = run(todo, options.jobs)
+    except ConfigError as error:
+        print(f"lab: {error}", file=sys.stderr)
+        return CONFIGURATION
+    return finish(plan, options.dir, options.out or options.dir, outcome)
+
+
+def dry_run(todo: Sequence[Job]) -> int:
+    for job in todo:
+        for command in job.commands:
+            print("python -m", shlex.join(command), "  # finished" if job.finished else "")
+    left = [job for job in todo if not job.finished]
+    print(f"{len(todo)} jobs, {len(left)} to do, {sum(job.steps for job in left)} training steps")
+    return 0
+
+
+def run(todo: Sequence[Job], num_at_once: int) -> Outcome:
+    """Do the jobs with a live display: a bar over all training steps, and the runs at work."""
+    console = Console()
+    total = sum(job.steps + EVALUATION_STEPS for job in todo)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    preload()
+    # no refreshing thread: a child forked while it holds a lock would never get it
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, auto_refresh=False, speed_estimate_period=300)
+    task = bar.add_task("lab", total=total, completed=sum(map(steps_done, todo)))
+    spoken = time.monotonic()
+
+    def show(running: Sequence[Running]) -> None:
+        nonlocal spoken
+        done, finished = sum(map(steps_done, todo)), sum(job.finished for job in todo)
+        names = ", ".join(child.job.name for child in running) or "done"
+        bar.update(task, completed=done, description=f"{finished}/{len(todo)} runs, now {names}")
+        if console.is_terminal:
+            bar.refresh()
+        elif time.monotonic() - spoken > LINE_EVERY_S:
+            spoken = time.monotonic()
+            remaining = bar.tasks[0].time_remaining
+            eta = "" if remaining is None else f", {remaining / 60:.0f} min left"
+            console.print(f"{done}/{total} steps, {finished}/{len(todo)} runs{eta}: {names}", highlight=False)
+
+    if console.is_terminal:
+        bar.start()
+    try:
+        return work(todo, num_at_once, show)
+    finally:
+        bar.stop()
+
+
+def finish(plan: Plan, folder: Path, out: Path, outcome: Outcome) -> int:
+    """Write the page, name what failed, and return the exit code."""
+    for path in write(plan, folder, out):
+        print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
+    for job, why in outcome.failed:
+        print(f"lab: {job.name}: {why}; see {job.folder / LOG}", file=sys.stderr)
+    return REQUEUE if outcome.interrupted else 1 if outcome.failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.lab", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--plan", type=Path, default=Path("recipes/lab/lab.toml"), help="default: %(default)s")
+    add("--dir", type=Path, default=Path("runs/lab"), help="folder of the runs (default: %(default)s)")
+    add("--out", type=Path, help="folder of the page (default: that of the runs)")
+    add("--only", nargs="+", default=[], metavar="RUN", help="names or patterns of runs, and what they start from")
+    add("--seeds", type=_positive, help="default: the plan's")
+    add("--steps", type=_positive, help="training steps of every run (default: the plan's)")
+    add("--jobs", type=_positive, default=2, help="runs at a time (default: %(default)s)")
+    add("--dry-run", action="store_true", help="print the commands")
+    add("--page", action="store_true", help="only write the page of what is finished")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, found {value}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

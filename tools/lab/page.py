@@ -1,0 +1,308 @@
+"""The lab's page: claims, table, curves with bands over seeds, controllers, the exact table, settings.
+
+``write`` leaves ``index.html`` (self-contained, as tools/report/page.py's pages) and ``README.md`` (claims and table).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from tools.charts import Figures, Series
+from tools.lab.claims import Claim, claims, pi_run
+from tools.lab.plan import Plan
+from tools.lab.results import OUTPUT, Result, Results, load, seconds, spread, where_entropy_is
+from tools.report.page import page
+from tools.tiny.tabular import SETTINGS, Curve, simulate
+
+BASELINE = "grpo"
+ENTROPIC = "entropic"  # the family with figures of its own
+TABLE_POINTS = 200  # of a tabular curve's steps
+
+
+def write(plan: Plan, folder: Path, out: Path) -> tuple[Path, Path]:
+    """Write the page and the Markdown of what is finished in ``folder``; returns their paths."""
+    results = load(plan, folder)
+    table = {name: simulate(setting) for name, setting in SETTINGS.items()}
+    decided = claims(results, table)
+    figures = Figures()
+    body = [
+        f'<h1>The lab</h1><p class="sub">{escape(summary(plan, results))}</p>',
+        "<h2>Claims</h2>", claims_table(decided),
+        "<h2>Methods</h2>", html_table(method_rows(results)), f'<p class="sub">{escape(TABLE_NOTE)}</p>',
+        *(family_figures(plan, results, name, figures) for name in plan.families if name != ENTROPIC),
+        controllers(results, figures),
+        entropic(results, folder, figures),
+        tabular(table, figures),
+        "<h2>Settings</h2>", settings_table(plan),
+    ]  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    html, markdown = out / "index.html", out / "README.md"
+    html.write_text(page("The lab", "".join(body), figures.data), encoding="utf-8")
+    markdown.write_text(as_markdown(plan, results, decided), encoding="utf-8")
+    return html, markdown
+
+
+def summary(plan: Plan, results: Results) -> str:
+    """What was run, in one line."""
+    jobs = sum(len(result.seeds) for result in results.runs.values())
+    hours = sum(
+        math.fsum(record.get("time/step_s") or 0.0 for record in seed.records)
+        for result in results.runs.values() for seed in result.seeds
+    ) / 3600  # fmt: skip
+    return (
+        f"{len(results.runs)} of {len(plan.runs)} runs with up to {plan.seeds} seeds ({jobs} trainings of the tiny "
+        f"countdown task, {hours:.1f} core hours of steps). Curves are means over seeds, bands reach from the lowest "
+        "to the highest seed. A model of 0.8 M parameters says nothing about large ones; it shows the mechanism."
+    )
+
+
+# --- table ---
+
+TABLE_NOTE = (
+    "Mean ± standard deviation over seeds. Entropy, reward (the share of right answers) and length: mean over the last "
+    "third of the steps. Target: distance of the late mean from the method's own target. avg, maj, pass: held-out "
+    "problems after training. Time: median seconds of a step per prompt, relative to grpo's of the same lab. Alarm: "
+    "what lasted in most late steps of a seed."
+)
+
+
+def method_rows(results: Results) -> list[list[str]]:
+    """Header and one row per run."""
+    every = list(results.runs.values())
+    evaluations = [result.seeds[0].evaluation for result in every] + ([results.base] if results.base else [])
+    metrics = table_metrics(list(evaluations[0]["metrics"])) if evaluations else []
+    held_out = [f"{name}, %" for name in metrics]
+    rows = [["run", "seeds", "reward, %", "entropy", "target, %", "length", *held_out, "time", "alarm"]]
+    if results.base is not None:
+        measured = [f"{100 * results.base['metrics'][name]['mean']:.1f}" for name in metrics]
+        rows.append(
+            ["untrained", "", "", "", "", f"{results.base['response']['length']['mean']:.1f}", *measured, "", ""]
+        )
+    baseline = statistics.fmean(seconds(results[BASELINE])) if BASELINE in results else math.nan
+    for result in every:
+        rows.append(
+            [
+                result.run.name,
+                str(len(result.seeds)),
+                cell(result.late("reward/outcome/correct"), ".1f", scale=100),
+                cell(result.late("entropy/full"), ".3f"),
+                cell(result.distance, "+.1f", scale=100),
+                cell(result.late("response/length"), ".1f"),
+                *(cell(result.evaluated(name), ".1f", scale=100) for name in metrics),
+                cell([value / baseline for value in seconds(result)], ".2f"),
+                ", ".join(result.alarms) or "-",
+            ]
+        )
+    return rows
+
+
+def table_metrics(names: Sequence[str]) -> list[str]:
+    """What the table has room for: of pass@k the largest k, the others are curves."""
+    passes = [name for name in names if name.startswith("pass@")]
+    return [name for name in names if name not in passes[:-1]]
+
+
+def cell(values: Sequence[float], style: str, *, scale: int = 1) -> str:
+    found = spread([scale * value for value in values])
+    if found is None:
+        return "-"
+    mean, deviation = found
+    return f"{mean:{style}}" + ("" if len(values) == 1 else f" ± {deviation:{style.removeprefix('+')}}")
+
+
+def cell_html(text: str) -> str:
+    """The spread in small print."""
+    mean, plus_minus, deviation = text.partition(" ± ")
+    return escape(mean) + (f" <small>± {escape(deviation)}</small>" if plus_minus else "")
+
+
+def html_table(rows: Sequence[Sequence[str]]) -> str:
+    """A dense table whose first column names and whose last one may be prose."""
+    head, *rest = rows
+    kinds = ["", *["n"] * (len(head) - 2), "" if head[-1] == "alarm" else "n"]
+    lines = [_row(head, kinds, "th", escape), *(_row(row, kinds, "td", cell_html) for row in rest)]
+    return f'<div class="card dense"><table>{"".join(lines)}</table></div>'
+
+
+def _row(row: Sequence[str], kinds: Sequence[str], tag: str, text: Callable[[str], str]) -> str:
+    tags = ["th", *[tag] * (len(row) - 1)]
+    cells = [
+        f'<{each} class="{kind}">{text(value)}</{each}>' for each, kind, value in zip(tags, kinds, row, strict=True)
+    ]
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def claims_table(decided: Sequence[Claim]) -> str:
+    rows = []
+    for claim in decided:
+        kind = "up" if claim.verdict.startswith("shows") else "down" if claim.verdict.startswith("does") else ""
+        rows.append(
+            f"<tr><td>{escape(claim.paper)}</td><td>{escape(claim.text)}<br><small>{escape(claim.rule)}</small></td>"
+            f'<td class="{kind}">{escape(claim.verdict)}</td><td>{escape(claim.measured)}</td></tr>'
+        )
+    head = "<tr><th>paper</th><th>claim and rule</th><th>here it</th><th>measured</th></tr>"
+    return f'<div class="card"><table>{head}{"".join(rows)}</table></div>'
+
+
+def settings_table(plan: Plan) -> str:
+    rows = [["run", "recipe", "overrides", "starts from", "why"]]
+    for run in plan.runs:
+        rows.append([run.name, str(run.recipe), " ".join(run.set) or "-", run.start or "the base model", run.note])
+    lines = "".join(
+        f"<tr>{''.join(f'<{tag}>{escape(text)}</{tag}>' for text in row)}</tr>"
+        for row, tag in zip(rows, ["th", *["td"] * len(plan.runs)], strict=True)
+    )
+    everywhere = f'<p class="sub">Everywhere: {escape(" ".join(plan.set))}</p>'
+    return f'<div class="card"><table>{lines}</table></div>{everywhere}'
+
+
+def as_markdown(plan: Plan, results: Results, decided: Sequence[Claim]) -> str:
+    rows = [["paper", "claim", "rule", "here it", "measured"]]
+    rows += [[claim.paper, claim.text, claim.rule, claim.verdict, claim.measured] for claim in decided]
+    return "\n".join(
+        [
+            "# The lab", "", summary(plan, results), "",
+            "Made by `python -m tools.lab`; the figures are in [index.html](index.html).", "",
+            "## Claims", "", *markdown_table(rows), "",
+            "## Methods", "", *markdown_table(method_rows(results)), "", TABLE_NOTE, "",
+        ]
+    )  # fmt: skip
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
+
+
+# --- figures ---
+
+
+def family_figures(plan: Plan, results: Results, name: str, figures: Figures) -> str:
+    """Entropy, reward, length and pass@k of a family's runs, beside the baseline."""
+    members = results.family(name)
+    if not members:
+        return ""
+    shown = members
+    if BASELINE in results and BASELINE not in [result.run.name for result in members]:
+        shown = [*members, results[BASELINE]]
+    longest = max((result.steps for result in shown), key=len)
+
+    def series(key: str) -> list[Series]:
+        return [padded(result.series(key, _color(result, i)), len(longest)) for i, result in enumerate(shown)]
+
+    parts = [
+        figures.add(title, note, longest, series(key), percent=percent)
+        for title, note, key, percent in (
+            ("Entropy", "nats per response token, whole vocabulary", "entropy/full", False),
+            ("Right answers", "share of the step's responses", "reward/outcome/correct", True),
+            ("Length", "tokens per response", "response/length", False),
+        )
+    ]
+    ks = [int(k) for k in shown[0].seeds[0].evaluation["decoding"]["ks"]]
+    curves = [
+        Series(result.run.name, [statistics.fmean(result.evaluated(f"pass@{k}")) for k in ks], _color(result, i))
+        for i, result in enumerate(shown)
+    ]
+    if results.base is not None:
+        untrained = [results.base["metrics"][f"pass@{k}"]["mean"] for k in ks]
+        curves.append(Series("untrained", untrained, 7, dashed=True))
+    parts.append(figures.add("pass@k", "held-out problems, over k", ks, curves, percent=True, x="k"))
+    return f'<h2>{escape(plan.families[name])}</h2><div class="charts">{"".join(parts)}</div>'
+
+
+def controllers(results: Results, figures: Figures) -> str:
+    """Each controlled run against its target, and its output."""
+    parts = []
+    for result in results.runs.values():
+        if result.targets is None or result.method == "entropic" or result.run.name not in (result.method,):
+            continue
+        parts.append(against_target(result, figures, result.run.name, result.measured))
+        output = OUTPUT.get(result.method)
+        if output is not None:
+            line = result.series(output, 1, "output")
+            parts.append(figures.add(f"{result.run.name}: output", output, result.steps, [line]))
+    return f'<h2>Controllers</h2><div class="charts">{"".join(parts)}</div>' if parts else ""
+
+
+def against_target(result: Result, figures: Figures, title: str, key: str) -> str:
+    assert result.targets is not None
+    target = Series("target", [statistics.fmean(result.targets)] * len(result.steps), 7, dashed=True)
+    return figures.add(title, key, result.steps, [result.series(key, 0, "measured"), target])
+
+
+def entropic(results: Results, folder: Path, figures: Figures) -> str:
+    """EntroPIC: P beside PI, on- and off-policy, from above and below; where it holds beside where it does not."""
+    parts = []
+    for place in ("off", "on"):
+        for start in ("above", "below"):
+            named = {"PI": pi_run(place, start), "P": f"entropic_p_{place}_{start}"}
+            found = {name: results[run] for name, run in named.items() if run in results}
+            parts.append(_together(f"{place}-policy, from {start}", found, figures))
+    regimes = {"threshold .4": "entropic", "threshold .95": "entropic_paper", "full form": "entropic_full"}
+    found = {name: results[run] for name, run in regimes.items() if run in results}
+    parts.append(_together("where it holds and where it does not (off-policy, from above)", found, figures))
+    rows = [["run", "p <= .5: tokens", "entropy", "p <= .95: tokens", "entropy", "p > .95: tokens", "entropy"]]
+    for name in (BASELINE, "entropic", "entropic_paper", "entropic_full"):
+        if name in results:
+            shares = where_entropy_is(results[name], folder)
+            rows.append([name, *(f"{share:.0%}" for pair in shares for share in pair)])
+    if not any(parts):
+        return ""
+    return (
+        f'<h2>EntroPIC</h2><div class="charts">{"".join(parts)}</div><h2>Which tokens hold the entropy</h2>'
+        f'{html_table(rows)}<p class="sub">Sampled tokens of the last third by the probability they were drawn with: '
+        "their share, and the share of the entropy at their positions.</p>"
+    )
+
+
+def _together(title: str, found: Mapping[str, Result], figures: Figures) -> str:
+    if not found:
+        return ""
+    longest = max((result.steps for result in found.values()), key=len)
+    lines = [padded(r.series("entropy/full", i, name), len(longest)) for i, (name, r) in enumerate(found.items())]
+    first = next(iter(found.values()))
+    assert first.targets is not None
+    lines.append(Series("target", [first.targets[0]] * len(longest), 7, dashed=True))
+    outputs = [padded(r.series(OUTPUT["entropic"], i, name), len(longest)) for i, (name, r) in enumerate(found.items())]
+    return figures.add(f"Entropy, {title}", "nats", longest, lines) + figures.add(
+        f"Output, {title}", "alpha, bounded by -1 and 1", longest, outputs
+    )
+
+
+def tabular(table: Mapping[str, Curve], figures: Figures) -> str:
+    parts = []
+    for place in ("on-policy", "off-policy"):
+        named = {
+            f"{controller} from {start}": table[f"{controller}, {place}, from {start}"]
+            for controller in ("P", "PI") for start in ("above", "below")
+        }  # fmt: skip
+        if place == "on-policy":
+            named["PI, full form"] = table["PI, on-policy, full form"]
+        pace = max(1, len(next(iter(named.values())).entropy) // TABLE_POINTS)
+        steps = list(range(1, len(next(iter(named.values())).entropy) + 1, pace))
+        target = next(iter(named.values())).setting.target
+        for title, which in (("Entropy", "entropy"), ("Output", "alpha")):
+            lines = [
+                Series(name, getattr(curve, which)[::pace], i, band=None)
+                for i, (name, curve) in enumerate(named.items())
+            ]
+            if which == "entropy":
+                lines.append(Series("target", [target] * len(steps), 7, dashed=True))
+            parts.append(figures.add(f"{title}, {place}", "exact expectation, one state, six actions", steps, lines))
+    return f'<h2>EntroPIC on an exact table</h2><div class="charts">{"".join(parts)}</div>'
+
+
+def padded(line: Series, length: int) -> Series:
+    """A shorter run's curve, with nothing behind its end."""
+    missing = [None] * (length - len(line.values))
+    band = None if line.band is None else ([*line.band[0], *missing], [*line.band[1], *missing])
+    return Series(line.name, [*line.values, *missing], line.color, line.dashed, band)
+
+
+def _color(result: Result, number: int) -> int:
+    """The baseline is grey everywhere."""
+    return 7 if result.run.name == BASELINE else number % 7

@@ -1,0 +1,191 @@
+"""What the lab runs: ``recipes/lab/lab.toml`` and every method that it does not mention, as commands of the tools.
+
+A run is a recipe with overrides, once per seed. It trains, exports and evaluates with the ordinary commands, so
+each of its lines can be typed by hand. ``start = "other"`` begins from the model that run ``other`` left (seed 0)
+instead of the recipe's. ``like = "other"`` takes the recipe and the overrides of a run above it.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from megatron_ext import methods
+from megatron_ext.checkpoint.manifest import differing_keys
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.loading import load_config
+from megatron_ext.config.schema import Config
+
+RECIPES = Path("recipes")
+EVALUATION, LABEL = "evaluation.json", "after"
+BASE = "base"  # the name of the untrained model's evaluation
+Command = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One entry of the plan, for all its seeds."""
+
+    name: str
+    recipe: Path
+    set: tuple[str, ...] = ()
+    start: str | None = None
+    family: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    runs: tuple[Run, ...]
+    families: dict[str, str]  # key -> title, in the order of the page
+    set: tuple[str, ...]
+    evaluate: tuple[str, ...]  # options of tools.evaluate; the data first
+    seeds: int
+    steps: int | None = None  # instead of the recipes'
+
+    def select(self, patterns: Sequence[str]) -> Plan:
+        """Only runs whose name matches a pattern, and those they start from. Raises ConfigError if one matches none."""
+        for pattern in patterns:
+            if not any(fnmatch(run.name, pattern) for run in self.runs):
+                names = ", ".join(run.name for run in self.runs)
+                raise ConfigError(f"--only: no run is called {pattern!r}; the plan has {names}")
+        wanted = {run.name for run in self.runs if any(fnmatch(run.name, pattern) for pattern in patterns)}
+        wanted |= {run.start for run in self.runs if run.name in wanted and run.start}
+        return replace(self, runs=tuple(run for run in self.runs if run.name in wanted))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run with one seed: commands to do one after the other; it is finished when its evaluation exists."""
+
+    name: str
+    folder: Path
+    commands: tuple[Command, ...]
+    steps: int  # training steps; 0: only an evaluation
+    needs: str | None = None  # the job whose model it starts from
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / EVALUATION).exists()
+
+
+def load_plan(path: Path) -> Plan:
+    """Read the plan; methods without an entry get one with their own recipe. Raises ConfigError for a faulty one."""
+    if not path.is_file():
+        raise ConfigError(f"--plan: no such file: {path}")
+    content = tomllib.loads(path.read_text())
+    unknown = content.keys() - {"seeds", "set", "evaluate", "families", "run"}
+    if unknown:
+        raise ConfigError(f"{path}: unknown keys {', '.join(sorted(unknown))}")
+    runs = list[Run]()
+    for entry in content["run"]:
+        runs.append(_run(path, entry, runs))
+    mentioned = {run.name for run in runs}
+    missing = [name for name in methods.METHODS if name not in mentioned and recipe_of(name).is_file()]
+    last = list(content["families"])[-1]
+    runs += [Run(name, recipe_of(name), family=last) for name in missing]
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1 or (run.start and run.start not in names) or run.family not in content["families"]:
+            raise ConfigError(f"{path}: run {run.name}: its name must be unique, its start a run, its family listed")
+    return Plan(
+        tuple(runs), content["families"], tuple(content["set"]), tuple(content["evaluate"]), int(content["seeds"])
+    )
+
+
+def recipe_of(method: str) -> Path:
+    return RECIPES / method / f"{method}-tiny-cpu.toml"
+
+
+def _run(path: Path, entry: dict[str, Any], earlier: Sequence[Run]) -> Run:
+    """``like`` names an earlier run, whose recipe and overrides come first; ``method`` whose recipe it is."""
+    unknown = entry.keys() - {"name", "method", "like", "set", "start", "family", "note"}
+    if unknown or not {"name", "family"} <= entry.keys():
+        raise ConfigError(f"{path}: run {entry.get('name')}: expected name and family, unknown keys {sorted(unknown)}")
+    model = Run(entry["name"], recipe_of(entry.get("method", entry["name"])))
+    if "like" in entry:
+        model = next((run for run in earlier if run.name == entry["like"]), None)
+        if model is None:
+            raise ConfigError(f"{path}: run {entry['name']}: like {entry['like']!r} names no run above it")
+    return Run(
+        name=entry["name"],
+        recipe=model.recipe,
+        set=(*model.set, *entry.get("set", ())),
+        start=entry.get("start"),
+        family=entry["family"],
+        note=entry.get("note", ""),
+    )
+
+
+def configuration(plan: Plan, run: Run, seed: int, folder: Path) -> tuple[Config, Command]:
+    """The checked configuration of a run with a seed, and the command that trains it."""
+    overrides = [*plan.set, *run.set, f"train.seed={seed}"]
+    if plan.steps is not None:
+        overrides.append(f"train.steps={plan.steps}")
+    name = job_name(run.name, seed)
+    overrides += [f"log.dir={toml_string(folder)}", f"name={toml_string(name)}"]
+    try:
+        config = load_config(run.recipe, overrides)
+        methods.create(config.method)
+    except ValueError as error:
+        raise ConfigError(f"run {run.name}: {error}") from None
+    if run.start:
+        overrides.append(f"model.path={toml_string(model_folder(folder, run.start))}")
+    return config, ("tools.train", str(run.recipe), *overrides)
+
+
+def jobs(plan: Plan, folder: Path) -> list[Job]:
+    """Every run and seed, seed by seed so that an early look has all methods; models to start from come first.
+
+    Raises ConfigError for an invalid recipe or override, and for a finished run that was made with other settings.
+    """
+    first_recipe = load_config(plan.runs[0].recipe, [*plan.set])
+    found = [Job(BASE, folder / BASE, (_evaluate(plan, first_recipe.model.path, folder / BASE),), 0)]
+    starts = {run.start for run in plan.runs}
+    for seed in range(plan.seeds):
+        for run in sorted(plan.runs, key=lambda run: run.name not in starts):
+            config, train = configuration(plan, run, seed, folder)
+            own = folder / job_name(run.name, seed)
+            export = ("tools.convert", "to-hf", str(own), str(own / "hf"))
+            needs = job_name(run.start, 0) if run.start else None
+            commands = (train, export, _evaluate(plan, str(own / "hf"), own))
+            found.append(Job(own.name, own, commands, config.train.steps, needs))
+            check_made_so(own, config)
+    return found
+
+
+def check_made_so(folder: Path, config: Config) -> None:
+    """Raises ConfigError when the folder holds a run with other settings: results of two labs must not mix."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    saved, now = json.loads(path.read_text()), config.model_dump(mode="json")
+    differing = {
+        key: values
+        for key, values in differing_keys(saved, now).items()
+        if key != "model.path" and (key.startswith("method.") or None not in values)  # a new section is no new setting
+    }
+    if differing:
+        lines = "\n".join(f"  {key}: was {old!r}, now {new!r}" for key, (old, new) in differing.items())
+        raise ConfigError(f"{folder} was made with other settings; remove it, or choose another --dir\n{lines}")
+
+
+def _evaluate(plan: Plan, model: str, folder: Path) -> Command:
+    return ("tools.evaluate", model, *plan.evaluate, "--out", str(folder / EVALUATION), "--label", LABEL)
+
+
+def job_name(run: str, seed: int) -> str:
+    return f"{run}-s{seed}"
+
+
+def model_folder(folder: Path, start: str) -> Path:
+    return folder / job_name(start, 0) / "hf"
+
+
+def toml_string(value: object) -> str:
+    return f'"{value}"'

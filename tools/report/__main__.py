@@ -1,0 +1,8 @@
+"""`python -m tools.report`."""
+
+import sys
+
+from tools.report.page import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
