@@ -21,7 +21,7 @@ from torch import Tensor
 class Problem:
     """One verifiable problem: a row of a data file.
 
-    ``verifier`` names how a response is judged: ``math`` (equivalence of the boxed answer with
+    ``verifier`` names how a response is scored: ``math`` (equivalence of the boxed answer with
     ``answer``) or ``countdown`` (the boxed expression also uses each of ``numbers`` exactly once).
     Accuracy is also reported by ``kind``, such as a subject; of problems without one, by ``verifier``.
     """
@@ -36,7 +36,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Reward:
-    """A judged response. ``outcome`` says why (rollout/rewards/reward_pool.py lists the values)."""
+    """A scored response. ``outcome`` says why (rollout/rewards/reward_pool.py lists the values)."""
 
     value: float
     outcome: str
@@ -98,14 +98,14 @@ class TokenStats:
 class PackedSequences:
     """One micro-batch for the model: prompts and responses end to end, S tokens in all.
 
-    ``rows`` are the positions whose logits predict a response token, ``targets`` those tokens, both ``[T]``
+    ``logit_positions`` are those whose logits predict a response token, ``targets`` those tokens, both ``[T]``
     in the order of the sequences.
     """
 
     tokens: Tensor  # [S] int64
     position: Tensor  # [S] int64, within the sequence
     starts: Tensor  # [sequences + 1] int32, cumulative lengths
-    rows: Tensor  # [T] int64
+    logit_positions: Tensor  # [T] int64
     targets: Tensor  # [T] int64
     response_lengths: tuple[int, ...]  # one per sequence, without the padding
 
@@ -146,11 +146,11 @@ class Batch:
         """``[T]``: the policy loss as if the tokens had been drawn from the trainer's old policy."""
         return policy_loss if self.importance is None else self.importance * policy_loss
 
-    def rows(self, index: list[int]) -> tuple[Batch, Tensor]:
+    def select(self, index: list[int]) -> tuple[Batch, Tensor]:
         """The given sequences, in the given order, and the positions ``[T']`` of their tokens here."""
         device = self.reward.device
         order = torch.tensor(index, dtype=torch.int64, device=device)
-        places = [torch.nonzero(self.sequence == row)[:, 0] for row in index]
+        places = [torch.nonzero(self.sequence == sequence)[:, 0] for sequence in index]
         position = torch.cat([self.sequence.new_empty(0), *places])
         renumber = torch.empty(len(self.reward), dtype=torch.int64, device=device)
         renumber[order] = torch.arange(len(index), device=device)

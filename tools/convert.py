@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_ext.checkpoint.full_tensors import Place
-    from megatron_ext.model.param_mapping import Rule
+    from megatron_ext.model.param_mapping import ParamMapping
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -84,7 +84,7 @@ def to_hf(checkpoint: Path, out: Path, *, source: Path | None, shard_bytes: int)
     from megatron_ext.checkpoint.full_tensors import CheckpointTensors
     from megatron_ext.model.export import write_hf
     from megatron_ext.model.hf_config import read_architecture
-    from megatron_ext.model.param_mapping import hf_shapes, whole_rules
+    from megatron_ext.model.param_mapping import full_mappings, hf_shapes
     from tools.model_card import model_card
 
     print(f"convert: checking the files of {checkpoint}", file=sys.stderr)
@@ -92,15 +92,15 @@ def to_hf(checkpoint: Path, out: Path, *, source: Path | None, shard_bytes: int)
     source = source or Path(found.config["model"]["path"])
     architecture = read_architecture(read_hf_config(source))
     tensors = CheckpointTensors(path)
-    rules = [(rule, _place(rule)) for rule in whole_rules(architecture)]
-    dtype = tensors.check([place for _, place in rules], belongs=_is_policy)
+    mappings = [(mapping, _place(mapping)) for mapping in full_mappings(architecture)]
+    dtype = tensors.check([place for _, place in mappings], belongs=_is_policy)
     with ToolProgress(Console(stderr=True)) as progress:
-        task = progress.add_task("tensors", total=len(rules))
+        task = progress.add_task("tensors", total=len(mappings))
 
         def weights() -> Iterator[tuple[str, Tensor]]:
-            for rule, place in rules:
+            for mapping, place in mappings:
                 progress.advance(task)
-                yield from zip(rule.hf, rule.layout.join([tensors.read(place)]), strict=True)
+                yield from zip(mapping.hf, mapping.layout.join([tensors.read(place)]), strict=True)
 
         return write_hf(
             out,
@@ -121,22 +121,22 @@ def from_hf(model: Path, out: Path) -> int:
     from megatron_ext.checkpoint.full_tensors import write_tensors
     from megatron_ext.model.hf_config import read_architecture
     from megatron_ext.model.hf_weights import open_weights
-    from megatron_ext.model.param_mapping import whole_rules
+    from megatron_ext.model.param_mapping import full_mappings
 
     architecture = read_architecture(read_hf_config(model))
     stored = open_weights(model, architecture)
-    rules = whole_rules(architecture)
+    mappings = full_mappings(architecture)
     config = Config.model_validate({"model": {"path": str(model)}}).model_dump()
     folder = manifest.open_partial(out, 0)
     try:
         with ToolProgress(Console(stderr=True)) as progress:
-            task = progress.add_task("tensors", total=len(rules))
+            task = progress.add_task("tensors", total=len(mappings))
 
-            def whole(rule: Rule) -> Tensor:
+            def whole(mapping: ParamMapping) -> Tensor:
                 progress.advance(task)
-                return rule.layout.cut([stored.part(name) for name in rule.hf], 0, 1)
+                return mapping.layout.shard([stored.part(name) for name in mapping.hf], 0, 1)
 
-            tensors = [(_place(rule), partial(whole, rule)) for rule in rules]
+            tensors = [(_place(mapping), partial(whole, mapping)) for mapping in mappings]
             files = write_tensors(folder, tensors, stored.dtype)
         manifest.publish(folder, step=0, files=files, layout=ParallelConfig().model_dump(), config=config)
     except BaseException:
@@ -145,11 +145,13 @@ def from_hf(model: Path, out: Path) -> int:
     return sum(record.bytes for record in files.values())
 
 
-def _place(rule: Rule) -> Place:
+def _place(mapping: ParamMapping) -> Place:
     from megatron_ext.checkpoint.full_tensors import Place
     from megatron_ext.model.tp_sharding import Vocabulary
 
-    return Place(rule.key, rule.index, rule.stacked, rule.shape, padded=isinstance(rule.layout, Vocabulary))
+    return Place(
+        mapping.key, mapping.index, mapping.stacked, mapping.shape, padded=isinstance(mapping.layout, Vocabulary)
+    )
 
 
 def _is_policy(key: str) -> bool:

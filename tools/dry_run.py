@@ -175,7 +175,7 @@ def packing_check(config: Config) -> Check:
     fullest = max(bins, key=len)
     multiple = config.parallel.tensor if config.parallel.sequence else 1
     packed = packing.pack([([0] * prompt, [0] * response)] * len(fullest), multiple=multiple)
-    tokens, rows = len(packed.tokens), len(packed.rows)
+    tokens, rows = len(packed.tokens), len(packed.logit_positions)
     right = tokens % multiple == 0 and tokens - config.train.micro_batch_tokens < multiple
     right &= rows == response * len(fullest) and sum(map(len, bins)) == per_rank
     return Check(

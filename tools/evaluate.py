@@ -120,7 +120,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate the model directory ``model`` on the JSON Lines file ``data``; the result is plain JSON.
 
-    ``rollout`` names the engine and its options (None: transformers). ``workers`` judge (0: one per core). Progress
+    ``rollout`` names the engine and its options (None: transformers). ``workers`` score (0: one per core). Progress
     goes to ``console`` (None: silent). Raises ConfigError for a missing model or file, faulty data and an engine that
     is not installed, VerifierError when judgements cannot be trusted.
     """
@@ -173,7 +173,7 @@ def measure(
     *,
     console: Console,
 ) -> dict[str, Any]:
-    """Sample every problem ``settings.samples`` times, judge, and reduce to metrics with 95 % intervals.
+    """Sample every problem ``settings.samples`` times, score, and reduce to metrics with 95 % intervals.
 
     A response depends on the seed, its problem's place in the file and its own number, not on the batching.
     """
@@ -184,14 +184,14 @@ def measure(
         answers = [
             (problem, sample.text) for (problem, _), row in zip(problems, samples, strict=True) for sample in row
         ]
-        judged: list[Reward] = []
+        scored: list[Reward] = []
         task = progress.add_task("judging", total=len(answers))
         for first in range(0, len(answers), JUDGED_AT_ONCE):
             part = answers[first : first + JUDGED_AT_ONCE]
-            judged += pool.score(part)
+            scored += pool.score(part)
             progress.advance(task, len(part))
         n = settings.samples
-        rewards = [judged[first : first + n] for first in range(0, len(judged), n)]
+        rewards = [scored[first : first + n] for first in range(0, len(scored), n)]
         votes = [[reward.extracted if reward.outcome in VOTING else None for reward in row] for row in rewards]
         winners = [
             majority(row, lambda key, answer, known=known: (key, answer) in known)
@@ -204,22 +204,22 @@ def measure(
             "answer": problem.answer,
             "kind": problem.kind or problem.verifier,
             "n": n,
-            "c": sum(reward.outcome == "correct" for reward in judged_row),
-            "majority": winner is not None and judged_row[winner].outcome == "correct",
-            "majority_answer": None if winner is None else judged_row[winner].extracted,
+            "c": sum(reward.outcome == "correct" for reward in scored_row),
+            "majority": winner is not None and scored_row[winner].outcome == "correct",
+            "majority_answer": None if winner is None else scored_row[winner].extracted,
             "length": sum(len(sample.response_ids) for sample in sampled) / n,
             "truncated": sum(sample.truncated for sample in sampled) / n,
         }
-        for (problem, _), sampled, judged_row, winner in zip(problems, samples, rewards, winners, strict=True)
+        for (problem, _), sampled, scored_row, winner in zip(problems, samples, rewards, winners, strict=True)
     ]
     num_tokens = sum(len(sample.response_ids) for row in samples for sample in row)
-    outcomes = Counter(str(reward.outcome) for reward in judged)
+    outcomes = Counter(str(reward.outcome) for reward in scored)
     return {
         "decoding": asdict(settings) | {"ks": settings.reported_ks()},
         "num_problems": len(rows),
         "confidence": CONFIDENCE,
         **summary(rows, settings.reported_ks()),
-        "outcomes": {name: count / len(judged) for name, count in outcomes.most_common()},
+        "outcomes": {name: count / len(scored) for name, count in outcomes.most_common()},
         "time": {"rollout_s": seconds, "rollout_tokens_per_s": num_tokens / max(seconds, 1e-9)},
         "problems": rows,
     }
@@ -304,8 +304,8 @@ def save_evaluation(path: str | Path, label: str, evaluation: dict[str, Any]) ->
 
 def _rollout(options: argparse.Namespace) -> RolloutConfig:
     """Raises ConfigError."""
-    of_vllm = ("tensor", "memory_share", "eager")
-    default = {"tensor": 1, "memory_share": 0.9, "eager": False}
+    of_vllm = ("tensor_parallel_size", "gpu_memory_utilization", "enforce_eager")
+    default = {"tensor_parallel_size": 1, "gpu_memory_utilization": 0.9, "enforce_eager": False}
     given = {name: getattr(options, name) for name in of_vllm if getattr(options, name) is not None}
     try:
         rollout = RolloutConfig.model_validate(
@@ -412,10 +412,15 @@ def _parser() -> argparse.ArgumentParser:
         help="what samples: transformers or vLLM (%(default)s)",
     )
     add("--batch-size", type=int, default=engine.batch_size, help="responses decoded at once (%(default)s)")
-    add("--tensor", type=int, help="GPUs that share the weights of a vLLM engine (1)")
-    add("--memory-share", type=float, help="of each GPU's memory, for vLLM (0.9)")
-    add("--eager", action="store_true", default=None, help="vLLM without compilation: starts at once, generates slower")
-    add("--workers", type=whole_number(0), default=0, help="processes that judge; 0: one per core, at most 16")
+    add("--tensor-parallel-size-parallel-size", type=int, help="GPUs that share the weights of a vLLM engine (1)")
+    add("--gpu-memory-utilization", type=float, help="of each GPU's memory, for vLLM (0.9)")
+    add(
+        "--enforce-eager",
+        action="store_true",
+        default=None,
+        help="vLLM without compilation: starts at once, generates slower",
+    )
+    add("--workers", type=whole_number(0), default=0, help="processes that score; 0: one per core, at most 16")
     add("--out", type=output_file, help="JSON file to add the evaluation to")
     add(
         "--label",

@@ -86,7 +86,7 @@ def table(plan: Plan) -> list[str]:
         f"micro-batches of {t['micro_batch_tokens']:,} tokens on each data-parallel rank",
         f"models: policy{', reference' * plan.roles.reference}{', critic' * plan.roles.critic}; "
         f"{plan.config.rollout.engine} decodes {plan.kv_sequences} full-length sequences at once on an engine of "
-        f"{plan.config.rollout.tensor} GPU(s)",
+        f"{plan.config.rollout.tensor_parallel_size} GPU(s)",
         "",
         f"memory of the worst GPU (pipeline rank {worst.rank}), GB" + "".join(f"{phase:>10}" for phase in PHASES),
     ]

@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     if (run / "hf").exists():
         console.print(f"{run} is finished; remove it to start over", markup=False)
     else:
-        engine = [f"rollout.engine={options.engine}", "rollout.eager=true"]
+        engine = [f"rollout.engine={options.engine}", "rollout.enforce_eager=true"]
         for title, command in (
             ("before", evaluate(BASE, "before", run, options.engine)),
             ("train", ["tools.train", RECIPE, f"name={name}", *engine, *options.overrides]),
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def evaluate(model: str, label: str, run: Path, engine: str) -> list[str]:
     options = ["--data", HELD_OUT, "--samples", "8", "--max-prompt-tokens", "48", "--max-response-tokens", "32"]
-    sampling = ["--engine", engine, *(["--eager"] if engine != "hf" else [])]
+    sampling = ["--engine", engine, *(["--enforce-eager"] if engine != "hf" else [])]
     return ["tools.evaluate", model, *options, *sampling, "--out", str(run / EVALUATION), "--label", label]
 
 

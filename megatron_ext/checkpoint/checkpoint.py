@@ -57,7 +57,7 @@ from megatron_ext.checkpoint.storage import (
 )
 from megatron_ext.model import parallel
 from megatron_ext.model.host_memory import HostMemory
-from megatron_ext.model.trainable import Trained
+from megatron_ext.model.trainable import TrainableModel
 
 _STATE, _COMMON = "state.pt", "common.pt"
 
@@ -120,7 +120,7 @@ class Checkpoints:
         self,
         root: Path,
         *,
-        trained: Mapping[str, Trained],
+        trained: Mapping[str, TrainableModel],
         config: dict[str, Any],
         layout: dict[str, Any],
         keep: int,
@@ -303,7 +303,7 @@ def _write(folder: Path, pieces: Sequence[Piece], contents: dict[str, bytes]) ->
     return Written([each.chunk for each in pieces], places, files, time.perf_counter() - start)
 
 
-def _contents(trained: Mapping[str, Trained], state: dict[str, Any], everyone: list[Any]) -> dict[str, bytes]:
+def _contents(trained: Mapping[str, TrainableModel], state: dict[str, Any], everyone: list[Any]) -> dict[str, bytes]:
     """The files beside the tensors. ``everyone``: each rank's random states and the steps of its optimizers."""
     rng = [states for states, _ in everyone]
     common = {
@@ -317,11 +317,11 @@ def _contents(trained: Mapping[str, Trained], state: dict[str, Any], everyone: l
     }
 
 
-def _schedules(trained: Mapping[str, Trained]) -> dict[str, Any]:
+def _schedules(trained: Mapping[str, TrainableModel]) -> dict[str, Any]:
     return {name: each.scheduler.state_dict() for name, each in trained.items()}
 
 
-def _check_schedules(saved: dict[str, Any], trained: Mapping[str, Trained]) -> None:
+def _check_schedules(saved: dict[str, Any], trained: Mapping[str, TrainableModel]) -> None:
     """Megatron's scheduler would silently go on with the saved rates, whatever this run's recipe says."""
     lines = []
     for name, each in trained.items():

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from megatron_ext.checkpoint.storage import Chunk, Shape, Target
 from megatron_ext.model.optimizer_state import allocate, parts
-from megatron_ext.model.trainable import Trained
+from megatron_ext.model.trainable import TrainableModel
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
 
@@ -38,7 +38,7 @@ class Piece(Target):
     stored: bool
 
 
-def trained_pieces(name: str, each: Trained) -> list[Piece]:
+def trained_pieces(name: str, each: TrainableModel) -> list[Piece]:
     """Weights, masters and moments of the ranges of the model ``name`` that this rank owns.
 
     An optimizer that never stepped gets its zero state here.
@@ -67,7 +67,7 @@ def module_pieces(modules: Sequence[GPTModel]) -> list[Piece]:
     return found
 
 
-def steps_taken(each: Trained) -> int:
+def steps_taken(each: TrainableModel) -> int:
     """Steps of this rank's AdamW, by its own count: torch's in each parameter's state, the fused one's in the group.
 
     All that it has were stepped together; it may have none.
@@ -80,7 +80,7 @@ def steps_taken(each: Trained) -> int:
     return 0
 
 
-def set_steps(each: Trained, steps: int) -> None:
+def set_steps(each: TrainableModel, steps: int) -> None:
     """Make AdamW go on after ``steps``."""
     optimizer: Any = each.optimizer
     for part in _adams(optimizer):
@@ -92,7 +92,7 @@ def set_steps(each: Trained, steps: int) -> None:
                 group["step"] = steps
 
 
-def groups_state(each: Trained, steps: int) -> Any:
+def groups_state(each: TrainableModel, steps: int) -> Any:
     """What Megatron's optimizers say of themselves without tensors, in the form of its own checkpoints."""
     optimizer: Any = each.optimizer
     found = []

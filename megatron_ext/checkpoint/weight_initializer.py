@@ -14,7 +14,7 @@ from megatron_ext.model.hf_weights import load_weights, open_weights
 from megatron_ext.model.reference import identity
 
 
-class Start:
+class WeightInitializer:
     """Fills policy, reference and critic alike. The checkpoint may be of any layout; it is verified once, here.
 
     Raises CheckpointError on all ranks if it is damaged, ValueError for safetensors that are not the architecture's.

@@ -54,15 +54,12 @@ ALIASES = {
     "rollout.name": "rollout.engine",
     "use_vllm": "rollout.engine",
     "vllm_mode": 'rollout.engine ("vllm" is colocated, "vllm_server" is not)',
-    "rollout.tensor_model_parallel_size": "rollout.tensor",
-    "rollout.tensor_parallel_size": "rollout.tensor",
-    "vllm_cfg.tensor_parallel_size": "rollout.tensor",
-    "vllm_tensor_parallel_size": "rollout.tensor",
-    "rollout_num_gpus_per_engine": "rollout.tensor",
-    "gpu_memory_utilization": "rollout.memory_share",
-    "vllm_gpu_memory_utilization": "rollout.memory_share",
-    "sglang_mem_fraction_static": "rollout.memory_share",
-    "enforce_eager": "rollout.eager",
+    "rollout.tensor_model_parallel_size": "rollout.tensor_parallel_size",
+    "vllm_cfg.tensor_parallel_size": "rollout.tensor_parallel_size",
+    "vllm_tensor_parallel_size": "rollout.tensor_parallel_size",
+    "rollout_num_gpus_per_engine": "rollout.tensor_parallel_size",
+    "vllm_gpu_memory_utilization": "rollout.gpu_memory_utilization",
+    "sglang_mem_fraction_static": "rollout.gpu_memory_utilization",
     "vllm_num_engines": "rollout.servers.num",
     "vllm_server_base_url": "rollout.servers.urls",
     "data.train_batch_size": "rollout.prompts",
@@ -176,7 +173,6 @@ ALIASES = {
     "actor_num_gpus_per_node": "parallel.ranks_per_node",
     "nproc_per_node": "parallel.ranks_per_node",
     "tensor_model_parallel_size": "parallel.tensor",
-    "tensor_parallel_size": "parallel.tensor",
     "pipeline_model_parallel_size": "parallel.pipeline",
     "pipeline_parallel_size": "parallel.pipeline",
     "virtual_pipeline_model_parallel_size": "parallel.virtual",
@@ -210,8 +206,20 @@ ALIASES = {
 }
 
 
+RENAMED = {  # our own keys of before
+    "rollout.tensor": "rollout.tensor_parallel_size",
+    "rollout.memory_share": "rollout.gpu_memory_utilization",
+    "rollout.eager": "rollout.enforce_eager",
+}
+RENAMED_VALUES = {  # likewise, of the method's options
+    "nucleus": {"reach": "inclusive", "below": "exclusive"},
+}
+
+
 def find(key: str) -> str | None:
     """What the dotted ``key`` of another stack is here, None if that is not known."""
+    if key in RENAMED:
+        return RENAMED[key]
     parts = key.replace("-", "_").lower().split(".")
     ends = (".".join(parts[first:]) for first in range(len(parts)))
     return next((ALIASES[end] for end in ends if end in ALIASES), None)
@@ -232,6 +240,20 @@ def unknown_keys(schema: type[BaseModel], where: str, value: Any) -> list[str]:
     if close:
         return [f"{where}: unknown key; did you mean {' or '.join(close)}?"]
     return [f"{where}: unknown key; known keys: {', '.join(sorted(section.model_fields))}"]
+
+
+def with_new_names(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that an older version wrote, under today's names."""
+    config = {name: dict(value) if isinstance(value, dict) else value for name, value in config.items()}
+    for old, new in RENAMED.items():
+        section, _, key = old.partition(".")
+        if key in config.get(section, {}):
+            config[section][new.partition(".")[2]] = config[section].pop(key)
+    for option, names in RENAMED_VALUES.items():
+        value = config.get("method", {}).get(option)
+        if value in names:
+            config["method"][option] = names[value]
+    return config
 
 
 def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -36,16 +36,16 @@ def layout_faults(config: Config) -> list[str]:
         )
     if p.sequence and p.tensor == 1:
         faults.append("parallel.sequence: needs parallel.tensor > 1, found 1; set parallel.sequence = false")
-    prompts, mini = config.rollout.prompts, config.train.mini_batch_prompts
-    if prompts % mini:
+    prompts, mini_batch = config.rollout.prompts, config.train.mini_batch_prompts
+    if prompts % mini_batch:
         faults.append(
-            f"train.mini_batch_prompts: {mini} does not divide rollout.prompts {prompts}; "
-            f"nearest valid is {nearest_divisor(prompts, mini)}"
+            f"train.mini_batch_prompts: {mini_batch} does not divide rollout.prompts {prompts}; "
+            f"nearest valid is {nearest_divisor(prompts, mini_batch)}"
         )
-    elif not p.world % model_parallel and mini % p.data:
+    elif not p.world % model_parallel and mini_batch % p.data:
         faults.append(
-            f"train.mini_batch_prompts: {mini} is not divisible by the data-parallel size {p.data}; "
-            f"nearest valid is {max(1, round(mini / p.data)) * p.data}"
+            f"train.mini_batch_prompts: {mini_batch} is not divisible by the data-parallel size {p.data}; "
+            f"nearest valid is {max(1, round(mini_batch / p.data)) * p.data}"
         )
     longest = config.longest_sequence
     if config.train.micro_batch_tokens < longest:
@@ -69,11 +69,11 @@ def layout_faults(config: Config) -> list[str]:
 
 def _engine_faults(config: Config) -> list[str]:
     rollout, faults = config.rollout, []
-    shared, ranks, servers = rollout.tensor, config.parallel.ranks_per_node, rollout.servers
+    shared, ranks, servers = rollout.tensor_parallel_size, config.parallel.ranks_per_node, rollout.servers
     if shared > 1 and (rollout.engine == "hf" or (rollout.engine == "vllm" and ranks % shared)):
         faults.append(
-            f"rollout.tensor: {shared} ranks cannot share an engine: rollout.engine is {rollout.engine} and "
-            f"parallel.ranks_per_node is {ranks}; hf takes 1, vllm a divisor of the ranks of a node"
+            f"rollout.tensor_parallel_size: {shared} ranks cannot share an engine: rollout.engine is {rollout.engine} "
+            f"and parallel.ranks_per_node is {ranks}; hf takes 1, vllm a divisor of the ranks of a node"
         )
     if servers.devices and len(servers.devices) != servers.num:
         faults.append(

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_ext.config.aliases import unknown_keys
+from megatron_ext.config.aliases import unknown_keys, with_new_names
 from megatron_ext.config.checks import check_layout
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.redact import redact
@@ -48,8 +48,8 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration that an older version wrote, with the keys that it did not have."""
-    return _merge(Config().model_dump(), config)
+    """A configuration that an older version wrote, under today's names and with the keys that it did not have."""
+    return _merge(Config().model_dump(), with_new_names(config))
 
 
 def _read_chain(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:

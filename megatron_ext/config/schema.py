@@ -72,9 +72,11 @@ class ServersConfig(Section):
 
 class RolloutConfig(Section):
     engine: Literal["hf", "vllm", "vllm_server"] = "hf"  # transformers; vLLM in the trainer's processes, or in its own
-    tensor: Positive = 1  # ranks that share the weights of one vLLM engine
-    memory_share: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of the GPU's memory: what a vLLM engine may take, awake
-    eager: bool = False  # vLLM without compilation: starts at once, generates slower
+    tensor_parallel_size: Positive = 1  # ranks that share the weights of one vLLM engine
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = (
+        0.5  # of the GPU's memory: what a vLLM engine may take, awake
+    )
+    enforce_eager: bool = False  # vLLM without compilation: starts at once, generates slower
     model_runner: Literal["auto", "v1", "v2"] = "auto"  # vLLM's; auto: V2 where Triton has a device, V1 elsewhere
     servers: ServersConfig = ServersConfig()
     prompts: Positive = 128  # prompts per step

@@ -89,7 +89,7 @@ def load_problems(
 ) -> tuple[list[Problem], DataReport]:
     """The problems of a JSON Lines file and a report on the rows left out.
 
-    ``score`` judges ``(problem, response)`` pairs, for example ``RewardPool.score``; every gold answer is judged
+    ``score`` scores ``(problem, response)`` pairs, for example ``RewardPool.score``; every gold answer is scored
     against itself. Raises ``ConfigError`` for a file that cannot be read, for an unparsable gold answer unless
     ``skip_unparsable_gold``, for faults in more than the share ``max_left_out`` of the rows, for any when ``strict``,
     and when no row is left.
@@ -107,7 +107,7 @@ def load_problems(
         )
     if bad_gold and not skip_unparsable_gold:
         raise ConfigError(
-            f"data.train: {path} has {len(bad_gold)} gold answers that are not right when judged against themselves; "
+            f"data.train: {path} has {len(bad_gold)} gold answers that are not right when scored against themselves; "
             "every response to them would be scored wrong. Correct or remove the rows, or choose to leave them out\n"
             + "\n".join(_listed(list(bad_gold.values())))
         )
@@ -300,7 +300,7 @@ def _check_gold(problems: dict[int, Problem], score: Score) -> dict[int, Fault]:
             f"row {row}",
             "answer",
             "unparsable_gold",
-            f"gold {problem.answer[:100]!r} judged against itself is {reward.outcome}, expected correct",
+            f"gold {problem.answer[:100]!r} scored against itself is {reward.outcome}, expected correct",
         )
         for (row, problem), reward in zip(asked.items(), rewards, strict=True)
         if reward.outcome != Outcome.CORRECT

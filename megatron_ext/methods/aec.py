@@ -19,7 +19,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from megatron_ext.methods.base import Aggregation, Needs, Plan, Reducer, token_mean
+from megatron_ext.methods.base import Aggregation, Needs, Prepared, Reducer, token_mean
 from megatron_ext.methods.grpo import GRPO
 from megatron_ext.types import Batch, TokenStats
 
@@ -46,7 +46,7 @@ class AEC(GRPO):
     def needs(self) -> Needs:
         return replace(super().needs, old=True, entropy=True, entropy_grad=True)
 
-    def observe(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
+    def on_step_start(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
         assert stats is not None and stats.entropy is not None
         value = stats.entropy if self.measure == "entropy" else -stats.logprob
         entropy = token_mean(value, batch.mask, reduce)
@@ -55,6 +55,6 @@ class AEC(GRPO):
         self.c = min(max(self.c + (self.delta if below else -self.delta), 0.0), self.c_max)
         return {"aec/entropy": entropy, "aec/applied": self.applied, "aec/next": self.c}
 
-    def regulariser(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
+    def regulariser(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         assert stats.entropy is not None
-        return -self.applied * self.weight(batch, plan) * stats.entropy
+        return -self.applied * self.weight(batch, prepared) * stats.entropy

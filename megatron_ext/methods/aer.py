@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from megatron_ext.methods.base import Needs, Plan, Reducer, group_statistics, sequence_lengths, token_mean
+from megatron_ext.methods.base import Needs, Prepared, Reducer, group_statistics, sequence_lengths, token_mean
 from megatron_ext.methods.grpo import GRPO
 from megatron_ext.types import Batch, TokenStats
 
@@ -54,7 +54,7 @@ class AER(GRPO):
     def needs(self) -> Needs:
         return replace(super().needs, old=True, entropy=True, entropy_grad=True)
 
-    def observe(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
+    def on_step_start(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
         assert stats is not None and stats.entropy is not None
         entropy = token_mean(stats.entropy, batch.mask, reduce)
         if self.h_0 is None:
@@ -65,10 +65,10 @@ class AER(GRPO):
             self.next_alpha = max(0.0, self.alpha + math.copysign(self.eta, error))
         return {"aer/entropy": entropy, "aer/target": self.tau * self.h_0, "aer/alpha": self.alpha}
 
-    def prepare(self, batch: Batch, current: TokenStats | None, reduce: Reducer) -> Plan:
+    def prepare(self, batch: Batch, current: TokenStats | None, reduce: Reducer) -> Prepared:
         length = sequence_lengths(batch.sequence, batch.mask, len(batch.reward)).clamp(min=1)
         per_token = self.coefficient(batch) / (length * max(batch.num_sequences, 1))
-        return Plan({"bonus": batch.mask * batch.token(per_token)})
+        return Prepared({"bonus": batch.mask * batch.token(per_token)})
 
     def coefficient(self, batch: Batch) -> Tensor:
         """lambda of each response, ``[B]``."""
@@ -80,6 +80,6 @@ class AER(GRPO):
             return self.alpha * (accuracy == 0)
         return self.alpha * (self.rho - accuracy).clamp(min=0) / (self.rho + 1e-8)
 
-    def regulariser(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
+    def regulariser(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         assert stats.entropy is not None
-        return -plan.token["bonus"] * stats.entropy
+        return -prepared.token["bonus"] * stats.entropy

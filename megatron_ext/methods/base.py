@@ -23,18 +23,18 @@ Scope = Literal["mini_batch", "micro_batch"]  # what a statistic over tokens is 
 
 
 @dataclass(frozen=True)
-class Plan:
+class Prepared:
     """What ``prepare`` fixes for one mini-batch: ``[T]`` vectors for ``loss``, and numbers to report."""
 
     token: dict[str, Tensor] = field(default_factory=dict)
     report: dict[str, float] = field(default_factory=dict)
 
-    def select(self, position: Tensor) -> Plan:
+    def select(self, position: Tensor) -> Prepared:
         """The part of a micro-batch whose tokens stand at ``position`` in the mini-batch."""
-        return Plan({name: value[position] for name, value in self.token.items()}, self.report)
+        return Prepared({name: value[position] for name, value in self.token.items()}, self.report)
 
-    def __or__(self, other: Plan) -> Plan:
-        return Plan(self.token | other.token, self.report | other.report)
+    def __or__(self, other: Prepared) -> Prepared:
+        return Prepared(self.token | other.token, self.report | other.report)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Needs:
     entropy: bool = False
     entropy_grad: bool = False
     nucleus_p: float | None = None
-    nucleus: Literal["reach", "below"] = "reach"
+    nucleus: Literal["inclusive", "exclusive"] = "inclusive"
     nucleus_grad: bool = False
     old: bool = False  # observe() needs the statistics of the policy that sampled, before its first update
     current: bool = False  # prepare() needs the statistics of the policy as it is before this mini-batch
@@ -91,7 +91,7 @@ class Method:
 
     @property
     def updates_policy(self) -> bool:
-        """Whether the policy is updated in this step, once ``observe`` has seen it."""
+        """Whether the policy is updated in this step, once ``on_step_start`` has seen it."""
         return True
 
     def policy_steps(self, steps: int) -> int:
@@ -106,11 +106,11 @@ class Method:
         """What each response is credited with, ``[B]``; NaN stays NaN."""
         return batch.reward
 
-    def credit(self, batch: Batch, reduce: Reducer) -> Batch:
+    def compute_advantages(self, batch: Batch, reduce: Reducer) -> Batch:
         """The whole step's batch of this rank with the advantage of each token: here, that of its response."""
         return replace(batch, advantage=batch.token(self.advantages(self.rewards(batch), batch.group)))
 
-    def observe(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
+    def on_step_start(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
         """See the whole step's batch under the policy that sampled it, before its first update.
 
         ``stats`` are given when ``needs.old`` is set, otherwise where they happen to be known. Here anchors are
@@ -118,15 +118,15 @@ class Method:
         """
         return {}
 
-    def prepare(self, batch: Batch, current: TokenStats | None, reduce: Reducer) -> Plan:
+    def prepare(self, batch: Batch, current: TokenStats | None, reduce: Reducer) -> Prepared:
         """Fix what depends on the whole mini-batch, before it is split into micro-batches.
 
         ``current`` holds the needed statistics of the current policy without gradient when
         ``needs.current`` is set, for the same tokens as ``batch``.
         """
-        return Plan()
+        return Prepared()
 
-    def loss(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
+    def loss(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         """Loss per token ``[T]``, already weighted: the mini-batch's loss is its sum."""
         raise NotImplementedError
 
@@ -138,7 +138,7 @@ class Method:
         """Sums over the tokens of this split, as in ``metrics``."""
         return {}
 
-    def metrics(self, batch: Batch, stats: TokenStats, plan: Plan) -> dict[str, Tensor]:
+    def metrics(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> dict[str, Tensor]:
         """Sums over the tokens of this split, to be added over splits and ranks.
 
         Names under ``loss/`` stay sums; all others are divided by the mini-batch's number of tokens.

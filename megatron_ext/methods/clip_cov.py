@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_ext.methods.base import Aggregation, Plan, Reducer, log_ratio, num_selected
-from megatron_ext.methods.selection import Selective, count_of, covariance, largest, token_keys
+from megatron_ext.methods.base import Aggregation, Prepared, Reducer, log_ratio, num_selected
+from megatron_ext.methods.selection import Selective, count_of, covariance, token_keys, top_k
 from megatron_ext.types import Batch, TokenStats
 
 
@@ -41,24 +41,24 @@ class ClipCov(Selective):
         self.check("r", 0 < self.r <= 1, "a share of the tokens above 0 and at most 1")
         self.check("w_high", self.w_low < self.w_high, f"more than w_low = {self.w_low}")
 
-    def prepare(self, batch: Batch, current: TokenStats | None, reduce: Reducer) -> Plan:
+    def prepare(self, batch: Batch, current: TokenStats | None, reduce: Reducer) -> Prepared:
         self.updates += 1
         return super().prepare(batch, current, reduce)
 
-    def select(self, batch: Batch, stats: TokenStats, plan: Plan, reduce: Reducer) -> Plan:
-        advantage = self.advantage(batch, stats, plan)
+    def select(self, batch: Batch, stats: TokenStats, prepared: Prepared, reduce: Reducer) -> Prepared:
+        advantage = self.advantage(batch, stats, prepared)
         ratio = log_ratio(stats.logprob, batch.old_logprob).exp()
         clipped = -advantage * ratio.clamp(1 - self.clip_low, 1 + self.clip_high) > -advantage * ratio
         cov = covariance(stats.logprob, advantage, batch.mask, reduce)
         eligible = batch.mask & ~clipped & (cov > self.w_low) & (cov < self.w_high)
         count = count_of(self.r, num_selected(batch.mask, reduce))
         key = token_keys(batch, (self.seed << 32) + self.updates)
-        chosen = largest(torch.zeros_like(cov), eligible, count, key, reduce)
-        return Plan({"stopped": chosen})
+        chosen = top_k(torch.zeros_like(cov), eligible, count, key, reduce)
+        return Prepared({"stopped": chosen})
 
-    def policy_loss(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
-        return torch.where(plan.token["stopped"], 0.0, super().policy_loss(batch, stats, plan))
+    def policy_loss(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
+        return torch.where(prepared.token["stopped"], 0.0, super().policy_loss(batch, stats, prepared))
 
-    def metrics(self, batch: Batch, stats: TokenStats, plan: Plan) -> dict[str, Tensor]:
-        stopped = self.complete(batch, stats, plan).token["stopped"]
-        return super().metrics(batch, stats, plan) | {"clip_cov/stopped": stopped.sum()}
+    def metrics(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> dict[str, Tensor]:
+        stopped = self.complete(batch, stats, prepared).token["stopped"]
+        return super().metrics(batch, stats, prepared) | {"clip_cov/stopped": stopped.sum()}

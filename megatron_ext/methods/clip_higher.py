@@ -54,8 +54,8 @@ class ClipHigher(GRPO):
         excess = length - (self.overlong_max - self.overlong_buffer)
         return (-excess / self.overlong_buffer).clamp(max=0.0)
 
-    def observe(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
-        report = super().observe(batch, stats, reduce)
+    def on_step_start(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
+        report = super().on_step_start(batch, stats, reduce)
         if self.overlong_max is None:
             return report
         shaped = num_selected((self.penalty(batch) < 0) & ~batch.reward.isnan(), reduce)

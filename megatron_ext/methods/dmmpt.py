@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_ext.methods.base import Aggregation, Needs, Plan, Reducer, sequence_lengths, token_mean
+from megatron_ext.methods.base import Aggregation, Needs, Prepared, Reducer, sequence_lengths, token_mean
 from megatron_ext.methods.selection import Selective
 from megatron_ext.types import Batch, TokenStats
 
@@ -40,7 +40,7 @@ class DMMPT(Selective):
     def needs(self) -> Needs:
         return replace(super().needs, entropy=True)
 
-    def select(self, batch: Batch, stats: TokenStats, plan: Plan, reduce: Reducer) -> Plan:
+    def select(self, batch: Batch, stats: TokenStats, prepared: Prepared, reduce: Reducer) -> Prepared:
         assert stats.entropy is not None
         if self.switch == "batch":
             low = torch.full_like(batch.mask, token_mean(stats.entropy, batch.mask, reduce) < self.sigma)
@@ -50,11 +50,11 @@ class DMMPT(Selective):
             count = sequence_lengths(batch.sequence, batch.mask, len(batch.reward)).clamp(min=1)
             low = batch.token(total / count < self.sigma)
         correct = batch.token(batch.reward > 0)
-        return Plan({"mastered": batch.mask & correct & low & (stats.logprob.exp() >= self.tau)})
+        return Prepared({"mastered": batch.mask & correct & low & (stats.logprob.exp() >= self.tau)})
 
-    def policy_loss(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
-        return torch.where(plan.token["mastered"], 0.0, super().policy_loss(batch, stats, plan))
+    def policy_loss(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
+        return torch.where(prepared.token["mastered"], 0.0, super().policy_loss(batch, stats, prepared))
 
-    def metrics(self, batch: Batch, stats: TokenStats, plan: Plan) -> dict[str, Tensor]:
-        mastered = self.complete(batch, stats, plan).token["mastered"]
-        return super().metrics(batch, stats, plan) | {"dmmpt/mastered": mastered.sum()}
+    def metrics(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> dict[str, Tensor]:
+        mastered = self.complete(batch, stats, prepared).token["mastered"]
+        return super().metrics(batch, stats, prepared) | {"dmmpt/mastered": mastered.sum()}

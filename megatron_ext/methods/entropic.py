@@ -33,7 +33,7 @@ from megatron_ext.methods.base import (
     Aggregation,
     Needs,
     OneRank,
-    Plan,
+    Prepared,
     Reducer,
     Scope,
     log_ratio,
@@ -69,18 +69,18 @@ class EntroPIC(GRPO):
     def needs(self) -> Needs:
         return replace(super().needs, entropy=True, current=self.scope == "mini_batch")
 
-    def prepare(self, batch: Batch, current: TokenStats | None, reduce: Reducer) -> Plan:
+    def prepare(self, batch: Batch, current: TokenStats | None, reduce: Reducer) -> Prepared:
         if self.scope == "micro_batch":
-            return Plan()
+            return Prepared()
         assert current is not None
         return self.control(batch, current, reduce)
 
-    def loss(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
+    def loss(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         if self.scope == "micro_batch":
-            plan = self.control(batch, stats.detach(), OneRank())
-        return super().loss(batch, stats, plan)
+            prepared = self.control(batch, stats.detach(), OneRank())
+        return super().loss(batch, stats, prepared)
 
-    def control(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> Plan:
+    def control(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> Prepared:
         """Measure, move the controller by one step, and fix the control term's weight per token."""
         assert stats.entropy is not None
         entropy = token_mean(stats.entropy, batch.mask, reduce)
@@ -90,7 +90,7 @@ class EntroPIC(GRPO):
         if self.form == "high_probability" and self.normaliser == "high":
             share = 1.0 if self.scope == "mini_batch" else num_valid(batch) / max(batch.num_sequences, 1)
             weight = high * (share / max(num_selected(high, reduce), 1))
-        return Plan(
+        return Prepared(
             {"control": self.alpha * weight},
             {"entropic/entropy": entropy, "entropic/alpha": self.alpha, "entropic/integral": self.integral},
         )
@@ -102,14 +102,14 @@ class EntroPIC(GRPO):
             self.integral += error
         self.alpha = min(max(output, -1.0), 1.0)
 
-    def regulariser(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
-        advantage = self.advantage(batch, stats, plan)
+    def regulariser(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
+        advantage = self.advantage(batch, stats, prepared)
         if self.form == "full":
-            return plan.token["control"] * torch.sign(advantage) * self.policy_loss(batch, stats, plan)
-        return -plan.token["control"] * log_ratio(stats.logprob, batch.old_logprob).exp() * advantage.abs()
+            return prepared.token["control"] * torch.sign(advantage) * self.policy_loss(batch, stats, prepared)
+        return -prepared.token["control"] * log_ratio(stats.logprob, batch.old_logprob).exp() * advantage.abs()
 
-    def metrics(self, batch: Batch, stats: TokenStats, plan: Plan) -> dict[str, Tensor]:
-        own = super().metrics(batch, stats, plan)
+    def metrics(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> dict[str, Tensor]:
+        own = super().metrics(batch, stats, prepared)
         if self.scope == "mini_batch":
             return own
         count = batch.mask.sum()  # means over tokens of what each micro-batch's loss has just been given

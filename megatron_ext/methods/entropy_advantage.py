@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_ext.methods.base import Needs, Plan
+from megatron_ext.methods.base import Needs, Prepared
 from megatron_ext.methods.clip_higher import ClipHigher
 from megatron_ext.methods.ppo import PPO
 from megatron_ext.types import Batch, TokenStats
@@ -40,9 +40,9 @@ class EntropyAdvantage(ClipHigher):
     def needs(self) -> Needs:
         return replace(super().needs, entropy=True)
 
-    def advantage(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
+    def advantage(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         assert stats.entropy is not None
-        advantage = super().advantage(batch, stats, plan)
+        advantage = super().advantage(batch, stats, prepared)
         return advantage + psi(stats.entropy, advantage, alpha=self.alpha, kappa=self.kappa)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from megatron_ext.methods.base import Needs, Plan
+from megatron_ext.methods.base import Needs, Prepared
 from megatron_ext.methods.grpo import GRPO
 from megatron_ext.types import Batch, TokenStats
 
@@ -33,6 +33,6 @@ class EntropyBonus(GRPO):
     def needs(self) -> Needs:
         return replace(super().needs, entropy=True, entropy_grad=True)
 
-    def regulariser(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
+    def regulariser(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         assert stats.entropy is not None
-        return -self.coef * self.weight(batch, plan) * stats.entropy
+        return -self.coef * self.weight(batch, prepared) * stats.entropy

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_ext.methods.base import Needs, Plan, Reducer, num_selected
+from megatron_ext.methods.base import Needs, Prepared, Reducer, num_selected
 from megatron_ext.methods.clip_higher import ClipHigher
-from megatron_ext.methods.selection import Selective, count_of, largest, token_keys
+from megatron_ext.methods.selection import Selective, count_of, token_keys, top_k
 from megatron_ext.types import Batch, TokenStats
 
 
@@ -35,8 +35,8 @@ class ForkingTokens(ClipHigher, Selective):
     def needs(self) -> Needs:
         return replace(super().needs, entropy=True)
 
-    def select(self, batch: Batch, stats: TokenStats, plan: Plan, reduce: Reducer) -> Plan:
+    def select(self, batch: Batch, stats: TokenStats, prepared: Prepared, reduce: Reducer) -> Prepared:
         assert stats.entropy is not None
         count = count_of(self.rho, num_selected(batch.mask, reduce))
-        selected = largest(stats.entropy, batch.mask, count, token_keys(batch), reduce)
-        return Plan({"weight": selected * (self.share(batch) / count)})
+        selected = top_k(stats.entropy, batch.mask, count, token_keys(batch), reduce)
+        return Prepared({"weight": selected * (self.share(batch) / count)})

@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from megatron_ext.methods.base import Aggregation, Method, Needs, Plan, group_statistics, log_ratio
+from megatron_ext.methods.base import Aggregation, Method, Needs, Prepared, group_statistics, log_ratio
 from megatron_ext.types import Batch, TokenStats
 
 
@@ -50,39 +50,39 @@ class GRPO(Method):
         advantage = (reward_B - mean) / (std + 1e-6) if self.normalise else reward_B - mean
         return torch.where(reward_B.isnan(), 0.0, advantage)
 
-    def loss(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
-        loss = self.policy_loss(batch, stats, plan)
+    def loss(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
+        loss = self.policy_loss(batch, stats, prepared)
         if self.beta > 0:
             assert batch.ref_logprob is not None
             loss = loss + self.beta * k3(stats.logprob, batch.ref_logprob)
-        return self.weight(batch, plan) * loss + self.regulariser(batch, stats, plan)
+        return self.weight(batch, prepared) * loss + self.regulariser(batch, stats, prepared)
 
-    def weight(self, batch: Batch, plan: Plan) -> Tensor:
+    def weight(self, batch: Batch, prepared: Prepared) -> Tensor:
         """The aggregation per token, ``[T]``; ``prepare`` may replace it."""
-        return plan.token.get("weight", batch.weight)
+        return prepared.token.get("weight", batch.weight)
 
-    def advantage(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
+    def advantage(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         """The advantage per token, ``[T]``, a constant."""
         return batch.advantage
 
-    def policy_loss(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
+    def policy_loss(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         """The clipped objective per token, unweighted, ``[T]``."""
-        advantage = self.advantage(batch, stats, plan)
+        advantage = self.advantage(batch, stats, prepared)
         ratio = log_ratio(stats.logprob, batch.old_logprob).exp()
         loss = torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - self.clip_low, 1 + self.clip_high))
         if self.dual_clip is not None:
             loss = torch.where(advantage < 0, torch.min(loss, -advantage * self.dual_clip), loss)
         return batch.corrected(loss)
 
-    def regulariser(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor | float:
+    def regulariser(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor | float:
         """What a method adds to the objective, per token and weighted, ``[T]``."""
         return 0.0
 
-    def metrics(self, batch: Batch, stats: TokenStats, plan: Plan) -> dict[str, Tensor]:
-        advantage = self.advantage(batch, stats, plan)
+    def metrics(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> dict[str, Tensor]:
+        advantage = self.advantage(batch, stats, prepared)
         ratio = log_ratio(stats.logprob, batch.old_logprob).exp()
         return {
-            "loss/policy": (self.weight(batch, plan) * self.policy_loss(batch, stats, plan)).sum(),
+            "loss/policy": (self.weight(batch, prepared) * self.policy_loss(batch, stats, prepared)).sum(),
             "clip/low": (batch.mask & (advantage < 0) & (ratio < 1 - self.clip_low)).sum(),
             "clip/high": (batch.mask & (advantage > 0) & (ratio > 1 + self.clip_high)).sum(),
             "kl/old": torch.where(batch.mask, k3(stats.logprob, batch.old_logprob), 0.0).sum(),

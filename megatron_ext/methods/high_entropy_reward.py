@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from megatron_ext.methods.base import Needs, Plan, Reducer, num_selected
-from megatron_ext.methods.selection import Selective, count_of, largest, token_keys
+from megatron_ext.methods.base import Needs, Prepared, Reducer, num_selected
+from megatron_ext.methods.selection import Selective, count_of, token_keys, top_k
 from megatron_ext.types import Batch, TokenStats
 
 
@@ -34,12 +34,12 @@ class HighEntropyReward(Selective):
     def needs(self) -> Needs:
         return replace(super().needs, entropy=True, entropy_grad=True)
 
-    def select(self, batch: Batch, stats: TokenStats, plan: Plan, reduce: Reducer) -> Plan:
+    def select(self, batch: Batch, stats: TokenStats, prepared: Prepared, reduce: Reducer) -> Prepared:
         assert stats.entropy is not None
         count = count_of(self.rho, num_selected(batch.mask, reduce))
-        selected = largest(stats.entropy, batch.mask, count, token_keys(batch), reduce)
-        return Plan({"bonus": selected * (self.coef * self.share(batch) / count)})
+        selected = top_k(stats.entropy, batch.mask, count, token_keys(batch), reduce)
+        return Prepared({"bonus": selected * (self.coef * self.share(batch) / count)})
 
-    def regulariser(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
+    def regulariser(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         assert stats.entropy is not None
-        return -plan.token["bonus"] * stats.entropy
+        return -prepared.token["bonus"] * stats.entropy

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_ext.methods.base import Aggregation, Plan, Reducer, log_ratio, num_selected
-from megatron_ext.methods.selection import Selective, count_of, covariance, largest, token_keys
+from megatron_ext.methods.base import Aggregation, Prepared, Reducer, log_ratio, num_selected
+from megatron_ext.methods.selection import Selective, count_of, covariance, token_keys, top_k
 from megatron_ext.types import Batch, TokenStats
 
 
@@ -34,12 +34,12 @@ class KLCov(Selective):
         self.check("k", 0 < self.k <= 1, "a share of the tokens above 0 and at most 1")
         self.check("kl_coef", self.kl_coef >= 0, "a number of at least 0")
 
-    def select(self, batch: Batch, stats: TokenStats, plan: Plan, reduce: Reducer) -> Plan:
-        cov = covariance(stats.logprob, self.advantage(batch, stats, plan), batch.mask, reduce)
+    def select(self, batch: Batch, stats: TokenStats, prepared: Prepared, reduce: Reducer) -> Prepared:
+        cov = covariance(stats.logprob, self.advantage(batch, stats, prepared), batch.mask, reduce)
         count = count_of(self.k, num_selected(batch.mask, reduce))
-        return Plan({"penalised": largest(cov, batch.mask, count, token_keys(batch), reduce)})
+        return Prepared({"penalised": top_k(cov, batch.mask, count, token_keys(batch), reduce)})
 
-    def policy_loss(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
+    def policy_loss(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         log_r = log_ratio(stats.logprob, batch.old_logprob)
-        penalty = torch.where(plan.token["penalised"], self.kl_coef * log_r.abs(), 0.0)
-        return batch.corrected(-self.advantage(batch, stats, plan) * log_r.exp()) + penalty
+        penalty = torch.where(prepared.token["penalised"], self.kl_coef * log_r.abs(), 0.0)
+        return batch.corrected(-self.advantage(batch, stats, prepared) * log_r.exp()) + penalty

@@ -56,7 +56,7 @@ class PPO(ClipHigher):
     def policy_steps(self, steps: int) -> int:
         return max(0, steps - self.critic_only_steps)
 
-    def credit(self, batch: Batch, reduce: Reducer) -> Batch:
+    def compute_advantages(self, batch: Batch, reduce: Reducer) -> Batch:
         assert batch.old_value is not None
         reward = self.rewards(batch).nan_to_num()  # rows without a reward do not train
         advantage = gae(reward, batch.old_value, batch.sequence, gamma=self.gamma, lam=self.lam)
@@ -67,12 +67,12 @@ class PPO(ClipHigher):
         advantage, dtype = torch.where(batch.mask, advantage, 0.0), batch.old_value.dtype
         return replace(batch, advantage=advantage.to(dtype), returns=returns.to(dtype))
 
-    def observe(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
+    def on_step_start(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
         assert batch.old_value is not None and batch.returns is not None
         self.step += 1
         mean, variance = mean_and_variance(batch.returns, batch.mask, reduce)
         _, unexplained = mean_and_variance(batch.returns - batch.old_value, batch.mask, reduce)
-        return super().observe(batch, stats, reduce) | {
+        return super().on_step_start(batch, stats, reduce) | {
             "critic/value": token_mean(batch.old_value, batch.mask, reduce),
             "critic/return": mean,
             # where all returns are equal but for rounding there is nothing to explain

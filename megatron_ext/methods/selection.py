@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_ext.methods.base import Needs, OneRank, Plan, Reducer, Scope, num_valid
+from megatron_ext.methods.base import Needs, OneRank, Prepared, Reducer, Scope, num_valid
 from megatron_ext.methods.grpo import GRPO
 from megatron_ext.types import Batch, TokenStats
 
@@ -32,29 +32,29 @@ class Selective(GRPO):
         return replace(super().needs, current=self.scope == "mini_batch")
 
     @abstractmethod
-    def select(self, batch: Batch, stats: TokenStats, plan: Plan, reduce: Reducer) -> Plan:
+    def select(self, batch: Batch, stats: TokenStats, prepared: Prepared, reduce: Reducer) -> Prepared:
         """What the selection fixes for the loss. ``stats`` are the current policy's, without gradient.
 
         ``batch`` is a mini-batch, or with ``scope = "micro_batch"`` a part of one.
         """
 
-    def prepare(self, batch: Batch, current: TokenStats | None, reduce: Reducer) -> Plan:
-        plan = super().prepare(batch, current, reduce)
+    def prepare(self, batch: Batch, current: TokenStats | None, reduce: Reducer) -> Prepared:
+        prepared = super().prepare(batch, current, reduce)
         if self.scope == "micro_batch":
-            return plan
+            return prepared
         assert current is not None
-        return plan | self.select(batch, current, plan, reduce)
+        return prepared | self.select(batch, current, prepared, reduce)
 
-    def loss(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
-        return super().loss(batch, stats, self.complete(batch, stats, plan))
+    def loss(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
+        return super().loss(batch, stats, self.complete(batch, stats, prepared))
 
-    def metrics(self, batch: Batch, stats: TokenStats, plan: Plan) -> dict[str, Tensor]:
-        return super().metrics(batch, stats, self.complete(batch, stats, plan))
+    def metrics(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> dict[str, Tensor]:
+        return super().metrics(batch, stats, self.complete(batch, stats, prepared))
 
-    def complete(self, batch: Batch, stats: TokenStats, plan: Plan) -> Plan:
+    def complete(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Prepared:
         if self.scope == "mini_batch":
-            return plan
-        return plan | self.select(batch, stats.detach(), plan, OneRank())
+            return prepared
+        return prepared | self.select(batch, stats.detach(), prepared, OneRank())
 
     def share(self, batch: Batch) -> float:
         """The weight of a mean over what ``select`` was given: 1, or a micro-batch's share of the sequences."""
@@ -66,7 +66,7 @@ def count_of(ratio: float, num_tokens: int) -> int:
     return max(int(ratio * num_tokens), 1)
 
 
-def largest(value: Tensor, eligible: Tensor, count: int, key: Tensor, reduce: Reducer) -> Tensor:
+def top_k(value: Tensor, eligible: Tensor, count: int, key: Tensor, reduce: Reducer) -> Tensor:
     """Which tokens are among the ``count`` largest eligible ones over all ranks, ``[T]`` bool.
 
     Exactly ``count`` are chosen, or all eligible ones if there are fewer. Equal values go by ascending ``key``.

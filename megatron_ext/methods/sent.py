@@ -29,9 +29,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_ext.methods.base import Needs, Plan, Reducer, log_ratio, num_selected
+from megatron_ext.methods.base import Needs, Prepared, Reducer, log_ratio, num_selected
 from megatron_ext.methods.grpo import k3
-from megatron_ext.methods.selection import Selective, count_of, covariance, largest, token_keys
+from megatron_ext.methods.selection import Selective, count_of, covariance, token_keys, top_k
 from megatron_ext.types import Batch, TokenStats
 
 
@@ -54,30 +54,30 @@ class SENT(Selective):
     def needs(self) -> Needs:
         return replace(super().needs, entropy=True, reference=self.variant == "paper" or self.beta > 0)
 
-    def select(self, batch: Batch, stats: TokenStats, plan: Plan, reduce: Reducer) -> Plan:
+    def select(self, batch: Batch, stats: TokenStats, prepared: Prepared, reduce: Reducer) -> Prepared:
         assert stats.entropy is not None
         key, num_tokens = token_keys(batch), num_selected(batch.mask, reduce)
         num_low = count_of(self.low_ratio, num_tokens)
-        low = largest(-stats.entropy, batch.mask, num_low, key, reduce)
-        cov = covariance(stats.logprob, self.advantage(batch, stats, plan), low, reduce)
+        low = top_k(-stats.entropy, batch.mask, num_low, key, reduce)
+        cov = covariance(stats.logprob, self.advantage(batch, stats, prepared), low, reduce)
         if self.variant == "paper":
             gentle, num_high = low, count_of(self.cov_ratio, num_low)
         else:
             num_high = count_of(self.low_ratio * self.cov_ratio, num_tokens)
-            gentle = largest(-cov, low, num_high, key, reduce)
-        high = largest(cov, low, num_high, key, reduce)
-        return Plan({"coefficient": torch.where(high, self.beta_high, self.beta_low * gentle)})
+            gentle = top_k(-cov, low, num_high, key, reduce)
+        high = top_k(cov, low, num_high, key, reduce)
+        return Prepared({"coefficient": torch.where(high, self.beta_high, self.beta_low * gentle)})
 
-    def policy_loss(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
+    def policy_loss(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         if self.variant == "paper":
-            return super().policy_loss(batch, stats, plan)
+            return super().policy_loss(batch, stats, prepared)
         ratio = log_ratio(stats.logprob, batch.old_logprob).exp()
-        return batch.corrected(-self.advantage(batch, stats, plan) * ratio)
+        return batch.corrected(-self.advantage(batch, stats, prepared) * ratio)
 
-    def regulariser(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
+    def regulariser(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         if self.variant == "paper":
             assert batch.ref_logprob is not None
             distance = k3(stats.logprob, batch.ref_logprob)
         else:
             distance = log_ratio(stats.logprob, batch.old_logprob).abs()
-        return self.weight(batch, plan) * plan.token["coefficient"] * distance
+        return self.weight(batch, prepared) * prepared.token["coefficient"] * distance

@@ -17,7 +17,7 @@ enters the loss as its exact gradient, 2 coef (Hbar - H_anchor) dHbar.
 
 H_anchor is measured once, over the first step's whole batch, and is part of the checkpoint.
 
-Differs from the authors' code: ``nucleus = "below"`` reproduces its nucleus (the ranks strictly before the
+Differs from the authors' code: ``nucleus = "exclusive"`` reproduces its nucleus (the ranks strictly before the
 crossing; it may be empty, and then most quantiles are 0 and tau is inert). The released script leaves the
 clip range at .2 / .2 where the paper says .28, and its first release selects with >=, which takes every
 token, padding included, when the quantile is 0; that is not offered.
@@ -35,7 +35,7 @@ from torch import Tensor
 
 from megatron_ext.methods.base import (
     Needs,
-    Plan,
+    Prepared,
     Reducer,
     num_selected,
     num_valid,
@@ -52,7 +52,7 @@ class SIREN(DrGRPO, Selective):
     p: float = 0.8
     tau: float = 0.8
     coef: float = 0.005
-    nucleus: Literal["reach", "below"] = "reach"
+    nucleus: Literal["inclusive", "exclusive"] = "inclusive"
     top_p_mask: bool = True
     peak_mask: bool = True
     anchor: bool = True
@@ -70,7 +70,7 @@ class SIREN(DrGRPO, Selective):
             return replace(super().needs, old=True, entropy=True, entropy_grad=True)
         return replace(super().needs, old=True, nucleus_p=self.p, nucleus=self.nucleus, nucleus_grad=True)
 
-    def observe(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
+    def on_step_start(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
         assert stats is not None
         hbar, weight = self.selected_entropy(batch, self.entropy(stats), batch.num_sequences, reduce)
         if self.h_anchor is None:
@@ -78,14 +78,14 @@ class SIREN(DrGRPO, Selective):
         share = num_selected(weight > 0, reduce) / max(batch.num_tokens, 1)
         return {"siren/hbar": hbar, "siren/anchor": self.h_anchor, "siren/selected_share": share}
 
-    def select(self, batch: Batch, stats: TokenStats, plan: Plan, reduce: Reducer) -> Plan:
+    def select(self, batch: Batch, stats: TokenStats, prepared: Prepared, reduce: Reducer) -> Prepared:
         num_sequences = batch.num_sequences if self.scope == "mini_batch" else num_valid(batch)
         hbar, weight = self.selected_entropy(batch, self.entropy(stats), num_sequences, reduce)
         slope, value = self.square(hbar)
-        return Plan({"regulariser": slope * self.share(batch) * weight}, {"loss/siren": value})
+        return Prepared({"regulariser": slope * self.share(batch) * weight}, {"loss/siren": value})
 
-    def regulariser(self, batch: Batch, stats: TokenStats, plan: Plan) -> Tensor:
-        return plan.token["regulariser"] * self.entropy(stats)
+    def regulariser(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
+        return prepared.token["regulariser"] * self.entropy(stats)
 
     def square(self, hbar: float) -> tuple[float, float]:
         """Derivative with respect to Hbar, and value, of the added term."""

@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from megatron_ext.methods.base import Aggregation, Plan, Reducer, num_selected
+from megatron_ext.methods.base import Aggregation, Prepared, Reducer, num_selected
 from megatron_ext.methods.grpo import GRPO
 from megatron_ext.types import Batch, TokenStats
 
@@ -43,10 +43,10 @@ class WReinforce(GRPO):
         advantage = torch.where(reward_B > 0, self.positive, -self.negative)
         return torch.where(reward_B.isnan(), 0.0, advantage)
 
-    def prepare(self, batch: Batch, current: TokenStats | None, reduce: Reducer) -> Plan:
+    def prepare(self, batch: Batch, current: TokenStats | None, reduce: Reducer) -> Prepared:
         kept = batch.mask & (batch.advantage != 0)
         count = num_selected(kept, reduce)
-        return Plan({"weight": kept / max(count, 1)}, {"reinforce/kept_share": count / max(batch.num_tokens, 1)})
+        return Prepared({"weight": kept / max(count, 1)}, {"reinforce/kept_share": count / max(batch.num_tokens, 1)})
 
 
 @dataclass(kw_only=True)

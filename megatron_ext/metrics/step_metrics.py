@@ -23,16 +23,16 @@ def summarise(batch: Batch, old: TokenStats, episodes: Sequence[Episode], reduce
     leaders = torch.cat([batch.group.new_ones(1), batch.group.diff()]) != 0  # first sequence of each group
     gap = (batch.rollout_logprob - batch.old_logprob).double()
     ids = list(Outcome)
-    judged = torch.tensor([ids.index(Outcome(e.reward.outcome)) for e in episodes])
-    credited = torch.bincount(batch.sequence[batch.advantage != 0], minlength=len(batch.reward)) > 0
+    scored = torch.tensor([ids.index(Outcome(e.reward.outcome)) for e in episodes])
+    has_advantage = torch.bincount(batch.sequence[batch.advantage != 0], minlength=len(batch.reward)) > 0
     per_sequence = {
         "reward/mean": torch.where(valid, batch.reward, 0.0),
         "response/length": torch.bincount(batch.sequence, minlength=len(batch.reward)),
         "response/truncated": batch.truncated,
         "response/unknown_logprobs": torch.tensor([sum(not isfinite(x) for x in e.sample.logprobs) for e in episodes]),
         "reward/nan": ~valid,
-        "advantage/zero": ~credited,
-        **{f"reward/outcome/{outcome.value}": judged == i for i, outcome in enumerate(ids)},
+        "advantage/zero": ~has_advantage,
+        **{f"reward/outcome/{outcome.value}": scored == i for i, outcome in enumerate(ids)},
     }
     per_group = {
         "group/equal_rewards": leaders & (std == 0),

@@ -162,11 +162,11 @@ def _mark_parameters(module: GPTModel) -> None:
     expert parallelism only: without, tensor-parallel ranks that each hold whole experts would train them apart.
     Transformer Engine's layers are of other classes and mark their own.
     """
-    cut: dict[type, int] = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    shard: dict[type, int] = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for child in module.modules():
-        weight = child.weight if type(child) in cut else None
+        weight = child.weight if type(child) in shard else None
         if isinstance(weight, Tensor) and not getattr(weight, "tensor_model_parallel", False):
-            set_tensor_model_parallel_attributes(weight, True, cut[type(child)], 1)
+            set_tensor_model_parallel_attributes(weight, True, shard[type(child)], 1)
     for name, parameter in module.named_parameters():
         if ".experts." in name:
             vars(parameter)["allreduce"] = False

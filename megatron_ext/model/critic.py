@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from megatron_ext import cpu_compat
 from megatron_ext.model.build import OVERLAPPED, Overlap, Policy, build_modules, wrap
-from megatron_ext.model.forward import hidden_rows, run_pipeline
+from megatron_ext.model.forward import run_pipeline, select_hidden
 from megatron_ext.model.hf_config import Architecture
 from megatron_ext.types import PackedSequences
 
@@ -70,4 +70,4 @@ def values_backward(critic: Policy, packed: Sequence[PackedSequences], loss: Val
 
 def _reader(critic: Policy) -> Callable[[Tensor, PackedSequences], Tensor]:
     head: Any = critic.modules[-1]
-    return lambda output, micro: head.output_layer(hidden_rows(critic, output, micro))
+    return lambda output, micro_batch: head.output_layer(select_hidden(critic, output, micro_batch))

@@ -1,9 +1,9 @@
 """Packed micro-batches through Megatron's pipeline schedules to token statistics. PP ends here.
 
-The last stage gives hidden states. The rows that predict a response token are chosen from them, and only those are
+The last stage gives hidden states. Those at the positions that predict a response token are chosen, and only those are
 multiplied by the output layer:
 
-    hidden [S, 1, D] or [S/TP, 1, D]  ->  rows [T, D]  ->  logits [T, V/TP]  ->  statistics [T]
+    hidden [S, 1, D] or [S/TP, 1, D]  ->  hidden [T, D]  ->  logits [T, V/TP]  ->  statistics [T]
 
 ``forward`` runs without gradient; ``forward_backward`` adds the loss's gradient into Megatron's buffers.
 Both return the statistics of each micro-batch on the last pipeline stage and None on the others.
@@ -68,17 +68,17 @@ def run_pipeline(
 
     def step(numbered, model):
         heartbeat.progress()
-        number, micro = next(numbered)
-        tokens = micro.tokens.to(cpu_compat.device())[None]
+        number, micro_batch = next(numbered)
+        tokens = micro_batch.tokens.to(cpu_compat.device())[None]
         output = model(
             input_ids=tokens,
-            position_ids=micro.position.to(cpu_compat.device())[None],
+            position_ids=micro_batch.position.to(cpu_compat.device())[None],
             attention_mask=None,
-            packed_seq_params=_packed_params(micro),
+            packed_seq_params=_packed_params(micro_batch),
         )
 
         def finish(output: Tensor):
-            found = read(output, micro)
+            found = read(output, micro_batch)
             total = torch.zeros(()) if loss is None else loss(number, found)
             return total, torch.tensor(0, dtype=torch.int), found.detach()
 
@@ -105,37 +105,37 @@ def _statistics(
     options: Any = {"temperature": temperature, "top_p": needs.nucleus_p, "nucleus": needs.nucleus}
     options |= {"want": want, "grad": grad if with_grad else ()}
 
-    def read(output: Tensor, micro: PackedSequences) -> TokenStats:
-        rows, targets = hidden_rows(policy, output, micro), micro.targets.to(output.device)
+    def read(output: Tensor, micro_batch: PackedSequences) -> TokenStats:
+        hidden, targets = select_hidden(policy, output, micro_batch), micro_batch.targets.to(output.device)
         if policy.fused_head:
             weight: Any = policy.head_weight
             if with_grad:  # Megatron's buffer takes the gradient as it is made, not a second time from autograd
                 weight.grad_added_to_main_grad = True
             main_grad = weight.main_grad if with_grad else None
-            found = linear_policy_stats(rows, weight, targets, shard, main_grad=main_grad, **options)
+            found = linear_policy_stats(hidden, weight, targets, shard, main_grad=main_grad, **options)
         else:  # nobody else reads these logits: the backward writes their gradient over them
-            found = policy_stats(logits_of(policy, rows), targets, shard, inplace_backward=with_grad, **options)
+            found = policy_stats(logits_of(policy, hidden), targets, shard, inplace_backward=with_grad, **options)
         return TokenStats(**{name: found[name] for name in want})
 
     return read
 
 
-def logits_of(policy: Policy, rows: Tensor) -> Tensor:
-    """``[T, D] -> [T, V/TP]``: Megatron's own product, whose backward sums the rows' gradient over the ranks."""
+def logits_of(policy: Policy, hidden: Tensor) -> Tensor:
+    """``[T, D] -> [T, V/TP]``: Megatron's own product, whose backward sums the gradient over the ranks."""
     weight = policy.head_weight if policy.architecture.tied else None
-    logits, _ = policy.modules[-1].output_layer(rows, weight=weight)
+    logits, _ = policy.modules[-1].output_layer(hidden, weight=weight)
     return logits
 
 
-def hidden_rows(policy: Policy, output: Tensor, micro: PackedSequences) -> Tensor:
-    """``[S, 1, D]``, with sequence parallelism ``[S/TP, 1, D]``, to the rows that predict a response token, ``[T, D]``.
+def select_hidden(policy: Policy, output: Tensor, micro_batch: PackedSequences) -> Tensor:
+    """``[S, 1, D]``, with sequence parallelism ``[S/TP, 1, D]``, to those that predict a response token, ``[T, D]``.
 
-    What follows must hand back the whole gradient of its rows on every tensor-parallel rank: backward only takes
+    What follows must hand back the whole gradient on every tensor-parallel rank: backward only takes
     this rank's part.
     """
     if policy.modules[-1].config.sequence_parallel:
         output = gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False)
-    return output[:, 0].index_select(0, micro.rows.to(output.device))
+    return output[:, 0].index_select(0, micro_batch.logit_positions.to(output.device))
 
 
 def _outputs(needs: Needs) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -151,9 +151,9 @@ def _outputs(needs: Needs) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(want), tuple(grad)
 
 
-def _packed_params(micro: PackedSequences) -> PackedSeqParams:
-    starts = micro.starts.to(cpu_compat.device())
-    longest = int(micro.starts.diff().max())
+def _packed_params(micro_batch: PackedSequences) -> PackedSeqParams:
+    starts = micro_batch.starts.to(cpu_compat.device())
+    longest = int(micro_batch.starts.diff().max())
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=starts,

@@ -25,7 +25,7 @@ from megatron_ext.model import groups
 from megatron_ext.model.build import Policy
 from megatron_ext.model.hf_config import Architecture
 from megatron_ext.model.layers import have_transformer_engine
-from megatron_ext.model.param_mapping import Rule, hf_shapes, rules, stage_rules
+from megatron_ext.model.param_mapping import ParamMapping, hf_shapes, mappings, stage_mappings
 from megatron_ext.model.safetensors_dir import SafetensorsDir, misfits
 
 
@@ -51,20 +51,22 @@ def load_weights(module: GPTModel, a: Architecture, path: str | Path) -> None:
     """Fill one stage of this rank from a model directory (see ``open_weights`` for what is raised)."""
     stored = open_weights(path, a)
     parameters = dict(module.named_parameters())
-    own = module_rules(module, a)
-    assert parameters.keys() == {rule.megatron for rule in own}, parameters.keys() ^ {rule.megatron for rule in own}
-    for rule in own:
-        group = groups.expert_tensor() if rule.expert else groups.tensor()
-        cut = rule.layout.cut([stored.part(name) for name in rule.hf], group.rank(), group.size())
-        assert cut.shape == parameters[rule.megatron].shape, (rule.megatron, cut.shape)
-        parameters[rule.megatron].data.copy_(cut)
+    own = module_mappings(module, a)
+    assert parameters.keys() == {mapping.megatron for mapping in own}, parameters.keys() ^ {
+        mapping.megatron for mapping in own
+    }
+    for mapping in own:
+        group = groups.expert_tensor() if mapping.expert else groups.tensor()
+        shard = mapping.layout.shard([stored.part(name) for name in mapping.hf], group.rank(), group.size())
+        assert shard.shape == parameters[mapping.megatron].shape, (mapping.megatron, shard.shape)
+        parameters[mapping.megatron].data.copy_(shard)
 
 
-def module_rules(module: GPTModel, a: Architecture) -> list[Rule]:
+def module_mappings(module: GPTModel, a: Architecture) -> list[ParamMapping]:
     """The rules of what one stage of this rank holds."""
     layers = [layer.layer_number - 1 for layer in list[Any](module.decoder.layers)]
     fused = have_transformer_engine()
-    return rules(a, layers, first=module.pre_process, last=module.post_process, experts=own_experts(a), fused=fused)
+    return mappings(a, layers, first=module.pre_process, last=module.post_process, experts=own_experts(a), fused=fused)
 
 
 def own_experts(a: Architecture, rank: int | None = None) -> range:
@@ -99,15 +101,15 @@ def stream(policy: Policy, tensors: Sequence[Mapping[str, Tensor]]) -> Iterator[
     exchanged at once, likewise the rest of a layer, and is what this holds beside the tensor that it yields.
     """
     pipeline = groups.pipeline()
-    for stage, ranked in enumerate(_streamed_rules(policy)):
+    for stage, ranked in enumerate(_streamed_mappings(policy)):
         number, source = divmod(stage, pipeline.size())
         for bundle in _bundles(ranked):
             own = [variants[groups.expert().rank()] for variants in bundle]
-            held = [tensors[number][rule.megatron] for rule in own] if source == pipeline.rank() else None
+            held = [tensors[number][mapping.megatron] for mapping in own] if source == pipeline.rank() else None
             gathered = _gather(held, own, next(iter(tensors[0].values())).dtype)
             if pipeline.size() > 1:
                 dist.broadcast(gathered, src=dist.get_process_group_ranks(pipeline)[source], group=pipeline)
-            yield from _whole_tensors(bundle, gathered)
+            yield from _full_tensors(bundle, gathered)
             del gathered  # before the next is made
 
 
@@ -115,33 +117,35 @@ def stream_names(policy: Policy) -> list[tuple[str, tuple[int, ...]]]:
     """Name and shape of everything ``stream`` yields, in its order."""
     return [
         (name, shape)
-        for ranked in _streamed_rules(policy)
+        for ranked in _streamed_mappings(policy)
         for variants in zip(*ranked, strict=True)
-        for rule in _distinct(variants)
-        for name, shape in zip(rule.hf, rule.shapes, strict=True)
+        for mapping in _distinct(variants)
+        for name, shape in zip(mapping.hf, mapping.shapes, strict=True)
     ]
 
 
-def _streamed_rules(policy: Policy) -> Iterator[list[list[Rule]]]:
+def _streamed_mappings(policy: Policy) -> Iterator[list[list[ParamMapping]]]:
     """For each stage the rules of every expert-parallel rank, without the second copy of a tied embedding."""
     a = policy.architecture
     for stage in range(len(policy.stages)):
         ranked = []
         for rank in range(groups.expert().size()):
-            found = stage_rules(a, policy.stages, stage, experts=own_experts(a, rank), fused=have_transformer_engine())
-            ranked.append([rule for rule in found if not (a.tied and rule.megatron == "output_layer.weight")])
+            found = stage_mappings(
+                a, policy.stages, stage, experts=own_experts(a, rank), fused=have_transformer_engine()
+            )
+            ranked.append([mapping for mapping in found if not (a.tied and mapping.megatron == "output_layer.weight")])
         yield ranked
 
 
-def _distinct(variants: Sequence[Rule]) -> Sequence[Rule]:
+def _distinct(variants: Sequence[ParamMapping]) -> Sequence[ParamMapping]:
     """Each expert-parallel rank has experts of its own, and a copy of everything else."""
     return variants if variants[0].expert else variants[:1]
 
 
-def _bundles(ranked: Sequence[Sequence[Rule]]) -> Iterator[list[tuple[Rule, ...]]]:
+def _bundles(ranked: Sequence[Sequence[ParamMapping]]) -> Iterator[list[tuple[ParamMapping, ...]]]:
     """The rules of a stage, one of each expert-parallel rank side by side, in the parts that travel together."""
 
-    def part(variants: tuple[Rule, ...]) -> tuple[str, bool]:
+    def part(variants: tuple[ParamMapping, ...]) -> tuple[str, bool]:
         names = variants[0].megatron.split(".")
         return ".".join(names[:3]) if names[1] == "layers" else variants[0].megatron, variants[0].expert
 
@@ -149,42 +153,45 @@ def _bundles(ranked: Sequence[Sequence[Rule]]) -> Iterator[list[tuple[Rule, ...]
         yield list(bundle)
 
 
-def _gather(held: Sequence[Tensor] | None, rules: Sequence[Rule], dtype: torch.dtype) -> Tensor:
-    """``[ranks, elements]``: each rank's ``held`` end to end, of the ranks of this stage that share ``rules`` out.
+def _gather(held: Sequence[Tensor] | None, mappings: Sequence[ParamMapping], dtype: torch.dtype) -> Tensor:
+    """``[ranks, elements]``: each rank's ``held`` end to end, of the ranks of this stage that share ``mappings`` out.
 
     Uninitialised where nothing is held: on the ranks of other stages.
     """
-    group, size = _sharing(rules[0])
+    group, size = _sharing(mappings[0])
     own = None if held is None else torch.cat([tensor.flatten() for tensor in held])
     if own is not None and group.size() == 1:
         return own[None]
-    elements = sum(map(math.prod, _part_shapes(rules, size)))
+    elements = sum(map(math.prod, _part_shapes(mappings, size)))
     gathered = torch.empty((group.size(), elements), dtype=dtype, device=cpu_compat.device())
     if own is not None:
         dist.all_gather_into_tensor(gathered.flatten(), own, group=group)
     return gathered
 
 
-def _whole_tensors(bundle: Sequence[tuple[Rule, ...]], gathered: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _full_tensors(bundle: Sequence[tuple[ParamMapping, ...]], gathered: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The HF tensors of a bundle from what ``_gather`` got."""
     _, size = _sharing(bundle[0][0])
     shapes = _part_shapes([variants[0] for variants in bundle], size)
-    by_rule = gathered.split([math.prod(shape) for shape in shapes], 1)
-    for variants, shape, parts in zip(bundle, shapes, by_rule, strict=True):
-        for number, rule in enumerate(_distinct(variants)):
+    by_mapping = gathered.split([math.prod(shape) for shape in shapes], 1)
+    for variants, shape, parts in zip(bundle, shapes, by_mapping, strict=True):
+        for number, mapping in enumerate(_distinct(variants)):
             own = [part.view(shape) for part in parts[number * size : (number + 1) * size]]
-            for name, whole in zip(rule.hf, rule.layout.join(own), strict=True):
+            for name, whole in zip(mapping.hf, mapping.layout.join(own), strict=True):
                 yield name, whole.clone(memory_format=torch.contiguous_format)  # and not a view of what is gathered
 
 
-def _sharing(rule: Rule) -> tuple[dist.ProcessGroup, int]:
+def _sharing(mapping: ParamMapping) -> tuple[dist.ProcessGroup, int]:
     """The ranks of a stage that hold the rules of a bundle among them, and over how many one parameter is cut."""
-    if rule.expert:
+    if mapping.expert:
         return groups.expert_model(), groups.expert_tensor().size()
     return groups.tensor(), groups.tensor().size()
 
 
-def _part_shapes(rules: Sequence[Rule], size: int) -> list[torch.Size]:
+def _part_shapes(mappings: Sequence[ParamMapping], size: int) -> list[torch.Size]:
     """The shape of each parameter on one of the ``size`` ranks that it is cut over."""
     with torch.device("meta"):
-        return [rule.layout.cut([torch.empty(shape) for shape in rule.shapes], 0, size).shape for rule in rules]
+        return [
+            mapping.layout.shard([torch.empty(shape) for shape in mapping.shapes], 0, size).shape
+            for mapping in mappings
+        ]

@@ -155,7 +155,7 @@ def swap(outgoing: Sequence[T], group: dist.ProcessGroup) -> list[T]:
     return [pickle.loads(part.numpy().tobytes()) for part in received.split(coming.tolist())]
 
 
-def largest(value: int) -> int:
+def max_over_ranks(value: int) -> int:
     """The largest of the data-parallel ranks' values."""
     box = torch.tensor([value], device=cpu_compat.device())
     dist.all_reduce(box, op=dist.ReduceOp.MAX, group=groups.data())
@@ -167,7 +167,7 @@ def num_micro_batches(needed: int, layout: ParallelConfig) -> int:
 
     As many as any rank needs; the interleaved schedule takes them in groups of as many as there are pipeline ranks.
     """
-    count = largest(needed)
+    count = max_over_ranks(needed)
     return count if layout.virtual == 1 else -(-count // layout.pipeline) * layout.pipeline
 
 

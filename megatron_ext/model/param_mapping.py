@@ -1,7 +1,7 @@
 """The tables between Hugging Face tensors and Megatron parameters, for local and Transformer Engine names.
 
-One ``Rule`` a parameter. ``model.layers.N.`` stands before the HF names of a layer, ``decoder.layers.n.`` before the
-Megatron names of the n-th layer of a stage; ``e`` is an expert, ``i`` its number on the rank that holds it.
+One ``ParamMapping`` a parameter. ``model.layers.N.`` stands before the HF names of a layer, ``decoder.layers.n.``
+before the Megatron names of the n-th layer of a stage; ``e`` is an expert, ``i`` its number on the rank that holds it.
 
     HF                                  local                               Transformer Engine = checkpoint
     input_layernorm                     input_layernorm                     self_attention.linear_qkv.layer_norm_weight
@@ -26,19 +26,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_ext.model.hf_config import Architecture
-from megatron_ext.model.tp_sharding import QKV, Cut, Replicated, Split, Vocabulary
+from megatron_ext.model.tp_sharding import QKV, Replicated, Split, TPSharding, Vocabulary
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Rule:
+class ParamMapping:
     """One Megatron parameter: its names, the HF tensors it is made of, and how they are cut over ranks."""
 
     megatron: str  # on the module that holds it
     hf: tuple[str, ...]
     shapes: tuple[Shape, ...]  # of the HF tensors
-    layout: Cut
+    layout: TPSharding
     key: str  # in a checkpoint
     index: Shape = ()  # where under that key: layer, expert
     stacked: Shape = ()  # how many layers and experts that key holds
@@ -58,12 +58,12 @@ class _Part:
     fused: str  # Transformer Engine's
     hf: tuple[str, ...]
     shapes: tuple[Shape, ...]
-    layout: Cut
+    layout: TPSharding
     key: str
     expert: int | None = None
 
 
-def rules(
+def mappings(
     a: Architecture,
     layers: Sequence[int],
     *,
@@ -71,7 +71,7 @@ def rules(
     last: bool,
     experts: Sequence[int] | None = None,
     fused: bool,
-) -> list[Rule]:
+) -> list[ParamMapping]:
     """All parameters of a stage with the given decoder layers that holds the given experts of each (None: all).
 
     ``fused`` gives Transformer Engine's names.
@@ -80,40 +80,40 @@ def rules(
     embedding, found = ("model.embed_tokens.weight",), []
     if first:
         name = "embedding.word_embeddings.weight"
-        found.append(Rule(name, embedding, (shape,), vocabulary, key=name))
+        found.append(ParamMapping(name, embedding, (shape,), vocabulary, key=name))
     for local, layer in enumerate(layers):
-        found += layer_rules(a, layer, local, experts=experts, fused=fused)
+        found += layer_mappings(a, layer, local, experts=experts, fused=fused)
     if last:
         name = "decoder.final_layernorm.weight"
-        found.append(Rule(name, ("model.norm.weight",), ((a.hidden_size,),), Replicated(), key=name))
+        found.append(ParamMapping(name, ("model.norm.weight",), ((a.hidden_size,),), Replicated(), key=name))
     if last and not (a.tied and first):
         name = "output_layer.weight"
-        found.append(Rule(name, embedding if a.tied else ("lm_head.weight",), (shape,), vocabulary, key=name))
+        found.append(ParamMapping(name, embedding if a.tied else ("lm_head.weight",), (shape,), vocabulary, key=name))
     return found
 
 
-def stage_rules(
+def stage_mappings(
     a: Architecture, stages: Sequence[int], stage: int, *, experts: Sequence[int] | None = None, fused: bool = False
-) -> list[Rule]:
+) -> list[ParamMapping]:
     """The rules of one stage, where ``stages`` counts the decoder layers of all."""
     start = sum(stages[:stage])
     last = stage == len(stages) - 1
-    return rules(a, range(start, start + stages[stage]), first=stage == 0, last=last, experts=experts, fused=fused)
+    return mappings(a, range(start, start + stages[stage]), first=stage == 0, last=last, experts=experts, fused=fused)
 
 
-def whole_rules(a: Architecture) -> list[Rule]:
+def full_mappings(a: Architecture) -> list[ParamMapping]:
     """The rules of the unsharded model: every HF tensor once, in the order of its layers."""
-    return rules(a, range(a.num_layers), first=True, last=True, fused=False)
+    return mappings(a, range(a.num_layers), first=True, last=True, fused=False)
 
 
 def hf_shapes(a: Architecture) -> dict[str, Shape]:
-    """Name and shape of every tensor of the Hugging Face model, in the order of ``whole_rules``."""
-    return {name: shape for rule in whole_rules(a) for name, shape in zip(rule.hf, rule.shapes, strict=True)}
+    """Name and shape of every tensor of the Hugging Face model, in the order of ``full_mappings``."""
+    return {name: shape for mapping in full_mappings(a) for name, shape in zip(mapping.hf, mapping.shapes, strict=True)}
 
 
-def layer_rules(
+def layer_mappings(
     a: Architecture, layer: int, local: int, *, experts: Sequence[int] | None = None, fused: bool
-) -> list[Rule]:
+) -> list[ParamMapping]:
     """Rules of decoder layer ``layer`` (counted over the model), number ``local`` on its stage."""
     mixed = a.experts is not None and bool(a.experts.dense_layers)
     found = []
@@ -123,7 +123,7 @@ def layer_rules(
             assert a.experts is not None
             index, stacked = (*index, part.expert), (*stacked, a.experts.num)
         found.append(
-            Rule(
+            ParamMapping(
                 megatron=f"decoder.layers.{local}.{part.fused if fused else part.local}",
                 hf=tuple(f"model.layers.{layer}.{name}" for name in part.hf),
                 shapes=part.shapes,
@@ -141,7 +141,7 @@ def _norm(a: Architecture, hf: str, local: str, fused: str) -> _Part:
     return _Part(f"{local}.weight", fused, (f"{hf}.weight",), ((a.hidden_size,),), Replicated(), fused)
 
 
-def _same(name: str, hf: Sequence[str], shapes: Sequence[Shape], layout: Cut) -> _Part:
+def _same(name: str, hf: Sequence[str], shapes: Sequence[Shape], layout: TPSharding) -> _Part:
     """A parameter with one name everywhere."""
     return _Part(name, name, tuple(hf), tuple(shapes), layout, name)
 

@@ -1,6 +1,6 @@
 """How whole Hugging Face tensors become one Megatron parameter on each tensor-parallel rank, and back.
 
-``cut`` only indexes the whole tensors, each once and with slices, so what it is given may read from a file.
+``shard`` only indexes the whole tensors, each once and with slices, so what it is given may read from a file.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Sliceable(Protocol):
     def __getitem__(self, index: Any, /) -> Tensor: ...
 
 
-class Cut(Protocol):
-    def cut(self, whole: Sequence[Sliceable], rank: int, size: int) -> Tensor: ...
+class TPSharding(Protocol):
+    def shard(self, whole: Sequence[Sliceable], rank: int, size: int) -> Tensor: ...
 
     def join(self, parts: list[Tensor]) -> list[Tensor]: ...
 
@@ -31,7 +31,7 @@ class Cut(Protocol):
 class Replicated:
     """The same tensor on every rank."""
 
-    def cut(self, whole: Sequence[Sliceable], rank: int, size: int) -> Tensor:
+    def shard(self, whole: Sequence[Sliceable], rank: int, size: int) -> Tensor:
         return whole[0][:]
 
     def join(self, parts: list[Tensor]) -> list[Tensor]:
@@ -45,7 +45,7 @@ class Split:
     dim: int
     num_tensors: int = 1
 
-    def cut(self, whole: Sequence[Sliceable], rank: int, size: int) -> Tensor:
+    def shard(self, whole: Sequence[Sliceable], rank: int, size: int) -> Tensor:
         parts = [_part(tensor, self.dim, rank, size) for tensor in whole]
         return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
 
@@ -60,7 +60,7 @@ class Vocabulary:
 
     vocab_size: int
 
-    def cut(self, whole: Sequence[Sliceable], rank: int, size: int) -> Tensor:
+    def shard(self, whole: Sequence[Sliceable], rank: int, size: int) -> Tensor:
         width = -(-self.vocab_size // size)
         start, stop = (min(end * width, self.vocab_size) for end in (rank, rank + 1))
         rows = whole[0][start:stop]
@@ -80,7 +80,7 @@ class QKV:
     num_groups: int
     head_dim: int
 
-    def cut(self, whole: Sequence[Sliceable], rank: int, size: int) -> Tensor:
+    def shard(self, whole: Sequence[Sliceable], rank: int, size: int) -> Tensor:
         own, rest = self.num_groups // size, whole[0].shape[1:]
         groups = [_part(tensor, 0, rank, size).reshape(own, -1, self.head_dim, *rest) for tensor in whole]
         return torch.cat(groups, 1).reshape(-1, *rest)

@@ -23,7 +23,7 @@ class TrainingError(RuntimeError):
 
 
 @dataclass
-class Trained:
+class TrainableModel:
     """A model with its AdamW and its schedule. ``section`` names the options of both in the recipe."""
 
     model: Policy
@@ -36,7 +36,7 @@ class Trained:
         self._state = OptimizerState(self.optimizer)
 
     @classmethod
-    def build(cls, model: Policy, options: OptimizerConfig, section: str = "optimizer") -> Trained:
+    def build(cls, model: Policy, options: OptimizerConfig, section: str = "optimizer") -> TrainableModel:
         """The model, whose weights are loaded, with a fresh optimizer and schedule."""
         o = options
         decay = None if o.schedule == "constant" else Decay(o.schedule, o.min_lr, o.decay_steps)

@@ -43,7 +43,7 @@ class Mass(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Window:
+class Candidates:
     """``entries`` ``[T, K]`` logits descending, or ``[T, 2K]`` int16 counts of keys; ``floor`` ``[T, 1]``.
 
     ``blocks`` stay on this rank: where the window was found, for a backward that goes there again.
@@ -58,18 +58,20 @@ class Window:
         return self.entries.dtype == torch.int16
 
     @staticmethod
-    def join(parts: list[Window]) -> Window:
+    def join(parts: list[Candidates]) -> Candidates:
         chosen = [part.blocks for part in parts if part.blocks is not None]
         blocks = Blocks(*(torch.cat(value) for value in zip(*chosen, strict=True))) if chosen else None
-        return Window(torch.cat([part.entries for part in parts]), torch.cat([part.floor for part in parts]), blocks)
+        return Candidates(
+            torch.cat([part.entries for part in parts]), torch.cat([part.floor for part in parts]), blocks
+        )
 
     @staticmethod
-    def empty(T: int, K: int, logits: torch.dtype, dtype: torch.dtype, device: torch.device) -> Window:
+    def empty(T: int, K: int, logits: torch.dtype, dtype: torch.dtype, device: torch.device) -> Candidates:
         """The window of rows without columns: nothing is missing from it."""
         floor = torch.full((T, 1), -torch.inf, dtype=dtype, device=device)
         if logits == torch.bfloat16:
-            return Window(torch.zeros((T, 2 * K), dtype=torch.int16, device=device), floor)
-        return Window(torch.full((T, K), -torch.inf, dtype=dtype, device=device), floor)
+            return Candidates(torch.zeros((T, 2 * K), dtype=torch.int16, device=device), floor)
+        return Candidates(torch.full((T, K), -torch.inf, dtype=dtype, device=device), floor)
 
     def unpack(self, maximum: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and token counts ``[T, entries]``; ``maximum`` ``[T, 1]`` is the row's in its shard."""
@@ -78,7 +80,7 @@ class Window:
         return _key_values(maximum, self.entries.shape[1]), self.entries.to(maximum.dtype)
 
 
-def merge_windows(parts: list[Window], maxima: list[Tensor]) -> tuple[Tensor, Tensor]:
+def merge_candidates(parts: list[Candidates], maxima: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Logits ``[T, E]`` descending and token counts of the ranks' windows; ``maxima`` are the rows' in each shard.
 
     Keys are counted from the highest rank's maximum down: below its window nothing can be certified anyway.
@@ -133,36 +135,36 @@ def block_maxima(x: Tensor, out: Tensor | None = None) -> Tensor:
     return maxima
 
 
-def make_window(logits: Tensor, maxima: Tensor, top: Tensor, K: int, mass: Mass) -> Window:
+def make_candidates(logits: Tensor, maxima: Tensor, top: Tensor, K: int, mass: Mass) -> Candidates:
     """The window of rows ``[R, V]`` with their block maxima ``[R, n]`` and maximum ``[R, 1]``.
 
     It ends where the mass of the highest maxima leaves no more than ``mass.tail``, or after K blocks.
     """
     V, n = logits.shape[1], maxima.shape[1]
     if n <= K:
-        return _window(logits.to(top.dtype), torch.full_like(top, -torch.inf), top, K, logits.dtype)
+        return _candidates(logits.to(top.dtype), torch.full_like(top, -torch.inf), top, K, logits.dtype)
     index = _highest_blocks(maxima, K)
     blocks = Blocks(index.int(), maxima.gather(1, index))
     falling = highest(blocks.maxima, K)
     held = ((falling - top) * mass.scale).exp_().cumsum(-1) < (1 - mass.tail) * mass.total
-    reach = falling.gather(1, (held.sum(-1, keepdim=True) + 1).clamp_max(K - 1))
-    row, place = (blocks.maxima >= reach).nonzero(as_tuple=True)
+    highest_missing = falling.gather(1, (held.sum(-1, keepdim=True) + 1).clamp_max(K - 1))
+    row, place = (blocks.maxima >= highest_missing).nonzero(as_tuple=True)
     row, column = _members(row, index[row, place], n, V)
     value = logits[row, column].to(top.dtype)
-    above = value > reach[row, 0]
-    return _window(_by_row(value[above], row[above], len(top)), reach, top, K, logits.dtype, blocks)
+    above = value > highest_missing[row, 0]
+    return _candidates(_by_row(value[above], row[above], len(top)), highest_missing, top, K, logits.dtype, blocks)
 
 
-def _window(
-    candidates: Tensor, reach: Tensor, top: Tensor, K: int, logits: torch.dtype, blocks: Blocks | None = None
-) -> Window:
-    """The window from ``candidates`` ``[R, n]``; ``reach`` is the highest value that may be missing from them."""
+def _candidates(
+    candidates: Tensor, highest_missing: Tensor, top: Tensor, K: int, logits: torch.dtype, blocks: Blocks | None = None
+) -> Candidates:
+    """From the values ``candidates`` ``[R, n]``; ``highest_missing`` bounds what may be missing from them."""
     if candidates.shape[1] > 2 * K:  # counting costs more than leaving out
         candidates = highest(candidates, 2 * K, in_order=False)
-        reach = torch.maximum(reach, candidates.amin(-1, keepdim=True))
+        highest_missing = torch.maximum(highest_missing, candidates.amin(-1, keepdim=True))
     make = _count if logits == torch.bfloat16 else _list
-    window = make(candidates, reach, top, K)
-    return Window(window.entries, window.floor, blocks)
+    found = make(candidates, highest_missing, top, K)
+    return Candidates(found.entries, found.floor, blocks)
 
 
 def _by_row(value: Tensor, row: Tensor, R: int) -> Tensor:
@@ -174,30 +176,30 @@ def _by_row(value: Tensor, row: Tensor, R: int) -> Tensor:
     return rows
 
 
-def _list(candidates: Tensor, reach: Tensor, top: Tensor, K: int) -> Window:
+def _list(candidates: Tensor, highest_missing: Tensor, top: Tensor, K: int) -> Candidates:
     entries = highest(candidates, min(K, candidates.shape[1]))
     missing = entries.new_full((len(entries), K - entries.shape[1]), -torch.inf)
-    floor = torch.maximum(reach, entries[:, -1:]) if candidates.shape[1] > K else reach
-    return Window(torch.cat([entries, missing], 1), floor)
+    floor = torch.maximum(highest_missing, entries[:, -1:]) if candidates.shape[1] > K else highest_missing
+    return Candidates(torch.cat([entries, missing], 1), floor)
 
 
-def _count(candidates: Tensor, reach: Tensor, top: Tensor, K: int) -> Window:
-    """Tokens at each of 2K keys from the maximum down; ``reach`` is the highest value that may be missing."""
+def _count(candidates: Tensor, highest_missing: Tensor, top: Tensor, K: int) -> Candidates:
+    """Tokens at each of 2K keys from the maximum down; ``highest_missing`` is the highest value that may be missing."""
     first = order_key(top)
     step = (first - order_key(candidates) >> 16).clamp_(0, 2 * K)
     step = torch.where(candidates > -torch.inf, step, 2 * K)
     count = torch.zeros((len(step), 2 * K + 1), dtype=torch.int32, device=step.device)
     count.scatter_add_(1, step, torch.ones_like(step, dtype=torch.int32))
-    return counted_window(count[:, :-1], reach, top)
+    return counted_candidates(count[:, :-1], highest_missing, top)
 
 
-def counted_window(count: Tensor, reach: Tensor, top: Tensor) -> Window:
-    """The window of int32 counts ``[T, 2K]`` from the maximum ``top`` down; ``reach`` as in :func:`_count`."""
+def counted_candidates(count: Tensor, highest_missing: Tensor, top: Tensor) -> Candidates:
+    """From int32 counts ``[T, 2K]`` of keys from the maximum ``top`` down; ``highest_missing`` as in :func:`_count`."""
     first, most = order_key(top), torch.iinfo(torch.int16).max
     end = torch.maximum(first - (count.shape[1] << 16), order_key(torch.full_like(top, -torch.inf)))
-    floor = torch.maximum(from_order_key(end, top.dtype), reach)
+    floor = torch.maximum(from_order_key(end, top.dtype), highest_missing)
     floor = torch.where((count > most).any(-1, keepdim=True), torch.inf, floor)  # does not fit: decided otherwise
-    return Window(count.clamp_max(most).short(), floor)
+    return Candidates(count.clamp_max(most).short(), floor)
 
 
 def _highest_blocks(maxima: Tensor, k: int) -> Tensor:

@@ -45,7 +45,7 @@ def sum_over_ranks(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return value
 
 
-def sum_own_rows(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def reduce_scatter(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """``[world * n, ...] -> [n, ...]``: this rank's rows of the sum of every rank's ``value``."""
     world = group_size(group)
     if world == 1:

@@ -21,18 +21,18 @@ import torch
 from torch import Tensor
 
 from megatron_ext.ops.backend import implementation
-from megatron_ext.ops.collectives import all_gather, group_size, sum_over_ranks, sum_own_rows
+from megatron_ext.ops.collectives import all_gather, group_size, reduce_scatter, sum_over_ranks
 from megatron_ext.ops.options import (
     NUCLEUS,
-    WINDOW,
+    NUM_CANDIDATES,
+    NucleusRule,
     Options,
     PolicyStats,
-    Rule,
     check,
     given,
+    inverse_temperature,
     join,
     returned,
-    row_scale,
     without_gradient,
 )
 from megatron_ext.ops.shard import VocabShard
@@ -40,7 +40,7 @@ from megatron_ext.ops.shard import VocabShard
 CHUNK_BYTES = 1 << 29  # of logits that exist at once: fewer chunks as tensor parallelism narrows the shard
 
 
-def chunk_rows(width: int, element_bytes: int) -> int:
+def chunk_tokens(width: int, element_bytes: int) -> int:
     """Rows of logits of a shard ``width`` columns wide that :func:`linear_policy_stats` holds at once."""
     return max(1, CHUNK_BYTES // (width * element_bytes))
 
@@ -53,10 +53,10 @@ def linear_policy_stats(
     *,
     temperature: float | Tensor = 1.0,
     top_p: float | None = None,
-    nucleus: str = "reach",
+    nucleus: str = "inclusive",
     want: Sequence[str] = ("logprob", "entropy"),
     grad: Sequence[str] = ("logprob",),
-    window: int = WINDOW,
+    num_candidates: int = NUM_CANDIDATES,
     sequence_parallel: bool = False,
     chunk: int | None = None,
     main_grad: Tensor | None = None,
@@ -83,12 +83,12 @@ def linear_policy_stats(
         )
     if chunk is not None and chunk < 1:
         raise ValueError(f"linear_policy_stats: chunk is {chunk}, expected at least 1 row")
-    rule = Rule(top_p, nucleus) if top_p is not None and any(name in NUCLEUS for name in want) else None
-    options = Options(shard, rule, tuple(want), tuple(grad), window)
+    rule = NucleusRule(top_p, nucleus) if top_p is not None and any(name in NUCLEUS for name in want) else None
+    options = Options(shard, rule, tuple(want), tuple(grad), num_candidates)
     T = len(hidden) * (group_size(shard.group) if sequence_parallel else 1)
     check("linear_policy_stats", T, hidden.dtype, targets, temperature, options, top_p, nucleus)
-    scale = row_scale(temperature, T, hidden)
-    rows = chunk or chunk_rows(shard.width, hidden.element_size())
+    scale = inverse_temperature(temperature, T, hidden)
+    rows = chunk or chunk_tokens(shard.width, hidden.element_size())
     return PolicyStats(
         *_LinearPolicyStatsFunction.apply(hidden, weight, targets, scale, options, sequence_parallel, rows, main_grad)
     )
@@ -114,7 +114,7 @@ class _LinearPolicyStatsFunction(torch.autograd.Function):
         chunk: int,
         main_grad: Tensor | None,
     ) -> tuple:
-        everything, parts = _all_rows(hidden, options.shard, sequence_parallel), []
+        everything, parts = _all_tokens(hidden, options.shard, sequence_parallel), []
         for index in _chunks(len(targets), chunk):
             logits = everything[index] @ weight.T
             parts.append(implementation(logits).forward(logits, targets[index], scale[index], options))
@@ -131,7 +131,7 @@ class _LinearPolicyStatsFunction(torch.autograd.Function):
         hidden, weight, targets, scale, *saved = ctx.saved_tensors
         options, shard = ctx.options, ctx.options.shard
         gradients = given(upstream, options)
-        everything = _all_rows(hidden, shard, ctx.sequence_parallel)
+        everything = _all_tokens(hidden, shard, ctx.sequence_parallel)
         d_hidden, d_weight = torch.empty_like(everything), ctx.main_grad
         if d_weight is None and ctx.needs_input_grad[1]:
             d_weight = torch.zeros_like(weight, dtype=scale.dtype)
@@ -144,7 +144,7 @@ class _LinearPolicyStatsFunction(torch.autograd.Function):
             if d_weight is not None:
                 _accumulate(d_weight, logits, everything[index])
         if ctx.sequence_parallel:
-            d_hidden = sum_own_rows(d_hidden, shard.group)
+            d_hidden = reduce_scatter(d_hidden, shard.group)
         else:
             d_hidden = sum_over_ranks(d_hidden, shard.group)
         if ctx.main_grad is not None:
@@ -152,7 +152,7 @@ class _LinearPolicyStatsFunction(torch.autograd.Function):
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), *[None] * 6
 
 
-def _all_rows(hidden: Tensor, shard: VocabShard, sequence_parallel: bool) -> Tensor:
+def _all_tokens(hidden: Tensor, shard: VocabShard, sequence_parallel: bool) -> Tensor:
     return all_gather(hidden, shard.group).flatten(0, 1) if sequence_parallel else hidden
 
 

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from megatron_ext.ops.candidates import (
     Blocks,
+    Candidates,
     Mass,
-    Window,
     block_maxima,
     in_nucleus,
-    make_window,
+    make_candidates,
     num_blocks,
     positions_above,
 )
@@ -35,7 +35,7 @@ LOWEST = -1e30  # stands in for a minus infinity that would meet a zero
 SPARSE = 1 / 32  # share of a row's columns in the nucleus below which they are visited one by one
 
 
-class RowGradient(NamedTuple):
+class TokenGradient(NamedTuple):
     """The backward's numbers, ``[T, 1]`` each; the nucleus' are None where nothing flows through it."""
 
     maximum: Tensor
@@ -61,35 +61,43 @@ class RowGradient(NamedTuple):
         few = active & (within & (self.size <= SPARSE * columns))[:, 0]
         return few, active & ~few
 
-    def rows(self, rows: slice) -> RowGradient:
+    def rows(self, rows: slice) -> TokenGradient:
         nucleus = None if self.nucleus is None else (self.nucleus[0][rows], self.nucleus[1][rows])
         part = [None if v is None else v[rows] for v in (self.b, self.theta, self.size)]
         b, theta, size = part
         fixed = self.maximum[rows], self.a[rows], b, self.at_target[rows]
         blocks = None if self.blocks is None else self.blocks.rows(rows)
-        return RowGradient(*fixed, nucleus, theta, self.keep_equal, size, blocks)
+        return TokenGradient(*fixed, nucleus, theta, self.keep_equal, size, blocks)
 
 
 def summarise(
-    logits: Tensor, column: Tensor, scale: Tensor, real: int, *, moment: bool, window: int | None, tail: float = 0.0
-) -> tuple[Tensor, Window | None]:
+    logits: Tensor,
+    column: Tensor,
+    scale: Tensor,
+    real: int,
+    *,
+    moment: bool,
+    num_candidates: int | None,
+    tail: float = 0.0,
+) -> tuple[Tensor, Candidates | None]:
     """``[T, 4]`` of (maximum, sum e^d, sum d e^d, logit of the target) and the highest logits of every row.
 
     ``column`` ``[T, 1]`` is the target's local column, -1 where it is another rank's; ``scale`` is 1 / temperature
-    ``[T, 1]`` in the dtype of the arithmetic. Without ``moment`` the third number is 0; without ``window`` no highest
-    logits are returned. ``tail`` is the share of the shard's mass that the window need not hold.
+    ``[T, 1]`` in the dtype of the arithmetic. Without ``moment`` the third number is 0; without
+    ``num_candidates`` no highest logits are returned. ``tail`` is the share of the shard's mass that the candidates
+    need not hold.
     """
     T, dtype = len(logits), scale.dtype
     sums = torch.zeros((T, 4), dtype=dtype, device=logits.device)
     sums[:, 0] = sums[:, 3] = -torch.inf
     if not real or not T:
-        return sums, Window.empty(T, window, logits.dtype, dtype, logits.device) if window else None
+        return sums, Candidates.empty(T, num_candidates, logits.dtype, dtype, logits.device) if num_candidates else None
     logits, scale2 = logits[:, :real], scale / math.log(2)
     at_target = logits.gather(1, column.clamp_min(0)).to(dtype)
     sums[:, 3:] = torch.where(column >= 0, at_target, -torch.inf)
-    windows, scratch = [], _scratch(logits, dtype)
+    candidates, scratch = [], _scratch(logits, dtype)
     for group in _slices(0, T, GROUP // num_blocks(real)):
-        all_maxima = sums.new_empty((group.stop - group.start, num_blocks(real))) if window else None
+        all_maxima = sums.new_empty((group.stop - group.start, num_blocks(real))) if num_candidates else None
         for rows in _slices(group.start, group.stop, BLOCK // real):
             x, d, e = _block(logits[rows], scratch)
             maxima = x
@@ -103,13 +111,13 @@ def summarise(
             sums[rows, :1], sums[rows, 1] = top, e.sum(-1)
             if moment:
                 sums[rows, 2] = e.mul_(d).sum(-1) * math.log(2)
-        if all_maxima is not None and window:
+        if all_maxima is not None and num_candidates:
             mass = Mass(sums[group, 1:2], scale[group], tail)
-            windows.append(make_window(logits[group], all_maxima, sums[group, :1], window, mass))
-    return sums, Window.join(windows) if windows else None
+            candidates.append(make_candidates(logits[group], all_maxima, sums[group, :1], num_candidates, mass))
+    return sums, Candidates.join(candidates) if candidates else None
 
 
-def gradient(logits: Tensor, column: Tensor, scale: Tensor, real: int, row: RowGradient, out: Tensor) -> None:
+def gradient(logits: Tensor, column: Tensor, scale: Tensor, real: int, row: TokenGradient, out: Tensor) -> None:
     """Write the gradient of the real columns to ``out`` (which may be ``logits``), zero to the padding."""
     out[:, real:] = 0
     if not real or not len(out):
@@ -130,7 +138,7 @@ def gradient(logits: Tensor, column: Tensor, scale: Tensor, real: int, row: RowG
 
 
 def _dense(
-    logits: Tensor, column: Tensor, scale: Tensor, row: RowGradient, out: Tensor, scratch: Tensor, *, nucleus: bool
+    logits: Tensor, column: Tensor, scale: Tensor, row: TokenGradient, out: Tensor, scratch: Tensor, *, nucleus: bool
 ) -> None:
     """The gradient of a block of rows; of the nucleus' part too if ``nucleus``."""
     x, d, e = _block(logits, scratch)
@@ -156,7 +164,7 @@ def _dense(
         out.copy_(d)
 
 
-def _few(logits: Tensor, index: Tensor, column: Tensor, scale: Tensor, row: RowGradient) -> tuple[Tensor, Tensor]:
+def _few(logits: Tensor, index: Tensor, column: Tensor, scale: Tensor, row: TokenGradient) -> tuple[Tensor, Tensor]:
     """Rows and columns of the nucleus' entries, and the whole gradient at each: it replaces the dense part's."""
     assert row.theta is not None and row.nucleus is not None and row.blocks is not None
     at = positions_above(logits, index, row.blocks, row.theta, row.keep_equal)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_ext.ops.candidates import Window, ascending, from_order_key, merge_windows, order_key
+from megatron_ext.ops.candidates import Candidates, ascending, from_order_key, merge_candidates, order_key
 from megatron_ext.ops.collectives import all_gather, all_to_all, group_rank, group_size
-from megatron_ext.ops.options import Rule
+from megatron_ext.ops.options import NucleusRule
 from megatron_ext.ops.shard import VocabShard
 
 PIVOTS = 15  # keys weighed in one round: four bits of the crossing's key
@@ -23,7 +23,7 @@ BLOCK = 1 << 19  # window entries, or logits, handled at once
 
 
 @dataclass(frozen=True)
-class Rows:
+class GlobalStats:
     """What every rank knows of every row after the exchange, ``[T, 1]`` each; the last four only with a nucleus.
 
     ``total`` and ``mass`` are relative to ``maximum``: sums of e^((x - maximum) * scale). ``size`` is -1 for a row that
@@ -40,7 +40,7 @@ class Rows:
     size: Tensor | None = None
 
 
-def merge(sums: Tensor, scale: Tensor) -> Rows:
+def merge(sums: Tensor, scale: Tensor) -> GlobalStats:
     """``[world, T, 4]`` sums of the shards (rows.summarise) to the whole vocabulary's, in fp64."""
     sums, scale = sums.double(), scale.double()
     shard_maximum, total, moment, target = sums.split(1, dim=-1)
@@ -48,66 +48,68 @@ def merge(sums: Tensor, scale: Tensor) -> Rows:
     shift = ((shard_maximum - maximum) * scale).clamp_min(-1e30)
     weight = shift.exp()
     S = (total * weight).sum(0)
-    return Rows(maximum, S, S.log() - ((moment + total * shift) * weight).sum(0) / S, target.amax(0))
+    return GlobalStats(maximum, S, S.log() - ((moment + total * shift) * weight).sum(0) / S, target.amax(0))
 
 
-def exchange(sums: Tensor, scale: Tensor, shard: VocabShard) -> Rows:
+def exchange(sums: Tensor, scale: Tensor, shard: VocabShard) -> GlobalStats:
     """Without a nucleus: one all-gather of 16 B a row (32 in fp64)."""
     return merge(all_gather(sums, shard.group), scale)
 
 
-def exchange_windows(sums: Tensor, window: Window, scale: Tensor, shard: VocabShard, rule: Rule) -> Rows:
+def exchange_candidates(
+    sums: Tensor, candidates: Candidates, scale: Tensor, shard: VocabShard, rule: NucleusRule
+) -> GlobalStats:
     """With a nucleus: windows to the owners, results to everybody."""
     T, world = len(sums), group_size(shard.group)
     own = -(-T // world)
-    payload = torch.cat([_words(sums), _words(window.floor), _words(window.entries)], 1)
+    payload = torch.cat([_words(sums), _words(candidates.floor), _words(candidates.entries)], 1)
     payload = torch.nn.functional.pad(payload, (0, 0, 0, own * world - T))
     payload = all_to_all(payload.unflatten(0, (world, own)), shard.group)
     first = group_rank(shard.group) * own
     scale = torch.nn.functional.pad(scale, (0, 0, 0, own * world - T), value=1)[first : first + own]
-    step = max(1, BLOCK // (window.entries.shape[1] * world))
+    step = max(1, BLOCK // (candidates.entries.shape[1] * world))
     results = [
-        _decide(*_unpacked(payload[:, i : i + step], sums.dtype, window.entries.dtype), scale[i : i + step], rule)
+        _decide(*_unpacked(payload[:, i : i + step], sums.dtype, candidates.entries.dtype), scale[i : i + step], rule)
         for i in range(0, own, step)
     ]
     result = torch.cat(results) if results else torch.empty((0, 8), dtype=torch.float64, device=sums.device)
     result = all_gather(result.to(sums.dtype), shard.group).flatten(0, 1)[:T]
-    return Rows(*result.split(1, dim=1))
+    return GlobalStats(*result.split(1, dim=1))
 
 
 def _words(value: Tensor) -> Tensor:
     return value.contiguous().view(torch.int32)
 
 
-def _unpacked(payload: Tensor, dtype: torch.dtype, entries: torch.dtype) -> tuple[Tensor, list[Window]]:
+def _unpacked(payload: Tensor, dtype: torch.dtype, entries: torch.dtype) -> tuple[Tensor, list[Candidates]]:
     """Sums ``[world, n, 4]`` and the ranks' windows from the words ``[world, n, ...]``."""
     words = 2 if dtype == torch.float64 else 1
     sums = payload[..., : 4 * words].contiguous().view(dtype)
     floor = payload[..., 4 * words : 5 * words].contiguous().view(dtype)
-    window = payload[..., 5 * words :].contiguous().view(entries)
-    return sums, [Window(window[r], floor[r]) for r in range(len(payload))]
+    candidates = payload[..., 5 * words :].contiguous().view(entries)
+    return sums, [Candidates(candidates[r], floor[r]) for r in range(len(payload))]
 
 
-def _decide(sums: Tensor, windows: list[Window], scale: Tensor, rule: Rule) -> Tensor:
-    """The columns of ``Rows`` for the owner's rows ``[n, 8]``, in fp64."""
+def _decide(sums: Tensor, candidates: list[Candidates], scale: Tensor, rule: NucleusRule) -> Tensor:
+    """The columns of ``GlobalStats`` for the owner's rows ``[n, 8]``, in fp64."""
     rows, scale = merge(sums, scale), scale.double()
     maxima = [part[:, :1] for part in sums]
-    logit, count = merge_windows(windows, maxima)
+    logit, count = merge_candidates(candidates, maxima)
     d = ((logit - rows.maximum) * scale).clamp_min(-1e30)
     mass = count * d.exp()
     before = (mass.cumsum(-1) < rule.limit * rows.total).sum(-1, keepdim=True)
     theta = logit.gather(1, before.clamp_max(logit.shape[1] - 1))
-    floor = torch.stack([part.floor for part in windows]).amax(0)
-    certified = (before < logit.shape[1]) & (theta > floor)
+    floor = torch.stack([part.floor for part in candidates]).amax(0)
+    resolved = (before < logit.shape[1]) & (theta > floor)
     above = logit > theta
     sums_above = torch.stack([torch.where(above, v, 0).sum(-1) for v in (mass, mass * d, count)], -1)
     equal = torch.where(logit == theta, count, 0).sum(-1, keepdim=True)
     inside = close(rows, theta, sums_above, equal.double(), scale, rule)
-    size = torch.where(certified | rows.total.isnan(), inside[:, 2:], -1)
+    size = torch.where(resolved | rows.total.isnan(), inside[:, 2:], -1)
     return torch.cat([rows.maximum, rows.total, rows.entropy, rows.target, theta.double(), inside[:, :2], size], 1)
 
 
-def close(rows: Rows, theta: Tensor, above: Tensor, equal: Tensor, scale: Tensor, rule: Rule) -> Tensor:
+def close(rows: GlobalStats, theta: Tensor, above: Tensor, equal: Tensor, scale: Tensor, rule: NucleusRule) -> Tensor:
     """Apply the rule at theta: ``[n, 3]`` of (mass, entropy, size).
 
     ``above`` ``[n, 3]``: mass, sum of mass * d and tokens above theta; ``equal`` ``[n, 1]``: tokens equal to it.
@@ -124,8 +126,10 @@ def close(rows: Rows, theta: Tensor, above: Tensor, equal: Tensor, scale: Tensor
     return torch.cat([mass, entropy, size], 1)
 
 
-def search(logits: Tensor, slow: Tensor, rows: Rows, scale: Tensor, shard: VocabShard, rule: Rule) -> Rows:
-    """``rows`` with the uncertified rows ``slow`` ``[n]`` decided by the search for their crossing's key.
+def search(
+    logits: Tensor, unresolved: Tensor, rows: GlobalStats, scale: Tensor, shard: VocabShard, rule: NucleusRule
+) -> GlobalStats:
+    """``rows`` with the uncertified rows ``unresolved`` ``[n]`` decided by the search for their crossing's key.
 
     ``logits`` ``[T, shard.real]`` are all rows'. Collectives: per block of rows, one for the range, one a round (4 for
     bf16, 8 for fp32) and one for the sums.
@@ -133,17 +137,19 @@ def search(logits: Tensor, slow: Tensor, rows: Rows, scale: Tensor, shard: Vocab
     assert rows.theta is not None and rows.mass is not None and rows.nucleus_entropy is not None
     assert rows.size is not None
     theta, mass, entropy, size = (v.clone() for v in (rows.theta, rows.mass, rows.nucleus_entropy, rows.size))
-    for index in slow.split(max(1, BLOCK // shard.width)):
+    for index in unresolved.split(max(1, BLOCK // shard.width)):
         x = logits[index]
-        part = Rows(*(v[index].double() for v in (rows.maximum, rows.total, rows.entropy, rows.target)))
+        part = GlobalStats(*(v[index].double() for v in (rows.maximum, rows.total, rows.entropy, rows.target)))
         found, closed = _search_block(x, part, scale[index].double(), shard, rule)
         theta[index] = found.to(theta.dtype)
         for value, column in zip((mass, entropy, size), closed.split(1, dim=1), strict=True):
             value[index] = column.to(value.dtype)
-    return Rows(rows.maximum, rows.total, rows.entropy, rows.target, theta, mass, entropy, size)
+    return GlobalStats(rows.maximum, rows.total, rows.entropy, rows.target, theta, mass, entropy, size)
 
 
-def _search_block(x: Tensor, rows: Rows, scale: Tensor, shard: VocabShard, rule: Rule) -> tuple[Tensor, Tensor]:
+def _search_block(
+    x: Tensor, rows: GlobalStats, scale: Tensor, shard: VocabShard, rule: NucleusRule
+) -> tuple[Tensor, Tensor]:
     dtype, group = (torch.float64 if x.dtype == torch.float64 else torch.float32), shard.group
     unit, rounds = (1 << 16, 4) if x.dtype == torch.bfloat16 else (1, 16 if x.dtype == torch.float64 else 8)
     V = x.shape[1]

@@ -14,7 +14,7 @@ from megatron_ext.ops.shard import VocabShard
 
 NUCLEUS = ("nucleus_entropy", "nucleus_mass", "nucleus_size", "nucleus_logprob", "target_in_nucleus")
 DIFFERENTIABLE = ("logprob", "entropy", "nucleus_entropy", "nucleus_logprob")
-WINDOW = 256  # highest logits of a row that a rank sends; twice as many keys of bf16 logits, in as many bytes
+NUM_CANDIDATES = 256  # highest logits of a row that a rank sends; twice as many keys of bf16 logits, in as many bytes
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class PolicyStats:
     """Row statistics ``[rows]``, fp32 (fp64 for fp64 logits), in nats; None where not wanted.
 
     ``nucleus_logprob`` is minus infinity for a target outside the nucleus (see ``target_in_nucleus``, bool).
-    ``slow_rows`` counts the rows whose threshold was searched for; int64 scalar on the device of the logits, None
+    ``num_fallback`` counts the rows whose threshold was searched for; int64 scalar on the device of the logits, None
     without a nucleus.
     """
 
@@ -33,7 +33,7 @@ class PolicyStats:
     nucleus_size: Tensor | None = None
     nucleus_logprob: Tensor | None = None
     target_in_nucleus: Tensor | None = None
-    slow_rows: Tensor | None = None
+    num_fallback: Tensor | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         value = getattr(self, name)
@@ -46,11 +46,11 @@ OUTPUTS = tuple(field.name for field in fields(PolicyStats))
 
 
 @dataclass(frozen=True)
-class Rule:
-    """Where the nucleus ends. ``limit`` is infinite for top_p 1: the crossing is then the lowest finite logit."""
+class NucleusRule:
+    """Where the nucleus ends. ``limit`` is infinite for top_p 1: the cutoff is then the lowest finite logit."""
 
     top_p: float
-    nucleus: str  # reach | below
+    nucleus: str  # inclusive | exclusive
 
     @property
     def limit(self) -> float:
@@ -58,17 +58,17 @@ class Rule:
 
     @property
     def keep_equal(self) -> bool:
-        return self.nucleus == "reach"
+        return self.nucleus == "inclusive"
 
 
 class Options(NamedTuple):
     """The arguments of one call that are not tensors."""
 
     shard: VocabShard
-    rule: Rule | None  # None: no nucleus output is wanted
+    rule: NucleusRule | None  # None: no nucleus output is wanted
     want: tuple[str, ...]
     grad: tuple[str, ...]
-    window: int
+    num_candidates: int
 
     @property
     def moment(self) -> bool:
@@ -108,7 +108,7 @@ def join(parts: Sequence[Forward]) -> Forward:
 
 def returned(found: Forward, options: Options) -> tuple[Tensor | None, ...]:
     """The outputs of an autograd function in the order of :class:`PolicyStats`."""
-    outputs = {name: found.outputs[name] for name in options.want} | {"slow_rows": found.fallback}
+    outputs = {name: found.outputs[name] for name in options.want} | {"num_fallback": found.fallback}
     return tuple(outputs.get(name) for name in OUTPUTS)
 
 
@@ -123,7 +123,7 @@ def given(upstream: Sequence[Tensor | None], options: Options) -> dict[str, Tens
     return {name: value for name, value in named if value is not None and name in options.grad}
 
 
-def row_scale(temperature: float | Tensor, rows: int, like: Tensor) -> Tensor:
+def inverse_temperature(temperature: float | Tensor, rows: int, like: Tensor) -> Tensor:
     """1 / temperature ``[rows, 1]`` in the dtype of the arithmetic: fp32, or fp64 for fp64 logits."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if isinstance(temperature, Tensor):
@@ -144,7 +144,7 @@ def check(
     nucleus: str,
 ) -> None:
     """Raise ValueError, naming the caller, for arguments that do not fit together."""
-    known = [name for name in OUTPUTS if name != "slow_rows"]
+    known = [name for name in OUTPUTS if name != "num_fallback"]
     if dtype not in (torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"{caller}: logits are {dtype}, expected bfloat16, float32 or float64")
     if targets.shape != (rows,) or targets.dtype != torch.int64:
@@ -159,7 +159,7 @@ def check(
         raise ValueError(f"{caller}: grad names {wrong}; expected wanted outputs among {list(DIFFERENTIABLE)}")
     if any(name in NUCLEUS for name in options.want) and (top_p is None or not 0 < top_p <= 1):
         raise ValueError(f"{caller}: nucleus outputs need top_p in (0, 1], found {top_p}")
-    if nucleus not in ("reach", "below"):
-        raise ValueError(f"{caller}: nucleus is {nucleus!r}, expected 'reach' or 'below'")
-    if options.window < 1:
-        raise ValueError(f"{caller}: window is {options.window}, expected at least 1")
+    if nucleus not in ("inclusive", "exclusive"):
+        raise ValueError(f"{caller}: nucleus is {nucleus!r}, expected 'inclusive' or 'exclusive'")
+    if options.num_candidates < 1:
+        raise ValueError(f"{caller}: num_candidates is {options.num_candidates}, expected at least 1")

@@ -25,14 +25,14 @@ from megatron_ext.ops.backend import implementation
 from megatron_ext.ops.options import (
     DIFFERENTIABLE,
     NUCLEUS,
-    WINDOW,
+    NUM_CANDIDATES,
+    NucleusRule,
     Options,
     PolicyStats,
-    Rule,
     check,
     given,
+    inverse_temperature,
     returned,
-    row_scale,
     without_gradient,
 )
 from megatron_ext.ops.shard import VocabShard
@@ -47,10 +47,10 @@ def policy_stats(
     *,
     temperature: float | Tensor = 1.0,
     top_p: float | None = None,
-    nucleus: str = "reach",
+    nucleus: str = "inclusive",
     want: Sequence[str] = ("logprob", "entropy"),
     grad: Sequence[str] = ("logprob",),
-    window: int = WINDOW,
+    num_candidates: int = NUM_CANDIDATES,
     inplace_backward: bool = False,
 ) -> PolicyStats:
     """Statistics of the policy softmax(logits / temperature) at every row, exact over the whole vocabulary.
@@ -62,7 +62,7 @@ def policy_stats(
         temperature: a positive number, or ``[rows]``.
         top_p: the nucleus' mass, in (0, 1]; needed by the nucleus outputs. 1 takes the slow path for every row: the
             plain entropy is then the same and free.
-        nucleus: ``reach`` keeps the token at which the mass reaches top_p, ``below`` does not and may be empty
+        nucleus: ``inclusive`` keeps the token at which the mass reaches top_p, ``exclusive`` does not and may be empty
             (entropy 0, no gradient).
         want: names of the outputs to compute.
         grad: names of the wanted outputs that carry a gradient: logprob, entropy, nucleus_entropy, nucleus_logprob.
@@ -75,10 +75,10 @@ def policy_stats(
     """
     if logits.ndim != 2 or logits.shape[1] != shard.width:
         raise ValueError(f"policy_stats: logits are {list(logits.shape)}, expected [rows, {shard.width}] for {shard}")
-    rule = Rule(top_p, nucleus) if top_p is not None and any(name in NUCLEUS for name in want) else None
-    options = Options(shard, rule, tuple(want), tuple(grad), window)
+    rule = NucleusRule(top_p, nucleus) if top_p is not None and any(name in NUCLEUS for name in want) else None
+    options = Options(shard, rule, tuple(want), tuple(grad), num_candidates)
     check("policy_stats", len(logits), logits.dtype, targets, temperature, options, top_p, nucleus)
-    scale = row_scale(temperature, len(logits), logits)
+    scale = inverse_temperature(temperature, len(logits), logits)
     return PolicyStats(*_PolicyStatsFunction.apply(logits, targets, scale, options, inplace_backward))
 
 

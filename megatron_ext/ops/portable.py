@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megatron_ext.ops import logit_passes
 from megatron_ext.ops.candidates import Blocks, in_nucleus
-from megatron_ext.ops.logit_passes import RowGradient
-from megatron_ext.ops.nucleus import Rows, exchange, exchange_windows, search
+from megatron_ext.ops.logit_passes import TokenGradient
+from megatron_ext.ops.nucleus import GlobalStats, exchange, exchange_candidates, search
 from megatron_ext.ops.options import Forward, Options
 from megatron_ext.ops.shard import VocabShard
 
@@ -22,19 +22,25 @@ from megatron_ext.ops.shard import VocabShard
 def forward(logits: Tensor, targets: Tensor, scale: Tensor, options: Options) -> Forward:
     """See backend.py::Implementation."""
     shard, rule = options.shard, options.rule
-    column, window = _local_columns(targets, shard), options.window if rule else None
+    column, num_candidates = _local_columns(targets, shard), options.num_candidates if rule else None
     sums, found = logit_passes.summarise(
-        logits, column, scale, shard.real, moment=options.moment, window=window, tail=1 - options.held_share
+        logits,
+        column,
+        scale,
+        shard.real,
+        moment=options.moment,
+        num_candidates=num_candidates,
+        tail=1 - options.held_share,
     )
     if rule is None or found is None:
         decided, fallback, blocks = exchange(sums, scale, shard), None, None
     else:
-        decided, blocks = exchange_windows(sums, found, scale, shard, rule), found.blocks
+        decided, blocks = exchange_candidates(sums, found, scale, shard, rule), found.blocks
         assert decided.size is not None
-        open_rows = (decided.size[:, 0] < 0).nonzero()[:, 0]
-        if len(open_rows):  # every rank has the same
-            decided = search(logits[:, : shard.real], open_rows, decided, scale, shard, rule)
-        fallback = torch.tensor(len(open_rows), device=scale.device)
+        unresolved = (decided.size[:, 0] < 0).nonzero()[:, 0]
+        if len(unresolved):  # every rank has the same
+            decided = search(logits[:, : shard.real], unresolved, decided, scale, shard, rule)
+        fallback = torch.tensor(len(unresolved), device=scale.device)
     saved = [_saved(decided, options, scale.dtype)]
     if options.nucleus_grad and blocks is not None:
         saved += blocks
@@ -51,7 +57,7 @@ def backward(
     out: Tensor,
 ) -> None:
     """See backend.py::Implementation."""
-    row = _row_gradient(saved, scale, upstream, options)
+    row = _token_gradient(saved, scale, upstream, options)
     logit_passes.gradient(logits, _local_columns(targets, options.shard), scale, options.shard.real, row, out)
 
 
@@ -61,7 +67,7 @@ def _local_columns(targets: Tensor, shard: VocabShard) -> Tensor:
     return torch.where((column >= 0) & (column < shard.real), column, -1)
 
 
-def _outputs(found: Rows, scale: Tensor, options: Options) -> dict[str, Tensor]:
+def _outputs(found: GlobalStats, scale: Tensor, options: Options) -> dict[str, Tensor]:
     log_total = found.total.double().log()
     at_target = (found.target.double() - found.maximum) * scale.double()
     values = {"logprob": at_target - log_total, "entropy": found.entropy}
@@ -80,8 +86,8 @@ def _outputs(found: Rows, scale: Tensor, options: Options) -> dict[str, Tensor]:
     return {n: v.clone() if v.dtype == torch.bool else v.to(scale.dtype, copy=True) for n, v in wanted.items()}
 
 
-def _saved(found: Rows, options: Options, dtype: torch.dtype) -> Tensor:
-    """``[T, 4 or 8]``: the numbers of ``Rows`` that the backward needs."""
+def _saved(found: GlobalStats, options: Options, dtype: torch.dtype) -> Tensor:
+    """``[T, 4 or 8]``: the numbers of ``GlobalStats`` that the backward needs."""
     columns = [found.maximum, found.total, found.entropy, found.target]
     if options.nucleus_grad:
         assert found.theta is not None and found.mass is not None
@@ -90,9 +96,9 @@ def _saved(found: Rows, options: Options, dtype: torch.dtype) -> Tensor:
     return torch.cat([column.to(dtype) for column in columns], 1)
 
 
-def _row_gradient(
+def _token_gradient(
     saved: tuple[Tensor, ...], scale: Tensor, upstream: Mapping[str, Tensor], options: Options
-) -> RowGradient:
+) -> TokenGradient:
     """The backward's row numbers from what ``forward`` saved and the upstream gradients."""
     g = {name: value[:, None].to(scale.dtype) for name, value in upstream.items()}
     numbers, *places = saved
@@ -115,4 +121,4 @@ def _row_gradient(
         at_target = at_target + g_logprob
     blocks = Blocks(*places) if places else None
     a, at_target = -scale / total * a, scale * at_target
-    return RowGradient(maximum, a, b, at_target, through_nucleus, theta, keep_equal, size, blocks)
+    return TokenGradient(maximum, a, b, at_target, through_nucleus, theta, keep_equal, size, blocks)

@@ -23,19 +23,19 @@ def entropy(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)
 
 
-def nucleus_mask(logits: Tensor, top_p: float, temperature: float | Tensor = 1.0, nucleus: str = "reach") -> Tensor:
+def nucleus_mask(logits: Tensor, top_p: float, temperature: float | Tensor = 1.0, nucleus: str = "inclusive") -> Tensor:
     """``[T, V]`` bool. The crossing token is the first, in descending order, at which the mass reaches ``top_p``.
 
-    ``reach`` keeps it, ``below`` does not; tokens of its logit are treated as one. ``top_p`` 1 crosses at the last
-    finite logit.
+    ``inclusive`` keeps it, ``exclusive`` does not; tokens of its logit are treated as one. ``top_p`` 1 crosses at
+    the last finite logit.
     """
     value, order = logits.detach().double().sort(dim=-1, descending=True, stable=True)
     mass = log_softmax(value, temperature).exp().cumsum(-1)
     finite = (value > -torch.inf).sum(-1, keepdim=True)
     before = (mass < top_p).sum(-1, keepdim=True) if top_p < 1 else finite
-    crossing = torch.minimum(before, finite - 1)
-    theta = value.gather(-1, crossing)
-    kept = value >= theta if nucleus == "reach" else value > theta
+    cutoff = torch.minimum(before, finite - 1)
+    theta = value.gather(-1, cutoff)
+    kept = value >= theta if nucleus == "inclusive" else value > theta
     return torch.zeros_like(kept).scatter(-1, order, kept)
 
 

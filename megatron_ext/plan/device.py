@@ -62,7 +62,7 @@ def communicators(a: Architecture, config: Config) -> dict[str, int]:
             "expert data": p.world // (p.pipeline * expert_model),
         }
     if config.rollout.engine == "vllm":
-        groups |= {"engine": config.rollout.tensor, "engine, PyNccl": config.rollout.tensor}
+        groups |= {"engine": config.rollout.tensor_parallel_size, "engine, PyNccl": config.rollout.tensor_parallel_size}
     return {name: ranks for name, ranks in groups.items() if ranks > 1}
 
 
@@ -73,4 +73,4 @@ def communicator_bytes(a: Architecture, config: Config) -> float:
 
 def graph_bytes(config: Config) -> float:
     """CUDA graphs of a colocated vLLM engine: within its share while awake, and still there while it sleeps."""
-    return GRAPHS if config.rollout.engine == "vllm" and not config.rollout.eager else 0.0
+    return GRAPHS if config.rollout.engine == "vllm" and not config.rollout.enforce_eager else 0.0

@@ -154,7 +154,9 @@ def _variants(plan: Plan) -> Iterator[tuple[float, dict[str, Any]]]:
         sizes = tuple(c.rollout.batch_size >> shift for shift in range(8) if c.rollout.batch_size >> shift)
         knobs.append([(0.5 * cost, change) for cost, change in _ladder("rollout.batch_size", sizes[0], sizes)])
     elif c.rollout.engine == "vllm":
-        shares = _ladder("rollout.memory_share", c.rollout.memory_share, (0.3, 0.4, 0.5, 0.6, 0.7, 0.8))
+        shares = _ladder(
+            "rollout.gpu_memory_utilization", c.rollout.gpu_memory_utilization, (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+        )
         knobs.append([(0.5 * cost, change) for cost, change in shares])
     for choice in itertools.product(*knobs):
         changes = {key: value for _, change in choice for key, value in change.items()}

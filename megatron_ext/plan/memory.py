@@ -9,11 +9,11 @@ layer with flash attention (``saved_per_token``), the head per copy of the logit
 before the first tensor, and what the allocator loses, is assumed (device.py). Bytes throughout; bf16 has 2, fp32 4 per
 element.
 
-A colocated vLLM engine takes ``rollout.memory_share`` of the GPU's total memory, not of what is free: at its start it
-refuses when less than that is free, measures weights, a prefill and its CUDA graphs, and makes the rest of the share KV
-cache. Whatever else is on the GPU, this process's own context and communicators included, must fit beside the share.
-Weights are streamed in before the KV cache is there again. While it sleeps it holds its CUDA graphs and nothing else;
-saving happens then too, and needs less than an update.
+A colocated vLLM engine takes ``rollout.gpu_memory_utilization`` of the GPU's total memory, not of what is free: at its
+start it refuses when less than that is free, measures weights, a prefill and its CUDA graphs, and makes the rest of the
+share KV cache. Whatever else is on the GPU, this process's own context and communicators included, must fit beside the
+share. Weights are streamed in before the KV cache is there again. While it sleeps it holds its CUDA graphs and nothing
+else; saving happens then too, and needs less than an update.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def kv_bytes_per_token(a: Architecture, config: Config) -> int:
 
 def engine_weights(a: Architecture, config: Config) -> float:
     """The rollout engine's own copy on one GPU."""
-    return num_parameters(a) * element_bytes(config) / config.rollout.tensor
+    return num_parameters(a) * element_bytes(config) / config.rollout.tensor_parallel_size
 
 
 def engine_working(a: Architecture, config: Config) -> float:
@@ -158,20 +158,24 @@ def engine_working(a: Architecture, config: Config) -> float:
     r, element = config.rollout, element_bytes(config)
     wide = a.experts.ffn_size * a.experts.top_k if a.experts else a.ffn_size
     tokens = r.batch_size * config.data.max_prompt_tokens if r.engine == "hf" else VLLM_PREFILL
-    prefill = tokens * (3 * wide / r.tensor + 3 * a.hidden_size) * element
+    prefill = tokens * (3 * wide / r.tensor_parallel_size + 3 * a.hidden_size) * element
     return max(prefill, r.batch_size * a.vocab_size * 24)  # 24: six fp32 copies of a step's logits while sampling
 
 
 def engine_cache(a: Architecture, config: Config, gpu_memory: float) -> float:
     """KV cache of a vLLM engine on one GPU: what its share of the memory leaves beside weights, work and graphs."""
     needed = engine_weights(a, config) + engine_working(a, config) + device.graph_bytes(config)
-    return config.rollout.memory_share * gpu_memory - needed
+    return config.rollout.gpu_memory_utilization * gpu_memory - needed
 
 
 def num_engines(config: Config) -> int:
     """Copies of the model that sample."""
     servers = config.rollout.servers
-    return (len(servers.urls) or servers.num) if external(config) else config.parallel.world // config.rollout.tensor
+    return (
+        (len(servers.urls) or servers.num)
+        if external(config)
+        else config.parallel.world // config.rollout.tensor_parallel_size
+    )
 
 
 def external(config: Config) -> bool:
@@ -251,7 +255,7 @@ def kv_cache(a: Architecture, config: Config) -> float:
 
 def kv_capacity(a: Architecture, config: Config, cache: float) -> int:
     """Full-length sequences that fit in ``cache`` bytes on each GPU of an engine."""
-    per_sequence = config.longest_sequence * kv_bytes_per_token(a, config) / config.rollout.tensor
+    per_sequence = config.longest_sequence * kv_bytes_per_token(a, config) / config.rollout.tensor_parallel_size
     return max(0, int(cache // per_sequence))
 
 

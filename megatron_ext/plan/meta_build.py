@@ -23,11 +23,11 @@ from megatron_ext.model import groups, parallel
 from megatron_ext.model.build import Policy, build_policy, build_reference
 from megatron_ext.model.critic import build_critic
 from megatron_ext.model.hf_config import Architecture
-from megatron_ext.model.hf_weights import module_rules, stream_names
+from megatron_ext.model.hf_weights import module_mappings, stream_names
 from megatron_ext.model.megatron_config import Fusions
 from megatron_ext.model.optimizer_state import parts, state_tensors
 from megatron_ext.model.tp_sharding import Replicated
-from megatron_ext.model.trainable import Trained
+from megatron_ext.model.trainable import TrainableModel
 
 Shape = tuple[int, ...]
 
@@ -63,11 +63,11 @@ def build_shard(config: Config, architecture: Architecture, needs: Needs, rank: 
         reference = critic = None
         with cpu_compat.on_meta():
             policy = build_policy(architecture, overlap=overlap, fused_head=config.model.fused_head, **options)
-            trained = Trained.build(policy, _some_schedule(config.optimizer))
+            trained = TrainableModel.build(policy, _some_schedule(config.optimizer))
             if needs.reference:
                 reference = build_reference(architecture, fused_head=config.model.fused_head, **options)
             if needs.value:
-                critic = Trained.build(
+                critic = TrainableModel.build(
                     build_critic(architecture, lambda modules: None, overlap=overlap, **options),
                     _some_schedule(config.critic),
                     section="critic",
@@ -92,15 +92,15 @@ def _whole(policy: Policy) -> int:
     total, a = 0, policy.architecture
     for module in policy.modules:
         parameters = dict(module.named_parameters())
-        for rule in module_rules(module, a):
-            parameter = parameters.pop(rule.megatron)
-            if a.tied and rule.megatron == "output_layer.weight":
+        for mapping in module_mappings(module, a):
+            parameter = parameters.pop(mapping.megatron)
+            if a.tied and mapping.megatron == "output_layer.weight":
                 continue  # a second copy of the embedding
-            ranks = groups.expert().size() if rule.expert else 1
-            if not isinstance(rule.layout, Replicated):
-                ranks *= (groups.expert_tensor() if rule.expert else groups.tensor()).size()
+            ranks = groups.expert().size() if mapping.expert else 1
+            if not isinstance(mapping.layout, Replicated):
+                ranks *= (groups.expert_tensor() if mapping.expert else groups.tensor()).size()
             padding = 0
-            if rule.hf[0] in ("model.embed_tokens.weight", "lm_head.weight"):
+            if mapping.hf[0] in ("model.embed_tokens.weight", "lm_head.weight"):
                 padding = (a.padded_vocab(groups.tensor().size()) - a.vocab_size) * a.hidden_size
             total += parameter.numel() * ranks - padding
         assert not parameters, parameters.keys()
@@ -112,7 +112,7 @@ def _some_schedule(options: OptimizerConfig) -> OptimizerConfig:
     return options.with_decay_steps(options.warmup_steps + 1)
 
 
-def _trained_bytes(trained: Trained) -> dict[str, int]:
+def _trained_bytes(trained: TrainableModel) -> dict[str, int]:
     """Weights, gradients and the optimizer's state after its first step."""
     buffers = [b for chunk in trained.model.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     return {

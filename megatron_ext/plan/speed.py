@@ -118,7 +118,7 @@ def rollout_seconds(a: Architecture, config: Config, rates: Rates, lengths: Leng
     r = config.rollout
     responses = r.prompts * r.samples / memory.num_engines(config)  # of one engine
     weights = memory.engine_weights(a, config)
-    kv = memory.kv_bytes_per_token(a, config) / r.tensor * lengths.total
+    kv = memory.kv_bytes_per_token(a, config) / r.tensor_parallel_size * lengths.total
     speed = rates.bandwidth * rates.decode
     if r.engine == "hf":
         batches = math.ceil(responses / r.batch_size)

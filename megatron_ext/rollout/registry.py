@@ -29,9 +29,9 @@ def create_engine(
         "dtype": dtype,
         "max_tokens": max_prompt_tokens + rollout.max_response_tokens,
         "batch_size": rollout.batch_size,
-        "tensor": rollout.tensor,
-        "memory_share": rollout.memory_share,
-        "eager": rollout.eager,
+        "tensor_parallel_size": rollout.tensor_parallel_size,
+        "gpu_memory_utilization": rollout.gpu_memory_utilization,
+        "enforce_eager": rollout.enforce_eager,
         "model_runner": rollout.model_runner,
     }
     try:

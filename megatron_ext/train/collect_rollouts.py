@@ -1,7 +1,7 @@
-"""One step's prompts -> judged episodes of this data-parallel rank.
+"""One step's prompts -> scored episodes of this data-parallel rank.
 
-A prompt's place is its number in the step's order of data. To sample, places are dealt to the data-parallel ranks in
-turn. Within one copy of the model its tensor- and pipeline-parallel ranks sample and judge a part each and exchange the
+A prompt's index is its number in the step's order of data. To sample, prompts are dealt to the data-parallel ranks in
+turn. Within one copy of the model its tensor- and pipeline-parallel ranks sample and score a part each and exchange the
 episodes, so that all of them train on the same ones.
 
 To train, the whole groups of each mini-batch (the next ``train.mini_batch_prompts`` of them) are dealt anew: as many to
@@ -11,10 +11,10 @@ step's loss is a sum over tokens with weights fixed before, so who trains on whi
 Dynamic sampling (DAPO, arXiv 2503.14476): a group whose rewards are all equal has no advantage. It is dropped, and
 further prompts are drawn until ``rollout.prompts`` groups are left, in at most ``rollout.max_generations`` rounds. The
 first draws ``rollout.oversample`` times the prompts, a later one as many as the share of useful groups so far makes
-necessary. The step trains on the first useful groups in order of place, so the choice depends on seeds and rewards
-alone, not on the layout; those beyond the last one needed are lost, with their prompts. When the rounds are used up,
-the step's first dropped groups fill the gap (DAPO's code ends the run there): they add tokens without an advantage, and
-are counted.
+necessary. The step trains on the first useful groups in order of prompt index, so the choice depends on seeds and
+rewards alone, not on the layout; those beyond the last one needed are lost, with their prompts. When the rounds are
+used up, the step's first dropped groups fill the gap (DAPO's code ends the run there): they add tokens without an
+advantage, and are counted.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from megatron_ext.rollout.sampling import seed_of
 from megatron_ext.types import Episode, Problem
 
 EncodedProblem = tuple[Problem, tuple[int, ...]]
-Draw = Callable[[int], Sequence[EncodedProblem]]  # the next so many problems in the order of the data
+NextProblems = Callable[[int], Sequence[EncodedProblem]]  # the next so many problems in the order of the data
 Verdict = Literal["useful", "right", "wrong"]  # right, wrong: rewards all equal
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Where the responses of step ``step`` (counted from 0) come from and who judges them."""
+    """Where the responses of step ``step`` (counted from 0) come from and who scores them."""
 
     config: Config
     engine: RolloutEngine
@@ -51,21 +51,21 @@ class Rollouts:
     step: int
     watch: Watch
 
-    def collect(self, draw: Draw) -> tuple[list[Episode], dict[str, float]]:
-        """The episodes this data-parallel rank trains on, in order of place and sample, and metrics.
+    def collect(self, next_problems: NextProblems) -> tuple[list[Episode], dict[str, float]]:
+        """The episodes this data-parallel rank trains on, in order of prompt index and sample, and metrics.
 
-        A response's seed depends on the run's seed, the step and its place, not on the layout. Groups are numbered
-        from 0 in the order of the whole step's batch.
+        A response's seed depends on the run's seed, the step and its prompt index, not on the layout. Groups are
+        numbered from 0 in the order of the whole step's batch.
         """
         rollout = self.config.rollout
         wanted = math.ceil(rollout.prompts * rollout.oversample) if rollout.dynamic_sampling else rollout.prompts
-        episodes = self.generate(draw(wanted), first=0)
+        episodes = self.generate(next_problems(wanted), first=0)
         chosen, metrics = list(range(wanted)), {}
         if rollout.dynamic_sampling:
             verdicts = share_verdicts(episodes)
             generations = 1
             while verdicts.count("useful") < rollout.prompts and generations < rollout.max_generations:
-                more = self.generate(draw(num_to_draw(verdicts, rollout.prompts)), first=len(verdicts))
+                more = self.generate(next_problems(num_to_draw(verdicts, rollout.prompts)), first=len(verdicts))
                 episodes |= more
                 verdicts += share_verdicts(more)
                 generations += 1
@@ -75,14 +75,21 @@ class Rollouts:
         return own, metrics | {"data/imbalance": imbalance}
 
     def generate(self, problems: Sequence[EncodedProblem], *, first: int) -> dict[int, list[Episode]]:
-        """``place -> group`` of this data-parallel rank's part of ``problems``, whose places begin at ``first``."""
+        """``prompt_index -> group`` of this data-parallel rank's part of ``problems``, numbered from ``first``."""
         data, group, rollout = groups.data(), groups.model(), self.config.rollout
-        mine = [place for place in range(first, first + len(problems)) if place % data.size() == data.rank()]
-        spots = [(place, sample) for place in mine for sample in range(rollout.samples)]
-        own = spots[group.rank() :: group.size()]
+        mine = [
+            prompt_index
+            for prompt_index in range(first, first + len(problems))
+            if prompt_index % data.size() == data.rank()
+        ]
+        indices = [(prompt_index, sample) for prompt_index in mine for sample in range(rollout.samples)]
+        own = indices[group.rank() :: group.size()]
         encoded = dict(enumerate(problems, first))
         seed = self.config.train.seed
-        requests = [Request(encoded[place][1], seed_of(seed, self.step, place, sample)) for place, sample in own]
+        requests = [
+            Request(encoded[prompt_index][1], seed_of(seed, self.step, prompt_index, sample))
+            for prompt_index, sample in own
+        ]
         sampling = Sampling(rollout.temperature, rollout.top_p, rollout.max_response_tokens)
         with self.watch.phase("rollout", total=len(own)) as phase:
             samples = self.engine.generate(
@@ -91,29 +98,33 @@ class Rollouts:
                 lambda done: phase.advance(len(done), tokens=group.size() * sum(len(s.response_ids) for s in done)),
             )
         with self.watch.phase("reward", total=len(own)) as phase:
-            answers = [(encoded[place][0], sample.text) for (place, _), sample in zip(own, samples, strict=True)]
+            answers = [
+                (encoded[prompt_index][0], sample.text) for (prompt_index, _), sample in zip(own, samples, strict=True)
+            ]
             rewards = self.pool.score(answers)
             phase.advance(len(own))
-            judged = {
-                spot: Episode(encoded[spot[0]][0], spot[0], sample, reward)
-                for spot, sample, reward in zip(own, samples, rewards, strict=True)
+            scored = {
+                index: Episode(encoded[index[0]][0], index[0], sample, reward)
+                for index, sample, reward in zip(own, samples, rewards, strict=True)
             }
-            everyone = gathered(judged, group)
-        return {place: [everyone[place, sample] for sample in range(rollout.samples)] for place in mine}
+            everyone = gathered(scored, group)
+        return {
+            prompt_index: [everyone[prompt_index, sample] for sample in range(rollout.samples)] for prompt_index in mine
+        }
 
 
 def verdict_of(group: Sequence[Episode]) -> Verdict:
     """Whether a group's rewards, NaN left out, differ; if not, whether its responses are right."""
-    judged = [episode.reward for episode in group if not math.isnan(episode.reward.value)]
-    if len({reward.value for reward in judged}) > 1:
+    scored = [episode.reward for episode in group if not math.isnan(episode.reward.value)]
+    if len({reward.value for reward in scored}) > 1:
         return "useful"
-    return "right" if judged and judged[0].outcome == Outcome.CORRECT else "wrong"
+    return "right" if scored and scored[0].outcome == Outcome.CORRECT else "wrong"
 
 
 def share_verdicts(own: dict[int, list[Episode]]) -> list[Verdict]:
-    """The verdicts of one round's groups, all data-parallel ranks' together, in order of place."""
-    everyone = gathered({place: verdict_of(group) for place, group in own.items()}, groups.data())
-    return [everyone[place] for place in sorted(everyone)]
+    """The verdicts of one round's groups, all data-parallel ranks' together, in order of prompt index."""
+    everyone = gathered({prompt_index: verdict_of(group) for prompt_index, group in own.items()}, groups.data())
+    return [everyone[prompt_index] for prompt_index in sorted(everyone)]
 
 
 def num_to_draw(verdicts: Sequence[Verdict], wanted: int) -> int:
@@ -123,8 +134,8 @@ def num_to_draw(verdicts: Sequence[Verdict], wanted: int) -> int:
 
 
 def choose(verdicts: Sequence[Verdict], wanted: int) -> list[int]:
-    """The places of the first useful groups, then of the first others where those are too few, in order of place."""
-    by_use = sorted(range(len(verdicts)), key=lambda place: (verdicts[place] != "useful", place))
+    """The prompt indices of the first useful groups, then of the first others where those are too few, ascending."""
+    by_use = sorted(range(len(verdicts)), key=lambda prompt_index: (verdicts[prompt_index] != "useful", prompt_index))
     return sorted(by_use[:wanted])
 
 
@@ -163,10 +174,10 @@ def exchange(episodes: dict[int, list[Episode]], chosen: Sequence[int], mini_bat
     Groups are whole on a rank.
     """
     data = groups.data()
-    held = {number: episodes[place] for number, place in enumerate(chosen) if place in episodes}
+    held = {number: episodes[prompt_index] for number, prompt_index in enumerate(chosen) if prompt_index in episodes}
     lengths = gathered({number: num_tokens(group) for number, group in held.items()}, data)
     tokens = [lengths[number] for number in range(len(chosen))]
-    owners = deal(tokens, [place % data.size() for place in chosen], mini_batch, data.size())
+    owners = deal(tokens, [prompt_index % data.size() for prompt_index in chosen], mini_batch, data.size())
     leaving: list[dict[int, list[Episode]]] = [{} for _ in range(data.size())]
     for number, group in held.items():
         leaving[owners[number]][number] = group

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_ext import cpu_compat
 from megatron_ext.checkpoint.checkpoint import Checkpoints, set_rng
 from megatron_ext.checkpoint.collectives import on_rank_0
-from megatron_ext.checkpoint.weight_initializer import Start, weights_identity
+from megatron_ext.checkpoint.weight_initializer import WeightInitializer, weights_identity
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.schema import Config
@@ -39,7 +39,7 @@ from megatron_ext.model.hf_config import Architecture, read_architecture
 from megatron_ext.model.hf_weights import PolicyWeights
 from megatron_ext.model.megatron_config import Fusions
 from megatron_ext.model.reference import Reference
-from megatron_ext.model.trainable import Trained
+from megatron_ext.model.trainable import TrainableModel
 from megatron_ext.rollout.base import RolloutEngine, RolloutError
 from megatron_ext.rollout.model_files import load_tokenizer
 from megatron_ext.rollout.registry import check_engine, create_engine
@@ -55,7 +55,7 @@ DONE = 0  # exit code: finished
 
 
 @dataclass
-class Run:
+class Trainer:
     """Everything a step needs, built once."""
 
     config: Config
@@ -84,7 +84,7 @@ class Run:
         for each in self.learner.trained.values():
             each.offload()
 
-    def draw(self, count: int) -> list[EncodedProblem]:
+    def next_problems(self, count: int) -> list[EncodedProblem]:
         """The next ``count`` problems."""
         return [self.problems[i] for i in self.order.take(count, step=self.step)]
 
@@ -140,13 +140,13 @@ def run(config: Config) -> int:
     signals = StopSignals()
     cpu_compat.enter()
     parallel.initialize(config.parallel, seed=config.train.seed, hang_minutes=config.train.hang_minutes)
-    chief = dist.get_rank() == 0
+    is_rank_0 = dist.get_rank() == 0
     with _reward_pool(config) as pool:
         state = build(config, pool)
         steps = config.train.steps
         writer = _open_files(config, state.step)
         signals.defer()
-        with writer or nullcontext(), Watch(steps, resume_step=state.step, title=config.name, show=chief) as watch:
+        with writer or nullcontext(), Watch(steps, resume_step=state.step, title=config.name, show=is_rank_0) as watch:
             while state.step < steps and not _is_asked_to_stop(signals) and not state.alarms.stopping:
                 metrics, samples = train_step(state, watch)
                 if state.step == steps or (config.checkpoint.every and state.step % config.checkpoint.every == 0):
@@ -172,12 +172,12 @@ def run(config: Config) -> int:
     return REQUEUE
 
 
-def train_step(run: Run, watch: Watch) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """One rollout step: sync, sample, judge, update."""
+def train_step(run: Trainer, watch: Watch) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """One rollout step: sync, sample, score, update."""
     with watch.phase("sync"):
         run.sync()
     rollouts = Rollouts(run.config, run.engine, run.pool, run.step, watch)
-    episodes, sampled = rollouts.collect(run.draw)
+    episodes, sampled = rollouts.collect(run.next_problems)
     stale = {e.sample.weight_version for e in episodes} - {run.step}
     if stale:
         raise RolloutError(f"rollout: samples of weight versions {sorted(stale)}, expected {run.step} only")
@@ -197,7 +197,7 @@ def train_step(run: Run, watch: Watch) -> tuple[dict[str, float], list[dict[str,
     return metrics, _samples(run, episodes, old)
 
 
-def build(config: Config, pool: RewardPool) -> Run:
+def build(config: Config, pool: RewardPool) -> Trainer:
     """Data first (a fault stops here), then models, optimizers, the newest checkpoint's state, and the engine.
 
     The engine comes last because it takes its share of the memory that is then free.
@@ -220,7 +220,7 @@ def build(config: Config, pool: RewardPool) -> Run:
     overlap = parallel.overlap(config.parallel)
     _tell(f"kernels: {_kernels(config, architecture)}")
     with _users_files():
-        start = Start(config.model, architecture)  # before a model of any size is built
+        start = WeightInitializer(config.model, architecture)  # before a model of any size is built
     policy = build_policy(architecture, overlap=overlap, fused_head=config.model.fused_head, **layout)
     with _users_files():
         start.fill(policy.modules)
@@ -230,10 +230,10 @@ def build(config: Config, pool: RewardPool) -> Run:
         start.fill(frozen.modules)
         reference = Reference(frozen, device=cpu_compat.device(), offload=config.model.offload_reference)
     options = optimizers(config, method)
-    actor, critic = Trained.build(policy, options["optimizer"]), None
+    actor, critic = TrainableModel.build(policy, options["optimizer"]), None
     if method.needs.value:
         value_model = build_critic(architecture, start.fill, overlap=overlap, **layout)
-        critic = Trained.build(value_model, options["critic"], section="critic")
+        critic = TrainableModel.build(value_model, options["critic"], section="critic")
     learner = Learner(config, method, actor, critic, reference)
     checkpoints = Checkpoints(
         config.run_dir / "checkpoints",
@@ -255,7 +255,7 @@ def build(config: Config, pool: RewardPool) -> Run:
         max_prompt_tokens=config.data.max_prompt_tokens,
         log_dir=config.run_dir,
     )
-    run = Run(config, learner, engine, pool, problems, order, Alarms(config.alarms), checkpoints)
+    run = Trainer(config, learner, engine, pool, problems, order, Alarms(config.alarms), checkpoints)
     if loaded is not None:
         run.load_state(loaded.step, loaded.state)
         for line in loaded.refused:
@@ -363,7 +363,7 @@ def _open_files(config: Config, step: int) -> MetricsWriter | None:
     return opened[0] if opened else None
 
 
-def _samples(run: Run, episodes: Sequence[Episode], old: TokenStats) -> list[dict[str, Any]]:
+def _samples(run: Trainer, episodes: Sequence[Episode], old: TokenStats) -> list[dict[str, Any]]:
     """The first responses of different prompts, token by token, for the report, which rank 0 writes."""
     if dist.get_rank() != 0:
         return []

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from megatron_ext.types import PackedSequences
 
-Micros = list[tuple[list[int], PackedSequences]]  # of a mini-batch: the rows of each micro-batch, and its tokens
+MicroBatches = list[
+    tuple[list[int], PackedSequences]
+]  # of a mini-batch: the sequences of each micro-batch, and its tokens
 
 
 def split(lengths: Sequence[int], budget: int, num_bins: int = 1) -> list[list[int]]:
@@ -38,15 +40,15 @@ def split(lengths: Sequence[int], budget: int, num_bins: int = 1) -> list[list[i
 def pack(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], *, multiple: int = 1) -> PackedSequences:
     """Lay ``(prompt_ids, response_ids)`` pairs end to end; pad with one dummy sequence to ``multiple`` tokens.
 
-    The response token at position t is predicted at t - 1, so ``rows`` starts at the last prompt token.
+    The response token at position t is predicted at t - 1, so ``logit_positions`` starts at the last prompt token.
     """
     tokens: list[int] = []
     position: list[int] = []
-    rows: list[int] = []
+    logit_positions: list[int] = []
     targets: list[int] = []
     starts = [0]
     for prompt, response in sequences:
-        rows += range(len(tokens) + len(prompt) - 1, len(tokens) + len(prompt) + len(response) - 1)
+        logit_positions += range(len(tokens) + len(prompt) - 1, len(tokens) + len(prompt) + len(response) - 1)
         targets += response
         tokens += [*prompt, *response]
         position += range(len(prompt) + len(response))
@@ -60,18 +62,18 @@ def pack(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], *, multiple: 
         tokens=torch.tensor(tokens),
         position=torch.tensor(position),
         starts=torch.tensor(starts, dtype=torch.int32),
-        rows=torch.tensor(rows, dtype=torch.int64),
+        logit_positions=torch.tensor(logit_positions, dtype=torch.int64),
         targets=torch.tensor(targets, dtype=torch.int64),
         response_lengths=tuple(len(response) for _, response in sequences),
     )
 
 
-def positions(micros: Micros) -> Tensor:
+def positions(micro_batches: MicroBatches) -> Tensor:
     """Where each response token of the mini-batch stands in its micro-batches laid end to end, ``[T]``."""
     starts: dict[int, tuple[int, int]] = {}
     offset = 0
-    for rows, packed in micros:
-        for row, length in zip(rows, packed.response_lengths, strict=True):
-            starts[row] = (offset, length)
+    for sequences, packed in micro_batches:
+        for sequence, length in zip(sequences, packed.response_lengths, strict=True):
+            starts[sequence] = (offset, length)
             offset += length
     return torch.cat([torch.arange(start, start + length) for _, (start, length) in sorted(starts.items())])

@@ -11,7 +11,7 @@ from megatron_ext.config.loading import with_defaults
 FREE = (  # keys a resumed run may change one by one, besides whole sections
     *("optimizer.decay_steps", "critic.decay_steps"),  # what follows from them may not: checkpoint.py::_check_schedule
     *("train.steps", "train.micro_batch_tokens", "train.max_bad_steps", "train.hang_minutes", "name"),
-    *("rollout.batch_size", "rollout.tensor", "rollout.memory_share", "rollout.eager"),
+    *("rollout.batch_size", "rollout.tensor_parallel_size", "rollout.gpu_memory_utilization", "rollout.enforce_eager"),
     "rollout.model_runner",
     *("model.fused_head", "model.offload_reference", "model.offload_optimizer", "model.recompute"),
     *("data.strict", "data.max_left_out", "data.skip_unparsable_gold"),

@@ -24,16 +24,16 @@ from torch import Tensor
 
 from megatron_ext import cpu_compat
 from megatron_ext.config.schema import Config
-from megatron_ext.methods.base import Method, Needs, Plan, Reducer, num_valid
+from megatron_ext.methods.base import Method, Needs, Prepared, Reducer, num_valid
 from megatron_ext.metrics.display import Watch
 from megatron_ext.metrics.step_metrics import summarise
 from megatron_ext.model import parallel
 from megatron_ext.model.build import Policy
 from megatron_ext.model.forward import forward, forward_backward
 from megatron_ext.model.reference import Reference
-from megatron_ext.model.trainable import Trained, totals
+from megatron_ext.model.trainable import TrainableModel, totals
 from megatron_ext.train import critic, mismatch, packing
-from megatron_ext.train.packing import Micros
+from megatron_ext.train.packing import MicroBatches
 from megatron_ext.train.token_weights import token_weights
 from megatron_ext.types import Batch, Episode, TokenStats
 
@@ -46,8 +46,8 @@ class Learner:
 
     config: Config
     method: Method
-    actor: Trained
-    critic: Trained | None = None
+    actor: TrainableModel
+    critic: TrainableModel | None = None
     reference: Reference | None = None
     reduce: Reducer = field(default_factory=parallel.DataReducer)
 
@@ -56,51 +56,51 @@ class Learner:
         return self.actor.model
 
     @property
-    def trained(self) -> dict[str, Trained]:
+    def trained(self) -> dict[str, TrainableModel]:
         """All models that train, by name."""
         return {"policy": self.actor} | ({} if self.critic is None else {"critic": self.critic})
 
     def step(self, episodes: Sequence[Episode], watch: Watch) -> tuple[dict[str, float], TokenStats]:
         """Train on this rank's episodes; metrics over all ranks and the old policy's statistics ``[T]``."""
-        per_mini = len(episodes) * self.config.train.mini_batch_prompts // self.config.rollout.prompts
-        minis = [list(range(i, i + per_mini)) for i in range(0, len(episodes), per_mini)]
-        packed = [self.pack([episodes[i] for i in rows]) for rows in minis]
-        whole, old = self.look(episodes, packed, watch)
+        per_mini_batch = len(episodes) * self.config.train.mini_batch_prompts // self.config.rollout.prompts
+        mini_batches = [list(range(i, i + per_mini_batch)) for i in range(0, len(episodes), per_mini_batch)]
+        packed = [self.pack([episodes[i] for i in chosen]) for chosen in mini_batches]
+        whole, old = self.compute_old_logprobs(episodes, packed, watch)
         if old is None:
             return self.only_update(whole, episodes, packed, watch)
-        metrics = self.described(whole, old, episodes) | self.method.observe(whole, old, self.reduce)
-        parts = [whole.rows(rows) for rows in minis]
-        batches = [(self.weigh(batch), position) for batch, position in parts]
+        metrics = self.describe(whole, old, episodes) | self.method.on_step_start(whole, old, self.reduce)
+        parts = [whole.select(chosen) for chosen in mini_batches]
+        batches = [(self.set_token_weights(batch), position) for batch, position in parts]
         updates: Counter[str] = Counter()
         if self.critic is not None:
-            with watch.phase("critic", total=len(minis)) as phase:
-                for (batch, _), micros in zip(batches, packed, strict=True):
-                    updates.update(self.update_critic(self.critic, batch, micros))
+            with watch.phase("critic", total=len(mini_batches)) as phase:
+                for (batch, _), micro_batches in zip(batches, packed, strict=True):
+                    updates.update(self.update_critic(self.critic, batch, micro_batches))
                     phase.advance(tokens=len(batch.mask))
         if self.method.updates_policy:
-            with watch.phase("update", total=len(minis)) as phase:
-                for number, ((batch, position), micros) in enumerate(zip(batches, packed, strict=True)):
+            with watch.phase("update", total=len(mini_batches)) as phase:
+                for number, ((batch, position), micro_batches) in enumerate(zip(batches, packed, strict=True)):
                     current = old.map(lambda value, position=position: value[position])
                     if number > 0:
                         needs = self.method.needs
-                        current = self.statistics(self.policy, micros, needs) if needs.current else None
-                    updates.update(self.update(batch, current, micros))
+                        current = self.statistics(self.policy, micro_batches, needs) if needs.current else None
+                    updates.update(self.update(batch, current, micro_batches))
                     phase.advance(tokens=len(batch.mask))
         for each in self.trained.values():
             each.model.finish_param_sync()
-        return metrics | {name: value / len(minis) for name, value in updates.items()}, old
+        return metrics | {name: value / len(mini_batches) for name, value in updates.items()}, old
 
     def only_update(
-        self, whole: Batch, episodes: Sequence[Episode], packed: list[Micros], watch: Watch
+        self, whole: Batch, episodes: Sequence[Episode], packed: list[MicroBatches], watch: Watch
     ) -> tuple[dict[str, float], TokenStats]:
         """The step's one update, whose own forward measures the policy that sampled: ``step`` without a pass before."""
-        [micros] = packed
-        metrics = self.method.observe(whole, None, self.reduce)
+        [micro_batches] = packed
+        metrics = self.method.on_step_start(whole, None, self.reduce)
         with watch.phase("update", total=1) as phase:
-            plan = self.method.prepare(whole, None, self.reduce)
-            results, values = self.backward(whole, plan, micros, self.reported, measures_old=True)
-            old = self.joined(results, micros)
-            metrics |= self.described(known_old(whole, old.logprob), old, episodes) | values | plan.report
+            prepared = self.method.prepare(whole, None, self.reduce)
+            results, values = self.backward(whole, prepared, micro_batches, self.reported, measures_old=True)
+            old = self.joined(results, micro_batches)
+            metrics |= self.describe(known_old(whole, old.logprob), old, episodes) | values | prepared.report
             metrics |= self.apply()
             phase.advance(tokens=len(whole.mask))
         return metrics, old
@@ -119,7 +119,9 @@ class Learner:
         logged = NUCLEUS_P if self.config.log.nucleus else None
         return replace(needs, entropy=True, nucleus_p=needs.nucleus_p or logged)
 
-    def look(self, episodes: Sequence[Episode], packed: list[Micros], watch: Watch) -> tuple[Batch, TokenStats | None]:
+    def compute_old_logprobs(
+        self, episodes: Sequence[Episode], packed: list[MicroBatches], watch: Watch
+    ) -> tuple[Batch, TokenStats | None]:
         """The whole step as the models see it before its first update: the batch with its advantages, statistics.
 
         No statistics where the update measures them.
@@ -128,95 +130,100 @@ class Learner:
         with watch.phase("old_logprob", total=len(packed)) as phase:
             if not self.update_measures_old:
                 parts = []
-                for micros in packed:
-                    parts.append(self.statistics(self.policy, micros, self.reported))
+                for micro_batches in packed:
+                    parts.append(self.statistics(self.policy, micro_batches, self.reported))
                     phase.advance(tokens=len(parts[-1].logprob))
                 old = TokenStats(**{n: torch.cat([p.present()[n] for p in parts]) for n in parts[0].present()})
             if self.reference is not None:
                 with self.reference.present() as reference:
-                    ref = torch.cat([self.statistics(reference, micros, Needs()).logprob for micros in packed])
+                    ref = torch.cat(
+                        [self.statistics(reference, micro_batches, Needs()).logprob for micro_batches in packed]
+                    )
             if self.critic is not None:
-                value = torch.cat([critic.values(self.critic, micros) for micros in packed])
-        return self.weigh(self.batch(episodes, old, ref, value)), old
+                value = torch.cat([critic.values(self.critic, micro_batches) for micro_batches in packed])
+        return self.set_token_weights(self.batch(episodes, old, ref, value)), old
 
-    def described(self, batch: Batch, old: TokenStats, episodes: Sequence[Episode]) -> dict[str, float]:
+    def describe(self, batch: Batch, old: TokenStats, episodes: Sequence[Episode]) -> dict[str, float]:
         """What the step's batch looks like. Raises MismatchError where the engine samples from another policy."""
         metrics = summarise(batch, old, episodes, self.reduce)
         mismatch.check(metrics, self.config)
         return metrics
 
-    def update(self, batch: Batch, current: TokenStats | None, micros: Micros) -> dict[str, float]:
+    def update(self, batch: Batch, current: TokenStats | None, micro_batches: MicroBatches) -> dict[str, float]:
         """One optimizer step on one mini-batch."""
-        plan, values = self.gradients(batch, current, micros)
-        return values | plan.report | self.apply()
+        prepared, values = self.gradients(batch, current, micro_batches)
+        return values | prepared.report | self.apply()
 
     def apply(self) -> dict[str, float]:
         """The optimizer step with the gradient in the buffers."""
         norm, lr = self.actor.update(self.config.train.max_bad_steps)
         return {"grad/norm": norm, "optimizer/lr": lr, "grad/skipped": float(norm != norm)}
 
-    def update_critic(self, model: Trained, batch: Batch, micros: Micros) -> dict[str, float]:
+    def update_critic(self, model: TrainableModel, batch: Batch, micro_batches: MicroBatches) -> dict[str, float]:
         """The same for the critic, whose loss needs nothing but the values."""
-        values = critic.gradients(model, self.method, batch, micros, self.reduce)
+        values = critic.gradients(model, self.method, batch, micro_batches, self.reduce)
         norm, lr = model.update(self.config.train.max_bad_steps)
         return values | {"critic/grad_norm": norm, "critic/lr": lr, "critic/skipped": float(norm != norm)}
 
-    def gradients(self, batch: Batch, current: TokenStats | None, micros: Micros) -> tuple[Plan, dict[str, float]]:
+    def gradients(
+        self, batch: Batch, current: TokenStats | None, micro_batches: MicroBatches
+    ) -> tuple[Prepared, dict[str, float]]:
         """Leave the gradient of the mini-batch's loss in the optimizer's buffers; the metrics of its tokens."""
-        plan = self.method.prepare(batch, current, self.reduce)
-        _, metrics = self.backward(batch, plan, micros, self.method.needs)
-        return plan, metrics
+        prepared = self.method.prepare(batch, current, self.reduce)
+        _, metrics = self.backward(batch, prepared, micro_batches, self.method.needs)
+        return prepared, metrics
 
     def backward(
-        self, batch: Batch, plan: Plan, micros: Micros, needs: Needs, *, measures_old: bool = False
+        self, batch: Batch, prepared: Prepared, micro_batches: MicroBatches, needs: Needs, *, measures_old: bool = False
     ) -> tuple[list[TokenStats] | None, dict[str, float]]:
         """``gradients`` under a plan, with the statistics of each micro-batch on the last stage.
 
         With ``measures_old`` they are also those of the policy that sampled: every ratio is 1.
         """
-        splits = [batch.rows(rows) for rows, _ in micros]
+        splits = [batch.select(chosen) for chosen, _ in micro_batches]
         sums: list[dict[str, Tensor]] = []
 
         def loss(number: int, stats: TokenStats) -> Tensor:
-            micro, position = splits[number]
+            micro_batch, position = splits[number]
             if measures_old:
-                micro = known_old(micro, stats.logprob.detach())
-            part = plan.select(position)
-            value = self.method.loss(micro, stats, part).sum()
+                micro_batch = known_old(micro_batch, stats.logprob.detach())
+            part = prepared.select(position)
+            value = self.method.loss(micro_batch, stats, part).sum()
             with torch.no_grad():
-                own = self.method.metrics(micro, stats.detach(), part)
+                own = self.method.metrics(micro_batch, stats.detach(), part)
                 sums.append(own | {"loss/total": value.detach().clone()})
             return value
 
         self.actor.zero_grad()
         temperature = self.config.rollout.temperature
-        results = forward_backward(self.policy, [packed for _, packed in micros], needs, temperature, loss)
+        results = forward_backward(self.policy, [packed for _, packed in micro_batches], needs, temperature, loss)
         state = self.method.state_dict()
         if state:  # a micro-batch's loss may have moved it, on the last stages only: a run has one state
             self.method.load_state_dict(parallel.from_first_copy(state))
         return results, totals(sums, batch, self.reduce)
 
-    def pack(self, episodes: Sequence[Episode]) -> Micros:
-        """Micro-batches of a mini-batch: the rows of each and its packed tokens; as many on every rank."""
+    def pack(self, episodes: Sequence[Episode]) -> MicroBatches:
+        """Micro-batches of a mini-batch: the sequences of each and its packed tokens; as many on every rank."""
         sequences = [(e.sample.prompt_ids, e.sample.response_ids) for e in episodes]
         lengths = [len(prompt) + len(response) for prompt, response in sequences]
         budget = self.config.train.micro_batch_tokens
         num_bins = parallel.num_micro_batches(len(packing.split(lengths, budget)), self.config.parallel)
         bins = packing.split(lengths, budget, num_bins)
         multiple = self.config.parallel.tensor if self.config.parallel.sequence else 1
-        return [(rows, packing.pack([sequences[i] for i in rows], multiple=multiple)) for rows in bins]
+        return [(chosen, packing.pack([sequences[i] for i in chosen], multiple=multiple)) for chosen in bins]
 
-    def statistics(self, policy: Policy, micros: Micros, needs: Needs) -> TokenStats:
+    def statistics(self, policy: Policy, micro_batches: MicroBatches, needs: Needs) -> TokenStats:
         """Statistics of a mini-batch without gradient, in the order of its tokens, on every stage."""
         return self.joined(
-            forward(policy, [packed for _, packed in micros], needs, self.config.rollout.temperature), micros
+            forward(policy, [packed for _, packed in micro_batches], needs, self.config.rollout.temperature),
+            micro_batches,
         )
 
-    def joined(self, results: list[TokenStats] | None, micros: Micros) -> TokenStats:
+    def joined(self, results: list[TokenStats] | None, micro_batches: MicroBatches) -> TokenStats:
         """The last stage's statistics of each micro-batch in the order of the mini-batch's tokens, on every stage."""
         joined = None
         if results is not None:
-            order = packing.positions(micros).to(cpu_compat.device())
+            order = packing.positions(micro_batches).to(cpu_compat.device())
             joined = {
                 name: torch.cat([part.present()[name] for part in results])[order] for name in results[0].present()
             }
@@ -250,9 +257,9 @@ class Learner:
             num_tokens=0,
             old_value=value,
         )
-        return self.method.credit(batch, self.reduce)
+        return self.method.compute_advantages(batch, self.reduce)
 
-    def weigh(self, batch: Batch) -> Batch:
+    def set_token_weights(self, batch: Batch) -> Batch:
         """Count valid sequences and tokens over all ranks and fix the token weights."""
         counts = torch.tensor([num_valid(batch), int(batch.mask.sum())], device=batch.mask.device)
         num_sequences, num_tokens = self.reduce.sum(counts).tolist()

@@ -20,7 +20,7 @@ from megatron_ext import cpu_compat
 from megatron_ext.config.schema import OptimizerConfig, ParallelConfig
 from megatron_ext.model import build, parallel
 from megatron_ext.model.hf_config import Architecture, Experts
-from megatron_ext.model.trainable import Trained
+from megatron_ext.model.trainable import TrainableModel
 
 ARCHITECTURE = Architecture(
     name="Qwen3MoeForCausalLM",
@@ -43,11 +43,11 @@ LAYOUT: dict[str, Any] = {"tensor": 2, "sequence": True, "expert": 2}
 STEPS = 5
 
 
-def build_trained(world: int, layout: dict[str, Any]) -> Trained:
+def build_trained(world: int, layout: dict[str, Any]) -> TrainableModel:
     cpu_compat.enter()
     parallel.initialize(ParallelConfig(ranks_per_node=world, **layout))
     policy = build.build_policy(ARCHITECTURE, dtype=torch.bfloat16, **layout)
-    return Trained.build(policy, OptimizerConfig(lr=0.01))
+    return TrainableModel.build(policy, OptimizerConfig(lr=0.01))
 
 
 def known(key: str, kind: str, part: ShardedTensor) -> Tensor:
@@ -63,7 +63,7 @@ def known(key: str, kind: str, part: ShardedTensor) -> Tensor:
     return value
 
 
-def expected(each: Trained) -> Iterator[tuple[Tensor, str, Tensor]]:
+def expected(each: TrainableModel) -> Iterator[tuple[Tensor, str, Tensor]]:
     """(parameter, kind, its whole local tensor) by what Megatron says of its place; kind "weight" or a state's."""
     for module in each.model.modules:
         places: dict[str, Any] = module.sharded_state_dict(metadata={})
@@ -82,7 +82,7 @@ def expected(each: Trained) -> Iterator[tuple[Tensor, str, Tensor]]:
                 yield data, kind, whole
 
 
-def held(each: Trained) -> Iterator[tuple[Tensor, slice, dict[str, Tensor]]]:
+def held(each: TrainableModel) -> Iterator[tuple[Tensor, slice, dict[str, Tensor]]]:
     """Parameter, the elements of it that this rank's optimizer owns, and its states of them."""
     optimizer: Any = each.optimizer
     for part in optimizer.chained_optimizers:
@@ -93,7 +93,7 @@ def held(each: Trained) -> Iterator[tuple[Tensor, slice, dict[str, Tensor]]]:
                     yield parameter, slice(where["param"].start, where["param"].end), states
 
 
-def fill(each: Trained) -> None:
+def fill(each: TrainableModel) -> None:
     """Give an optimizer that has its state, and its model, the known values after ``STEPS`` steps."""
     values = {(parameter, kind): whole for parameter, kind, whole in expected(each)}
     for (parameter, kind), whole in values.items():

@@ -18,7 +18,7 @@ from megatron_ext.checkpoint.manifest import CheckpointError
 from megatron_ext.train import loop
 from tests import gloo
 from tests.train import whole_run
-from tests.train.tiny_run import STATE, Run, equal
+from tests.train.tiny_run import STATE, Trainer, equal
 
 RECIPE = "siren/siren-tiny-cpu.toml"
 OPTIONS = ("train.steps=3", "method.coef=1.0", "parallel.tensor=2")
@@ -40,7 +40,7 @@ def held_back(gate: threading.Event, until: str) -> None:
 
 
 def overlapped(rank: int, world: int, root: Path) -> tuple[dict, dict]:
-    run, gate = Run(world).fill(1), threading.Event()
+    run, gate = Trainer(world).fill(1), threading.Event()
     torch.manual_seed(0)
     if rank == 1:
         held_back(gate, "step_000001")
@@ -60,7 +60,7 @@ def overlapped(rank: int, world: int, root: Path) -> tuple[dict, dict]:
 
 
 def resumed(rank: int, world: int, root: Path) -> dict:
-    run = Run(world).fill(2)
+    run = Trainer(world).fill(2)
     run.load(root)
     return run.whole()
 
@@ -81,7 +81,7 @@ def killed_while_writing(rank: int, world: int, folder: Path) -> None:
     held_back(gate, "step_000002")
     real = loop.train_step
 
-    def train_step(run: loop.Run, watch: Any) -> Any:
+    def train_step(run: loop.Trainer, watch: Any) -> Any:
         if run.step == 2 and rank == 1:
             [partial] = (folder / "run" / "checkpoints").glob("step_000002.tmp-*")
             assert (partial / "__1_0.distcp").read_bytes() == b"half"
@@ -110,7 +110,7 @@ def test_a_rank_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path: Pa
 
 def writer_dies(rank: int, world: int, root: Path) -> str:
     """The last checkpoint that may be kept is written; of the next one, rank 1's thread dies half-way."""
-    run = Run(world).fill(1)
+    run = Trainer(world).fill(1)
     torch.manual_seed(0)
     checkpoints = run.train(1).checkpoints(root, keep=1)
     checkpoints.save(1, STATE)

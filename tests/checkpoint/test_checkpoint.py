@@ -20,18 +20,18 @@ from megatron_ext.checkpoint import manifest
 from megatron_ext.checkpoint.manifest import CheckpointError
 from tests import gloo
 from tests.checkpoint import faults
-from tests.train.tiny_run import CONFIG, STATE, TIED, TINY, Run, equal
+from tests.train.tiny_run import CONFIG, STATE, TIED, TINY, Trainer, equal
 
 
 def _save_trained(rank, world, root, tensor, pipeline, architecture, dtype):
-    run = Run(world, tensor, pipeline, architecture, dtype).fill(1)
+    run = Trainer(world, tensor, pipeline, architecture, dtype).fill(1)
     torch.manual_seed(5)
     run.train(3).save(root, 3)
     return run.whole(), run.rest()
 
 
 def _load_afresh(rank, world, root, tensor, pipeline, architecture, dtype):
-    run = Run(world, tensor, pipeline, architecture, dtype).fill(2)
+    run = Trainer(world, tensor, pipeline, architecture, dtype).fill(2)
     before = run.rest()
     loaded = run.load(root)
     assert loaded.step == 3 and before != run.rest()
@@ -66,7 +66,7 @@ def _draws() -> tuple:
 
 
 def _straight(rank, world, root):
-    run = Run(world, tensor=2).fill(1)
+    run = Trainer(world, tensor=2).fill(1)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(11)
     run.train(2).save(root, 2)
@@ -74,7 +74,7 @@ def _straight(rank, world, root):
 
 
 def _interrupted(rank, world, root):
-    run = Run(world, tensor=2).fill(2)
+    run = Trainer(world, tensor=2).fill(2)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(99)
     assert run.load(root).refused == ()
@@ -88,7 +88,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_bitwise(tmp_path):
 
 
 def _save_untrained(rank, world, root):
-    run = Run(world).fill(1)
+    run = Trainer(world).fill(1)
     assert run.try_load(root) is None
     run.save(root, 0)
     straight = run.train(1).whole()
@@ -104,7 +104,7 @@ def test_an_untrained_model_is_saved_and_an_empty_directory_is_a_fresh_start(tmp
 
 
 def _save_once(rank, world, root, step, die):
-    run = Run(world).fill(1)
+    run = Trainer(world).fill(1)
     torch.manual_seed(0)
     run.train(1)
     if die:
@@ -113,7 +113,7 @@ def _save_once(rank, world, root, step, die):
 
 
 def _resumed_step(rank, world, root):
-    run = Run(world).fill(2)
+    run = Trainer(world).fill(2)
     loaded = run.load(root)
     return loaded.step, loaded.refused, run.whole()
 
@@ -143,7 +143,7 @@ def test_a_save_killed_at_many_points_resumes_from_the_older_step(tmp_path):
 
 
 def _one_rank_fails(rank, world, root, how, asynchronous=True):
-    run = Run(world, tensor=2).fill(1)
+    run = Trainer(world, tensor=2).fill(1)
     torch.manual_seed(0)
     run.train(1).save(root, 10)
     if rank == 1 and how == "full":  # the kernel refuses to write beyond the limit: as real as a full disk
@@ -186,7 +186,7 @@ def test_a_rank_that_dies_while_saving_does_not_hang_the_others(tmp_path):
 
 
 def _damaged(rank, world, root):
-    run = Run(world, tensor=2).fill(1)
+    run = Trainer(world, tensor=2).fill(1)
     torch.manual_seed(0)
     run.train(1).save(root, 10, keep=9)
     older = run.whole()
@@ -235,7 +235,7 @@ class _Bomb:
 
 
 def _malicious(rank, world, root, mark):
-    run = Run(world).fill(1)
+    run = Trainer(world).fill(1)
     path = run.save(root, 10)
     for name in (".metadata", "state.pt", "common.pt"):
         good = (path / name).read_bytes()
@@ -261,11 +261,11 @@ def test_a_malicious_checkpoint_is_refused_and_its_payload_never_runs(tmp_path):
 
 
 def _save_as(rank, world, root, options):
-    Run(world, 2, **options).fill(1).save(root, 10)
+    Trainer(world, 2, **options).fill(1).save(root, 10)
 
 
 def _refusal(rank, world, root, options):
-    run = Run(world, 2, **options).fill(1)
+    run = Trainer(world, 2, **options).fill(1)
     with pytest.raises(CheckpointError) as caught:
         run.load(root)
     return str(caught.value)

@@ -22,7 +22,7 @@ from megatron_ext.checkpoint.manifest import CheckpointError
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.schema import OptimizerConfig, ParallelConfig
 from megatron_ext.model import build, groups, hf_config, hf_weights, parallel
-from megatron_ext.model.trainable import Trained
+from megatron_ext.model.trainable import TrainableModel
 from tests import gloo, tiny
 from tests.checkpoint import known_values
 from tools import convert
@@ -42,17 +42,17 @@ CASES = [("qwen2", *case) for case in DENSE] + [("qwen3_moe", *case) for case in
 CASES.append(("qwen3_moe_mixed", 2, {"pipeline": 2}))
 
 
-def trained(world: int, path: str, layout: dict[str, Any]) -> Trained:
+def trained(world: int, path: str, layout: dict[str, Any]) -> TrainableModel:
     cpu_compat.enter()
     parallel.initialize(ParallelConfig(ranks_per_node=world, **layout))
     architecture = hf_config.read_architecture(read_hf_config(path))
     policy = build.build_policy(architecture, dtype=torch.float32, **layout)
     for module in policy.modules:
         hf_weights.load_weights(module, architecture, path)
-    return Trained.build(policy, OptimizerConfig(lr=0.01, clip_grad=1e9))
+    return TrainableModel.build(policy, OptimizerConfig(lr=0.01, clip_grad=1e9))
 
 
-def of(each: Trained, root: Path, config: dict[str, Any], layout: dict[str, Any]) -> checkpoint.Checkpoints:
+def of(each: TrainableModel, root: Path, config: dict[str, Any], layout: dict[str, Any]) -> checkpoint.Checkpoints:
     options: dict[str, Any] = {"config": config, "layout": layout, "keep": 1, "asynchronous": True}
     return checkpoint.Checkpoints(root, trained={"policy": each}, **options)
 

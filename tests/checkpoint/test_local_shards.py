@@ -26,7 +26,7 @@ from megatron_ext.checkpoint.storage import Chunk, places_of, read_index, tiled,
 from megatron_ext.model.host_memory import HostMemory
 from tests import gloo
 from tests.checkpoint import faults
-from tests.train.tiny_run import STATE, TIED, TINY, Run
+from tests.train.tiny_run import STATE, TIED, TINY, Trainer
 
 SHAPES = [(), (7,), (5, 6), (6, 1), (1, 9), (3, 4, 5), (2, 3, 1, 4)]
 
@@ -139,7 +139,7 @@ def test_the_fused_adam_counts_its_steps_in_its_groups() -> None:
 
 def counted_save(rank: int, world: int, root: Path, tensor: int, pipeline: int, asynchronous: bool) -> Any:
     """Two saves; the floating-point tensors that collectives carried and the payload files opened for reading."""
-    run = Run(world, tensor, pipeline, TIED, torch.bfloat16).fill(1)
+    run = Trainer(world, tensor, pipeline, TIED, torch.bfloat16).fill(1)
     torch.manual_seed(5)
     run.train(1)
     carried, opened = Counter(), []
@@ -201,7 +201,7 @@ def hashed(rank: int, world: int, root: Path) -> list[str]:
         return real(folder, files)
 
     manifest.record_files = recorded
-    run = Run(world).fill(2)
+    run = Trainer(world).fill(2)
     checkpoints = run.checkpoints(root, keep=3)
     assert checkpoints.load() is not None
     at_resume = list(names)
@@ -225,12 +225,12 @@ def test_ranks_share_the_hashing_and_never_repeat_it(tmp_path: Path) -> None:
 
 
 def save_once(rank: int, world: int, root: Path) -> None:
-    Run(world).fill(1).save(root, 10)
+    Trainer(world).fill(1).save(root, 10)
 
 
 def unreadable(rank: int, world: int, root: Path, how: str) -> str:
     """The refusal of a save in which one rank's pieces are not what they should be."""
-    run = Run(world).fill(1)
+    run = Trainer(world).fill(1)
     run.save(root, 10)
     module: Any = checkpoint
     real = module.trained_pieces
@@ -256,7 +256,7 @@ def test_what_cannot_be_read_is_never_published(how: str, tmp_path: Path) -> Non
 
 def read_by_megatron(rank: int, world: int, root: Path, tensor: int) -> None:
     """Megatron's own loader gives, for every parameter, the weights and states that the run has."""
-    run = Run(world, tensor, 1, TINY, torch.bfloat16).fill(1)
+    run = Trainer(world, tensor, 1, TINY, torch.bfloat16).fill(1)
     torch.manual_seed(5)
     path = run.train(2).save(root, 3)
     metadata = {"distrib_optim_sharding_type": "fully_reshardable"}

@@ -146,9 +146,9 @@ def test_an_unparsable_gold_answer_stops_the_run(tmp_path: Path, pool: RewardPoo
         load_problems(path, score=pool.score)
     message = str(caught.value)
     assert "4 gold answers" in message and "remove the rows" in message
-    assert "row 2, field answer: gold '@@' judged against itself is bad_gold" in message
-    assert r"row 3, field answer: gold '\\frac{1}{2' judged against itself is no_answer" in message
-    assert "row 4, field answer: gold '1=2' judged against itself is contradiction" in message
+    assert "row 2, field answer: gold '@@' scored against itself is bad_gold" in message
+    assert r"row 3, field answer: gold '\\frac{1}{2' scored against itself is no_answer" in message
+    assert "row 4, field answer: gold '1=2' scored against itself is contradiction" in message
     assert "row 5, field answer: gold 'xxx" in message and "is too_long" in message
     assert len(message) < 1500
 

@@ -16,14 +16,14 @@ MISMATCH = 1e-2  # nats, mean: float32 here, vLLM's own kernels there
 def taking_turns(here: Here) -> Iterator[Line]:
     """Sleep, wake and weights in between, with the optimizer in host memory while vLLM is awake."""
     _need(here, gpus=1)
-    options = ("rollout.engine=vllm", "rollout.memory_share=0.3", "model.offload_optimizer=true")
+    options = ("rollout.engine=vllm", "rollout.gpu_memory_utilization=0.3", "model.offload_optimizer=true")
     yield from _agreement(train(here, "turns", *options).metrics())
 
 
 def server_over_nccl(here: Here) -> Iterator[Line]:
     """Training on the first GPU, a server on the second."""
     _need(here, gpus=2)
-    options = ("rollout.engine=vllm_server", 'rollout.servers.devices=["1"]', "rollout.memory_share=0.3")
+    options = ("rollout.engine=vllm_server", 'rollout.servers.devices=["1"]', "rollout.gpu_memory_utilization=0.3")
     yield from _agreement(train(here, "server", *options, seen="0").metrics())
 
 

@@ -23,9 +23,9 @@ from megatron_ext.model import groups, parallel
 from megatron_ext.model.build import build_policy
 from megatron_ext.model.forward import forward, forward_backward
 from megatron_ext.model.hf_config import Architecture
-from megatron_ext.model.hf_weights import module_rules
+from megatron_ext.model.hf_weights import module_mappings
 from megatron_ext.model.megatron_config import Fusions
-from megatron_ext.model.trainable import Trained
+from megatron_ext.model.trainable import TrainableModel
 from megatron_ext.train import packing
 from megatron_ext.types import PackedSequences, TokenStats
 from tests.gpu.echo import echo_group
@@ -85,7 +85,7 @@ class Learning:
     """A policy with its optimizer, and the two passes of a training step on given micro-batches."""
 
     config: Config
-    trained: Trained
+    trained: TrainableModel
     needs: Needs
 
     @classmethod
@@ -94,7 +94,7 @@ class Learning:
         policy = build_policy(architecture, **build_options(config))
         for module in policy.modules:
             draw(module) if weights is None else fill(module, architecture, weights)
-        return cls(config, Trained.build(policy, config.optimizer), needs)
+        return cls(config, TrainableModel.build(policy, config.optimizer), needs)
 
     def score(self, packed: Sequence[PackedSequences]) -> list[TokenStats]:
         found = forward(self.trained.model, packed, self.needs, 1.0)
@@ -146,10 +146,10 @@ def draw(module: GPTModel) -> None:
 def fill(module: GPTModel, architecture: Architecture, weights: Mapping[str, Tensor]) -> None:
     """This rank's cuts of whole HF tensors in memory."""
     parameters = dict(module.named_parameters())
-    for rule in module_rules(module, architecture):
-        group = groups.expert_tensor() if rule.expert else groups.tensor()
-        cut = rule.layout.cut([weights[name] for name in rule.hf], group.rank(), group.size())
-        parameters.pop(rule.megatron).data.copy_(cut)
+    for mapping in module_mappings(module, architecture):
+        group = groups.expert_tensor() if mapping.expert else groups.tensor()
+        shard = mapping.layout.shard([weights[name] for name in mapping.hf], group.rank(), group.size())
+        parameters.pop(mapping.megatron).data.copy_(shard)
     assert not parameters, parameters.keys()
 
 

@@ -20,7 +20,7 @@ from megatron_ext.ops.policy_stats import DIFFERENTIABLE
 from tests.gpu import measure
 from tests.gpu.echo import echo_group
 from tests.gpu.harness import Absent, Here, Line, anchor, equal, fact, limit
-from tests.gpu.peers import language_rows, random_targets
+from tests.gpu.peers import language_tokens, random_targets
 from tests.ops.cases import ALL, assert_values, language_like, truth, weighted
 from tools.bench.count import count
 
@@ -73,13 +73,13 @@ def values(here: Here) -> Iterator[Line]:
     for V in here.size((5_003, 37_984, 151_936), (1_003, 5_003)):
         for dtype in (torch.float32, torch.bfloat16):
             logits, targets = language_like(8, V, dtype)
-            expected = truth(logits.double(), targets, 1.0, TOP_P, "reach", grad=DIFFERENTIABLE)[1]
+            expected = truth(logits.double(), targets, 1.0, TOP_P, "inclusive", grad=DIFFERENTIABLE)[1]
             assert expected is not None
             portable = _outputs(logits.clone(), targets, V)[1]
             for layout in ("plain", "strided", "padded"):
                 local = _laid_out(logits.to(here.device), layout)
                 got, gradient = _outputs(local, targets.to(here.device), V)
-                assert_values(got, logits, targets, 1.0, TOP_P, "reach")
+                assert_values(got, logits, targets, 1.0, TOP_P, "inclusive")
                 assert not gradient[:, V:].any(), "padding has a gradient"
                 name = f"V {V:,} {str(dtype)[6:]} {layout}: gradient"
                 yield limit(f"{name} - fp64", _of_tolerance(gradient[:, :V], expected), 1, "of tolerance")
@@ -138,7 +138,7 @@ def edges(here: Here) -> Iterator[Line]:
             assert torch.equal(dirty[n].isnan(), portable[n].isnan()), (n, dirty[n], portable[n])
         assert torch.equal(dirty_gradient.isnan(), portable_gradient.isnan()), "NaN gradients differ from the portable"
         masked = bad[3:]
-        assert_values({n: dirty[n][3:] for n in ALL}, masked, targets[3:], 1.0, TOP_P, "reach")
+        assert_values({n: dirty[n][3:] for n in ALL}, masked, targets[3:], 1.0, TOP_P, "inclusive")
         yield limit(
             f"{name}: gradient beside minus infinity - portable",
             _of_tolerance(dirty_gradient[3:], portable_gradient[3:]),
@@ -150,7 +150,7 @@ def edges(here: Here) -> Iterator[Line]:
 def large_offsets(here: Here) -> Iterator[Line]:
     """More than 2^31 elements, with the nucleus and the backward: the last rows equal the same rows alone."""
     T, V = here.size((16_384, 151_936), (192, 1_003))
-    logits = language_rows(T, V, here.device)
+    logits = language_tokens(T, V, here.device)
     targets = random_targets(T, V, here.device)
     yield fact("elements over 2^31", logits.numel() / 2**31)
 
@@ -248,7 +248,7 @@ def launches(here: Here) -> Iterator[Line]:
         with echo_group(world) as group:
             for T, without_gpu in zip(rows, planned, strict=True):
                 shard = VocabShard(0, V // world, V, group if world > 1 else None)
-                logits = language_rows(T, V // world, here.device).requires_grad_()
+                logits = language_tokens(T, V // world, here.device).requires_grad_()
                 targets = random_targets(T, V // world, here.device)
 
                 def forward(x: Tensor = logits, y: Tensor = targets, shard: VocabShard = shard) -> list[Tensor]:

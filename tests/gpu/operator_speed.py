@@ -17,7 +17,7 @@ from tests.gpu import measure, peers
 from tests.gpu.echo import echo_group
 from tests.gpu.harness import Here, Line, anchor, fact, limit, target
 from tests.gpu.operator_checks import TOP_P
-from tests.gpu.peers import language_rows, random_targets
+from tests.gpu.peers import language_tokens, random_targets
 from tests.ops.cases import assert_values
 
 PLAIN, WITH_NUCLEUS = ("logprob", "entropy"), ("logprob", "entropy", "nucleus_entropy")
@@ -42,7 +42,7 @@ def statistics(here: Here) -> Iterator[Line]:
     bandwidth = measure.copy_bandwidth(here.device)
     for tensor in (1, 2, 4, 8):
         width = V // tensor
-        logits, targets = language_rows(T, width, here.device), random_targets(T, width, here.device)
+        logits, targets = language_tokens(T, width, here.device), random_targets(T, width, here.device)
         read_ms = 1e3 * logits.nbytes / bandwidth
         floors = {"forward": read_ms, "forward + backward": 3 * read_ms, "with nucleus": 3 * read_ms}
         scratch = logits.clone()
@@ -107,13 +107,13 @@ def _works(logits: Tensor, scratch: Tensor, targets: Tensor, tensor: int) -> dic
 def exchange(here: Here) -> Iterator[Line]:
     """The owner's decision on rank 0 of TP 4, with three ranks that hold the same columns and no communication."""
     T, width = here.size((8_192, 151_936 // 4), (64, 301))
-    logits, targets = language_rows(T, width, here.device), random_targets(T, width, here.device)
+    logits, targets = language_tokens(T, width, here.device), random_targets(T, width, here.device)
     with echo_group(4) as group:
         shard = VocabShard(0, width, 4 * width, group)
         out = policy_stats(logits[:32], targets[:32], shard, top_p=TOP_P, want=WITH_NUCLEUS, grad=())
         own = slice(0, 8)  # the rows that rank 0 decides; the others' owners are echoes of it
         found = {name: out[name][own].cpu() for name in WITH_NUCLEUS}
-        assert_values(found, logits[own].repeat(1, 4).cpu(), targets[own].cpu(), 1.0, TOP_P, "reach")
+        assert_values(found, logits[own].repeat(1, 4).cpu(), targets[own].cpu(), 1.0, TOP_P, "inclusive")
         works: dict[str, Callable[[], object]] = {
             "TP 4": lambda: policy_stats(logits, targets, shard, top_p=TOP_P, want=WITH_NUCLEUS, grad=()),
             "TP 4 without nucleus": lambda: policy_stats(logits, targets, shard, want=PLAIN, grad=()),
@@ -125,18 +125,18 @@ def exchange(here: Here) -> Iterator[Line]:
     yield target("what the nucleus adds", added, 1.3 * 1.1 * T / 16_384, "ms")  # 1.3 x the floor reckoned at T 16,384
 
 
-def slow_rows(here: Here) -> Iterator[Line]:
+def num_fallback(here: Here) -> Iterator[Line]:
     """Rows whose nucleus no window reaches are decided exactly: right, and at what price."""
     T, width = here.size((8_192, 151_936 // 4), (64, 2_048))
     targets, shard = random_targets(T, width, here.device), VocabShard(0, width, width)
     times: dict[float, float] = {}
     for share in (0.0, 0.01, 0.1, 0.3):
-        logits = language_rows(T, width, here.device, flat=share)
+        logits = language_tokens(T, width, here.device, flat=share)
         spread = logits[:, :: max(1, width // 64)].float().std(-1)
         few = spread.argsort()[:4]  # the flat ones, where there are any
         out = policy_stats(logits[few], targets[few], shard, top_p=TOP_P, want=WITH_NUCLEUS, grad=())
         found = {name: out[name].cpu() for name in WITH_NUCLEUS}
-        assert_values(found, logits[few].cpu(), targets[few].cpu(), 1.0, TOP_P, "reach")
+        assert_values(found, logits[few].cpu(), targets[few].cpu(), 1.0, TOP_P, "inclusive")
 
         def work(logits: Tensor = logits) -> object:
             return policy_stats(logits, targets, shard, top_p=TOP_P, want=WITH_NUCLEUS, grad=())
@@ -197,7 +197,7 @@ def fused_head(here: Here) -> Iterator[Line]:
 
 def verl_arithmetic(here: Here) -> Iterator[Line]:
     """The peer that is timed computes what it should: verl's two functions in plain torch against fp64."""
-    logits = language_rows(8, 1_003, here.device, dtype=torch.float32).requires_grad_()
+    logits = language_tokens(8, 1_003, here.device, dtype=torch.float32).requires_grad_()
     targets = random_targets(8, 1_003, here.device)
     exact = logits.detach().double().cpu().requires_grad_()
     expected = peers.torch_pair(exact, targets.cpu())

@@ -101,7 +101,7 @@ def _apply(function: Any, *arguments: Tensor) -> Tensor:
     return function.apply(*arguments)
 
 
-def language_rows(T: int, V: int, device: str, dtype: torch.dtype = torch.bfloat16, flat: float = 0.0) -> Tensor:
+def language_tokens(T: int, V: int, device: str, dtype: torch.dtype = torch.bfloat16, flat: float = 0.0) -> Tensor:
     """``[T, V]`` logits made on the device: Zipf-like from nearly certain to open, and a share of flat rows.
 
     The crossing of a flat row lies among most of its vocabulary: no window of its highest logits reaches it.

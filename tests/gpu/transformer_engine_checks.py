@@ -25,7 +25,7 @@ from megatron_ext.methods.base import Needs
 from megatron_ext.model import kernels
 from megatron_ext.model.build import build_modules
 from megatron_ext.model.hf_config import read_architecture
-from megatron_ext.model.hf_weights import module_rules
+from megatron_ext.model.hf_weights import module_mappings
 from megatron_ext.model.layers import have_transformer_engine
 from megatron_ext.model.megatron_config import Fusions
 from megatron_ext.train.method_factory import create_method
@@ -56,7 +56,7 @@ def names(here: Here) -> Iterator[Line]:
         with models.one_rank():
             (module,) = build_modules(architecture, dtype=torch.bfloat16)
             found = {name: tuple(p.shape) for name, p in module.named_parameters()}
-            expected = {rule.megatron: rule.shape for rule in module_rules(module, architecture)}
+            expected = {mapping.megatron: mapping.shape for mapping in module_mappings(module, architecture)}
             others = sorted(set(module.state_dict()) - set(found))
         yield equal(f"{kind}: names in one and not the other", _few(found.keys() ^ expected.keys()), "none")
         wrong = [name for name, shape in found.items() if "embed" not in name and "output_layer" not in name]
@@ -192,9 +192,9 @@ def _built(here: Here, truth: Truth, *overrides: str) -> Found:
         learning.gradients(packed)
         (module,) = learning.trained.model.modules
         gradients: dict[str, Tensor] = {}
-        for rule in module_rules(module, architecture):
-            parts = rule.layout.join([learning.gradient_of(rule.megatron).clone()])
-            gradients |= dict(zip(rule.hf, parts, strict=True))
+        for mapping in module_mappings(module, architecture):
+            parts = mapping.layout.join([learning.gradient_of(mapping.megatron).clone()])
+            gradients |= dict(zip(mapping.hf, parts, strict=True))
         return Found(logprobs, alone, gradients, peak, took)
 
 

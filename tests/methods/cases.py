@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext import methods
-from megatron_ext.methods.base import Method, Needs, OneRank, Plan, Reducer
+from megatron_ext.methods.base import Method, Needs, OneRank, Prepared, Reducer
 from megatron_ext.train.token_weights import token_weights
 from megatron_ext.types import Batch, TokenStats
 
@@ -53,7 +53,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dmmpt": {"name": "dmmpt", "tau": 0.7, "sigma": 1.2},
     "dmmpt, batch": {"name": "dmmpt", "tau": 0.7, "sigma": 1.45, "switch": "batch"},
     "siren": {"name": "siren", "coef": 0.7, "tau": 0.6},
-    "siren, authors": {"name": "siren", "coef": 0.7, "tau": 0.3, "nucleus": "below"},
+    "siren, authors": {"name": "siren", "coef": 0.7, "tau": 0.3, "nucleus": "exclusive"},
     "aer": {"name": "aer", "alpha_0": 0.4, "rho": 0.6},
     "entropy_advantage": {"name": "entropy_advantage"},
     "entropy_advantage_ppo": {"name": "entropy_advantage_ppo"},
@@ -106,7 +106,7 @@ class Case:
         """Tokens of responses with a reward."""
         return [t for t in range(len(self.sequence)) if not self.reward[self.sequence[t]].isnan()]
 
-    def rows(self, i: int) -> range:
+    def tokens_of(self, i: int) -> range:
         """The tokens of response i."""
         start = int(self.lengths[:i].sum())
         return range(start, start + int(self.lengths[i]))
@@ -151,7 +151,7 @@ def nucleus_entropy(logits: Tensor, p: float, rule: str) -> Tensor:
     for row in logits.softmax(-1):
         mass, kept = 0.0, []
         for v in row.argsort(descending=True).tolist():
-            if mass + float(row[v]) >= p and rule == "below":
+            if mass + float(row[v]) >= p and rule == "exclusive":
                 break
             kept.append(v)
             mass += float(row[v])
@@ -199,7 +199,7 @@ def batch(case: Case, method: Method) -> Batch:
         num_tokens=num_tokens,
         old_value=case.old_value if method.needs.value else None,
     )
-    return method.credit(given, OneRank())
+    return method.compute_advantages(given, OneRank())
 
 
 @dataclass
@@ -256,7 +256,7 @@ class Ranks:
 class Result:
     loss: float
     gradient: Tensor  # [T, V]
-    plans: list[Plan]  # one per rank
+    plans: list[Prepared]  # one per rank
     metrics: dict[str, float]
     methods: list[Method]  # one per rank, as they are after the step
     observed: dict[str, float]
@@ -265,9 +265,9 @@ class Result:
 
 
 def run(
-    case: Case, method: Method | dict[str, Any], *, shares: Sequence[Sequence[int]] = WHOLE, micro: int = 99
+    case: Case, method: Method | dict[str, Any], *, shares: Sequence[Sequence[int]] = WHOLE, micro_batch: int = 99
 ) -> Result:
-    """One step of one mini-batch: groups dealt as ``shares``, micro-batches of ``micro`` responses."""
+    """One step of one mini-batch: groups dealt as ``shares``, micro-batches of ``micro_batch`` responses."""
     method = methods.create(method) if isinstance(method, dict) else method
     whole = batch(case, method)
     observed = replace(method.needs, entropy=True, nucleus_p=method.needs.nucleus_p or 0.8)
@@ -275,24 +275,26 @@ def run(
     stats = statistics(case, case.logits, method.needs)
     everyone = [copy.deepcopy(method) for _ in shares]
 
-    def member(rank: int, reduce: Reducer) -> tuple[Tensor, Plan, list[dict[str, Tensor]], dict[str, float], Tensor]:
+    def member(
+        rank: int, reduce: Reducer
+    ) -> tuple[Tensor, Prepared, list[dict[str, Tensor]], dict[str, float], Tensor]:
         own = everyone[rank]
-        part, position = whole.rows([i for i in range(len(case.reward)) if int(case.group[i]) in shares[rank]])
-        part = own.credit(part, reduce)
-        observed = own.observe(part, old.map(lambda value: value[position]), reduce)
+        part, position = whole.select([i for i in range(len(case.reward)) if int(case.group[i]) in shares[rank]])
+        part = own.compute_advantages(part, reduce)
+        observed = own.on_step_start(part, old.map(lambda value: value[position]), reduce)
         needs = own.needs
-        plan = own.prepare(part, stats.detach().map(lambda v: v[position]) if needs.current else None, reduce)
+        prepared = own.prepare(part, stats.detach().map(lambda v: v[position]) if needs.current else None, reduce)
         losses, metrics, value_losses = [], [], [case.value.sum() * 0]
-        for start in range(0, len(part.reward), micro):
-            small, at = part.rows(list(range(start, min(start + micro, len(part.reward)))))
+        for start in range(0, len(part.reward), micro_batch):
+            small, at = part.select(list(range(start, min(start + micro_batch, len(part.reward)))))
             given = stats.map(lambda value, at=at: value[position][at])
-            losses.append(own.loss(small, given, plan.select(at)).sum())
-            metrics.append(own.metrics(small, given.detach(), plan.select(at)))
+            losses.append(own.loss(small, given, prepared.select(at)).sum())
+            metrics.append(own.metrics(small, given.detach(), prepared.select(at)))
             if own.needs.value:
                 value = case.value[position][at]
                 value_losses.append(own.value_loss(small, value).sum())
                 metrics[-1] |= own.value_metrics(small, value.detach())
-        return torch.stack(losses).sum(), plan, metrics, observed, torch.stack(value_losses).sum()
+        return torch.stack(losses).sum(), prepared, metrics, observed, torch.stack(value_losses).sum()
 
     results = Ranks(len(shares)).run(member)
     loss = torch.stack([r[0] for r in results]).sum()

@@ -24,15 +24,17 @@ def test_above_the_target_nothing_is_applied(case: Case) -> None:
     assert close(run(case, OPTIONS["aec"] | {"target": 0.1}), loss, case)
 
 
-def observe(method: AEC, case: Case) -> dict[str, float]:
-    return method.observe(batch(case, method), statistics(case, case.old, Needs(entropy=True)), OneRank())
+def on_step_start(method: AEC, case: Case) -> dict[str, float]:
+    return method.on_step_start(batch(case, method), statistics(case, case.old, Needs(entropy=True)), OneRank())
 
 
 def test_the_coefficient_follows_the_papers_rule(case: Case) -> None:
     low, high = Case(), Case()
     low.old, high.old = case.old * 9, case.old * 0  # entropies near 0 and log V
     method = AEC(target=1.0, delta=0.25, c_max=0.6)
-    applied = [observe(method, step)["aec/applied"] for step in (low, low, low, low, high, low, high, high, high, high)]
+    applied = [
+        on_step_start(method, step)["aec/applied"] for step in (low, low, low, low, high, low, high, high, high, high)
+    ]
     #         c_k:  0    .25   .5   .6   .6   .35  .6   .35  .1   0
     assert applied == pytest.approx([0, 0.25, 0.5, 0.6, 0, 0.35, 0, 0, 0, 0])
     assert method.state_dict() == pytest.approx({"c": 0.0, "applied": 0.0})
@@ -40,5 +42,5 @@ def test_the_coefficient_follows_the_papers_rule(case: Case) -> None:
 
 def test_the_measure_is_the_token_mean_of_the_sampling_policy(case: Case) -> None:
     h, logp = entropy(case.old)[case.tokens].mean(), case.logp(case.old)[case.tokens].mean()
-    assert observe(AEC(), case)["aec/entropy"] == pytest.approx(float(h))
-    assert observe(AEC(measure="logprob"), case)["aec/entropy"] == pytest.approx(-float(logp))
+    assert on_step_start(AEC(), case)["aec/entropy"] == pytest.approx(float(h))
+    assert on_step_start(AEC(measure="logprob"), case)["aec/entropy"] == pytest.approx(-float(logp))

@@ -23,7 +23,7 @@ def reference(case: Case, coefficient) -> Tensor:
     for i in case.valid:
         group = [j for j in case.valid if case.group[j] == case.group[i]]
         accuracy = sum(float(case.reward[j]) > 0 for j in group) / len(group)
-        rows = list(case.rows(i))
+        rows = list(case.tokens_of(i))
         total = total + policy[rows].mean() - coefficient(accuracy) * h[rows].mean()
     return total / len(case.valid)
 
@@ -59,7 +59,7 @@ def steps(method: AER, *scales: float) -> list[float]:
         case = Case()
         case.old = case.old * scale
         stats = statistics(case, case.old, Needs(entropy=True))
-        result.append(method.observe(batch(case, method), stats, OneRank())["aer/alpha"])
+        result.append(method.on_step_start(batch(case, method), stats, OneRank())["aer/alpha"])
     return result
 
 

@@ -46,7 +46,7 @@ def drawn(case: Case, options: dict, times: int) -> list[list[int]]:
     given = batch(case, method)
     current = statistics(case, case.logits.detach(), method.needs)
     plans = [method.prepare(given, current, OneRank()) for _ in range(times)]
-    return [plan.token["stopped"].nonzero()[:, 0].tolist() for plan in plans]
+    return [prepared.token["stopped"].nonzero()[:, 0].tolist() for prepared in plans]
 
 
 def test_the_draw_is_uniform_over_the_eligible_tokens(case: Case) -> None:

@@ -16,9 +16,9 @@ def mastered(case: Case, sigma: float, batch_mean: bool) -> list[int]:
     h, probability = entropy(case.logits).detach(), case.logp(case.logits).exp()
     result = []
     for i in case.valid:
-        mean = h[case.tokens].mean() if batch_mean else h[list(case.rows(i))].mean()
+        mean = h[case.tokens].mean() if batch_mean else h[list(case.tokens_of(i))].mean()
         if case.reward[i] == 1 and mean < sigma:
-            result += [t for t in case.rows(i) if probability[t] >= 0.7]
+            result += [t for t in case.tokens_of(i) if probability[t] >= 0.7]
     return result
 
 

@@ -88,17 +88,17 @@ def test_a_clipped_output_lets_the_integral_come_back() -> None:
 
 def test_one_integral_for_all_ranks_and_micro_batches(case: Case) -> None:
     error = float(entropy(case.logits)[case.tokens].mean()) - 0.8
-    for member in run(case, OPTIONS["entropic"], shares=TWO_RANKS, micro=2).methods:
+    for member in run(case, OPTIONS["entropic"], shares=TWO_RANKS, micro_batch=2).methods:
         assert member.state_dict() == pytest.approx({"integral": error, "alpha": 1.01 * error})
 
 
 def test_the_authors_scope_moves_once_per_micro_batch_and_rank(case: Case) -> None:
-    found = run(case, OPTIONS["entropic"] | {"scope": "micro_batch"}, shares=TWO_RANKS, micro=4)
+    found = run(case, OPTIONS["entropic"] | {"scope": "micro_batch"}, shares=TWO_RANKS, micro_batch=4)
     h, integrals = entropy(case.logits), []
     for first, last in ((0, 7), (7, len(case.reward))):
         errors = []
         for start in range(first, last, 4):
             rows = [i for i in range(start, min(start + 4, last)) if i in case.valid]
-            errors.append(float(h[[t for i in rows for t in case.rows(i)]].mean()) - 0.8)
+            errors.append(float(h[[t for i in rows for t in case.tokens_of(i)]].mean()) - 0.8)
         integrals.append(sum(errors))
     assert [m.state_dict()["integral"] for m in found.methods] == pytest.approx(integrals)

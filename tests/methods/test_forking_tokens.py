@@ -25,9 +25,9 @@ def test_the_authors_scope_is_a_mean_of_micro_batch_means() -> None:
     per_token, parts = clipped(case.ratio, case.advantages(), 0.2, 0.28), []
     for start in range(0, len(case.reward), 4):
         rows = [i for i in range(start, min(start + 4, len(case.reward))) if i in case.valid]
-        own = top(case, [t for i in rows for t in case.rows(i)])
+        own = top(case, [t for i in rows for t in case.tokens_of(i)])
         parts.append(per_token[own].mean() * len(rows) / len(case.valid))
-    assert close(run(case, PLAIN | {"scope": "micro_batch"}, micro=4), torch.stack(parts).sum(), case)
+    assert close(run(case, PLAIN | {"scope": "micro_batch"}, micro_batch=4), torch.stack(parts).sum(), case)
 
 
 def test_overlong_shaping_reaches_the_kept_tokens() -> None:

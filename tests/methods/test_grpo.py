@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_ext.methods.base import Plan
+from megatron_ext.methods.base import Prepared
 from megatron_ext.methods.dr_grpo import DrGRPO
 from megatron_ext.methods.grpo import GRPO, k3
 from megatron_ext.types import TokenStats
@@ -47,7 +47,7 @@ def losses(method: GRPO, ratios: list[float], advantage: float) -> list[float]:
     given = replace(batch(case, method), advantage=torch.full((len(case.token),), advantage))
     shift = torch.zeros(len(case.token), dtype=torch.float64)
     shift[: len(ratios)] = torch.tensor(ratios, dtype=torch.float64).log()
-    return method.policy_loss(given, TokenStats(given.old_logprob + shift), Plan()).tolist()[: len(ratios)]
+    return method.policy_loss(given, TokenStats(given.old_logprob + shift), Prepared()).tolist()[: len(ratios)]
 
 
 def test_clipping_by_hand() -> None:
@@ -81,20 +81,20 @@ def test_grpo_is_its_equation(case: Case) -> None:
     policy = torch.where(a < 0, torch.minimum(clipped(r, a, 0.2, 0.2), -1.2 * a), clipped(r, a, 0.2, 0.2))
     gap = case.logp(case.ref) - case.logp(case.logits)
     per_token = policy + 0.3 * (gap.exp() - gap - 1).clamp(-10, 10)
-    loss = torch.stack([per_token[list(case.rows(i))].mean() for i in case.valid]).mean()
+    loss = torch.stack([per_token[list(case.tokens_of(i))].mean() for i in case.valid]).mean()
     assert close(run(case, OPTIONS["grpo"]), loss, case)
 
 
 def test_dr_grpo_is_its_equation(case: Case) -> None:
     per_token = clipped(case.ratio, case.advantages(normalise=False), 0.2, 0.28)
-    loss = torch.stack([per_token[list(case.rows(i))].sum() / MAX_LENGTH for i in case.valid]).mean()
+    loss = torch.stack([per_token[list(case.tokens_of(i))].sum() / MAX_LENGTH for i in case.valid]).mean()
     assert close(run(case, OPTIONS["dr_grpo"]), loss, case)
 
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
 def test_aggregations(case: Case, aggregation: str) -> None:
     per_token = clipped(case.ratio, case.advantages(), 0.2, 0.2)
-    rows = [per_token[list(case.rows(i))] for i in case.valid]
+    rows = [per_token[list(case.tokens_of(i))] for i in case.valid]
     loss = {
         "token-mean": torch.cat(rows).mean(),
         "seq-mean-token-mean": torch.stack([row.mean() for row in rows]).mean(),

@@ -12,16 +12,16 @@ def test_the_bonus_is_the_mean_over_the_selected_tokens() -> None:
     h = entropy(case.logits)
     selected = sorted(case.tokens, key=lambda t: -float(h[t]))[: int(0.3 * len(case.tokens))]
     policy = clipped(case.ratio, case.advantages(), 0.2, 0.2)
-    loss = torch.stack([policy[list(case.rows(i))].mean() for i in case.valid]).mean()
+    loss = torch.stack([policy[list(case.tokens_of(i))].mean() for i in case.valid]).mean()
     assert close(run(case, OPTIONS["high_entropy_reward"]), loss - 0.2 * h[selected].mean(), case)
 
 
 def test_the_scope_of_a_micro_batch_is_a_mean_of_micro_batch_means() -> None:
     case = Case()
     h, policy = entropy(case.logits), clipped(case.ratio, case.advantages(), 0.2, 0.2)
-    loss = torch.stack([policy[list(case.rows(i))].mean() for i in case.valid]).mean()
+    loss = torch.stack([policy[list(case.tokens_of(i))].mean() for i in case.valid]).mean()
     for start in range(0, len(case.reward), 4):
         rows = [i for i in range(start, min(start + 4, len(case.reward))) if i in case.valid]
-        own = sorted((t for i in rows for t in case.rows(i)), key=lambda t: -float(h[t]))
+        own = sorted((t for i in rows for t in case.tokens_of(i)), key=lambda t: -float(h[t]))
         loss = loss - len(rows) / len(case.valid) * 0.2 * h[own[: int(0.3 * len(own))]].mean()
-    assert close(run(case, OPTIONS["high_entropy_reward"] | {"scope": "micro_batch"}, micro=4), loss, case)
+    assert close(run(case, OPTIONS["high_entropy_reward"] | {"scope": "micro_batch"}, micro_batch=4), loss, case)

@@ -13,7 +13,7 @@ from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.schema import Config, ParallelConfig, RolloutConfig, TrainConfig
 from megatron_ext.methods.base import Needs
 from megatron_ext.model import build, hf_config, hf_weights, parallel
-from megatron_ext.model.trainable import Trained
+from megatron_ext.model.trainable import TrainableModel
 from megatron_ext.train.step import Learner
 from tests import gloo, tiny
 from tests.methods.cases import OPTIONS
@@ -51,24 +51,24 @@ def every_method(rank: int, world: int, path: str, layout: tuple[int, int, int])
     episodes = tiny.episodes()
     share = len(episodes) // data
     own = episodes[parallel.groups.data().rank() * share :][:share]
-    learner = Learner(config, methods.create({"name": "grpo"}), Trained(policy, optimizer, scheduler))
-    micros = learner.pack(own)
+    learner = Learner(config, methods.create({"name": "grpo"}), TrainableModel(policy, optimizer, scheduler))
+    micro_batches = learner.pack(own)
     rules = {
-        rule: learner.statistics(policy, micros, Needs(entropy=True, nucleus_p=0.8, nucleus=rule))
-        for rule in ("reach", "below")
+        rule: learner.statistics(policy, micro_batches, Needs(entropy=True, nucleus_p=0.8, nucleus=rule))
+        for rule in ("inclusive", "exclusive")
     }
     found = {}
     for name in NAMES:
         method = learner.method = methods.create(OPTIONS[name] | TUNED.get(name, {}))
         current = rules[method.needs.nucleus]
         old = replace(current, logprob=moved(current.logprob, own))
-        batch = learner.weigh(learner.batch(own, old, current.logprob - 0.1, current.logprob / 4))
-        report = method.observe(batch, current, learner.reduce)
+        batch = learner.set_token_weights(learner.batch(own, old, current.logprob - 0.1, current.logprob / 4))
+        report = method.on_step_start(batch, current, learner.reduce)
         if name.startswith("siren"):
             method.load_state_dict({"h_anchor": 0.5})
-        plan, metrics = learner.gradients(batch, current, micros)
+        prepared, metrics = learner.gradients(batch, current, micro_batches)
         gradients = {n: g.clone() for n, g in hf_weights.stream(policy, gathered_gradients(policy))}
-        found[name] = metrics, report | plan.report, gradients
+        found[name] = metrics, report | prepared.report, gradients
     return found
 
 

@@ -50,7 +50,7 @@ PAPER: dict[str, dict[str, Any]] = {
         "p": 0.8,
         "tau": 0.8,
         "coef": 0.005,
-        "nucleus": "reach",
+        "nucleus": "inclusive",
     },
     "aer": {"clip_high": 0.2, "tau": 0.4, "rho": 0.2, "eta": 0.005, "alpha_0": 0.0},
     "entropy_advantage": {"aggregation": "token-mean", "clip_high": 0.28, "alpha": 0.4, "kappa": 2.0, "beta": 0.0},
@@ -103,7 +103,7 @@ def test_every_method_is_tested_and_has_a_recipe_of_its_own() -> None:
         ({"name": "siren", "tau": "high"}, "method.tau: found 'high', expected a value of type float"),
         ({"name": "siren", "anchor": 1}, "method.anchor: found 1, expected a value of type bool"),
         ({"name": "siren", "coef": True}, "method.coef: found True, expected a value of type float"),
-        ({"name": "siren", "nucleus": "top"}, "method.nucleus: found 'top', expected one of 'reach', 'below'"),
+        ({"name": "siren", "nucleus": "top"}, "method.nucleus: found 'top', expected one of 'inclusive', 'exclusive'"),
         (
             {"name": "grpo", "dual_clip": "no"},
             "method.dual_clip: found 'no', expected a value of type float or nothing",

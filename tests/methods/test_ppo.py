@@ -26,11 +26,11 @@ def estimates(case: Case, gamma: float, lam: float, penalty: list[float] | None 
     """sum_k (gamma lam)^k delta_{t+k}, response by response, ``[T]`` in fp64; 0 without a reward."""
     result = torch.zeros(len(case.token), dtype=torch.float64)
     for i in case.valid:
-        value = [*case.old_value[list(case.rows(i))].tolist(), 0.0]
+        value = [*case.old_value[list(case.tokens_of(i))].tolist(), 0.0]
         n = len(value) - 1
         reward = [0.0] * (n - 1) + [float(case.reward[i]) + (penalty[n] if penalty else 0.0)]
         delta = [reward[t] + gamma * value[t + 1] - value[t] for t in range(n)]
-        for t, row in enumerate(case.rows(i)):
+        for t, row in enumerate(case.tokens_of(i)):
             result[row] = sum((gamma * lam) ** (s - t) * delta[s] for s in range(t, n))
     return result
 
@@ -106,7 +106,9 @@ def test_a_row_without_a_reward_changes_nothing(case: Case) -> None:
     method = methods.create({"name": "ppo"})
     given = batch(case, method)
     assert given.old_value is not None
-    other = method.credit(replace(given, old_value=torch.where(given.mask, given.old_value, 1e3)), OneRank())
+    other = method.compute_advantages(
+        replace(given, old_value=torch.where(given.mask, given.old_value, 1e3)), OneRank()
+    )
     assert torch.equal(given.advantage, other.advantage) and not given.advantage[~given.mask].any()
 
 

@@ -22,7 +22,7 @@ def tiers(case: Case) -> tuple[list[int], list[int]]:
 
 
 def sequence_mean(case: Case, per_token: torch.Tensor) -> torch.Tensor:
-    return torch.stack([per_token[list(case.rows(i))].mean() for i in case.valid]).mean()
+    return torch.stack([per_token[list(case.tokens_of(i))].mean() for i in case.valid]).mean()
 
 
 def test_the_paper(case: Case) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ext.methods.base import OneRank, Plan, quantile_by_sequence
+from megatron_ext.methods.base import OneRank, Prepared, quantile_by_sequence
 from megatron_ext.methods.siren import SIREN
 from megatron_ext.types import Batch, TokenStats
 from tests.methods.cases import MAX_LENGTH, OPTIONS, TWO_RANKS, Case, clipped, entropy, nucleus_entropy, run
@@ -59,7 +59,7 @@ def test_the_quantile_of_valid_tokens_agrees_with_torch() -> None:
     value, mask = entropy(case.logits).detach(), torch.rand(len(case.token)) < 0.7
     found = quantile_by_sequence(value, case.sequence, mask, q, len(case.reward))
     for i in range(len(case.reward)):
-        own = value[[t for t in case.rows(i) if mask[t]]]
+        own = value[[t for t in case.tokens_of(i) if mask[t]]]
         assert float(found[i]) == pytest.approx(float(torch.quantile(own, q)) if len(own) else 0.0)
 
 
@@ -79,14 +79,14 @@ def test_equal_entropies_select_nothing() -> None:
 
 def test_the_anchor_is_measured_once_and_the_square_is_linearised_by_hand() -> None:
     method, batch = SIREN(tau=0.6, coef=0.5), two_responses()
-    assert method.observe(batch, stats(H), OneRank())["siren/anchor"] == pytest.approx(HBAR)
-    report = method.observe(batch, stats(2 * H), OneRank())
+    assert method.on_step_start(batch, stats(H), OneRank())["siren/anchor"] == pytest.approx(HBAR)
+    report = method.on_step_start(batch, stats(2 * H), OneRank())
     assert (report["siren/hbar"], report["siren/anchor"]) == pytest.approx((2 * HBAR, HBAR))
     assert report["siren/selected_share"] == pytest.approx(3 / 8)
-    plan = method.prepare(batch, stats(2 * H), OneRank())
+    prepared = method.prepare(batch, stats(2 * H), OneRank())
     # 2 coef (1.6 - .8) = .8, times the weights 1/4, 1/4, 1/2
-    assert plan.token["regulariser"].tolist() == pytest.approx([0, 0.2, 0, 0, 0.2, 0, 0.4, 0])
-    assert plan.report["loss/siren"] == pytest.approx(0.5 * 0.8**2)
+    assert prepared.token["regulariser"].tolist() == pytest.approx([0, 0.2, 0, 0, 0.2, 0, 0.4, 0])
+    assert prepared.report["loss/siren"] == pytest.approx(0.5 * 0.8**2)
     below = method.prepare(batch, stats(0.5 * H), OneRank()).token["regulariser"]
     assert below.tolist() == pytest.approx([0, -0.1, 0, 0, -0.1, 0, -0.2, 0])  # the square pulls from both sides
 
@@ -94,9 +94,11 @@ def test_the_anchor_is_measured_once_and_the_square_is_linearised_by_hand() -> N
 def test_the_loss_is_the_policy_loss_and_the_slope_times_the_entropy() -> None:
     method, batch = SIREN(tau=0.6, coef=0.5), two_responses()
     method.load_state_dict({"h_anchor": HBAR})
-    plan = method.prepare(batch, stats(2 * H), OneRank())
-    regulariser = method.loss(batch, stats(2 * H), plan) - batch.weight * method.policy_loss(batch, stats(H), Plan())
-    assert regulariser.tolist() == pytest.approx((plan.token["regulariser"] * 2 * H).tolist())
+    prepared = method.prepare(batch, stats(2 * H), OneRank())
+    regulariser = method.loss(batch, stats(2 * H), prepared) - batch.weight * method.policy_loss(
+        batch, stats(H), Prepared()
+    )
+    assert regulariser.tolist() == pytest.approx((prepared.token["regulariser"] * 2 * H).tolist())
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,7 @@ def case() -> Case:
 def hbar(case: Case, h: Tensor, tau: float | None, responses: list[int]) -> Tensor:
     means = []
     for i in responses:
-        own = h[list(case.rows(i))]
+        own = h[list(case.tokens_of(i))]
         if tau is not None:
             own = own[own.detach() > torch.quantile(own.detach(), tau)]
         means.append(own.mean() if len(own) else own.sum())
@@ -121,10 +123,10 @@ def same_gradient(found: Tensor, case: Case, loss: Tensor) -> bool:
 
 def policy(case: Case) -> Tensor:
     per_token = clipped(case.ratio, case.advantages(normalise=False), 0.2, 0.28)
-    return torch.stack([per_token[list(case.rows(i))].sum() / MAX_LENGTH for i in case.valid]).mean()
+    return torch.stack([per_token[list(case.tokens_of(i))].sum() / MAX_LENGTH for i in case.valid]).mean()
 
 
-@pytest.mark.parametrize("nucleus", ["reach", "below"])
+@pytest.mark.parametrize("nucleus", ["inclusive", "exclusive"])
 @pytest.mark.parametrize("tau", [0.6, None])
 @pytest.mark.parametrize("top_p_mask", [True, False])
 @pytest.mark.parametrize("anchor", [True, False])
@@ -146,18 +148,18 @@ def test_the_gradient_is_the_formulas(
 def test_the_nucleus_rules_differ_by_the_crossing_token() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.9, 0.06, 0.03, 0.01]], dtype=torch.float64).log()
     two = -(0.625 * torch.tensor(0.625).log() + 0.375 * torch.tensor(0.375).log())
-    assert nucleus_entropy(logits, 0.79, "reach").tolist() == pytest.approx([float(two), 0.0])
-    assert nucleus_entropy(logits, 0.79, "below").tolist() == pytest.approx([0.0, 0.0])  # one token; none
+    assert nucleus_entropy(logits, 0.79, "inclusive").tolist() == pytest.approx([float(two), 0.0])
+    assert nucleus_entropy(logits, 0.79, "exclusive").tolist() == pytest.approx([0.0, 0.0])  # one token; none
 
 
 def test_the_authors_scope_has_a_square_per_micro_batch(case: Case) -> None:
-    h = nucleus_entropy(case.logits, 0.8, "reach")
-    first = hbar(case, nucleus_entropy(case.old, 0.8, "reach"), 0.6, case.valid).detach()
+    h = nucleus_entropy(case.logits, 0.8, "inclusive")
+    first = hbar(case, nucleus_entropy(case.old, 0.8, "inclusive"), 0.6, case.valid).detach()
     loss = policy(case)
     for start in range(0, len(case.reward), 4):
         own = [i for i in range(start, min(start + 4, len(case.reward))) if i in case.valid]
         loss = loss + len(own) / len(case.valid) * 0.7 * (hbar(case, h, 0.6, own) - first) ** 2
-    found = run(case, OPTIONS["siren"] | {"scope": "micro_batch"}, micro=4)
+    found = run(case, OPTIONS["siren"] | {"scope": "micro_batch"}, micro_batch=4)
     assert same_gradient(found.gradient, case, loss)
 
 

@@ -24,8 +24,8 @@ def distance(one: Result, other: Result) -> float:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_no_split_changes_anything(name: str, case: Case) -> None:
     whole = run(case, OPTIONS[name])
-    for shares, micro in ((WHOLE, 1), (WHOLE, 4), (TWO_RANKS, 99), (TWO_RANKS, 2)):
-        split = run(case, OPTIONS[name], shares=shares, micro=micro)
+    for shares, micro_batch in ((WHOLE, 1), (WHOLE, 4), (TWO_RANKS, 99), (TWO_RANKS, 2)):
+        split = run(case, OPTIONS[name], shares=shares, micro_batch=micro_batch)
         assert split.loss == pytest.approx(whole.loss, rel=1e-9, abs=1e-12)
         assert distance(whole, split) < 1e-9
         assert torch.allclose(split.value_gradient, whole.value_gradient, rtol=1e-9, atol=1e-12)
@@ -37,15 +37,15 @@ def test_no_split_changes_anything(name: str, case: Case) -> None:
 
 @pytest.mark.parametrize("name", SCOPED)
 def test_the_scope_of_a_micro_batch_is_the_mini_batch_where_there_is_one(name: str, case: Case) -> None:
-    mini, micro = run(case, OPTIONS[name]), run(case, OPTIONS[name] | {"scope": "micro_batch"})
-    assert micro.loss == pytest.approx(mini.loss, rel=1e-9)
-    assert distance(mini, micro) < 1e-9
+    mini_batch, micro_batch = run(case, OPTIONS[name]), run(case, OPTIONS[name] | {"scope": "micro_batch"})
+    assert micro_batch.loss == pytest.approx(mini_batch.loss, rel=1e-9)
+    assert distance(mini_batch, micro_batch) < 1e-9
 
 
 @pytest.mark.parametrize("name", SCOPED)
 def test_the_scope_of_a_micro_batch_is_seen_where_there_are_several(name: str, case: Case) -> None:
-    mini = run(case, OPTIONS[name], micro=4)
-    assert distance(mini, run(case, OPTIONS[name] | {"scope": "micro_batch"}, micro=4)) > 1e-4
+    mini_batch = run(case, OPTIONS[name], micro_batch=4)
+    assert distance(mini_batch, run(case, OPTIONS[name] | {"scope": "micro_batch"}, micro_batch=4)) > 1e-4
 
 
 @pytest.mark.parametrize("name", SCOPED)

@@ -74,14 +74,14 @@ def products(rank: int, world: int, path: str, layout: dict[str, Any], tied: boo
         (torch.randint(tiny.VOCAB, (PROMPT,), generator=draw).tolist(), torch.randint(60, (RESPONSE,)).tolist())
         for _ in range(SEQUENCES)
     ]
-    micro = packing.pack(sequences, multiple=layout.get("tensor", 1))
+    micro_batch = packing.pack(sequences, multiple=layout.get("tensor", 1))
 
     def loss(_: int, stats: TokenStats) -> Tensor:
         assert stats.entropy is not None and stats.nucleus_entropy is not None
         return (stats.logprob + stats.entropy + stats.nucleus_entropy).sum()
 
     with Products(policy.vocab_shard.width, architecture.hidden_size) as seen:
-        forward.forward_backward(policy, [micro], NEEDS, 1.0, loss)
+        forward.forward_backward(policy, [micro_batch], NEEDS, 1.0, loss)
     return seen.rows, len(seen.held), seen.scattered
 
 

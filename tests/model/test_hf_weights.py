@@ -19,7 +19,7 @@ from megatron_ext import cpu_compat
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.schema import ParallelConfig
 from megatron_ext.model import build, groups, hf_config, hf_weights, parallel, param_mapping, rope
-from megatron_ext.model.forward import hidden_rows, logits_of, run_pipeline
+from megatron_ext.model.forward import logits_of, run_pipeline, select_hidden
 from megatron_ext.train import packing
 from megatron_ext.types import PackedSequences
 from tests import gloo, tiny
@@ -78,7 +78,9 @@ def in_layout(world: int, path: str, layout: dict[str, Any], sequences: Sequence
         multiple = layout.get("tensor", 1) if layout.get("sequence") else 1
         packed = [packing.pack([sequences[i] for i in rows], multiple=multiple) for rows in bins(sequences)]
         with torch.no_grad():
-            logits = run_pipeline(policy, packed, lambda output, micro: whole_logits(policy, output, micro), None)
+            logits = run_pipeline(
+                policy, packed, lambda output, micro_batch: whole_logits(policy, output, micro_batch), None
+            )
         return streamed, hf_weights.stream_names(policy), logits
     finally:
         parallel_state.destroy_model_parallel()
@@ -88,9 +90,9 @@ def bins(sequences: Sequences) -> list[list[int]]:
     return packing.split([len(prompt) + len(response) for prompt, response in sequences], 60, NUM_BINS)
 
 
-def whole_logits(policy: build.Policy, output: Tensor, micro: PackedSequences) -> Tensor:
+def whole_logits(policy: build.Policy, output: Tensor, micro_batch: PackedSequences) -> Tensor:
     """``[T, V]`` of the rows that predict a response token."""
-    own = logits_of(policy, hidden_rows(policy, output, micro))
+    own = logits_of(policy, select_hidden(policy, output, micro_batch))
     parts = [torch.empty_like(own) for _ in range(groups.tensor().size())]
     dist.all_gather(parts, own, group=groups.tensor())
     return torch.cat(parts, 1)[:, : policy.architecture.vocab_size]

@@ -13,7 +13,7 @@ from megatron_ext.config.schema import OptimizerConfig, ParallelConfig
 from megatron_ext.model import build, parallel
 from megatron_ext.model.hf_config import read_architecture
 from megatron_ext.model.optimizer_state import state_tensors
-from megatron_ext.model.trainable import Trained
+from megatron_ext.model.trainable import TrainableModel
 from tests import gloo
 from tests.ops.test_real_logits import BASE
 
@@ -26,7 +26,7 @@ def updates(rank: int, world: int, dtype: torch.dtype, offloaded: bool) -> dict[
     model = build.build_policy(read_architecture(read_hf_config(BASE)), dtype=dtype)
     for parameter in model.modules[0].parameters():
         parameter.data.normal_(std=0.02)
-    each = Trained.build(model, OptimizerConfig(lr=1e-3, warmup_steps=0))
+    each = TrainableModel.build(model, OptimizerConfig(lr=1e-3, warmup_steps=0))
     storages = []
     for _ in range(3):
         if offloaded:

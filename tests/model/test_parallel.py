@@ -23,7 +23,7 @@ from megatron_ext.model.build import build_policy
 from megatron_ext.model.forward import forward
 from megatron_ext.train import packing
 from tests import gloo
-from tests.train.tiny_run import TINY, Run
+from tests.train.tiny_run import TINY, Trainer
 
 STATES = {"data-parallel-rng", "model-parallel-rng", "expert-parallel-rng"}
 
@@ -83,7 +83,7 @@ def test_experts_draw_apart() -> None:
 
 
 def tracked_run(rank: int, world: int, root: Any, resumed: bool) -> tuple[dict[str, Tensor], float]:
-    run = Run(world, tensor=2).fill(1)
+    run = Trainer(world, tensor=2).fill(1)
     tracker: Any = get_cuda_rng_tracker()
     if resumed:
         assert run.load(root).refused == ()
@@ -123,8 +123,8 @@ def test_the_default_group_is_not_bound_to_a_gpu(gpu: bool, monkeypatch: pytest.
 LISTENING = """
 import json, os, pathlib, sys
 import psutil
-from megatron_ext import host
-from megatron_ext.train import parallel
+from megatron_ext import cpu_compat
+from megatron_ext.model import parallel
 from megatron_ext.config.schema import ParallelConfig
 
 cpu_compat.enter()

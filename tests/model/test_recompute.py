@@ -31,7 +31,7 @@ def gradients(rank: int, world: int, path: str, recompute: str) -> tuple[dict[st
     generator = torch.Generator().manual_seed(rank)
     for parameter in policy.modules[0].parameters():
         parameter.data.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.2, generator=generator)
-    micro = packing.pack([([1] * 8, [60] * 8)] * (TOKENS // 16), multiple=world)
+    micro_batch = packing.pack([([1] * 8, [60] * 8)] * (TOKENS // 16), multiple=world)
     kept: dict[int, Tensor] = {}  # held, so that no storage is used twice
     forward_kept = 0
 
@@ -45,7 +45,7 @@ def gradients(rank: int, world: int, path: str, recompute: str) -> tuple[dict[st
         return (stats.logprob * torch.arange(len(stats.logprob))).sum()
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        forward.forward_backward(policy, [micro], Needs(), 1.0, loss)
+        forward.forward_backward(policy, [micro_batch], Needs(), 1.0, loss)
     found = {name: vars(parameter)["main_grad"].clone() for name, parameter in policy.modules[0].named_parameters()}
     return found, forward_kept
 

@@ -71,9 +71,9 @@ def counted(rank: int, world: int, path: str, layout: dict[str, Any]) -> tuple[C
 def test_a_layer_is_two_exchanges(kind: str, layout: dict[str, Any], gathers: int, broadcasts: int) -> None:
     _, path = tiny.hf_model(kind)
     world = 4 if len(layout) == 3 or "pipeline" in layout else 2
-    calls, largest, layer = gloo.run(counted, world, str(path), layout)[0]
+    calls, max_over_ranks, layer = gloo.run(counted, world, str(path), layout)[0]
     assert calls == Counter({"all_gather": gathers, **({"broadcast": broadcasts} if broadcasts else {})})
-    assert largest <= layer
+    assert max_over_ranks <= layer
 
 
 def test_what_is_streamed_outlives_the_stream() -> None:

@@ -24,7 +24,7 @@ from tests.ops.cases import ALL, assert_values, language_like, weighted
 
 PADDING = 5
 WIDE = 2 * summary.COLUMNS + 811  # three steps of a program, and no multiple of a group
-SETTINGS = [(nucleus, window) for nucleus in ("reach", "below") for window in (256, 8)]
+SETTINGS = [(nucleus, num_candidates) for nucleus in ("inclusive", "exclusive") for num_candidates in (256, 8)]
 GRADIENTS = (*[(name,) for name in DIFFERENTIABLE], DIFFERENTIABLE)
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -49,16 +49,18 @@ def strided(logits: Tensor, padding: int) -> Tensor:
     return wide[:, : logits.shape[1] + padding]
 
 
-def outcome(work, local: Tensor, shard: VocabShard, targets: Tensor, temperature: Tensor, nucleus: str, window: int):
+def outcome(
+    work, local: Tensor, shard: VocabShard, targets: Tensor, temperature: Tensor, nucleus: str, num_candidates: int
+):
     """Values, and the gradients of each output alone and of all together, by the given implementation."""
     local = local.detach().requires_grad_()
     kept = local.detach().clone()
     with mock.patch.object(backend, "decide", lambda _: work):
         out = policy_stats(
-            local, targets, shard, temperature=temperature, top_p=0.8, nucleus=nucleus, window=window, want=ALL,
-            grad=DIFFERENTIABLE,
+            local, targets, shard, temperature=temperature, top_p=0.8, nucleus=nucleus, num_candidates=num_candidates,
+            want=ALL, grad=DIFFERENTIABLE,
         )  # fmt: skip
-        result = {name: out[name].detach() for name in ALL} | {"slow": out["slow_rows"]}
+        result = {name: out[name].detach() for name in ALL} | {"slow": out["num_fallback"]}
         for grad in GRADIENTS:
             loss = weighted({name: out[name] for name in grad}, out["target_in_nucleus"])
             (gradient,) = torch.autograd.grad(loss, local, retain_graph=True)
@@ -138,8 +140,8 @@ def below_a_floor(rank: int, world: int) -> dict[str, Tensor]:
     local = full[:, shard.start : shard.stop].clone()
     with mock.patch.object(backend, "decide", lambda _: kernels):
         out = policy_stats(local, targets, shard, top_p=0.8, want=ALL, grad=())
-    assert out["slow_rows"] == 2
-    assert_values({name: out[name] for name in ALL}, full, targets, 1.0, 0.8, "reach")
+    assert out["num_fallback"] == 2
+    assert_values({name: out[name] for name in ALL}, full, targets, 1.0, 0.8, "inclusive")
     return {}
 
 
@@ -151,7 +153,7 @@ def whole_nucleus(device: str) -> None:
         moved = logits.to(device), targets.to(device)
         with mock.patch.object(backend, "decide", lambda _: kernels):
             for top_p in (1e-6, 0.999, 1.0):
-                for nucleus in ("reach", "below"):
+                for nucleus in ("inclusive", "exclusive"):
                     out = policy_stats(
                         *moved,
                         shard,
@@ -165,7 +167,7 @@ def whole_nucleus(device: str) -> None:
                     assert_values(got, logits, targets, temperature, top_p, nucleus)
             plain = policy_stats(*moved, shard, temperature=temperature.to(device), grad=())
             assert_values(
-                {n: plain[n].cpu() for n in ("logprob", "entropy")}, logits, targets, temperature, 0.8, "reach"
+                {n: plain[n].cpu() for n in ("logprob", "entropy")}, logits, targets, temperature, 0.8, "inclusive"
             )
             clean = policy_stats(*moved, shard, top_p=0.8, want=ALL, grad=())
             moved[0][6, 7] = torch.nan
@@ -177,7 +179,7 @@ def whole_nucleus(device: str) -> None:
             empty = logits[:0].to(device).requires_grad_()
             out = policy_stats(empty, targets[:0].to(device), shard, top_p=0.8, want=ALL)
             (gradient,) = torch.autograd.grad(out["logprob"].sum(), empty)
-            assert out["nucleus_entropy"].shape == (0,) and gradient.shape == (0, 300) and out["slow_rows"] == 0
+            assert out["nucleus_entropy"].shape == (0,) and gradient.shape == (0, 300) and out["num_fallback"] == 0
 
 
 CASES: dict[str, Callable[[], dict[str, float] | None]] = {

@@ -6,48 +6,48 @@ import pytest
 import torch
 
 from megatron_ext.ops import VocabShard, policy_stats
-from megatron_ext.ops import candidates as windows
+from megatron_ext.ops import candidates as candidates
 from megatron_ext.ops.nucleus import exchange
 from tests import gloo
 from tests.ops.cases import ALL, assert_values, language_like
 
-WIDE = 2 * windows.SMALL + 5  # wide enough for block maxima, and no multiple of their stride
+WIDE = 2 * candidates.SMALL + 5  # wide enough for block maxima, and no multiple of their stride
 
 
-def window_of(logits: torch.Tensor, K: int, tail: float = 0.0) -> tuple[windows.Window, torch.Tensor]:
+def candidates_of(logits: torch.Tensor, K: int, tail: float = 0.0) -> tuple[candidates.Candidates, torch.Tensor]:
     wide = logits.float()
-    maxima = windows.block_maxima(wide)
+    maxima = candidates.block_maxima(wide)
     top = maxima.amax(-1, keepdim=True)
     total = (wide - top).exp().sum(-1, keepdim=True)
-    return windows.make_window(logits, maxima, top, K, windows.Mass(total, torch.ones_like(top), tail)), top
+    return candidates.make_candidates(logits, maxima, top, K, candidates.Mass(total, torch.ones_like(top), tail)), top
 
 
-@pytest.mark.parametrize("V", [7, 300, windows.SMALL, WIDE])
+@pytest.mark.parametrize("V", [7, 300, candidates.SMALL, WIDE])
 def test_block_maxima_cover_every_column(V):
     x = torch.randn(3, V)
-    maxima = windows.block_maxima(x)
-    assert maxima.shape == (3, windows.num_blocks(V))
+    maxima = candidates.block_maxima(x)
+    assert maxima.shape == (3, candidates.num_blocks(V))
     for column in (0, V // 2, V - 1):
         raised = x.clone()
         raised[:, column] = 99.0
-        assert (windows.block_maxima(raised).amax(-1) == 99).all()
+        assert (candidates.block_maxima(raised).amax(-1) == 99).all()
 
 
 @pytest.mark.parametrize("V", [7, 300, WIDE])
 @pytest.mark.parametrize("tail", [0.0, 0.3])
 def test_a_list_is_every_value_above_its_floor_in_descending_order(V, tail):
     logits, _ = language_like(4, V)
-    window, _ = window_of(logits, 16, tail)
+    candidates, _ = candidates_of(logits, 16, tail)
     for row in range(4):
-        expected = logits[row][logits[row] > window.floor[row]].sort(descending=True).values
-        assert torch.equal(window.entries[row, : len(expected)], expected)
-        assert (window.entries[row, len(expected) :] == -torch.inf).all()
-    assert (window.floor > -torch.inf).all() == (V > 16)
+        expected = logits[row][logits[row] > candidates.floor[row]].sort(descending=True).values
+        assert torch.equal(candidates.entries[row, : len(expected)], expected)
+        assert (candidates.entries[row, len(expected) :] == -torch.inf).all()
+    assert (candidates.floor > -torch.inf).all() == (V > 16)
 
 
 def test_a_window_ends_where_the_tail_begins_and_holds_the_mass_above_it():
     logits, _ = language_like(16, WIDE)
-    short, long = window_of(logits, 64, tail=0.1)[0], window_of(logits, 64)[0]
+    short, long = candidates_of(logits, 64, tail=0.1)[0], candidates_of(logits, 64)[0]
     probability = logits.softmax(-1)
     held = (probability * (logits > short.floor)).sum(-1)
     full = long.floor == short.floor
@@ -61,32 +61,32 @@ def test_a_window_ends_where_the_tail_begins_and_holds_the_mass_above_it():
 def test_keys_count_every_token_above_their_floor(V):
     logits, _ = language_like(6, V, torch.bfloat16)
     logits[0, :3] = torch.tensor([0.0, -0.0, 0.0])
-    window, top = window_of(logits, 16)
-    value, count = window.unpack(top)
+    candidates, top = candidates_of(logits, 16)
+    value, count = candidates.unpack(top)
     for row in range(6):
-        floor = window.floor[row]
+        floor = candidates.floor[row]
         for v in logits[row].float().unique():
             if v > floor:
                 assert count[row][value[row] == v] == (logits[row].float() == v).sum()
-    assert (window.floor < top).all()
+    assert (candidates.floor < top).all()
 
 
 def test_a_count_that_does_not_fit_the_exchange_is_not_promised():
     top, reach = torch.zeros(2, 1), torch.full((2, 1), -torch.inf)
     count = torch.tensor([[40_000, 0], [4, 0]], dtype=torch.int32)
-    window = windows.counted_window(count, reach, top)
-    assert window.floor[0] == torch.inf and -torch.inf < window.floor[1] < 0
+    found = candidates.counted_candidates(count, reach, top)
+    assert found.floor[0] == torch.inf and -torch.inf < found.floor[1] < 0
     logits, targets = torch.zeros(1, 40_000, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64)
     out = policy_stats(logits, targets, VocabShard(0, 40_000, 40_000), top_p=0.5, want=ALL)
-    assert out["nucleus_size"] == 40_000 and out["slow_rows"] == 1
+    assert out["nucleus_size"] == 40_000 and out["num_fallback"] == 1
 
 
 def test_order_keys_are_the_order_of_the_floats():
     x = torch.tensor([-torch.inf, -3e38, -1.5, -1e-45, -0.0, 0.0, 1e-45, 1.5, 3e38, torch.inf])
     for value in (x, x.double()):
-        key = windows.order_key(value)
+        key = candidates.order_key(value)
         assert (key[1:] - key[:-1] > 0).tolist() == [True] * 4 + [False] + [True] * 4
-        assert torch.equal(windows.from_order_key(key, value.dtype), value)
+        assert torch.equal(candidates.from_order_key(key, value.dtype), value)
 
 
 def wide_rows(rank: int, world: int, dtype: torch.dtype, V: int) -> tuple[dict, int]:
@@ -98,7 +98,7 @@ def wide_rows(rank: int, world: int, dtype: torch.dtype, V: int) -> tuple[dict, 
     group = torch.distributed.group.WORLD if world > 1 else None
     shard = VocabShard(rank * width, (rank + 1) * width, V, group)
     out = policy_stats(local, targets, shard, top_p=0.8, want=ALL, grad=())
-    return {name: out[name] for name in ALL}, int(out["slow_rows"])
+    return {name: out[name] for name in ALL}, int(out["num_fallback"])
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -107,10 +107,10 @@ def test_rows_of_a_full_vocabulary(world, dtype, record_property):
     V = 151_936
     ranks = gloo.run(wide_rows, world, dtype, V) if world > 1 else [wide_rows(0, 1, dtype, V)]
     logits, targets = language_like(8, V, dtype)
-    for values, slow in ranks:
-        assert_values(values, logits, targets, 1.0, 0.8, "reach")
-        record_property("certified_share", 1 - slow / 8)
-        assert slow <= 1
+    for values, unresolved in ranks:
+        assert_values(values, logits, targets, 1.0, 0.8, "inclusive")
+        record_property("certified_share", 1 - unresolved / 8)
+        assert unresolved <= 1
         assert torch.equal(values["nucleus_entropy"], ranks[0][0]["nucleus_entropy"])
 
 
@@ -148,11 +148,13 @@ def test_no_window_and_no_moment_unless_asked(monkeypatch):
     from megatron_ext.ops import logit_passes
 
     calls = []
-    monkeypatch.setattr(logit_passes, "make_window", lambda *arguments: calls.append("window"))
+    monkeypatch.setattr(logit_passes, "make_candidates", lambda *arguments: calls.append("candidates"))
     logits, targets = language_like(2, 50)
     shard = VocabShard(0, 50, 50)
     policy_stats(logits, targets, shard, want=("logprob", "entropy"), grad=())
     assert not calls
-    sums, window = logit_passes.summarise(logits, targets[:, None], torch.ones(2, 1), 50, moment=False, window=None)
-    assert window is None and not sums[:, 2].any()
+    sums, candidates = logit_passes.summarise(
+        logits, targets[:, None], torch.ones(2, 1), 50, moment=False, num_candidates=None
+    )
+    assert candidates is None and not sums[:, 2].any()
     assert exchange(sums, torch.ones(2, 1), shard).theta is None

@@ -106,7 +106,7 @@ def test_every_kernel_compiles_without_spills_and_fills_half_of_an_sm(capability
                         seen[launch.name, tuple(values), launch.options] = launch
     found = [compiled(launch, capability) for launch in seen.values()]
     assert {kernel.name for kernel in found} == {
-        *("summary_kernel", "window_kernel", "decide_kernel", "search_kernel", "search_sums_kernel"),
+        *("summary_kernel", "candidates_kernel", "decide_kernel", "search_kernel", "search_sums_kernel"),
         *("outputs_kernel", "nucleus_outputs_kernel", "gradient_kernel"),
     }
     for kernel in found:

@@ -20,7 +20,9 @@ def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return hidden.to(dtype), weight.to(dtype), torch.randint(V, (T,), generator=g)
 
 
-def run_linear(rank: int, world: int, dtype, sequence_parallel: bool, chunk: int, window: int) -> dict[str, Tensor]:
+def run_linear(
+    rank: int, world: int, dtype, sequence_parallel: bool, chunk: int, num_candidates: int
+) -> dict[str, Tensor]:
     hidden, weight, targets = inputs(dtype)
     width = -(-V // world) + 2
     padded = torch.full((width * world, D), 7.0, dtype=dtype)
@@ -40,7 +42,7 @@ def run_linear(rank: int, world: int, dtype, sequence_parallel: bool, chunk: int
         grad=DIFFERENTIABLE,
         sequence_parallel=sequence_parallel,
         chunk=chunk,
-        window=window,
+        num_candidates=num_candidates,
     )
     loss = weighted({name: out[name] for name in DIFFERENTIABLE}, out["target_in_nucleus"])
     d_hidden, d_weight = torch.autograd.grad(loss, (own, local))
@@ -57,7 +59,7 @@ def test_values_and_gradients_equal_the_reference(dtype, world, sequence_paralle
     wide_hidden, wide_weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
     exact = wide_hidden @ wide_weight.T
     logits = exact + ((hidden @ weight.T).double() - exact).detach()
-    expected = reference_stats(logits, targets, torch.linspace(0.6, 1.5, T).double(), 0.8, "reach")
+    expected = reference_stats(logits, targets, torch.linspace(0.6, 1.5, T).double(), 0.8, "inclusive")
     loss = weighted({name: expected[name] for name in DIFFERENTIABLE}, expected["target_in_nucleus"])
     d_hidden, d_weight = torch.autograd.grad(loss, (wide_hidden, wide_weight))
     loss_of_dtype = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]

@@ -13,7 +13,11 @@ from tests.ops.cases import ALL, assert_values, language_like, padded_shard, ref
 
 ROWS, VOCAB = 12, 101
 GRADS = (*[(name,) for name in DIFFERENTIABLE], DIFFERENTIABLE)
-CASES = [{"nucleus": nucleus, "window": window} for nucleus in ("reach", "below") for window in (256, 8)]
+CASES = [
+    {"nucleus": nucleus, "num_candidates": num_candidates}
+    for nucleus in ("inclusive", "exclusive")
+    for num_candidates in (256, 8)
+]
 
 
 def world_group(world: int):
@@ -40,7 +44,7 @@ def run_cases(rank: int, world: int, dtype: torch.dtype, temperature: Tensor, sp
             gradients.append(gradient)
         assert out is not None
         values = {name: out[name].detach().clone() for name in ALL}
-        results.append({"values": values, "gradients": gradients, "slow": int(out["slow_rows"])})
+        results.append({"values": values, "gradients": gradients, "slow": int(out["num_fallback"])})
     return results
 
 
@@ -151,7 +155,7 @@ def test_only_what_is_wanted_is_returned_and_only_grad_carries_a_gradient():
     logits.requires_grad_()
     out = policy_stats(logits, targets, VocabShard(0, 30, 30), want=("logprob", "entropy"), grad=("logprob",))
     assert out["logprob"].requires_grad and not out["entropy"].requires_grad
-    assert out.nucleus_entropy is None and out.slow_rows is None
+    assert out.nucleus_entropy is None and out.num_fallback is None
     assert policy_stats(logits, targets, VocabShard(0, 30, 30), want=("logprob",)).entropy is None
     with pytest.raises(KeyError, match="name it in want"):
         out["nucleus_entropy"]
@@ -163,7 +167,7 @@ def run_empty_shard(rank: int, world: int) -> dict[str, Tensor]:
     local, shard = torch.full((3, 4), 50.0), VocabShard(rank * 4, rank * 4 + 4, 5, world_group(world))
     local[:, : shard.real] = logits[:, shard.start : shard.start + shard.real]
     local.requires_grad_()
-    stats = policy_stats(local, targets, shard, top_p=0.8, want=ALL, grad=("logprob",), window=1)
+    stats = policy_stats(local, targets, shard, top_p=0.8, want=ALL, grad=("logprob",), num_candidates=1)
     (gradient,) = torch.autograd.grad(stats["logprob"].sum(), local)
     assert not gradient[:, shard.real :].any()
     return {name: stats[name].detach() for name in ALL}
@@ -172,7 +176,7 @@ def run_empty_shard(rank: int, world: int) -> dict[str, Tensor]:
 def test_shards_of_padding_only():
     logits, targets = language_like(3, 5)
     for out in gloo.run(run_empty_shard, 4):
-        assert_values(out, logits, targets, 1.0, 0.8, "reach")
+        assert_values(out, logits, targets, 1.0, 0.8, "inclusive")
 
 
 def test_no_rows():
@@ -208,7 +212,7 @@ def test_the_backward_of_large_rows_in_many_blocks(monkeypatch):
         x = logits.to(dtype).requires_grad_()
         (got,) = torch.autograd.grad(nucleus_loss(x, targets, VocabShard(0, 5003, 5003)), x)
         wide = x.detach().double().requires_grad_()
-        stats = reference_stats(wide, targets, 1.0, 0.8, "reach")
+        stats = reference_stats(wide, targets, 1.0, 0.8, "inclusive")
         loss = stats["logprob"].sum() + 2 * stats["entropy"].sum() - 3 * stats["nucleus_entropy"].sum()
         (expected,) = torch.autograd.grad(loss, wide)
         rounding = 2**-8 if dtype == torch.bfloat16 else 2**-20
@@ -224,8 +228,8 @@ def test_the_backward_of_large_rows_in_many_blocks(monkeypatch):
         ({"want": ("logprob", "entrpy")}, "entrpy"),
         ({"grad": ("entropy",), "want": ("logprob",)}, "expected wanted outputs"),
         ({"want": NUCLEUS}, "top_p in"),
-        ({"nucleus": "above"}, "'reach' or 'below'"),
-        ({"window": 0}, "window"),
+        ({"nucleus": "above"}, "'inclusive' or 'exclusive'"),
+        ({"num_candidates": 0}, "num_candidates"),
         ({"temperature": torch.ones(3)}, r"temperature"),
         ({"temperature": 0.0}, r"temperature"),
     ],

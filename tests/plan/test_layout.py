@@ -146,10 +146,10 @@ def test_an_engine_needs_room_for_a_sequence() -> None:
 
 
 @pytest.mark.parametrize(("eager", "graphs"), [(False, 1.5e9), (True, 0)])
-def test_an_engine_takes_its_share_of_the_total_memory(eager: bool, graphs: float) -> None:
+def test_an_engine_takes_its_share_of_the_total_memory(enforce_eager: bool, graphs: float) -> None:
     """Weights, work, graphs and cache are the share; what else is on the GPU stands beside it."""
     for share in (0.3, 0.6):
-        found = plan(config(rollout={"engine": "vllm", "tensor": 2, "memory_share": share, "eager": eager}))
+        found = plan(config(rollout={"engine": "vllm", "tensor": 2, "memory_share": share, "eager": enforce_eager}))
         rollout = dict(found.worst.phases["rollout"])
         engine = [rollout.pop(item) for item in ("rollout weights", "rollout work", "KV cache")]
         engine.append(rollout.pop("CUDA graphs", 0))

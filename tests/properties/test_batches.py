@@ -37,7 +37,7 @@ def test_packed_sequences_unpack_to_what_they_were(pairs: list[tuple[list[int], 
     for first, end in zip(starts, starts[1:], strict=False):
         assert packed.position[first:end].tolist() == list(range(end - first))
     assert packed.targets.tolist() == [token for _, response in pairs for token in response]
-    assert [tokens[row + 1] for row in packed.rows.tolist()] == packed.targets.tolist()
+    assert [tokens[row + 1] for row in packed.logit_positions.tolist()] == packed.targets.tolist()
 
 
 @given(pairs=st.lists(st.tuples(IDS, IDS), min_size=1, max_size=8), budget=st.integers(16, 60), bins=st.integers(1, 4))

@@ -25,7 +25,7 @@ from megatron_ext.checkpoint.manifest import CheckpointError, Found, newest_vali
 from tests import gloo
 from tests.properties.oddities import SPOILERS, damaged, limits, mutated, to_bytes, to_json
 from tests.tiny import hf_model
-from tests.train.tiny_run import Run
+from tests.train.tiny_run import Trainer
 from tools import convert
 
 EXPENSIVE = max(5, settings().max_examples // 10)
@@ -33,7 +33,7 @@ PAYLOAD = ("__0_0.distcp", ".metadata", "common.pt", "state.pt", "metadata.json"
 
 
 def _two_saves(rank: int, world: int, root: Path) -> None:
-    run = Run(world).fill(1)
+    run = Trainer(world).fill(1)
     torch.manual_seed(0)
     for step in (1, 2):
         run.train(1).save(root, step)
@@ -177,7 +177,7 @@ def test_an_export_of_a_manifest_that_was_sealed_again(data: st.DataObject, conv
 
 def _load_each(rank: int, world: int, roots: list[Path]) -> list[str]:
     """What loading each of them ended in: a step or a message."""
-    outcomes, run = [], Run(world).fill(3)
+    outcomes, run = [], Trainer(world).fill(3)
     for root in roots:
         try:
             with limits():

@@ -7,7 +7,7 @@ from fractions import Fraction
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.rollout.rewards.verify import MAX_ANSWER_CHARS, Outcome, extract, judge, judge_answer
+from megatron_ext.rollout.rewards.verify import MAX_ANSWER_CHARS, Outcome, extract, score, score_answer
 from tests.properties.oddities import limits
 
 SLOW = settings(max_examples=max(20, settings().max_examples // 3))
@@ -34,7 +34,7 @@ def written(draw: st.DrawFn, value: Fraction) -> str:
 @given(data=st.data(), value=RATIONALS)
 def test_a_number_is_its_own_answer(data: st.DataObject, value: Fraction) -> None:
     gold, answer = data.draw(written(value), label="gold"), data.draw(written(value), label="answer")
-    assert judge(rf"so \boxed{{{answer}}}", gold.strip(" $").removeprefix("x=")).outcome == Outcome.CORRECT
+    assert score(rf"so \boxed{{{answer}}}", gold.strip(" $").removeprefix("x=")).outcome == Outcome.CORRECT
 
 
 @SLOW
@@ -42,7 +42,7 @@ def test_a_number_is_its_own_answer(data: st.DataObject, value: Fraction) -> Non
 def test_another_number_is_never_the_answer(data: st.DataObject, value: Fraction, other: Fraction) -> None:
     assume(value != other)
     gold, answer = data.draw(written(value), label="gold"), data.draw(written(other), label="answer")
-    assert not judge(rf"\boxed{{{answer}}}", gold.strip(" $").removeprefix("x=")).correct
+    assert not score(rf"\boxed{{{answer}}}", gold.strip(" $").removeprefix("x=")).correct
 
 
 NUMBERS = st.lists(st.integers(1, 20), min_size=1, max_size=4)
@@ -57,9 +57,9 @@ def test_a_countdown_is_right_with_its_own_value_alone(numbers: list[int], data:
         value = {"+": value + number, "-": value - number, "*": value * number, "/": value / number}[sign]
     assume(value.denominator == 1)
     asked = (text, str(value), "countdown", tuple(data.draw(st.permutations(numbers))))
-    assert judge_answer(*asked) == Outcome.CORRECT
-    assert judge_answer(text, str(value + 1), *asked[2:]) == Outcome.WRONG
-    assert judge_answer(text, str(value), "countdown", (*numbers, 1)) == Outcome.WRONG_NUMBERS
+    assert score_answer(*asked) == Outcome.CORRECT
+    assert score_answer(text, str(value + 1), *asked[2:]) == Outcome.WRONG
+    assert score_answer(text, str(value), "countdown", (*numbers, 1)) == Outcome.WRONG_NUMBERS
 
 
 @given(before=st.text(max_size=30), inner=st.text(max_size=30), after=st.text(max_size=30))
@@ -76,5 +76,5 @@ def test_any_answer_has_an_outcome(text: str) -> None:
     assume(text.count("^") + text.count("**") + text.count("!") <= 1 and len(text) < MAX_ANSWER_CHARS)
     with limits():
         for gold in ("4", r"\frac{1}{2}", "x+1"):
-            assert judge_answer(text, gold, "math", ()) in Outcome
-            assert judge_answer(text, "24", "countdown", (4, 6)) in Outcome
+            assert score_answer(text, gold, "math", ()) in Outcome
+            assert score_answer(text, "24", "countdown", (4, 6)) in Outcome

@@ -91,11 +91,11 @@ def test_bombs_cost_themselves_and_nothing_else():
 
 
 def record_questions(monkeypatch: pytest.MonkeyPatch, judged: list[Question]) -> None:
-    judge = reward_pool._Worker.judge
+    score = reward_pool._Worker.score
 
     def record(worker: reward_pool._Worker, question: Question, deadline_s: float) -> Outcome:
         judged.append(question)
-        return judge(worker, question, deadline_s)
+        return score(worker, question, deadline_s)
 
     monkeypatch.setattr(reward_pool._Worker, "judge", record)
 
@@ -217,11 +217,11 @@ def test_a_verifier_gone_wrong_stops_the_run(monkeypatch: pytest.MonkeyPatch, tm
 def test_one_worker_gone_wrong_ends_the_batch_of_the_others(monkeypatch: pytest.MonkeyPatch):
     with RewardPool(2, deadline_s=20) as pool:
         bad, judged = pool._workers[1], []
-        judge = reward_pool._Worker.judge
+        score = reward_pool._Worker.score
 
         def record(worker: reward_pool._Worker, question: Question, deadline_s: float) -> Outcome:
             judged.append(question)
-            return Outcome.TIMEOUT if worker is bad else judge(worker, question, deadline_s)
+            return Outcome.TIMEOUT if worker is bad else score(worker, question, deadline_s)
 
         monkeypatch.setattr(reward_pool._Worker, "judge", record)
         with pytest.raises(VerifierError, match="found timeout"):

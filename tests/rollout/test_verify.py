@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.rollout.rewards import verify
-from megatron_ext.rollout.rewards.verify import Outcome, extract, judge, judge_answer
+from megatron_ext.rollout.rewards.verify import Outcome, extract, score, score_answer
 
 RIGHT, WRONG, UNPARSABLE, FALSE = Outcome.CORRECT, Outcome.WRONG, Outcome.UNPARSABLE, Outcome.CONTRADICTION
 
@@ -120,7 +120,7 @@ def test_table_belongs_to_the_installed_version():
 
 @pytest.mark.parametrize(("gold", "answer", "outcome"), TABLE)
 def test_verdict(gold: str, answer: str, outcome: Outcome):
-    assert judge(rf"So the answer is \boxed{{{answer}}}.", gold) == (outcome is RIGHT, outcome, answer.strip())
+    assert score(rf"So the answer is \boxed{{{answer}}}.", gold) == (outcome is RIGHT, outcome, answer.strip())
 
 
 @pytest.mark.parametrize(
@@ -150,16 +150,16 @@ def test_verdict(gold: str, answer: str, outcome: Outcome):
 def test_last_box_after_the_reasoning(response: str, extracted: str | None):
     assert extract(response) == extracted
     if extracted is None:
-        assert judge(response, "4") == (False, Outcome.NO_ANSWER, None)
+        assert score(response, "4") == (False, Outcome.NO_ANSWER, None)
 
 
 def test_a_long_answer_is_not_parsed():
     many = "(" * 3000 + "4" + ")" * 3000
-    assert judge(rf"\boxed{{{many}}}", "4").outcome is Outcome.TOO_LONG
+    assert score(rf"\boxed{{{many}}}", "4").outcome is Outcome.TOO_LONG
     padded = "4" + " " * verify.MAX_ANSWER_CHARS + "+0"
-    assert judge_answer(padded, "4", "math", ()) is Outcome.TOO_LONG
-    assert judge_answer("4", padded, "math", ()) is Outcome.BAD_GOLD
-    assert judge_answer("4".ljust(verify.MAX_ANSWER_CHARS), "4", "math", ()) is Outcome.CORRECT
+    assert score_answer(padded, "4", "math", ()) is Outcome.TOO_LONG
+    assert score_answer("4", padded, "math", ()) is Outcome.BAD_GOLD
+    assert score_answer("4".ljust(verify.MAX_ANSWER_CHARS), "4", "math", ()) is Outcome.CORRECT
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_long_answer_is_not_parsed():
     ],
 )
 def test_countdown(expression: str, outcome: Outcome):
-    assert judge(rf"\boxed{{{expression}}}", "12", "countdown", (2, 3, 6)).outcome is outcome
+    assert score(rf"\boxed{{{expression}}}", "12", "countdown", (2, 3, 6)).outcome is outcome
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_countdown(expression: str, outcome: Outcome):
     ],
 )
 def test_countdown_values(expression: str, target: str, numbers: tuple[int, ...], outcome: Outcome):
-    assert judge(rf"\boxed{{{expression}}}", target, "countdown", numbers).outcome is outcome
+    assert score(rf"\boxed{{{expression}}}", target, "countdown", numbers).outcome is outcome
 
 
 def test_worker_imports_neither_torch_nor_the_package_and_no_gmpy():

@@ -165,7 +165,7 @@ def test_bad_input_is_told_with_exit_code_2(tmp_path: Path, capsys: pytest.Captu
     assert "cannot be loaded" in told(str(model), "--data", str(data), "--workers", "1")
 
 
-@pytest.mark.parametrize("option", ["--batch-size=0", "--memory-share=1", "--tensor=-1"])
+@pytest.mark.parametrize("option", ["--batch-size=0", "--gpu-memory-utilization=1", "--tensor-parallel-size=-1"])
 def test_an_engine_that_cannot_be_is_told_with_exit_code_2(option: str, capsys: pytest.CaptureFixture[str]):
     assert main(["nowhere", "--data", "nowhere.jsonl", option]) == 2
     assert f"evaluate: {option.split('=')[0]}: Input should be" in capsys.readouterr().err
@@ -174,9 +174,15 @@ def test_an_engine_that_cannot_be_is_told_with_exit_code_2(option: str, capsys: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tensor=2"], "--tensor: only vLLM's engine has this, found --engine hf; add --engine vllm"),
-        (["--tensor=1", "--memory-share=.5", "--eager"], "--tensor, --memory-share, --eager: only vLLM's engine"),
-        (["--engine=vllm", "--tensor=2"], "MODEL: nowhere holds no config.json"),
+        (
+            ["--tensor-parallel-size=2"],
+            "--tensor-parallel-size: only vLLM's engine has this, found --engine hf; add --engine vllm",
+        ),
+        (
+            ["--tensor-parallel-size=1", "--gpu-memory-utilization=.5", "--enforce-eager"],
+            "--tensor-parallel-size, --gpu-memory-utilization, --enforce-eager: only vLLM's engine",
+        ),
+        (["--engine=vllm", "--tensor-parallel-size=2"], "MODEL: nowhere holds no config.json"),
         (["--label=a", "--label=b"], "--label: found a, b for 1 models"),
         (["--max-left-out=2"], "--max-left-out: expected a share from 0 to 1, found 2.0"),
     ],

@@ -14,4 +14,4 @@ def test_evaluation_takes_the_quickstarts_options(engine: str) -> None:
     module, *arguments = quickstart.evaluate(quickstart.BASE, "before", Path("runs/quickstart"), engine)
     assert module == "tools.evaluate"
     rollout = evaluate._rollout(evaluate._parser().parse_args(arguments))
-    assert (rollout.engine, rollout.eager) == (engine, engine == "vllm")
+    assert (rollout.engine, rollout.enforce_eager) == (engine, engine == "vllm")

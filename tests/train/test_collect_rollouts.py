@@ -76,11 +76,11 @@ def collected(
     episodes, metrics = [], {}
     for step in range(2):
 
-        def draw(count: int, step: int = step) -> list[tuple[Problem, tuple[int, ...]]]:
+        def next_problems(count: int, step: int = step) -> list[tuple[Problem, tuple[int, ...]]]:
             return [(Problem(str(i), "", ""), (i,)) for i in order.take(count, step=step)]
 
         rollouts: Any = Rollouts(config, Engine(), Pool(everything), step, Watch(1, show=False))  # type: ignore[arg-type]
-        found, metrics = rollouts.collect(draw)
+        found, metrics = rollouts.collect(next_problems)
         episodes += found
     return episodes, metrics, order.take(5, step=2)
 
@@ -99,14 +99,14 @@ def trained(layout: tuple, everything: float | None = None, rounds: int = 10, dy
     assert all(result[1:] == results[0][1:] for result in results)
     copies = [summary(episodes) for episodes, _, _ in results]
     assert all(copies.count(copy) == tensor for copy in copies)  # the ranks of a model copy train on the same
-    minis: list[list[tuple]] = [[] for _ in range(2 * PROMPTS // MINI)]
+    mini_batches: list[list[tuple]] = [[] for _ in range(2 * PROMPTS // MINI)]
     for copy in dict.fromkeys(map(tuple, copies)):
         share = MINI // data * SAMPLES
-        assert len(copy) == share * len(minis)
-        for mini, episodes in enumerate(minis):
-            episodes += copy[mini * share : (mini + 1) * share]
+        assert len(copy) == share * len(mini_batches)
+        for mini_batch, episodes in enumerate(mini_batches):
+            episodes += copy[mini_batch * share : (mini_batch + 1) * share]
     assert results[0][1].pop("data/imbalance") >= 1
-    return [sorted(episodes, key=lambda e: e[0]) for episodes in minis], results[0][1], results[0][2]
+    return [sorted(episodes, key=lambda e: e[0]) for episodes in mini_batches], results[0][1], results[0][2]
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +115,14 @@ def one_rank() -> Any:
 
 
 def test_every_group_that_trains_has_an_advantage(one_rank: Any) -> None:
-    minis, metrics, _ = one_rank
-    for mini in minis:
-        rewards = [[e[3] for e in mini if e[0] == group] for group in dict.fromkeys(e[0] for e in mini)]
+    mini_batches, metrics, _ = one_rank
+    for mini_batch in mini_batches:
+        rewards = [[e[3] for e in mini_batch if e[0] == group] for group in dict.fromkeys(e[0] for e in mini_batch)]
         assert [len(r) for r in rewards] == [SAMPLES] * MINI
         assert all(len(set(r)) == 2 for r in rewards)
-    assert [e[0] for e in minis[0] + minis[1]] == [group for group in range(PROMPTS) for _ in range(SAMPLES)]
+    assert [e[0] for e in mini_batches[0] + mini_batches[1]] == [
+        group for group in range(PROMPTS) for _ in range(SAMPLES)
+    ]
     assert metrics["dynamic/generations"] > 1 and metrics["dynamic/filled"] == 0
     assert 0.1 < metrics["dynamic/kept_share"] < 0.5
     shares = [metrics[f"dynamic/{name}"] for name in ("kept_share", "all_right", "all_wrong")]
@@ -140,15 +142,15 @@ def test_oversampling_draws_more_at_first_and_trains_on_as_many(one_rank: Any) -
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:4], ids=str)
 def test_without_it_every_prompt_of_the_step_trains(layout: tuple) -> None:
-    minis, metrics, _ = trained(layout, dynamic=False)
-    assert metrics == {} and trained(LAYOUTS[0], dynamic=False)[0] == minis
-    drawn = [e[1] for mini in minis for e in mini][::SAMPLES]
+    mini_batches, metrics, _ = trained(layout, dynamic=False)
+    assert metrics == {} and trained(LAYOUTS[0], dynamic=False)[0] == mini_batches
+    drawn = [e[1] for mini_batch in mini_batches for e in mini_batch][::SAMPLES]
     assert drawn == [str(i) for i in DataOrder([range(NUM_PROBLEMS)], seed=11).take(2 * PROMPTS, step=0)]
 
 
 @pytest.mark.parametrize(("everything", "name"), [(1.0, "all_right"), (0.0, "all_wrong")])
 def test_at_the_limit_the_first_dropped_groups_fill_the_batch(everything: float, name: str) -> None:
-    minis, metrics, after = trained(LAYOUTS[1], everything=everything, rounds=3)
+    mini_batches, metrics, after = trained(LAYOUTS[1], everything=everything, rounds=3)
     expected = {
         "kept_share": 0.0,
         "all_right": 0.0,
@@ -160,7 +162,7 @@ def test_at_the_limit_the_first_dropped_groups_fill_the_batch(everything: float,
     assert metrics == {f"dynamic/{key}": value for key, value in (expected | {name: 1.0}).items()}
     order = DataOrder([range(NUM_PROBLEMS)], seed=11)
     first, second = order.take(3 * PROMPTS, step=0), order.take(3 * PROMPTS, step=1)
-    taken = [int(e[1]) for mini in minis for e in mini][::SAMPLES]
+    taken = [int(e[1]) for mini_batch in mini_batches for e in mini_batch][::SAMPLES]
     assert taken == first[:PROMPTS] + second[:PROMPTS] and after == order.take(5, step=2)
 
 
@@ -187,22 +189,24 @@ def test_the_longest_groups_are_dealt_first_and_move_only_for_balance() -> None:
 
 def skewed(seed: int, count: int, samples: int = 8) -> list[int]:
     """Tokens of groups whose responses are long-tailed: log-normal around 1,000, cut at 8,192."""
-    draw = random.Random(seed)
-    return [sum(min(8192, round(1000 * math.exp(draw.gauss(0, 1)))) for _ in range(samples)) for _ in range(count)]
+    next_problems = random.Random(seed)
+    return [
+        sum(min(8192, round(1000 * math.exp(next_problems.gauss(0, 1)))) for _ in range(samples)) for _ in range(count)
+    ]
 
 
 @pytest.mark.parametrize(("ranks", "per_rank"), [(2, 16), (8, 4), (16, 2), (16, 8)])
 def test_the_largest_rank_has_few_tokens_more_than_the_mean(ranks: int, per_rank: int) -> None:
     """Against dealing in turn, over ten mini-batches."""
-    mini = ranks * per_rank
-    tokens = [n for seed in range(10) for n in skewed(seed, mini)]
+    mini_batch = ranks * per_rank
+    tokens = [n for seed in range(10) for n in skewed(seed, mini_batch)]
     holders = [number % ranks for number in range(len(tokens))]
-    owners = deal(tokens, holders, mini, ranks)
-    for start in range(0, len(tokens), mini):
-        assert Counter(owners[start : start + mini]) == dict.fromkeys(range(ranks), per_rank)
-    before, after = (imbalance(tokens, dealt, mini, ranks) for dealt in (holders, owners))
+    owners = deal(tokens, holders, mini_batch, ranks)
+    for start in range(0, len(tokens), mini_batch):
+        assert Counter(owners[start : start + mini_batch]) == dict.fromkeys(range(ranks), per_rank)
+    before, after = (imbalance(tokens, dealt, mini_batch, ranks) for dealt in (holders, owners))
     assert after - 1 < (before - 1) / 2
-    assert deal(tokens, owners, mini, ranks) == owners  # whoever holds them, but for ties
+    assert deal(tokens, owners, mini_batch, ranks) == owners  # whoever holds them, but for ties
 
 
 def test_greedy_dealing_is_near_the_best_there_is() -> None:
@@ -211,8 +215,8 @@ def test_greedy_dealing_is_near_the_best_there_is() -> None:
         halves = [sum(tokens[i] for i in half) for half in itertools.combinations(range(6), 3)]
         best = min(max(half, sum(tokens) - half) for half in halves)
         dealt = deal(tokens, [0, 1] * 3, 6, 2)
-        largest = max(sum(n for n, owner in zip(tokens, dealt, strict=True) if owner == rank) for rank in (0, 1))
-        assert best <= largest <= best * 7 / 6
+        max_over_ranks = max(sum(n for n, owner in zip(tokens, dealt, strict=True) if owner == rank) for rank in (0, 1))
+        assert best <= max_over_ranks <= best * 7 / 6
 
 
 def test_ranks_are_balanced_after_sampling() -> None:

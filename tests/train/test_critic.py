@@ -23,9 +23,9 @@ from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.schema import Config, CriticConfig, OptimizerConfig, ParallelConfig, RolloutConfig, TrainConfig
 from megatron_ext.model import build, hf_config, hf_weights, parallel
 from megatron_ext.model.critic import build_critic
-from megatron_ext.model.trainable import Trained, TrainingError
+from megatron_ext.model.trainable import TrainableModel, TrainingError
 from megatron_ext.train import critic
-from megatron_ext.train.packing import Micros
+from megatron_ext.train.packing import MicroBatches
 from megatron_ext.train.step import Learner
 from megatron_ext.types import Batch, TokenStats
 from tests import gloo, tiny
@@ -82,29 +82,31 @@ def learner_of(case: str, path: str) -> Learner:
         own: Any = value_model.modules[-1].output_layer
         assert not own.weight.any() and not own.bias.any()
         own.weight.data, own.bias.data = own.weight.data.copy_(head()[0]), own.bias.data.copy_(head()[1])
-    actor = Trained.build(policy, OptimizerConfig(lr=1e-3))
-    return Learner(config, methods.create(PPO), actor, Trained.build(value_model, CriticConfig(lr=1e-3), "critic"))
+    actor = TrainableModel.build(policy, OptimizerConfig(lr=1e-3))
+    return Learner(
+        config, methods.create(PPO), actor, TrainableModel.build(value_model, CriticConfig(lr=1e-3), "critic")
+    )
 
 
-def mini_batch(learner: Learner) -> tuple[Batch, TokenStats, Micros]:
+def mini_batch(learner: Learner) -> tuple[Batch, TokenStats, MicroBatches]:
     """This rank's episodes as if both models had moved since they saw them: on both sides of either clip range."""
     share = len(tiny.episodes()) // learner.config.parallel.data
     own = tiny.episodes()[parallel.groups.data().rank() * share :][:share]
-    micros = learner.pack(own)
+    micro_batches = learner.pack(own)
     assert learner.critic is not None
-    current = learner.statistics(learner.policy, micros, learner.method.needs)
-    value = critic.values(learner.critic, micros)
+    current = learner.statistics(learner.policy, micro_batches, learner.method.needs)
+    value = critic.values(learner.critic, micro_batches)
     old = replace(current, logprob=moved(current.logprob, own))
-    return learner.weigh(learner.batch(own, old, None, moved(value, own))), current, micros
+    return learner.set_token_weights(learner.batch(own, old, None, moved(value, own))), current, micro_batches
 
 
 def one_step(rank: int, world: int, case: str, path: str) -> Any:
     """Metrics of policy and critic, and the whole gradients of policy, critic's body and value head."""
     learner = learner_of(case, path)
-    batch, current, micros = mini_batch(learner)
-    _, metrics = learner.gradients(batch, current, micros)
+    batch, current, micro_batches = mini_batch(learner)
+    _, metrics = learner.gradients(batch, current, micro_batches)
     assert learner.critic is not None
-    metrics |= critic.gradients(learner.critic, learner.method, batch, micros, learner.reduce)
+    metrics |= critic.gradients(learner.critic, learner.method, batch, micro_batches, learner.reduce)
     architecture = learner.policy.architecture
     policy = dict(hf_weights.stream(learner.policy, gathered_gradients(learner.policy)))
     local = gathered_gradients(learner.critic.model)
@@ -191,10 +193,10 @@ def test_every_layout_gives_the_gradients_of_the_formula(case: str) -> None:
 def update_critic(learner: Learner) -> list[float]:
     """One update; the values of all episodes after it."""
     assert learner.critic is not None
-    batch, _, micros = mini_batch(learner)
-    critic.gradients(learner.critic, learner.method, batch, micros, learner.reduce)
+    batch, _, micro_batches = mini_batch(learner)
+    critic.gradients(learner.critic, learner.method, batch, micro_batches, learner.reduce)
     learner.critic.update(1)
-    return learner.reduce.concat(critic.values(learner.critic, micros)).tolist()
+    return learner.reduce.concat(critic.values(learner.critic, micro_batches)).tolist()
 
 
 def checkpoints_of(learner: Learner, root: Path) -> Checkpoints:

@@ -20,7 +20,7 @@ from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.schema import Config, ParallelConfig, RolloutConfig, TrainConfig
 from megatron_ext.methods.base import Needs
 from megatron_ext.model import build, hf_config, hf_weights, parallel
-from megatron_ext.model.trainable import Trained
+from megatron_ext.model.trainable import TrainableModel
 from megatron_ext.train.step import Learner
 from tests import gloo, tiny
 
@@ -67,18 +67,18 @@ def one_step(
         hf_weights.load_weights(module, architecture, path)
     optimizer = build.build_optimizer(policy, lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.99, eps=1e-8, clip_grad=1.0)
     scheduler = build.build_scheduler(optimizer, lr=1e-3, warmup_steps=0, weight_decay=0.1)
-    learner = Learner(config, methods.create(method), Trained(policy, optimizer, scheduler))
+    learner = Learner(config, methods.create(method), TrainableModel(policy, optimizer, scheduler))
     if break_sum:
         learner.reduce.sum = lambda value: value  # the all-reduce left out
     learner.method.load_state_dict({"h_anchor": ANCHOR})
     share = len(tiny.episodes()) // data
     own = tiny.episodes()[parallel.groups.data().rank() * share :][:share]
-    micros = learner.pack(own)
-    current = learner.statistics(policy, micros, replace(learner.method.needs, entropy=True))
+    micro_batches = learner.pack(own)
+    current = learner.statistics(policy, micro_batches, replace(learner.method.needs, entropy=True))
     batch = learner.batch(own, current, None)
     # as if the policy had moved since it sampled: ratios on both sides of the clip range
-    batch = learner.weigh(replace(batch, old_logprob=moved(current.logprob, own)))
-    _, metrics = learner.gradients(batch, current, micros)
+    batch = learner.set_token_weights(replace(batch, old_logprob=moved(current.logprob, own)))
+    _, metrics = learner.gradients(batch, current, micro_batches)
     optimizer.prepare_grads()
     metrics["grad/norm"] = float(optimizer.get_grad_norm())
     return metrics, dict(hf_weights.stream(policy, gathered_gradients(policy)))
@@ -133,11 +133,11 @@ def reference(nucleus: str, kind: str = "qwen2", tied: bool = False) -> tuple[fl
     return float(policy_loss), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def nucleus_entropy(logp: Tensor, p: float, rule: str) -> Tensor:
+def nucleus_entropy(logp: Tensor, p: float, mapping: str) -> Tensor:
     order = logp.argsort(descending=True)
     before = logp[order].exp().cumsum(0) - logp[order].exp()
     kept = before < p
-    if rule == "below":
+    if mapping == "exclusive":
         kept[int(kept.sum()) - 1] = False
     inside = logp[order[kept]]
     if len(inside) == 0:
@@ -161,7 +161,7 @@ def norm(gradients: dict[str, Tensor]) -> float:
 
 @pytest.fixture(scope="module")
 def expected() -> tuple[float, dict[str, Tensor]]:
-    return reference("reach")
+    return reference("inclusive")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -186,8 +186,8 @@ def test_the_fused_head_gives_the_gradient_of_the_formula(layout: tuple, expecte
 
 def test_the_authors_nucleus_gives_the_gradient_of_the_formula() -> None:
     _, path = tiny.hf_model()
-    loss, gradients = reference("below")
-    for metrics, found in gloo.run(one_step, 2, str(path), LAYOUTS[2], {**SIREN, "nucleus": "below"}):
+    loss, gradients = reference("exclusive")
+    for metrics, found in gloo.run(one_step, 2, str(path), LAYOUTS[2], {**SIREN, "nucleus": "exclusive"}):
         assert metrics["loss/policy"] == pytest.approx(loss, rel=1e-5)
         assert worst(found, gradients) < 1e-5
 

@@ -37,7 +37,7 @@ def step(rank: int, world: int, path: str, layout: tuple, more: dict[str, Any]) 
 
 @functools.cache
 def formula(kind: str, tied: bool) -> tuple[float, dict[str, Tensor]]:
-    loss, gradients = reference("reach", kind, tied)
+    loss, gradients = reference("inclusive", kind, tied)
     return loss, {name: each for whole, value in gradients.items() for name, each in by_expert(whole, value).items()}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.checkpoint import checkpoint
-from megatron_ext.model.trainable import Trained
+from megatron_ext.model.trainable import TrainableModel
 from megatron_ext.train import loop
 from tests import gloo
 from tests.train import whole_run
@@ -24,7 +24,7 @@ class Device:
 
     def __init__(self) -> None:
         self.awake = False
-        self.trained: list[Trained] = []
+        self.trained: list[TrainableModel] = []
         self.present: set[int] = set()
         self.events: list[str] = []
 
@@ -34,22 +34,22 @@ class Device:
         for each in self.trained:  # the gradients' memory is really there, or really freed
             assert bool(gradient_bytes(each)) == (id(each) in self.present), self.events
 
-    def built(self, each: Trained) -> Trained:
+    def built(self, each: TrainableModel) -> TrainableModel:
         self.trained.append(each)
         self.present.add(id(each))
         self.note("built")
         return each
 
     def watch_trained(self) -> None:
-        kind: Any = Trained
-        build, offload, restore = Trained.build, Trained.offload, Trained.restore
+        kind: Any = TrainableModel
+        build, offload, restore = TrainableModel.build, TrainableModel.offload, TrainableModel.restore
 
-        def offloaded(each: Trained) -> None:
+        def offloaded(each: TrainableModel) -> None:
             offload(each)
             self.present.discard(id(each))
             self.note("offloaded")
 
-        def restored(each: Trained) -> None:
+        def restored(each: TrainableModel) -> None:
             restore(each)
             self.present.add(id(each))
             self.note("restored")
@@ -58,7 +58,7 @@ class Device:
         kind.offload, kind.restore = offloaded, restored
 
 
-def gradient_bytes(each: Trained) -> int:
+def gradient_bytes(each: TrainableModel) -> int:
     buffers = (b for chunk in each.model.chunks for b in chunk.buffers + chunk.expert_parallel_buffers)
     return sum(buffer.grad_data.untyped_storage().nbytes() for buffer in buffers)
 
@@ -107,7 +107,7 @@ def watched(rank: int, world: int, folder: Path, stop_in: int | None) -> tuple[i
         save(self, number, state)
         device.note("saved")
 
-    def stepped(run: loop.Run, watch: Any) -> Any:
+    def stepped(run: loop.Trainer, watch: Any) -> Any:
         if run.step == stop_in:
             os.kill(os.getpid(), signal.SIGUSR1)
         return step(run, watch)

@@ -42,9 +42,9 @@ def gradient(name: str, **changed: torch.Tensor) -> torch.Tensor:
     method = methods.create({"name": name, **({"beta": 0.1} if name == "grpo" else {})})
     whole = cases.replace(cases.batch(case, method), **changed)
     stats = cases.statistics(case, case.logits, method.needs)
-    method.observe(whole, cases.statistics(case, case.old, cases.replace(method.needs, entropy=True)), OneRank())
-    plan = method.prepare(whole, stats.detach() if method.needs.current else None, OneRank())
-    return case.gradient(method.loss(whole, stats, plan).sum())
+    method.on_step_start(whole, cases.statistics(case, case.old, cases.replace(method.needs, entropy=True)), OneRank())
+    prepared = method.prepare(whole, stats.detach() if method.needs.current else None, OneRank())
+    return case.gradient(method.loss(whole, stats, prepared).sum())
 
 
 def importance(weight: float) -> torch.Tensor:

@@ -27,7 +27,7 @@ from megatron_ext.config.schema import (
 from megatron_ext.metrics.display import Watch
 from megatron_ext.model import hf_config, hf_weights, parallel
 from megatron_ext.model.build import Overlap, build_policy
-from megatron_ext.model.trainable import Trained
+from megatron_ext.model.trainable import TrainableModel
 from megatron_ext.train.step import Learner
 from tests import gloo, tiny
 from tests.train import whole_run
@@ -71,7 +71,7 @@ def updates(
     buckets = len(policy.chunks[0].bucket_groups)
     several = overlap.overlap_grad_reduce and parallel.groups.pipeline().rank() == 0
     assert buckets > 4 if several else buckets <= 2
-    actor = Trained.build(policy, config.optimizer)
+    actor = TrainableModel.build(policy, config.optimizer)
     learner = Learner(config, methods.create(config.method), actor)
     share = 16 // config.parallel.data
     norms = []

@@ -39,13 +39,13 @@ def test_rows_predict_the_response_tokens() -> None:
     assert packed.tokens.tolist() == [5, 6, 7, 8, 9, 1, 2, 3, 4, 0, 0, 0]
     assert packed.position.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]
     assert packed.starts.tolist() == [0, 5, 9, 12]
-    assert packed.rows.tolist() == [2, 3, 5, 6, 7]
+    assert packed.logit_positions.tolist() == [2, 3, 5, 6, 7]
     assert packed.targets.tolist() == [8, 9, 2, 3, 4]
     assert packed.response_lengths == (2, 3)
-    for row, target in zip(packed.rows.tolist(), packed.targets.tolist(), strict=True):
+    for row, target in zip(packed.logit_positions.tolist(), packed.targets.tolist(), strict=True):
         assert packed.tokens[row + 1] == target
 
 
 def test_an_empty_bin_still_has_tokens_for_the_pipeline() -> None:
     packed = pack([], multiple=1)
-    assert len(packed.tokens) == 1 and len(packed.rows) == 0
+    assert len(packed.tokens) == 1 and len(packed.logit_positions) == 0

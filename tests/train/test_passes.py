@@ -23,7 +23,7 @@ from megatron_ext.methods.base import Needs
 from megatron_ext.metrics.display import Watch
 from megatron_ext.model import build, forward, hf_config, hf_weights, parallel
 from megatron_ext.model.reference import Reference
-from megatron_ext.model.trainable import Trained
+from megatron_ext.model.trainable import TrainableModel
 from megatron_ext.train.mismatch import MismatchError
 from megatron_ext.train.step import Learner
 from tests import gloo, tiny
@@ -45,7 +45,7 @@ def world_of(layout: dict[str, Any]) -> int:
     return layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("ranks_per_node", 1)
 
 
-def learner_of(path: str, world: int, method: dict, layout: dict, mini: int = 4, **sections: Any) -> Learner:
+def learner_of(path: str, world: int, method: dict, layout: dict, mini_batch: int = 4, **sections: Any) -> Learner:
     """On this rank, with the tiny model's weights and its engine's made-up log-probs let pass."""
     cpu_compat.enter()
     spread = ParallelConfig(**{**layout, "ranks_per_node": world})
@@ -53,7 +53,7 @@ def learner_of(path: str, world: int, method: dict, layout: dict, mini: int = 4,
     config = Config(
         parallel=spread,
         rollout=RolloutConfig(prompts=4, samples=4, temperature=0.8, max_response_tokens=12),
-        train=TrainConfig(mini_batch_prompts=mini, micro_batch_tokens=60, **options.pop("train", {})),
+        train=TrainConfig(mini_batch_prompts=mini_batch, micro_batch_tokens=60, **options.pop("train", {})),
         method=method,
         **options,
     )
@@ -68,7 +68,7 @@ def learner_of(path: str, world: int, method: dict, layout: dict, mini: int = 4,
             parameter.data *= 0.9
     created = methods.create(method)
     reference = Reference(frozen, device=cpu_compat.device(), offload=False) if created.needs.reference else None
-    return Learner(config, created, Trained.build(policy, OptimizerConfig(lr=1e-3)), None, reference)
+    return Learner(config, created, TrainableModel.build(policy, OptimizerConfig(lr=1e-3)), None, reference)
 
 
 def counted(learner: Learner, *, standing: bool = False) -> tuple[dict[str, float], Any, list[tuple[bool, bool]]]:
@@ -131,8 +131,10 @@ def test_all_methods_that_ask_for_nothing_before_the_update_are_here() -> None:
     assert set(ONCE) == {name for name, own in needs.items() if not (own.old or own.current or own.value)}
 
 
-def passes_of(rank: int, world: int, path: str, method: dict, mini: int, sections: dict) -> list[tuple[bool, bool]]:
-    learner = learner_of(path, world, method, {}, mini, **sections)
+def passes_of(
+    rank: int, world: int, path: str, method: dict, mini_batch: int, sections: dict
+) -> list[tuple[bool, bool]]:
+    learner = learner_of(path, world, method, {}, mini_batch, **sections)
     return counted(learner)[2]
 
 
@@ -155,8 +157,8 @@ LOOK, NUCLEUS_LOOK, UPDATE, NUCLEUS_UPDATE = (False, False), (False, True), (Tru
     ],
     ids=str,
 )
-def test_every_pass_is_needed(method: dict, mini: int, sections: dict, expected: list) -> None:
-    assert gloo.run(passes_of, 1, str(tiny.hf_model()[1]), method, mini, sections) == [expected]
+def test_every_pass_is_needed(method: dict, mini_batch: int, sections: dict, expected: list) -> None:
+    assert gloo.run(passes_of, 1, str(tiny.hf_model()[1]), method, mini_batch, sections) == [expected]
 
 
 def refused(rank: int, world: int, path: str) -> tuple[bool, bool]:

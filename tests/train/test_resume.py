@@ -94,7 +94,7 @@ def draws(rank: int, world: int, folder: Path, steps: int, extra: int) -> list[f
         torch.rand(extra)
         return create(*args, **named)
 
-    def stepped(run: loop.Run, watch: Any) -> Any:
+    def stepped(run: loop.Trainer, watch: Any) -> Any:
         found.append(float(torch.rand(())))
         return step(run, watch)
 

@@ -37,7 +37,7 @@ def signalled(rank: int, world: int, folder: Path, phase: str, *overrides: str) 
     module: Any = loop
     begun = []
 
-    def step(run: loop.Run, watch: Any) -> Any:
+    def step(run: loop.Trainer, watch: Any) -> Any:
         begun.append(run.step)
         return train_step(run, watch)
 
@@ -82,7 +82,7 @@ def with_bad_losses(
     module: Any = loop
     train_step = loop.train_step
 
-    def step(run: loop.Run, watch: Any) -> Any:
+    def step(run: loop.Trainer, watch: Any) -> Any:
         method: Any = run.learner.method
         loss = type(method).loss
         factor = math.nan if bad(run.step) and rank == world - 1 else 1.0

@@ -16,8 +16,8 @@ from megatron_ext.config.schema import ParallelConfig
 from megatron_ext.model import groups, parallel
 from megatron_ext.model.build import Policy, build_optimizer, build_policy, build_scheduler
 from megatron_ext.model.hf_config import Architecture
-from megatron_ext.model.param_mapping import stage_rules
-from megatron_ext.model.trainable import Trained
+from megatron_ext.model.param_mapping import stage_mappings
+from megatron_ext.model.trainable import TrainableModel
 
 TINY = Architecture(
     name="Qwen2ForCausalLM",
@@ -40,7 +40,7 @@ STATE = {"weight_version": 3, "method": {"coefficient": 0.1, "history": [1, 2]},
 CONFIG = {"optimizer": {"lr": 1e-3}, "train": {"steps": 4}}
 
 
-class Run:
+class Trainer:
     """A tiny run of one layout: what the loop would hand to ``save`` and ``load``."""
 
     def __init__(
@@ -61,22 +61,25 @@ class Run:
             self.policy, lr=lr, weight_decay=0.01, beta1=0.9, beta2=0.99, eps=1e-8, clip_grad=1.0
         )
         self.scheduler = build_scheduler(self.optimizer, lr=lr, warmup_steps=10, weight_decay=0.01)
-        self.trained = {"policy": Trained(self.policy, self.optimizer, self.scheduler)}
+        self.trained = {"policy": TrainableModel(self.policy, self.optimizer, self.scheduler)}
 
     def whole_values(self, seed: int) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
         """Every parameter with a value that is a part of the same whole tensor under every layout."""
         parameters = dict(self.policy.modules[0].named_parameters())
-        for rule in stage_rules(self.policy.architecture, self.policy.stages, groups.pipeline().rank()):
-            whole = [_whole(name, self.policy.architecture, seed) for name in rule.hf]
-            yield parameters[rule.megatron], rule.layout.cut(whole, groups.tensor().rank(), groups.tensor().size())
+        for mapping in stage_mappings(self.policy.architecture, self.policy.stages, groups.pipeline().rank()):
+            whole = [_whole(name, self.policy.architecture, seed) for name in mapping.hf]
+            yield (
+                parameters[mapping.megatron],
+                mapping.layout.shard(whole, groups.tensor().rank(), groups.tensor().size()),
+            )
 
-    def fill(self, seed: int) -> Run:
+    def fill(self, seed: int) -> Trainer:
         for parameter, value in self.whole_values(seed):
             parameter.data.copy_(value)
         self.optimizer.reload_model_params()
         return self
 
-    def train(self, steps: int) -> Run:
+    def train(self, steps: int) -> Trainer:
         """Optimizer steps with gradients drawn through torch's random state."""
         for _ in range(steps):
             for parameter, value in self.whole_values(seed=int(torch.randint(1 << 30, ()))):
@@ -123,10 +126,10 @@ class Run:
         held = {(stage, rank): tensors for stage, rank, tensors in pieces}
         found: dict[str, torch.Tensor] = {}
         for stage in range(groups.pipeline().size()):
-            for rule in stage_rules(architecture, self.policy.stages, stage):
+            for mapping in stage_mappings(architecture, self.policy.stages, stage):
                 for kind in ("weight", "param", "exp_avg", "exp_avg_sq"):
-                    parts = [held[stage, r][kind, rule.megatron] for r in range(groups.tensor().size())]
-                    for name, value in zip(rule.hf, rule.layout.join(parts), strict=True):
+                    parts = [held[stage, r][kind, mapping.megatron] for r in range(groups.tensor().size())]
+                    for name, value in zip(mapping.hf, mapping.layout.join(parts), strict=True):
                         assert torch.equal(found.setdefault(f"{kind} {name}", value), value), (kind, name)
         return found
 

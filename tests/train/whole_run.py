@@ -80,7 +80,7 @@ def _rank(rank: int, world: int, folder: Path, recipe: str, overrides: Sequence[
     module.RewardPool = Judge
     real = loop.train_step
 
-    def train_step(run: loop.Run, watch: Any) -> Any:
+    def train_step(run: loop.Trainer, watch: Any) -> Any:
         if run.step == die_after:
             run.checkpoints.publish(wait=True)
             os.kill(os.getpid(), signal.SIGKILL)

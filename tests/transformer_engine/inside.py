@@ -39,7 +39,7 @@ from megatron_ext.config.schema import Config, OptimizerConfig, ParallelConfig  
 from megatron_ext.model import hf_config, hf_weights, kernels, layers, parallel  # noqa: E402
 from megatron_ext.model.build import Policy, build_policy  # noqa: E402
 from megatron_ext.model.megatron_config import Fusions  # noqa: E402
-from megatron_ext.model.trainable import Trained  # noqa: E402
+from megatron_ext.model.trainable import TrainableModel  # noqa: E402
 from tests import gloo  # noqa: E402
 from tests.train.tiny_run import TINY as ARCHITECTURE  # noqa: E402
 
@@ -112,7 +112,7 @@ def resume(rank: int, world: int, path: str, layout: dict[str, Any], root: str) 
     return contents(each) | {"refused": list(loaded.refused)}
 
 
-def checkpoints_of(each: Trained, world: int, path: str, layout: Mapping[str, Any], root: str) -> Checkpoints:
+def checkpoints_of(each: TrainableModel, world: int, path: str, layout: Mapping[str, Any], root: str) -> Checkpoints:
     return Checkpoints(
         Path(root) / "checkpoints",
         trained={"policy": each},
@@ -123,7 +123,7 @@ def checkpoints_of(each: Trained, world: int, path: str, layout: Mapping[str, An
     )
 
 
-def trained(world: int, path: str, layout: Mapping[str, Any], *, fill: bool) -> Trained:
+def trained(world: int, path: str, layout: Mapping[str, Any], *, fill: bool) -> TrainableModel:
     policy = policy_of(world, path, layout)
     for module in policy.modules:
         if fill:
@@ -131,22 +131,22 @@ def trained(world: int, path: str, layout: Mapping[str, Any], *, fill: bool) -> 
         else:
             for parameter in module.parameters():
                 parameter.data.zero_()
-    each = Trained.build(policy, OptimizerConfig())
+    each = TrainableModel.build(policy, OptimizerConfig())
     for part in optimizers(each):
         part.init_state_fn(part.optimizer, part.config)
     return each
 
 
-def optimizers(each: Trained) -> list[Any]:
+def optimizers(each: TrainableModel) -> list[Any]:
     return getattr(each.optimizer, "chained_optimizers", [each.optimizer])
 
 
-def states(each: Trained) -> list[dict[str, Any]]:
+def states(each: TrainableModel) -> list[dict[str, Any]]:
     """Adam's moments of every parameter."""
     return [state for part in optimizers(each) for state in part.optimizer.state.values()]
 
 
-def contents(each: Trained) -> dict[str, Any]:
+def contents(each: TrainableModel) -> dict[str, Any]:
     """Hashes of the weights as Hugging Face tensors and of the moments, and whose optimizer has them."""
     digest = hashlib.sha256()
     for moments in states(each):

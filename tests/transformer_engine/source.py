@@ -6,7 +6,7 @@ So its modules are built, filled, named, saved and asked, and never computed wit
 models, is left out too.
 
 Call ``load`` in a process of its own, before anything imports megatron: Megatron-Core then takes the same layers,
-optimizer and attention as on a GPU, while ``host.enter`` keeps their tensors on the CPU.
+optimizer and attention as on a GPU, while ``cpu_compat.enter`` keeps their tensors on the CPU.
 """
 
 from __future__ import annotations

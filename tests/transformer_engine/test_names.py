@@ -16,7 +16,7 @@ import pytest
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.model import hf_config
 from megatron_ext.model.hf_config import Architecture
-from megatron_ext.model.param_mapping import Rule, rules
+from megatron_ext.model.param_mapping import ParamMapping, mappings
 from megatron_ext.model.tp_sharding import Vocabulary
 from tests import tiny
 from tests.transformer_engine.models import moe_of_16
@@ -45,7 +45,7 @@ def found(layout: str) -> list[list[dict[str, Any]]]:
     return inside("names", world=world, cases=[(str(directory(kind)), options) for kind in KINDS])
 
 
-def expected(kind: str, layout: str, rank: int) -> tuple[Architecture, list[Rule], int]:
+def expected(kind: str, layout: str, rank: int) -> tuple[Architecture, list[ParamMapping], int]:
     """The architecture, this rank's rules, and over how many ranks its tensors are cut."""
     world, options = LAYOUTS[layout]
     architecture = hf_config.read_architecture(read_hf_config(directory(kind)))
@@ -54,7 +54,7 @@ def expected(kind: str, layout: str, rank: int) -> tuple[Architecture, list[Rule
         own = architecture.experts.num // world
         experts = range(rank * own, (rank + 1) * own)
     numbers = range(architecture.num_layers)
-    return architecture, rules(architecture, numbers, first=True, last=True, experts=experts, fused=True), world
+    return architecture, mappings(architecture, numbers, first=True, last=True, experts=experts, fused=True), world
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -65,13 +65,13 @@ def test_parameters_are_those_of_the_tables(kind: str, layout: str) -> None:
         assert "transformer_engine.pytorch.module.layernorm_linear" in model["classes"]
         assert "megatron_ext.model.layers" not in model["classes"]  # no stand-in of ours
         _, own, _ = expected(kind, layout, rank)
-        assert model["parameters"].keys() == {rule.megatron for rule in own}
+        assert model["parameters"].keys() == {mapping.megatron for mapping in own}
         tensor = LAYOUTS[layout][1].get("tensor", 1)
-        for rule in own:
-            whole = padded(rule, tensor)
-            parts = math.prod(whole) // math.prod(model["parameters"][rule.megatron])
-            cut = not rule.megatron.endswith(("norm.weight", "norm_weight", "router.weight"))
-            assert parts == (tensor if cut else 1), rule.megatron
+        for mapping in own:
+            whole = padded(mapping, tensor)
+            parts = math.prod(whole) // math.prod(model["parameters"][mapping.megatron])
+            shard = not mapping.megatron.endswith(("norm.weight", "norm_weight", "router.weight"))
+            assert parts == (tensor if shard else 1), mapping.megatron
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -82,15 +82,15 @@ def test_a_checkpoint_has_them_where_the_tables_say(kind: str, layout: str) -> N
     covered: dict[tuple, set] = {}
     for rank, models in enumerate(found(layout)):
         architecture, own, _ = expected(kind, layout, rank)
-        places = {(rule.key, rule.index): rule for rule in own if not duplicate(architecture, rule)}
+        places = {(mapping.key, mapping.index): mapping for mapping in own if not duplicate(architecture, mapping)}
         for key, global_shape, offset, local_shape in models[KINDS.index(kind)]["tensors"]:
             index = tuple(offset[: len(offset) - len(local_shape)])
-            rule = places[key, index]
-            assert tuple(global_shape) == (*rule.stacked, *padded(rule, tensor)), key
+            mapping = places[key, index]
+            assert tuple(global_shape) == (*mapping.stacked, *padded(mapping, tensor)), key
             covered.setdefault((key, index), set()).add((tuple(offset), tuple(local_shape)))
         assert all(place in covered for place in places)
     _, everything, _ = expected(kind, "TP 1", 0)
-    sizes = {(rule.key, rule.index): math.prod(padded(rule, tensor)) for rule in everything}
+    sizes = {(mapping.key, mapping.index): math.prod(padded(mapping, tensor)) for mapping in everything}
     assert covered.keys() == sizes.keys()
     for place, pieces in covered.items():
         assert sum(math.prod(shape) for _, shape in pieces) == sizes[place], place
@@ -116,15 +116,15 @@ def test_sixteen_experts_have_sixteen_extra_states() -> None:
         }
 
 
-def padded(rule: Rule, tensor: int) -> tuple[int, ...]:
+def padded(mapping: ParamMapping, tensor: int) -> tuple[int, ...]:
     """The parameter's shape in the unsharded model, its vocabulary padded as under that many ranks."""
-    if isinstance(rule.layout, Vocabulary):
-        return (-(-rule.shape[0] // tensor) * tensor, *rule.shape[1:])
-    return rule.shape
+    if isinstance(mapping.layout, Vocabulary):
+        return (-(-mapping.shape[0] // tensor) * tensor, *mapping.shape[1:])
+    return mapping.shape
 
 
-def duplicate(architecture: Architecture, rule: Rule) -> bool:
-    return architecture.tied and rule.megatron == "output_layer.weight"
+def duplicate(architecture: Architecture, mapping: ParamMapping) -> bool:
+    return architecture.tied and mapping.megatron == "output_layer.weight"
 
 
 @pytest.mark.parametrize("on", [True, False])

@@ -66,7 +66,7 @@ def rollouts(rank: int, world: int, folders: list[Path], shared: int) -> list[tu
     parallel.initialize(ParallelConfig(ranks_per_node=world, tensor=world))
     architecture = hf_config.read_architecture(read_hf_config(folders[0]))
     policy = build.build_policy(architecture, tensor=world, pipeline=1, sequence=False, dtype=torch.float32)
-    engine = VLLMEngine(folders[0], dtype="float32", max_tokens=200, tensor=shared, eager=True)
+    engine = VLLMEngine(folders[0], dtype="float32", max_tokens=200, tensor_parallel_size=shared, enforce_eager=True)
     KEPT.append(engine)
     mine = requests(11)[rank::world]
     found = []
@@ -121,7 +121,7 @@ def alone(_rank: int, _world: int, folder: Path, case: str) -> Any:
     from megatron_ext.rollout.vllm.engine import VLLMEngine
 
     torch.distributed.destroy_process_group()
-    engine = VLLMEngine(folder, dtype="float32", max_tokens=64, eager=True)
+    engine = VLLMEngine(folder, dtype="float32", max_tokens=64, enforce_eager=True)
     KEPT.append(engine)
     listening = [each.laddr.ip for each in psutil.Process().net_connections("inet") if each.status == "LISTEN"]
     assert set(listening) <= {"127.0.0.1"}, listening

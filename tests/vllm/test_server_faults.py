@@ -27,7 +27,7 @@ from megatron_ext.rollout.vllm_server import round as server_round
 from megatron_ext.rollout.vllm_server.engine import ServerEngine
 from megatron_ext.rollout.vllm_server.fleet import Fleet, ServerProcess
 from megatron_ext.rollout.vllm_server.guard import PROOF, TOKEN_VARIABLE, answer_key, request_key
-from megatron_ext.rollout.vllm_server.round import Outcome, Round
+from megatron_ext.rollout.vllm_server.round import Round, RoundResult
 
 BASE = Path(__file__).parents[2] / "recipes" / "tiny" / "base"
 SAMPLING = Sampling(1.0, 1.0, 4)
@@ -120,7 +120,7 @@ async def silent(_: web.Request) -> web.StreamResponse:
     raise AssertionError
 
 
-def ask(urls: list[str], count: int, deadline_s: float = 20.0) -> tuple[Outcome, dict[int, Any]]:
+def ask(urls: list[str], count: int, deadline_s: float = 20.0) -> tuple[RoundResult, dict[int, Any]]:
     got: dict[int, Any] = {}
     one = Round(dict.fromkeys(urls, TOKEN), "3", 2, deadline_s, Tokenizer(), [1], VOCAB)
     return asyncio.run(one.run([Request((5, 6), i) for i in range(count)], SAMPLING, got.__setitem__)), got

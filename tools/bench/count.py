@@ -40,7 +40,7 @@ class Count:
     by_name: dict[str, int]
     gigabytes: float
     floor_gigabytes: float  # the logits read twice and their gradient written once
-    sent_bytes_per_row: float
+    sent_bytes_per_token: float
 
 
 def count(outputs: str, tp: int, rows: int, vocab: int, dtype: torch.dtype) -> tuple[Count, list[Launch]]:
@@ -68,7 +68,7 @@ def count(outputs: str, tp: int, rows: int, vocab: int, dtype: torch.dtype) -> t
         by_name=dict(Counter(launch.name for launch in launches)),
         gigabytes=sum(_bytes(launch, rows, width, dtype.itemsize) for launch in launches) / 1e9,
         floor_gigabytes=3 * rows * width * dtype.itemsize / 1e9,
-        sent_bytes_per_row=sent / rows,
+        sent_bytes_per_token=sent / rows,
     )
     return found, launches
 
@@ -124,7 +124,7 @@ def table(counts: list[Count]) -> list[str]:
     for c in counts:
         lines.append(
             f"{c.outputs:30}{c.columns * c.tp:8}{c.tp:4}{c.rows:8}{c.launches:10}{c.collectives:13}{c.host_copies:7}"
-            f"{c.gigabytes:8.2f}{c.gigabytes / c.floor_gigabytes:9.2f}{c.sent_bytes_per_row:12.0f}"
+            f"{c.gigabytes:8.2f}{c.gigabytes / c.floor_gigabytes:9.2f}{c.sent_bytes_per_token:12.0f}"
         )
     return lines
 

@@ -45,7 +45,7 @@ class Line:
     peak_bytes_per_element: float = float("nan")
     exchanged_bytes_per_token: float = 0.0
     collectives: int = 0
-    certified: float | None = None
+    resolved: float | None = None
     note: str = ""
 
 
@@ -97,7 +97,7 @@ class _Bench:
         self.full, self.targets = full, targets.clamp_max(vocab - 1).to(options.device)
         self.logits = full[:, self.shard.start : self.shard.stop].contiguous().to(options.device)
         self.calls: dict[str, Callable[[Tensor], Outputs]] = {}
-        self.slow = 0
+        self.unresolved = 0
         for name, want in WANT.items():
             self.calls[name] = self._ours(want)
         for name, peer in found.items():
@@ -106,7 +106,7 @@ class _Bench:
     def _ours(self, want: tuple[str, ...]) -> Callable[[Tensor], Outputs]:
         def call(logits: Tensor) -> Outputs:
             out = policy_stats(logits, self.targets, self.shard, top_p=self.options.top_p, want=want, grad=want)
-            self.slow = 0 if out.slow_rows is None else int(out.slow_rows)
+            self.unresolved = 0 if out.num_fallback is None else int(out.num_fallback)
             return {name: out[name] for name in want}
 
         return call
@@ -130,7 +130,7 @@ class _Bench:
                 continue
             line.error, line.gradient_error = self._errors(outputs, gradient)
             if line.ours:
-                line.certified = 1 - self.slow / self.options.rows if "nucleus" in name else None
+                line.resolved = 1 - self.unresolved / self.options.rows if "nucleus" in name else None
                 limit = 2e-5, (2**-7 if self.dtype == torch.bfloat16 else 1e-4)
                 if not (line.error <= limit[0] and line.gradient_error <= limit[1]):
                     wrong.append(f"{name}: value error {line.error:.2e}, gradient error {line.gradient_error:.2e}")
@@ -298,7 +298,7 @@ def _text(table: Table) -> str:
             f"{line.name:30}{line.milliseconds:8.1f}{speedup(base, line):8.2f}"
             f"{line.milliseconds / table.floor_ms:8.2f}{line.saved_bytes_per_element:8.2f}"
             f"{line.peak_bytes_per_element:8.2f}{line.exchanged_bytes_per_token:9.0f}{line.collectives:5}"
-            f"{'' if line.certified is None else format(line.certified, '.3f'):>8}{line.error:10.1e}"
+            f"{'' if line.resolved is None else format(line.resolved, '.3f'):>8}{line.error:10.1e}"
             f"{line.gradient_error:10.1e}"
         )
     by_name = {line.name: line for line in table.lines}

@@ -75,7 +75,7 @@ def measured(folder: Path, model: Path, engine: str, length: int, options: argpa
     command += [f"model.path={model}", f"rollout.engine={engine}", f"rollout.max_response_tokens={length}"]
     command += [
         f"train.steps={options.steps}",
-        f"rollout.eager={str(not options.compile).lower()}",
+        f"rollout.enforce_eager={str(not options.compile).lower()}",
         "checkpoint.every=0",
     ]
     command += [f"rollout.prompts={PROMPTS}", f"train.mini_batch_prompts={PROMPTS}", f"rollout.samples={SAMPLES}"]

@@ -27,8 +27,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_ext.config.errors import ConfigError
 from tools.lab.page import write
-from tools.lab.plan import Job, Plan, jobs, load_plan
-from tools.lab.runs import EVALUATION_STEPS, LOG, Outcome, Running, alone, preload, steps_done, work
+from tools.lab.plan import Job, LabPlan, jobs, load_plan
+from tools.lab.runs import EVALUATION_STEPS, LOG, Running, RunResult, alone, preload, steps_done, work
 
 CONFIGURATION, REQUEUE = 2, 75
 LINE_EVERY_S = 30.0  # without a terminal
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         todo = jobs(plan, options.dir)
         if options.dry_run:
             return dry_run(todo)
-        outcome = Outcome()
+        outcome = RunResult()
         if not options.page:
             with alone(options.dir):
                 outcome = run(todo, options.jobs)
@@ -63,7 +63,7 @@ def dry_run(todo: Sequence[Job]) -> int:
     return 0
 
 
-def run(todo: Sequence[Job], num_at_once: int) -> Outcome:
+def run(todo: Sequence[Job], num_at_once: int) -> RunResult:
     """Do the jobs with a live display: a bar over all training steps, and the runs at work."""
     console = Console()
     total = sum(job.steps + EVALUATION_STEPS for job in todo)
@@ -95,7 +95,7 @@ def run(todo: Sequence[Job], num_at_once: int) -> Outcome:
         bar.stop()
 
 
-def finish(plan: Plan, folder: Path, out: Path, outcome: Outcome) -> int:
+def finish(plan: LabPlan, folder: Path, out: Path, outcome: RunResult) -> int:
     """Write the page, name what failed, and return the exit code."""
     for path in write(plan, folder, out):
         print(f"{path}: {path.stat().st_size / 1000:.0f} kB")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tools.charts import Figures, Series
 from tools.lab.claims import Claim, claims, pi_run
-from tools.lab.plan import Plan
+from tools.lab.plan import LabPlan
 from tools.lab.results import OUTPUT, Result, Results, load, seconds, spread, where_entropy_is
 from tools.report.page import page
 from tools.tiny.tabular import SETTINGS, Curve, simulate
@@ -23,7 +23,7 @@ ENTROPIC = "entropic"  # the family with figures of its own
 TABLE_POINTS = 200  # of a tabular curve's steps
 
 
-def write(plan: Plan, folder: Path, out: Path) -> tuple[Path, Path]:
+def write(plan: LabPlan, folder: Path, out: Path) -> tuple[Path, Path]:
     """Write the page and the Markdown of what is finished in ``folder``; returns their paths."""
     results = load(plan, folder)
     table = {name: simulate(setting) for name, setting in SETTINGS.items()}
@@ -46,7 +46,7 @@ def write(plan: Plan, folder: Path, out: Path) -> tuple[Path, Path]:
     return html, markdown
 
 
-def summary(plan: Plan, results: Results) -> str:
+def summary(plan: LabPlan, results: Results) -> str:
     """What was run, in one line."""
     jobs = sum(len(result.seeds) for result in results.runs.values())
     hours = sum(
@@ -148,7 +148,7 @@ def claims_table(decided: Sequence[Claim]) -> str:
     return f'<div class="card"><table>{head}{"".join(rows)}</table></div>'
 
 
-def settings_table(plan: Plan) -> str:
+def settings_table(plan: LabPlan) -> str:
     rows = [["run", "recipe", "overrides", "starts from", "why"]]
     for run in plan.runs:
         rows.append([run.name, str(run.recipe), " ".join(run.set) or "-", run.start or "the base model", run.note])
@@ -160,7 +160,7 @@ def settings_table(plan: Plan) -> str:
     return f'<div class="card"><table>{lines}</table></div>{everywhere}'
 
 
-def as_markdown(plan: Plan, results: Results, decided: Sequence[Claim]) -> str:
+def as_markdown(plan: LabPlan, results: Results, decided: Sequence[Claim]) -> str:
     rows = [["paper", "claim", "rule", "here it", "measured"]]
     rows += [[claim.paper, claim.text, claim.rule, claim.verdict, claim.measured] for claim in decided]
     return "\n".join(
@@ -181,7 +181,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
 # --- figures ---
 
 
-def family_figures(plan: Plan, results: Results, name: str, figures: Figures) -> str:
+def family_figures(plan: LabPlan, results: Results, name: str, figures: Figures) -> str:
     """Entropy, reward, length and pass@k of a family's runs, beside the baseline."""
     members = results.family(name)
     if not members:

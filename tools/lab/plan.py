@@ -28,7 +28,7 @@ Command = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Run:
+class LabRun:
     """One entry of the plan, for all its seeds."""
 
     name: str
@@ -40,15 +40,15 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Plan:
-    runs: tuple[Run, ...]
+class LabPlan:
+    runs: tuple[LabRun, ...]
     families: dict[str, str]  # key -> title, in the order of the page
     set: tuple[str, ...]
     evaluate: tuple[str, ...]  # options of tools.evaluate; the data first
     seeds: int
     steps: int | None = None  # instead of the recipes'
 
-    def select(self, patterns: Sequence[str]) -> Plan:
+    def select(self, patterns: Sequence[str]) -> LabPlan:
         """Only runs whose name matches a pattern, and those they start from. Raises ConfigError if one matches none."""
         for pattern in patterns:
             if not any(fnmatch(run.name, pattern) for run in self.runs):
@@ -74,7 +74,7 @@ class Job:
         return (self.folder / EVALUATION).exists()
 
 
-def load_plan(path: Path) -> Plan:
+def load_plan(path: Path) -> LabPlan:
     """Read the plan; methods without an entry get one with their own recipe. Raises ConfigError for a faulty one."""
     if not path.is_file():
         raise ConfigError(f"--plan: no such file: {path}")
@@ -82,18 +82,18 @@ def load_plan(path: Path) -> Plan:
     unknown = content.keys() - {"seeds", "set", "evaluate", "families", "run"}
     if unknown:
         raise ConfigError(f"{path}: unknown keys {', '.join(sorted(unknown))}")
-    runs = list[Run]()
+    runs = list[LabRun]()
     for entry in content["run"]:
         runs.append(_run(path, entry, runs))
     mentioned = {run.name for run in runs}
     missing = [name for name in methods.METHODS if name not in mentioned and recipe_of(name).is_file()]
     last = list(content["families"])[-1]
-    runs += [Run(name, recipe_of(name), family=last) for name in missing]
+    runs += [LabRun(name, recipe_of(name), family=last) for name in missing]
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1 or (run.start and run.start not in names) or run.family not in content["families"]:
             raise ConfigError(f"{path}: run {run.name}: its name must be unique, its start a run, its family listed")
-    return Plan(
+    return LabPlan(
         tuple(runs), content["families"], tuple(content["set"]), tuple(content["evaluate"]), int(content["seeds"])
     )
 
@@ -102,17 +102,17 @@ def recipe_of(method: str) -> Path:
     return RECIPES / method / f"{method}-tiny-cpu.toml"
 
 
-def _run(path: Path, entry: dict[str, Any], earlier: Sequence[Run]) -> Run:
+def _run(path: Path, entry: dict[str, Any], earlier: Sequence[LabRun]) -> LabRun:
     """``like`` names an earlier run, whose recipe and overrides come first; ``method`` whose recipe it is."""
     unknown = entry.keys() - {"name", "method", "like", "set", "start", "family", "note"}
     if unknown or not {"name", "family"} <= entry.keys():
         raise ConfigError(f"{path}: run {entry.get('name')}: expected name and family, unknown keys {sorted(unknown)}")
-    model = Run(entry["name"], recipe_of(entry.get("method", entry["name"])))
+    model = LabRun(entry["name"], recipe_of(entry.get("method", entry["name"])))
     if "like" in entry:
         model = next((run for run in earlier if run.name == entry["like"]), None)
         if model is None:
             raise ConfigError(f"{path}: run {entry['name']}: like {entry['like']!r} names no run above it")
-    return Run(
+    return LabRun(
         name=entry["name"],
         recipe=model.recipe,
         set=(*model.set, *entry.get("set", ())),
@@ -122,7 +122,7 @@ def _run(path: Path, entry: dict[str, Any], earlier: Sequence[Run]) -> Run:
     )
 
 
-def configuration(plan: Plan, run: Run, seed: int, folder: Path) -> tuple[Config, Command]:
+def configuration(plan: LabPlan, run: LabRun, seed: int, folder: Path) -> tuple[Config, Command]:
     """The checked configuration of a run with a seed, and the command that trains it."""
     overrides = [*plan.set, *run.set, f"train.seed={seed}"]
     if plan.steps is not None:
@@ -139,7 +139,7 @@ def configuration(plan: Plan, run: Run, seed: int, folder: Path) -> tuple[Config
     return config, ("tools.train", str(run.recipe), *overrides)
 
 
-def jobs(plan: Plan, folder: Path) -> list[Job]:
+def jobs(plan: LabPlan, folder: Path) -> list[Job]:
     """Every run and seed, seed by seed so that an early look has all methods; models to start from come first.
 
     Raises ConfigError for an invalid recipe or override, and for a finished run that was made with other settings.
@@ -175,7 +175,7 @@ def check_made_so(folder: Path, config: Config) -> None:
         raise ConfigError(f"{folder} was made with other settings; remove it, or choose another --dir\n{lines}")
 
 
-def _evaluate(plan: Plan, model: str, folder: Path) -> Command:
+def _evaluate(plan: LabPlan, model: str, folder: Path) -> Command:
     return ("tools.evaluate", model, *plan.evaluate, "--out", str(folder / EVALUATION), "--label", LABEL)
 
 

@@ -14,7 +14,7 @@ from megatron_ext import methods
 from megatron_ext.metrics.writer import METRICS, SAMPLES, read_steps
 from tools.charts import Series
 from tools.evaluate import load_evaluations
-from tools.lab.plan import BASE, EVALUATION, LABEL, Plan, Run, configuration, job_name
+from tools.lab.plan import BASE, EVALUATION, LABEL, LabPlan, LabRun, configuration, job_name
 
 # what a method reports of its controller: output, measured, and where it wants it (a metric, or the recipe's option)
 OUTPUT = {"aer": "aer/alpha", "entropic": "entropic/alpha", "aec": "aec/applied"}
@@ -37,7 +37,7 @@ class Seed:
 class Result:
     """The finished seeds of one run, at least one."""
 
-    run: Run
+    run: LabRun
     method: str
     options: Mapping[str, Any]  # of the method, as configured
     prompts: int  # per step
@@ -140,7 +140,7 @@ class Results:
         return name in self.runs
 
 
-def load(plan: Plan, folder: Path) -> Results:
+def load(plan: LabPlan, folder: Path) -> Results:
     """Read what is finished of the plan in the lab's folder."""
     runs = {}
     for run in plan.runs:

@@ -55,7 +55,7 @@ class Running:
 
 
 @dataclass
-class Outcome:
+class RunResult:
     """What became of the jobs that were to be done."""
 
     failed: list[tuple[Job, str]] = field(default_factory=list)
@@ -82,10 +82,10 @@ def preload() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # for what the children start
 
 
-def work(jobs: Sequence[Job], num_at_once: int, show: Callable[[Sequence[Running]], None]) -> Outcome:
+def work(jobs: Sequence[Job], num_at_once: int, show: Callable[[Sequence[Running]], None]) -> RunResult:
     """Do all unfinished jobs, in order as far as they do not wait for one another's models."""
-    outcome, waiting, running = Outcome(), [job for job in jobs if not job.finished], list[Running]()
-    stop = StopSignal()
+    outcome, waiting, running = RunResult(), [job for job in jobs if not job.finished], list[Running]()
+    stop = LabStopped()
     while waiting or running:
         for child in list(running):
             pid, status = os.waitpid(child.pid, os.WNOHANG)
@@ -177,7 +177,7 @@ def _settle(log: Path, parent: int) -> None:
             os._exit(1)
 
 
-class StopSignal:
+class LabStopped:
     """SIGINT and SIGTERM end the lab between two looks at its children."""
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ WARPS = 8
 
 @triton.jit
 def gradient_kernel(
-    logits, row_stride, targets, first_column, scale, scale_stride, numbers, out, out_stride, V, width,
+    logits, token_stride, targets, first_column, scale, scale_stride, numbers, out, out_stride, V, width,
     g_logprob, s_logprob, g_entropy, s_entropy, g_inside, s_inside, g_target, s_target,
     LOGPROB: tl.constexpr, ENTROPY: tl.constexpr, INSIDE: tl.constexpr, TARGET: tl.constexpr,
     KEEP_EQUAL: tl.constexpr, NUMBERS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -30,7 +30,7 @@ def gradient_kernel(
     nucleus entropy (INSIDE) and the nucleus log-prob (TARGET), each read only where there is one."""
     row = tl.program_id(0).to(tl.int64)
     offset = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    x = tl.load(logits + row * row_stride + offset, mask=offset < V, other=-float("inf")).to(tl.float32)
+    x = tl.load(logits + row * token_stride + offset, mask=offset < V, other=-float("inf")).to(tl.float32)
     numbers += row * NUMBERS
     factor = tl.load(scale + row * scale_stride)
     maximum = tl.load(numbers)

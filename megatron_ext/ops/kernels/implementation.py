@@ -33,7 +33,7 @@ def forward(logits: Tensor, targets: Tensor, scale: Tensor, options: Options) ->
     """See backend.py::Implementation."""
     T = len(logits)
     if not T:
-        return _no_rows(scale, options)
+        return _no_tokens(scale, options)
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     if options.rule is None:
         return _plain(logits, targets, scale, options)
@@ -99,17 +99,17 @@ def _decide(logits: Tensor, targets: Tensor, scale: Tensor, options: Options) ->
     """Sums and windows to the rows' owners, their decisions to everybody: ``numbers`` ``[T, 8]``."""
     assert options.rule is not None
     T, shard, device = len(logits), options.shard, logits.device
-    world, keys = group_size(shard.group), triton.next_power_of_2(2 * options.window)
+    world, keys = group_size(shard.group), triton.next_power_of_2(2 * options.num_candidates)
     own = triton.cdiv(T, world)
     words = torch.empty((world, own, SUMS + 1 + keys // 2), dtype=torch.int32, device=device)
     rows = words.flatten(0, 1)
     maxima = torch.empty((T, triton.cdiv(shard.real, summary.GROUP)), dtype=torch.int16, device=device)
     assert maxima.shape[1] <= 32768, shard  # a group's number must fit where its maximum was
     _summarise(logits, targets, scale, options, rows.view(torch.float32), maxima)
-    summary.window_kernel[(T,)](
+    summary.candidates_kernel[(T,)](
         logits, logits.stride(0), scale, scale.stride(0), rows.view(torch.float32), rows.view(torch.int16),
         rows.stride(0), maxima, shard.real, options.held_share,
-        KEYS=keys, GROUP=summary.GROUP, STEP=GROUPS_AT_ONCE, TILE=TILE, num_warps=summary.WINDOW_WARPS,
+        KEYS=keys, GROUP=summary.GROUP, STEP=GROUPS_AT_ONCE, TILE=TILE, num_warps=summary.CANDIDATES_WARPS,
     )  # fmt: skip
     words = all_to_all(words, shard.group)
     decided = torch.empty((own, 8), dtype=torch.float32, device=device)
@@ -171,7 +171,7 @@ def _rows(T: int, count: int, like: Tensor) -> list[Tensor]:
     return [torch.empty(T, dtype=torch.float32, device=like.device) for _ in range(count)]
 
 
-def _no_rows(scale: Tensor, options: Options) -> Forward:
+def _no_tokens(scale: Tensor, options: Options) -> Forward:
     """Every rank of the group has the same rows, so none of them exchanges anything."""
     values = dict(zip(NAMES, _rows(0, len(NAMES), scale), strict=True))
     hit, fallback = values["logprob"].bool(), torch.zeros((), dtype=torch.int64, device=scale.device)

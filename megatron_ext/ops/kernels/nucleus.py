@@ -118,7 +118,7 @@ def chosen_bin(state, gathered, row, T, total, TOP_P: tl.constexpr, ROUND: tl.co
 
 @triton.jit
 def search_kernel(
-    logits, row_stride, scale, scale_stride, numbers, state, gathered, bins, V, T,
+    logits, token_stride, scale, scale_stride, numbers, state, gathered, bins, V, T,
     TOP_P: tl.constexpr, ROUND: tl.constexpr, WORLD: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One program a row: the mass of this shard in each of the 16 bins that four more bits of the key make.
@@ -129,7 +129,7 @@ def search_kernel(
     row = tl.program_id(0).to(tl.int64)
     size = tl.load(numbers + row * 8 + 7)
     if size < 0:
-        logits += row * row_stride
+        logits += row * token_stride
         scale2 = tl.load(scale + row * scale_stride) * LOG2E
         top = tl.load(numbers + row * 8)
         total = tl.load(numbers + row * 8 + 1).to(tl.float64)
@@ -156,14 +156,14 @@ def search_kernel(
 
 @triton.jit
 def search_sums_kernel(
-    logits, row_stride, scale, scale_stride, numbers, state, gathered, sums, V, T,
+    logits, token_stride, scale, scale_stride, numbers, state, gathered, sums, V, T,
     TOP_P: tl.constexpr, ROUNDS: tl.constexpr, WORLD: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One program a row: theta into ``numbers``; mass, sum of mass * d and tokens above it and tokens equal to it."""
     row = tl.program_id(0).to(tl.int64)
     size = tl.load(numbers + row * 8 + 7)
     if size < 0:
-        logits += row * row_stride
+        logits += row * token_stride
         factor = tl.load(scale + row * scale_stride)
         top = tl.load(numbers + row * 8)
         total = tl.load(numbers + row * 8 + 1).to(tl.float64)

@@ -17,13 +17,13 @@ from megatron_ext.ops.kernels.keys import LN2, LOG2E, NOTHING, clamped, from_sho
 GROUP = 32  # columns that share a maximum
 COLUMNS = 4096  # a program's step over a row
 WARPS = 8
-WINDOW_WARPS = 8
+CANDIDATES_WARPS = 8
 DEPTHS: tl.constexpr = tl.constexpr(8)  # how far a window may reach down, in eighths
 
 
 @triton.jit
 def summary_kernel(
-    logits, row_stride, targets, first_column, scale, scale_stride, sums, sums_stride, maxima, V,
+    logits, token_stride, targets, first_column, scale, scale_stride, sums, sums_stride, maxima, V,
     MOMENT: tl.constexpr, MAXIMA: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One program a row: (m, S, sum d e^d, x[target]), d = (x - m) * scale, and the groups' maxima, if MAXIMA.
@@ -33,7 +33,7 @@ def summary_kernel(
     """
     LANES: tl.constexpr = COLUMNS // GROUP
     row = tl.program_id(0).to(tl.int64)
-    logits += row * row_stride
+    logits += row * token_stride
     scale2 = tl.load(scale + row * scale_stride) * LOG2E
     lane = tl.arange(0, LANES)
     within = tl.arange(0, GROUP)
@@ -73,8 +73,8 @@ def summary_kernel(
 
 
 @triton.jit
-def window_kernel(
-    logits, row_stride, scale, scale_stride, sums, counts, row_words, maxima, V, held_share,
+def candidates_kernel(
+    logits, token_stride, scale, scale_stride, sums, counts, row_words, maxima, V, held_share,
     KEYS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One program a row: how many tokens have each of the KEYS highest keys, and the floor above which none is missing.
@@ -84,7 +84,7 @@ def window_kernel(
     costs no more than two tiles of groups. The maxima are written over with the numbers of the chosen groups.
     """
     row = tl.program_id(0).to(tl.int64)
-    logits += row * row_stride
+    logits += row * token_stride
     sums += row * row_words
     counts += row * row_words * 2 + 10
     num_groups = tl.cdiv(V, GROUP)

@@ -77,18 +77,18 @@ class HFEngine:
         pad = [longest - len(request.prompt_ids) for request in requests]
         ids = [[self._eos[0]] * n + list(request.prompt_ids) for n, request in zip(pad, requests, strict=True)]
         mask = [[0] * n + [1] * (longest - n) for n in pad]
-        draw = _Draw(torch.tensor([request.seed for request in requests], device=cpu_compat.device()), sampling)
+        sampler = _Sampler(torch.tensor([request.seed for request in requests], device=cpu_compat.device()), sampling)
         output = self.model.generate(
             input_ids=torch.tensor(ids, device=cpu_compat.device()),
             attention_mask=torch.tensor(mask, device=cpu_compat.device()),
-            logits_processor=LogitsProcessorList([draw]),
+            logits_processor=LogitsProcessorList([sampler]),
             do_sample=False,
             max_new_tokens=sampling.max_response_tokens,
             eos_token_id=self._eos,
             pad_token_id=self._eos[0],
         )
         tokens = output[:, longest:].cpu().tolist()
-        logprobs = torch.stack(draw.logprobs, 1).cpu().tolist()
+        logprobs = torch.stack(sampler.logprobs, 1).cpu().tolist()
         return [
             self._sample(request, row, logprob, sampling)
             for request, row, logprob in zip(requests, tokens, logprobs, strict=True)
@@ -107,7 +107,7 @@ class HFEngine:
         )
 
 
-class _Draw(LogitsProcessor):
+class _Sampler(LogitsProcessor):
     """Turns greedy decoding into an exact draw: leaves only the drawn token, and keeps its log-prob."""
 
     def __init__(self, seeds: Tensor, sampling: Sampling) -> None:
@@ -119,12 +119,12 @@ class _Draw(LogitsProcessor):
         heartbeat.progress()
         if self.sampling.temperature == 0:
             logprob = scores.float().log_softmax(-1)
-            drawn = logprob.argmax(-1, keepdim=True)
+            sampled = logprob.argmax(-1, keepdim=True)
         else:
             logprob = nucleus_logprobs(scores, temperature=self.sampling.temperature, top_p=self.sampling.top_p)
-            drawn = (logprob + gumbel(self.seeds, len(self.logprobs), scores.shape[-1])).argmax(-1, keepdim=True)
-        self.logprobs.append(logprob.gather(-1, drawn)[:, 0])
-        return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
+            sampled = (logprob + gumbel(self.seeds, len(self.logprobs), scores.shape[-1])).argmax(-1, keepdim=True)
+        self.logprobs.append(logprob.gather(-1, sampled)[:, 0])
+        return torch.full_like(scores, -torch.inf).scatter(-1, sampled, 0.0)
 
 
 def _as_stored(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -1,11 +1,11 @@
-"""Rewards: a pool of processes that judge answers and can be killed (rollout/rewards/verify.py is what they run).
+"""Rewards: a pool of processes that score answers and can be killed (rollout/rewards/verify.py is what they run).
 
 A worker is a child process that answers one question at a time over pipes. At the deadline it gets SIGKILL,
 which no C call defeats, and a fresh one takes over; the other answers are not touched. Workers are started by
 ``exec``, not forked and not through ``multiprocessing``: a trainer with threads must not be forked, and
 ``multiprocessing`` would import the trainer's main module, and with it torch, into every worker.
 
-A verifier that has gone wrong must stop the run, not score it 0: every worker judges known answers before
+A verifier that has gone wrong must stop the run, not score it 0: every worker scores known answers before
 each batch, and too large a share of answers without a verdict is an error.
 """
 
@@ -30,7 +30,7 @@ from megatron_ext.rollout.rewards import verify
 from megatron_ext.rollout.rewards.verify import Outcome
 from megatron_ext.types import Problem, Reward
 
-START_S = 120.0  # to import SymPy, or to judge a known answer, on a busy machine
+START_S = 120.0  # to import SymPy, or to score a known answer, on a busy machine
 MIN_ANSWERS_TO_TRIP = 20
 NO_VERDICT = (Outcome.TIMEOUT, Outcome.CRASHED)
 WORKER_SCRIPT = Path(verify.__file__)
@@ -116,7 +116,7 @@ class RewardPool:
     def score(self, answers: Sequence[tuple[Problem, str]]) -> list[Reward]:
         """The reward of each ``(problem, response)``, in order.
 
-        Raises ``VerifierError`` when a worker misjudges a known answer, when workers cannot be started, or
+        Raises ``VerifierError`` when a worker gets a known answer wrong, when workers cannot be started, or
         when more than ``max_timeout_share`` of at least 20 answers got no verdict.
         """
         questions = [_question(problem, response) for problem, response in answers]
@@ -125,7 +125,7 @@ class RewardPool:
         return [self._reward(question, outcomes[question]) for question in questions]
 
     def check_canaries(self) -> None:
-        """Have every worker judge the known answers. Raises ``VerifierError``. ``score`` does it by itself."""
+        """Have every worker score the known answers. Raises ``VerifierError``. ``score`` does it by itself."""
         self._ask_all(Counter(), 0)
 
     def _reward(self, question: Question | None, outcome: Outcome) -> Reward:
@@ -144,7 +144,7 @@ class RewardPool:
                         question = pending.popleft()
                     except IndexError:  # another thread took the last one
                         return
-                    outcomes[question] = worker.judge(question, self.deadline_s)
+                    outcomes[question] = worker.score(question, self.deadline_s)
                     heartbeat.progress()
                     if outcomes[question] in NO_VERDICT:
                         self._check_breaker(dict(outcomes), copies, num_answers)
@@ -185,14 +185,14 @@ def _question(problem: Problem, response: str) -> Question | None:
     extracted = verify.extract(response)
     if extracted is None:
         return None
-    # one character beyond the limit is enough to be judged too long
+    # one character beyond the limit is enough to be scored too long
     short = extracted[: verify.MAX_ANSWER_CHARS + 1]
     return Question(short, problem.answer, problem.verifier, problem.numbers)
 
 
 def _check(worker: _Worker) -> None:
     for question, expected in CANARIES:
-        found = worker.judge(question, START_S)
+        found = worker.score(question, START_S)
         if found is not expected:
             raise VerifierError(
                 f"reward: the verifier gives a known answer the wrong outcome: {question.extracted!r} to gold "
@@ -211,7 +211,7 @@ class _Worker:
         self._orphan_s = math.ceil(orphan_s)
         self._launch()
 
-    def judge(self, question: Question, deadline_s: float) -> Outcome:
+    def score(self, question: Question, deadline_s: float) -> Outcome:
         """The outcome, after at most the deadline and, for a worker that died, one more try on a fresh one."""
         line = json.dumps(question).encode() + b"\n"
         for _ in range(2):  # something else may have killed it: only the second death is the answer's fault

@@ -70,14 +70,14 @@ class Verdict(NamedTuple):
     extracted: str | None
 
 
-def judge(response: str, answer: str, verifier: str = "math", numbers: tuple[int, ...] = ()) -> Verdict:
+def score(response: str, answer: str, verifier: str = "math", numbers: tuple[int, ...] = ()) -> Verdict:
     """The verdict on a whole response. May never return: see the module's docstring."""
     extracted = extract(response)
-    outcome = Outcome.NO_ANSWER if extracted is None else judge_answer(extracted, answer, verifier, numbers)
+    outcome = Outcome.NO_ANSWER if extracted is None else score_answer(extracted, answer, verifier, numbers)
     return Verdict(outcome is Outcome.CORRECT, outcome, extracted)
 
 
-def judge_answer(extracted: str, answer: str, verifier: str, numbers: tuple[int, ...]) -> Outcome:
+def score_answer(extracted: str, answer: str, verifier: str, numbers: tuple[int, ...]) -> Outcome:
     """The outcome for the content of a box. ``verifier`` is a key of ``VERIFIERS``."""
     if len(extracted) > MAX_ANSWER_CHARS:
         return Outcome.TOO_LONG
@@ -102,7 +102,7 @@ def extract(response: str) -> str | None:
     return None
 
 
-def _judge_math(extracted: str, gold: str, numbers: tuple[int, ...]) -> Outcome:
+def _score_math(extracted: str, gold: str, numbers: tuple[int, ...]) -> Outcome:
     del numbers
     right = _parse(gold)
     if right is None:
@@ -131,7 +131,7 @@ def _compare(right: Any, found: Any, gold: str, extracted: str) -> Outcome:
     return Outcome.CORRECT if correct else Outcome.WRONG
 
 
-def _judge_countdown(extracted: str, target: str, numbers: tuple[int, ...]) -> Outcome:
+def _score_countdown(extracted: str, target: str, numbers: tuple[int, ...]) -> Outcome:
     tree = _arithmetic(extracted, target)
     if tree is None:
         return Outcome.UNPARSABLE
@@ -141,7 +141,7 @@ def _judge_countdown(extracted: str, target: str, numbers: tuple[int, ...]) -> O
     try:
         wanted = Fraction(target)
     except (ValueError, ZeroDivisionError):  # a target that is not a plain number: for math-verify
-        return _judge_math(ast.unparse(tree), target, ())
+        return _score_math(ast.unparse(tree), target, ())
     try:
         return Outcome.CORRECT if _value(tree.body) == wanted else Outcome.WRONG
     except ZeroDivisionError:
@@ -162,7 +162,7 @@ NOT_A_UNIT = re.compile(
     r"third|fourth|fifth|tenth|hundredth|thousandth|cube|number|integer|multiple)s?|half|halves|prime|pie|factorial)\b",
     re.IGNORECASE,
 )
-VERIFIERS = {"math": _judge_math, "countdown": _judge_countdown}
+VERIFIERS = {"math": _score_math, "countdown": _score_countdown}
 
 
 def _parse(answer: str) -> Any | None:
@@ -413,13 +413,13 @@ def main() -> None:
     limit = MAX_WORKER_BYTES if hard == resource.RLIM_INFINITY else min(hard, MAX_WORKER_BYTES)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     logging.disable(logging.WARNING)  # math-verify warns that its timeouts are off
-    if not judge(r"\boxed{x^2+2x+1}", "(x+1)^2").correct:  # imports, and builds tables, before any deadline runs
+    if not score(r"\boxed{x^2+2x+1}", "(x+1)^2").correct:  # imports, and builds tables, before any deadline runs
         raise SystemExit("the verifier does not know that x^2+2x+1 is (x+1)^2")
     print(READY, file=replies)
     for line in sys.stdin:
         signal.alarm(int(sys.argv[1]))
         extracted, answer, verifier, numbers = json.loads(line)
-        outcome = judge_answer(extracted, answer, verifier, tuple(numbers))
+        outcome = score_answer(extracted, answer, verifier, tuple(numbers))
         signal.alarm(0)
         print(outcome, file=replies)
 

@@ -1,8 +1,9 @@
 """The rollout engine of real runs: vLLM inside the trainer's processes, fed by the weight stream, without files.
 
-Every rank of the trainer is one vLLM worker: ``tensor`` consecutive ranks make one engine, whatever the trainer's own
-layout. vLLM joins the trainer's process group (``external_launcher``) and every rank of an engine runs the same
-scheduler on the same requests, so the ranks of an engine pool their requests and each keeps the answers to its own.
+Every rank of the trainer is one vLLM worker: ``tensor_parallel_size`` consecutive ranks make one engine, whatever the
+trainer's own layout. vLLM joins the trainer's process group (``external_launcher``) and every rank of an engine runs
+the same scheduler on the same requests, so the ranks of an engine pool their requests and each keeps the answers to its
+own.
 
 Log-probs are those of the distribution that was sampled from, after temperature and nucleus. A prompt is computed once
 for all its responses by vLLM's prefix cache; every response has a seed of its own.
@@ -61,16 +62,18 @@ class VLLMEngine:
         dtype: str,
         max_tokens: int,
         batch_size: int = 256,
-        tensor: int = 1,
-        memory_share: float = 0.5,
-        eager: bool = False,
+        tensor_parallel_size: int = 1,
+        gpu_memory_utilization: float = 0.5,
+        enforce_eager: bool = False,
         model_runner: str = "auto",
     ) -> None:
-        """``max_tokens``: of prompt and response together. ``memory_share``: of the GPU's total memory, while awake.
-        ``model_runner``: vLLM's, auto, v1 or v2."""
+        """``max_tokens``: of prompt and response together. ``gpu_memory_utilization``: of the GPU's total memory,
+        while awake. ``model_runner``: vLLM's, auto, v1 or v2."""
         self.tokenizer = load_tokenizer(model_path)
-        self.group = _engine_group(tensor)
-        self.here = self.group is not None or tensor == 1  # else vLLM starts workers: to evaluate, not to be updated
+        self.group = _engine_group(tensor_parallel_size)
+        self.here = (
+            self.group is not None or tensor_parallel_size == 1
+        )  # else vLLM starts workers: to evaluate, not to be updated
         self.version = 0
         self.asleep = False
         self.eos = eos_ids(model_path)
@@ -85,18 +88,18 @@ class VLLMEngine:
             model=str(model_path),
             trust_remote_code=False,
             dtype=dtype,  # pyright: ignore[reportArgumentType]
-            tensor_parallel_size=tensor,
+            tensor_parallel_size=tensor_parallel_size,
             distributed_executor_backend="external_launcher" if self.group is not None else None,
             max_model_len=max_tokens,
             max_num_seqs=batch_size,
-            enforce_eager=eager,
+            enforce_eager=enforce_eager,
             logprobs_mode="processed_logprobs",
             enable_prefix_caching=True,
             weight_transfer_config=WeightTransferConfig(backend=weight_transfer.IN_PROCESS) if self.here else None,
             disable_log_stats=True,
             use_tqdm_on_load=False,
             seed=0,
-            **_for_device(config, memory_share, batch_size=batch_size, max_tokens=max_tokens, dtype=dtype),
+            **_for_device(config, gpu_memory_utilization, batch_size=batch_size, max_tokens=max_tokens, dtype=dtype),
         )
         self.model_runner = 2 if self.llm.llm_engine.vllm_config.use_v2_model_runner else 1
         if not dist.is_initialized() or dist.get_rank() == 0:
@@ -188,12 +191,12 @@ class VLLMEngine:
         )
 
 
-def _engine_group(tensor: int) -> dist.ProcessGroup | None:
+def _engine_group(tensor_parallel_size: int) -> dist.ProcessGroup | None:
     """The consecutive ranks that share this rank's engine; None where no launcher started this process."""
     if not dist.is_initialized():
         return None
     ranks = range(dist.get_world_size())
-    engines = [list(ranks[first : first + tensor]) for first in ranks[::tensor]]
+    engines = [list(ranks[first : first + tensor_parallel_size]) for first in ranks[::tensor_parallel_size]]
     # requests are Python objects: over NCCL they would pass through the GPU and cost a communicator
     mine, _ = dist.new_subgroups_by_enumeration(engines, backend="gloo", timeout=timedelta(days=1))
     assert isinstance(mine, dist.ProcessGroup)  # every rank is in one of them

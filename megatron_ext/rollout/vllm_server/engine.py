@@ -24,7 +24,7 @@ from megatron_ext.rollout.vllm.common import cpu_arguments, model_runner_variabl
 from megatron_ext.rollout.vllm_server.fleet import Fleet, ServerProcess, free_ports, serve_command
 from megatron_ext.rollout.vllm_server.guard import MIN_TOKEN, TOKEN_VARIABLE
 from megatron_ext.rollout.vllm_server.http_api import check_servers
-from megatron_ext.rollout.vllm_server.round import Outcome, Round
+from megatron_ext.rollout.vllm_server.round import Round, RoundResult
 from megatron_ext.types import Sample
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # of this process, read when vllm is imported
@@ -53,9 +53,9 @@ class ServerEngine:
         max_tokens: int,
         log_dir: Path,
         batch_size: int = 256,
-        tensor: int = 1,
-        memory_share: float = 0.5,
-        eager: bool = False,
+        tensor_parallel_size: int = 1,
+        gpu_memory_utilization: float = 0.5,
+        enforce_eager: bool = False,
         model_runner: str = "auto",
         urls: Sequence[str] = (),
         token_variable: str = TOKEN_VARIABLE,
@@ -94,13 +94,13 @@ class ServerEngine:
             self._check_place(devices, address)
             free_ports(self.address, port, num)
             sizes: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens, "dtype": dtype}
-            on_gpu = {"gpu_memory_utilization": memory_share}
+            on_gpu = {"gpu_memory_utilization": gpu_memory_utilization}
             options = {
                 "dtype": dtype,
-                "tensor_parallel_size": tensor,
+                "tensor_parallel_size": tensor_parallel_size,
                 "max_model_len": max_tokens,
                 "max_num_seqs": batch_size,
-                "enforce_eager": eager,
+                "enforce_eager": enforce_eager,
                 **(on_gpu if torch.cuda.is_available() else cpu_arguments(config, engines=num, **sizes)),
             }
 
@@ -169,11 +169,11 @@ class ServerEngine:
         sampling: Sampling,
         samples: dict[int, Sample],
         on_batch: Callable[[list[Sample]], None] | None,
-    ) -> Outcome:
+    ) -> RoundResult:
         """One round for what ``samples`` lacks."""
         missing = [number for number in range(len(requests)) if number not in samples]
         if not missing:
-            return Outcome()
+            return RoundResult()
 
         def take(place: int, sample: Sample) -> None:
             samples[missing[place]] = sample

@@ -26,7 +26,7 @@ class Stale(ServerFault):
 
 
 @dataclass
-class Outcome:
+class RoundResult:
     """What a round has shown of the servers, by url, and how many requests they left unanswered."""
 
     faults: dict[str, str] = field(default_factory=dict)
@@ -62,10 +62,10 @@ class Round:
 
     async def run(
         self, requests: Sequence[Request], sampling: Sampling, take: Callable[[int, Sample], None]
-    ) -> Outcome:
+    ) -> RoundResult:
         """Give every answered request's number and sample to ``take``. Servers draw from one queue, front to back, so
         that the responses to one prompt mostly share a server and its cache of the prompt."""
-        outcome, queue = Outcome(), deque(range(len(requests)))
+        outcome, queue = RoundResult(), deque(range(len(requests)))
         slots = min(self.slots, -(-len(requests) // len(self.servers)))
         # no connection is used twice: one that the server is just closing would look like a failed server
         connector = aiohttp.TCPConnector(limit=0, force_close=True)

@@ -13,7 +13,7 @@ from tests.tools.runs import evaluation, sample
 from tools.evaluate import save_evaluation
 from tools.lab.claims import Claim, claims
 from tools.lab.page import cell, method_rows, table_metrics, write
-from tools.lab.plan import BASE, LABEL, Plan, load_plan
+from tools.lab.plan import BASE, LABEL, LabPlan, load_plan
 from tools.lab.results import Results, load, seconds, where_entropy_is
 from tools.tiny.tabular import SETTINGS, Setting, simulate
 
@@ -44,7 +44,7 @@ FLAT = [0.4] * STEPS
 
 
 @pytest.fixture
-def plan() -> Plan:
+def plan() -> LabPlan:
     return replace(load_plan(Path("recipes/lab/lab.toml")), seeds=3)
 
 
@@ -66,7 +66,7 @@ def verdicts(results: Results) -> dict[str, Claim]:
 QUICK = {name: Setting(steps=10) for name in SETTINGS}  # long before anything has converged
 
 
-def test_late_means_distances_and_ratios_of_seconds(plan: Plan, folder: Path) -> None:
+def test_late_means_distances_and_ratios_of_seconds(plan: LabPlan, folder: Path) -> None:
     results = load(plan, folder)
     grpo, aer = results["grpo"], results["aer"]
     assert grpo.late("entropy/full") == pytest.approx([0.2] * 3) and grpo.first("entropy/full") == [0.4] * 3
@@ -83,7 +83,7 @@ def test_late_means_distances_and_ratios_of_seconds(plan: Plan, folder: Path) ->
     assert table_metrics(["avg@8", "pass@2", "pass@8", "maj@8"]) == ["avg@8", "pass@8", "maj@8"]
 
 
-def test_verdicts_follow_the_runs(plan: Plan, folder: Path) -> None:
+def test_verdicts_follow_the_runs(plan: LabPlan, folder: Path) -> None:
     found = verdicts(load(plan, folder))
     assert found["GRPO's entropy collapses"].verdict == "shows (3/3 seeds)"
     assert found["aer keeps the entropy at tau H_0"].verdict == "in some (2/3 seeds)"
@@ -98,7 +98,7 @@ def test_verdicts_follow_the_runs(plan: Plan, folder: Path) -> None:
     assert verdicts(load(plan, folder))["GRPO's entropy collapses"].verdict == "does not show (0/3 seeds)"
 
 
-def test_runs_are_compared_seed_by_seed(plan: Plan, folder: Path) -> None:
+def test_runs_are_compared_seed_by_seed(plan: LabPlan, folder: Path) -> None:
     for seed, nats in ((0, 0.1), (1, 0.5), (2, 0.1)):
         save_run(folder, f"nsr-s{seed}", entropy=[nats] * STEPS)
     for seed, nats in ((1, 0.4), (2, 0.2)):
@@ -114,7 +114,7 @@ def test_runs_are_compared_seed_by_seed(plan: Plan, folder: Path) -> None:
     ("late", "alarm", "verdict"), [(0.9, 1.0, "shows"), (0.9, 0.0, "does not show"), (0.3, 1.0, "does not show")]
 )
 def test_an_explosion_needs_the_entropy_and_the_alarm(
-    plan: Plan, folder: Path, late: float, alarm: float, verdict: str
+    plan: LabPlan, folder: Path, late: float, alarm: float, verdict: str
 ) -> None:
     save_run(folder, "entropy_bonus_large-s0", entropy=[0.4, *[late] * (STEPS - 1)], alarm__entropy_high=alarm)
     results = load(plan, folder)
@@ -123,7 +123,7 @@ def test_an_explosion_needs_the_entropy_and_the_alarm(
     assert claim.verdict == verdict
 
 
-def test_where_the_entropy_is(plan: Plan, folder: Path) -> None:
+def test_where_the_entropy_is(plan: LabPlan, folder: Path) -> None:
     results = load(plan, folder)
     unlikely, likely, certain = where_entropy_is(results["grpo"], folder)
     assert unlikely == (pytest.approx(1 / 4), pytest.approx(0.9))  # exp(-1) = .37
@@ -131,7 +131,7 @@ def test_where_the_entropy_is(plan: Plan, folder: Path) -> None:
     assert certain == (pytest.approx(2 / 4), 0.0)
 
 
-def test_the_page_says_what_is_there_and_what_is_not(plan: Plan, folder: Path, tmp_path: Path) -> None:
+def test_the_page_says_what_is_there_and_what_is_not(plan: LabPlan, folder: Path, tmp_path: Path) -> None:
     html, markdown = write(plan, folder, tmp_path / "out")
     text, table = html.read_text(), markdown.read_text()
     assert "4 of" in table and "| grpo | 3 |" in table and "not run" in table
@@ -141,6 +141,6 @@ def test_the_page_says_what_is_there_and_what_is_not(plan: Plan, folder: Path, t
     assert "shows (3/3 seeds)" in text and "<script>alert" not in text
 
 
-def test_a_page_of_nothing(plan: Plan, tmp_path: Path) -> None:
+def test_a_page_of_nothing(plan: LabPlan, tmp_path: Path) -> None:
     html, _ = write(plan, tmp_path, tmp_path)
     assert "EntroPIC on an exact table" in html.read_text()
