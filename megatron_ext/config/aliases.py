@@ -233,6 +233,8 @@ def unknown_keys(schema: type[BaseModel], where: str, value: Any) -> list[str]:
     *sections, last = where.split(".")
     section = schema
     for name in sections:
+        if name not in section.model_fields:  # the key itself has a dot in it
+            break
         section = section.model_fields[name].annotation
         assert isinstance(section, type) and issubclass(section, BaseModel)
     elsewhere = [key for key in keys(schema) if key.split(".")[-1] == last]
