@@ -23,11 +23,12 @@ from rich.table import Table
 
 from megatron_ext.metrics.eval_stats import Difference, differences
 from megatron_ext.metrics.writer import CLOCK_KEYS
-from tools.arguments import output_file
-from tools.charts import NUM_COLORS, Figures, Series, short
-from tools.evaluate import load_evaluations
-from tools.report.data import EVALUATION, load_metrics, read_config
-from tools.report.page import ends, flatten, page
+
+from .arguments import output_file
+from .charts import NUM_COLORS, Figures, Series, short
+from .evaluate import load_evaluations
+from .report.data import EVALUATION, load_metrics, read_config
+from .report.page import ends, flatten, page
 
 Records = Sequence[Mapping[str, Any]]
 COMPARED = (

@@ -31,7 +31,8 @@ from megatron_ext.checkpoint.manifest import CheckpointError, Manifest
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.schema import Config, ParallelConfig
-from tools.progress import ToolProgress
+
+from .progress import ToolProgress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +86,8 @@ def to_hf(checkpoint: Path, out: Path, *, source: Path | None, shard_bytes: int)
     from megatron_ext.model.export import write_hf
     from megatron_ext.model.hf_config import read_architecture
     from megatron_ext.model.param_mapping import full_mappings, hf_shapes
-    from tools.model_card import model_card
+
+    from .model_card import model_card
 
     print(f"convert: checking the files of {checkpoint}", file=sys.stderr)
     path, found = find(checkpoint)

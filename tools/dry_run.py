@@ -35,7 +35,8 @@ from megatron_ext.plan.layout import Plan, make_plan
 from megatron_ext.plan.memory import num_engines
 from megatron_ext.plan.sizes import hf_tensors, num_parameters
 from megatron_ext.plan.speed import RATES
-from tools.plan import method_roles, read_valid, table
+
+from .plan import method_roles, read_valid, table
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 FULL_SIZE = "[a-z]*/*-[0-9]*n[0-9]*g.toml"

@@ -34,9 +34,10 @@ from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.schema import DataConfig, RolloutConfig
 from megatron_ext.files import LARGE_BYTES, read_json
 from megatron_ext.metrics.eval_stats import CONFIDENCE, bootstrap, majority, per_problem
-from tools.arguments import output_file, whole_number, whole_numbers
-from tools.evaluation_tables import side_by_side, table
-from tools.progress import ToolProgress
+
+from .arguments import output_file, whole_number, whole_numbers
+from .evaluation_tables import side_by_side, table
+from .progress import ToolProgress
 
 if TYPE_CHECKING:
     from megatron_ext.rollout.base import Request, Sampling
@@ -270,7 +271,7 @@ def equivalent_answers(pool: Pool, votes: Sequence[Sequence[str | None]]) -> lis
 
 def exact_value(answer: str) -> Fraction | None:
     """The value of integers joined by ``+ - * /`` and brackets, None for anything else."""
-    from tools.tiny.task import evaluate as value_of
+    from .tiny.task import evaluate as value_of
 
     try:
         return value_of(answer) if len(answer) <= 60 else None

@@ -27,8 +27,9 @@ from megatron_ext.plan.device import MARGIN, TOTAL_BYTES
 from megatron_ext.plan.layout import Plan, make_plan, nearest_fit
 from megatron_ext.plan.memory import PHASES, RECOMPUTE, Roles
 from megatron_ext.plan.speed import RATES, Lengths, Rates, default_lengths
-from tools.arguments import number, output_file
-from tools.plan_chart import memory_chart
+
+from .arguments import number, output_file
+from .plan_chart import memory_chart
 
 FITS, DOES_NOT_FIT, CONFIGURATION = 0, 1, 2
 GB = 1e9

@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
             code = subprocess.run([sys.executable, "-m", *command]).returncode
             if code:
                 return code
-    from tools.report.page import write_report
+    from .report.page import write_report
 
     report = write_report(run)
     console.rule("result")
@@ -67,7 +67,8 @@ def evaluate(model: str, label: str, run: Path, engine: str) -> list[str]:
 def result(run: Path) -> Table:
     """Before, after and their paired difference with its 95 % interval."""
     from megatron_ext.metrics.eval_stats import differences
-    from tools.evaluate import load_evaluations
+
+    from .evaluate import load_evaluations
 
     found = load_evaluations(run / EVALUATION)
     before, after = found["before"], found["after"]

@@ -82,7 +82,8 @@ def entropy(shares: Sequence[float]) -> float:
 def measured(samples: Sequence[Sequence[Sample]], pool: Pool, kind: str) -> list[dict[str, Any]]:
     """``entropy`` and ``clusters`` of each problem from its responses; largest share first."""
     from megatron_ext.rollout.rewards.verify import MAX_ANSWER_CHARS, extract
-    from tools.evaluate import equivalent_answers
+
+    from .evaluate import equivalent_answers
 
     found = []
     votes = [[extract(sample.text) for sample in row] for row in samples]

@@ -34,9 +34,10 @@ from megatron_ext.metrics import warnings_log
 from megatron_ext.metrics.trackers import check_trackers
 from megatron_ext.train.run_folder import RunFolder
 from megatron_ext.train.signals import REQUEUE, StopSignals, heed_interrupts, ignore_signals
-from tools import faults, ranks
-from tools.dry_run import dry_run
-from tools.plan import read_valid
+
+from . import faults, ranks
+from .dry_run import dry_run
+from .plan import read_valid
 
 CONFIGURATION, HEALTH, SAVING = 2, 3, 4
 
@@ -143,7 +144,7 @@ def _launch(config: Config, options: argparse.Namespace) -> int:
     code = ranks.run_ranks("tools.train", [options.recipe, *options.overrides], config.parallel.world)
     if code == 0:
         ignore_signals()  # all is saved, there is nothing to stop
-        from tools.report.page import write_report
+        from .report.page import write_report
 
         print(f"report: {write_report(config.run_dir)}")
     return code

@@ -15,7 +15,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tools.ranks import launched, run_ranks
+from ..ranks import launched, run_ranks
 
 ENGINES = ["hf", "vllm", "vllm_server"]
 
@@ -39,16 +39,16 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--compile", action="store_true", help="of rollout: vLLM compiles")
     options = parser.parse_args(arguments)
     if options.what == "rollout":
-        from tools.bench.rollout import run as run_rollout
+        from .rollout import run as run_rollout
 
         return run_rollout(options)
     if options.count:
-        from tools.bench.count import run as run_count
+        from .count import run as run_count
 
         return run_count(options)
     if options.tp > 1 and not launched():
         return run_ranks("tools.bench", arguments, options.tp)
-    from tools.bench.ops import run
+    from .ops import run
 
     return run(options)
 

@@ -26,9 +26,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_ext.config.errors import ConfigError
-from tools.lab.page import write
-from tools.lab.plan import Job, LabPlan, jobs, load_plan
-from tools.lab.runs import EVALUATION_STEPS, LOG, Running, RunResult, alone, preload, steps_done, work
+
+from .page import write
+from .plan import Job, LabPlan, jobs, load_plan
+from .runs import EVALUATION_STEPS, LOG, Running, RunResult, alone, preload, steps_done, work
 
 CONFIGURATION, REQUEUE = 2, 75
 LINE_EVERY_S = 30.0  # without a terminal

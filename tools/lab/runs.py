@@ -29,8 +29,9 @@ import torch
 
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.metrics.writer import METRICS
-from tools.lab.plan import Command, Job
-from tools.ranks import free_port
+
+from ..ranks import free_port
+from .plan import Command, Job
 
 LOG = "log.txt"
 EVALUATION_STEPS = 8  # what an evaluation counts in the progress, in training steps

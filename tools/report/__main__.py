@@ -2,7 +2,7 @@
 
 import sys
 
-from tools.report.page import main
+from .page import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.metrics.writer import SAMPLES
-from tools.charts import LEFT, RIGHT, WIDTH, Figures, short
-from tools.report.curves import curves
-from tools.report.data import (
+
+from ..charts import LEFT, RIGHT, WIDTH, Figures, short
+from .curves import curves
+from .data import (
     EVALUATION,
     Metrics,
     read_config,
@@ -33,9 +34,9 @@ from tools.report.data import (
     read_responses,
     section,
 )
-from tools.report.evaluation import evaluations
-from tools.report.style import SCRIPT, STYLE
-from tools.report.tokens import keep, pick, problem_table, samples, token_table
+from .evaluation import evaluations
+from .style import SCRIPT, STYLE
+from .tokens import keep, pick, problem_table, samples, token_table
 
 
 def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
