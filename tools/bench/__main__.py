@@ -1,4 +1,4 @@
-"""`python -m tools.bench`."""
+"""`python -m tools.bench`, `megatron-entropy bench`."""
 
 import sys
 

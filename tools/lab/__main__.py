@@ -1,4 +1,4 @@
-"""`python -m tools.lab`."""
+"""`python -m tools.lab`, `megatron-entropy lab`."""
 
 import sys
 

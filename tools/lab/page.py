@@ -166,7 +166,7 @@ def as_markdown(plan: LabPlan, results: Results, decided: Sequence[Claim]) -> st
     return "\n".join(
         [
             "# The lab", "", summary(plan, results), "",
-            "Made by `python -m tools.lab`; the figures are in [index.html](index.html).", "",
+            "Made by `megatron-entropy lab`; the figures are in [index.html](index.html).", "",
             "## Claims", "", *markdown_table(rows), "",
             "## Methods", "", *markdown_table(method_rows(results)), "", TABLE_NOTE, "",
         ]

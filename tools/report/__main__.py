@@ -1,4 +1,4 @@
-"""`python -m tools.report`."""
+"""`python -m tools.report`, `megatron-entropy report`."""
 
 import sys
 
