@@ -17,7 +17,8 @@ from pathlib import Path
 
 from megatron_ext.config.describe import Key, sections, toml_value
 from megatron_ext.methods import METHODS
-from tools import methods
+
+from . import methods
 
 DOCS = Path(__file__).parents[1] / "docs"
 GENERATED = "<!-- made by `python -m tools.docs --write`; do not edit -->"
@@ -30,7 +31,7 @@ def configuration() -> str:
         "",
         "Every key of a recipe. A recipe states only what differs from its `parent` (another recipe, by relative "
         "path) or from the defaults below; `section.key=value` on the command line overrides both. "
-        "`python -m tools.train RECIPE --print-config` prints the merged, checked configuration with these "
+        "`megatron-entropy train RECIPE --print-config` prints the merged, checked configuration with these "
         "descriptions. An unknown key, an impossible value or a combination that cannot run is an error that says what "
         "to do.",
     ]
