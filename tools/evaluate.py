@@ -412,7 +412,7 @@ def _parser() -> argparse.ArgumentParser:
         help="what samples: transformers or vLLM (%(default)s)",
     )
     add("--batch-size", type=int, default=engine.batch_size, help="responses decoded at once (%(default)s)")
-    add("--tensor-parallel-size-parallel-size", type=int, help="GPUs that share the weights of a vLLM engine (1)")
+    add("--tensor-parallel-size", type=int, help="GPUs that share the weights of a vLLM engine (1)")
     add("--gpu-memory-utilization", type=float, help="of each GPU's memory, for vLLM (0.9)")
     add(
         "--enforce-eager",
