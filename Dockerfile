@@ -56,19 +56,21 @@ RUN if [ "${APEX}" = 1 ]; then \
             "apex @ git+https://github.com/NVIDIA/apex@${APEX_REVISION}"; \
     fi
 
-# The packages of training and vLLM, resolved together; the code follows in a layer of its own.
+# The packages of training and vLLM, resolved together, pinned by pyproject.toml; the code follows in a layer of its own.
 WORKDIR /workspace/megatron-entropy
 COPY pyproject.toml README.md LICENSE ./
-RUN pip install . "${VLLM}" --extra-index-url "${TORCH_INDEX}" && pip check
+# hadolint ignore=DL3013
+RUN pip install ".[train]" "${VLLM}" --extra-index-url "${TORCH_INDEX}" && pip check
 
 # tools/launch.py has an environment of its own: NeMo-Run wants an older antlr4 than math-verify is tested with.
 COPY requirements/launch.txt requirements/
 RUN python3.12 -m venv /opt/launch \
     && /opt/launch/bin/pip install --only-binary :all: --require-hashes --no-deps --requirement requirements/launch.txt
 
+COPY setup.py ./
 COPY megatron_ext megatron_ext
 COPY tools tools
 COPY recipes recipes
 COPY slurm slurm
 RUN pip install --no-deps --editable .
-CMD ["python", "-m", "tools.train", "--help"]
+CMD ["megatron-entropy", "--help"]

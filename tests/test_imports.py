@@ -59,14 +59,20 @@ def modules() -> list[tuple[str, Path]]:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module named by an import statement, wherever it stands; ``from a import b`` also gives ``a.b``."""
+    """Every module named by an import statement, wherever it stands; ``from a import b`` also gives ``a.b``.
+
+    Only the tools name one another relatively: the wheel has them as ``megatron_ext.tools``.
+    """
+    package = path.relative_to(ROOT).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            yield node.module or ""
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            own = package[: len(package) + 1 - node.level] if node.level else ()
+            module = ".".join([*own, *([node.module] if node.module else [])])
+            assert bool(node.level) == within(module, ["tools"]), f"{path}: {module} is imported the other way"
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
 def within(name: str, rooms) -> bool:

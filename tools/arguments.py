@@ -1,4 +1,4 @@
-"""Types of command-line arguments: what a tool cannot use is refused by its parser, before anything is done."""
+"""Command lines: what a tool cannot use is refused by its parser, before anything is done."""
 
 from __future__ import annotations
 
@@ -6,6 +6,19 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
+
+
+def command_parser(name: str, text: str | None) -> argparse.ArgumentParser:
+    """The parser of ``megatron-entropy name``; ``text`` is its module's docstring, examples and exit codes included."""
+    return argparse.ArgumentParser(
+        prog=f"megatron-entropy {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_recipe(parser: argparse.ArgumentParser, *, example: str) -> None:
+    """The two arguments of every tool that reads a recipe."""
+    parser.add_argument("recipe", help="a TOML file, or the name of a shipped recipe (megatron-entropy recipes)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"for example {example}")
 
 
 def number(*, above: float = 0.0, at_most: float = math.inf) -> Callable[[str], float]:

@@ -1,7 +1,7 @@
 """Runs side by side: what was configured differently, what came out, and whether it is the same to the bit.
 
-    python -m tools.compare_runs RUN_A RUN_B [RUN_C ...] [--out compare.html]
-    python -m tools.compare_runs RUN_A RUN_B [RUN_C ...] --bitwise
+    megatron-entropy compare RUN_A RUN_B [RUN_C ...] [--out compare.html]
+    megatron-entropy compare RUN_A RUN_B [RUN_C ...] --bitwise
 
 All are compared with the first. ``--bitwise`` compares every metric of every step except clock readings and names the
 first that differs. Exit codes: 0 done (with ``--bitwise``: all equal), 1 not equal, 2 a folder holds no run.
@@ -9,7 +9,6 @@ first that differs. Exit codes: 0 done (with ``--bitwise``: all equal), 1 not eq
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,11 +22,12 @@ from rich.table import Table
 
 from megatron_ext.metrics.eval_stats import Difference, differences
 from megatron_ext.metrics.writer import CLOCK_KEYS
-from tools.arguments import output_file
-from tools.charts import NUM_COLORS, Figures, Series, short
-from tools.evaluate import load_evaluations
-from tools.report.data import EVALUATION, load_metrics, read_config
-from tools.report.page import ends, flatten, page
+
+from .arguments import command_parser, output_file
+from .charts import NUM_COLORS, Figures, Series, short
+from .evaluate import load_evaluations
+from .report.data import EVALUATION, load_metrics, read_config
+from .report.page import ends, flatten, page
 
 Records = Sequence[Mapping[str, Any]]
 COMPARED = (
@@ -165,7 +165,7 @@ def _html_row(tag: str, *cells: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.compare_runs", description=(__doc__ or "").split("\n")[0])
+    parser = command_parser("compare", __doc__)
     parser.add_argument("runs", type=Path, metavar="RUN", nargs="+", help=f"folders of 2 to {len(NAMES)} runs")
     parser.add_argument("--bitwise", action="store_true", help="only say whether all metrics are equal")
     parser.add_argument("--out", type=output_file, help="also write a page with all runs' curves")

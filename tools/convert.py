@@ -1,8 +1,8 @@
 """Convert between Megatron checkpoints and Hugging Face model directories, on the CPU, in one process.
 
-    python -m tools.convert to-hf runs/siren-tiny-cpu OUT            the newest valid checkpoint of a run
-    python -m tools.convert to-hf runs/siren-tiny-cpu/checkpoints/step_000040 OUT --max-shard-size 2GB
-    python -m tools.convert from-hf MODEL OUT                        weights only, to start runs of any layout from:
+    megatron-entropy convert to-hf runs/siren-tiny-cpu OUT            the newest valid checkpoint of a run
+    megatron-entropy convert to-hf runs/siren-tiny-cpu/checkpoints/step_000040 OUT --max-shard-size 2GB
+    megatron-entropy convert from-hf MODEL OUT                        weights only, to start runs of any layout from:
                                                                      model.weights=OUT/step_000000
 
 A checkpoint of any layout (tensor, pipeline, virtual, expert, data) is read; its files are checked against the
@@ -31,7 +31,9 @@ from megatron_ext.checkpoint.manifest import CheckpointError, Manifest
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.schema import Config, ParallelConfig
-from tools.progress import ToolProgress
+
+from .arguments import command_parser
+from .progress import ToolProgress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,9 +45,7 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**2
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("convert", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     to_hf_parser = commands.add_parser("to-hf", help="checkpoint -> Hugging Face directory")
     to_hf_parser.add_argument("checkpoint", type=Path, help="a step_* directory, or a run (its newest valid one)")
@@ -85,7 +85,8 @@ def to_hf(checkpoint: Path, out: Path, *, source: Path | None, shard_bytes: int)
     from megatron_ext.model.export import write_hf
     from megatron_ext.model.hf_config import read_architecture
     from megatron_ext.model.param_mapping import full_mappings, hf_shapes
-    from tools.model_card import model_card
+
+    from .model_card import model_card
 
     print(f"convert: checking the files of {checkpoint}", file=sys.stderr)
     path, found = find(checkpoint)

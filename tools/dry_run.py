@@ -1,8 +1,8 @@
 """A recipe at its full size without its cluster: everything but the arithmetic on the GPUs.
 
-    python -m tools.train RECIPE --dry-run        one recipe, in words
-    python -m tools.dry_run                       every full-size recipe under recipes/, a line each
-    python -m tools.dry_run --json                the same as JSON
+    megatron-entropy train RECIPE --dry-run        one recipe, in words
+    megatron-entropy dry-run                       every full-size recipe under recipes/, a line each
+    megatron-entropy dry-run --json                the same as JSON
 
 Checks the configuration and the method's options; reads the data, or a sample where it is not here; packs the
 first mini-batch; builds, for every pipeline rank, the real Megatron shard of the full world (plan/meta_build.py);
@@ -14,7 +14,6 @@ Exit codes: 0 all is right (what is not here yet is named), 1 something differs 
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import multiprocessing
@@ -29,15 +28,17 @@ from typing import Any
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.schema import Config
+from megatron_ext.config.shipped import RECIPES, outside
 from megatron_ext.model.hf_config import Architecture, read_architecture
 from megatron_ext.plan.device import TOTAL_BYTES
 from megatron_ext.plan.layout import Plan, make_plan
 from megatron_ext.plan.memory import num_engines
 from megatron_ext.plan.sizes import hf_tensors, num_parameters
 from megatron_ext.plan.speed import RATES
-from tools.plan import method_roles, read_valid, table
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+from .arguments import command_parser
+from .plan import method_roles, read_valid, table
+
 FULL_SIZE = "[a-z]*/*-[0-9]*n[0-9]*g.toml"
 GPU = "h100"  # of the recipes' GPUs the one with the least memory
 SAMPLE, SAMPLE_ROWS = RECIPES / "tiny", 32  # what stands in for data and tokenizers that are not here
@@ -56,17 +57,14 @@ class Check:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.dry_run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipes", nargs="*", help="default: every full-size recipe")
+    parser = command_parser("dry-run", __doc__)
+    parser.add_argument("recipes", nargs="*", help="files or names of recipes (default: every full-size one)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     recipes = options.recipes or full_size_recipes()
     if not recipes:
         print(
-            f"configuration error\nno full-size recipe (*/*-NnMg.toml) below {RECIPES}; name recipes, or run this in a "
-            "checkout of the repository",
+            f"configuration error\nno full-size recipe (*/*-NnMg.toml) below {RECIPES}; name recipes",
             file=sys.stderr,
         )
         return CONFIGURATION
@@ -152,7 +150,7 @@ def data_path(config: Config) -> Iterator[str]:
 def missing(config: Config) -> Iterator[str]:
     """What the run needs and is not here, with what prepares it."""
     model, data = Path(config.model.path), config.data
-    download = f"hf download {config.model.hub or 'ID'} --local-dir {model}"
+    download = f"hf download {config.model.hub or 'ID'} --local-dir {outside(config.model.path)}"
     if not any(model.glob("*.safetensors")):
         yield f"weights: not found here, to be prepared with {download}"
     if not any(model.glob("tokenizer*")):
@@ -161,7 +159,7 @@ def missing(config: Config) -> Iterator[str]:
         schema = '{"prompt": ..., "answer": ...} a line'
         yield f"data.train: {data.train} not found here, to be prepared from {data.hub or 'its source'}, {schema}"
     if data.curriculum and not Path(data.curriculum).is_file():
-        command = f"python -m tools.semantic_entropy RECIPE --out {data.curriculum}"
+        command = f"megatron-entropy semantic-entropy RECIPE --out {data.curriculum}"
         yield f"data.curriculum: {data.curriculum} not found here, to be prepared with {command}"
 
 

@@ -1,7 +1,7 @@
 """Evaluate Hugging Face model directories on a file of verifiable problems: avg@n, pass@k, maj@n with intervals.
 
-    python -m tools.evaluate MODEL --data eval.jsonl --samples 8 --out runs/siren/evaluation.json --label after
-    python -m tools.evaluate BASE RUN_1/hf RUN_2/hf --data eval.jsonl        side by side, differences to the first
+    megatron-entropy evaluate MODEL --data eval.jsonl --samples 8 --out runs/siren/evaluation.json --label after
+    megatron-entropy evaluate BASE RUN_1/hf RUN_2/hf --data eval.jsonl        side by side, differences to the first
 
 The output file maps labels to evaluations, so that one file holds ``before`` and ``after``; writing a label
 leaves the others. Each evaluation keeps n and c per problem, with which tools/compare_runs.py pairs two of
@@ -32,11 +32,13 @@ from rich.progress import Progress
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.schema import DataConfig, RolloutConfig
+from megatron_ext.config.shipped import find
 from megatron_ext.files import LARGE_BYTES, read_json
 from megatron_ext.metrics.eval_stats import CONFIDENCE, bootstrap, majority, per_problem
-from tools.arguments import output_file, whole_number, whole_numbers
-from tools.evaluation_tables import side_by_side, table
-from tools.progress import ToolProgress
+
+from .arguments import command_parser, output_file, whole_number, whole_numbers
+from .evaluation_tables import side_by_side, table
+from .progress import ToolProgress
 
 if TYPE_CHECKING:
     from megatron_ext.rollout.base import Request, Sampling
@@ -270,7 +272,7 @@ def equivalent_answers(pool: Pool, votes: Sequence[Sequence[str | None]]) -> lis
 
 def exact_value(answer: str) -> Fraction | None:
     """The value of integers joined by ``+ - * /`` and brackets, None for anything else."""
-    from tools.tiny.task import evaluate as value_of
+    from .tiny.task import evaluate as value_of
 
     try:
         return value_of(answer) if len(answer) <= 60 else None
@@ -287,7 +289,7 @@ def load_evaluations(path: str | Path) -> dict[str, dict[str, Any]]:
     evaluations = list(found.values()) if isinstance(found, dict) else [None]
     if not all(isinstance(item, dict) and {"metrics", "problems"} <= item.keys() for item in evaluations):
         raise ConfigError(
-            f"{path}: expected labels with evaluations as written by python -m tools.evaluate; remove or rename it"
+            f"{path}: expected labels with evaluations as written by megatron-entropy evaluate; remove or rename it"
         )
     return found  # type: ignore[return-value]
 
@@ -390,19 +392,29 @@ def _generate(
 
 def _parser() -> argparse.ArgumentParser:
     default = Settings()
-    parser = argparse.ArgumentParser(prog="python -m tools.evaluate", description=(__doc__ or "").split("\n")[0])
+    parser = command_parser("evaluate", __doc__)
     add = parser.add_argument
-    add("models", type=Path, metavar="MODEL", nargs="+", help="directory with config.json, safetensors and tokenizer")
-    add("--data", type=Path, required=True, help="JSON Lines: prompt, answer [, id, verifier, numbers, kind]")
+    add("models", type=find, metavar="MODEL", nargs="+", help="directory with config.json, safetensors and tokenizer")
+    add("--data", type=find, required=True, help="JSON Lines: prompt, answer [, id, verifier, numbers, kind]")
     add("--samples", type=int, default=default.samples, help="responses per problem (%(default)s)")
     add("--k", dest="ks", type=whole_numbers, default=(), help="pass@k to report, such as 1,2,4 (powers of two)")
     add("--temperature", type=float, default=default.temperature, help="0 is greedy (%(default)s)")
-    add("--top-p", type=float, default=default.top_p, help="(%(default)s)")
-    add("--max-prompt-tokens", type=int, default=default.max_prompt_tokens, help="longer are left out (%(default)s)")
-    add("--max-response-tokens", type=int, default=default.max_response_tokens, help="(%(default)s)")
+    add("--top-p", type=float, default=default.top_p, help="probability that is sampled from (%(default)s)")
+    add(
+        "--max-prompt-tokens",
+        type=int,
+        default=default.max_prompt_tokens,
+        help="longer are left out (%(default)s)",
+    )
+    add(
+        "--max-response-tokens",
+        type=int,
+        default=default.max_response_tokens,
+        help="longer are cut (%(default)s)",
+    )
     add("--max-left-out", type=float, default=default.max_left_out, help="share of faulty rows that may (%(default)s)")
     add("--prompt-suffix", default="", help="text after every prompt, as in the recipe")
-    add("--seed", type=whole_number(0), default=default.seed, help="(%(default)s)")
+    add("--seed", type=whole_number(0), default=default.seed, help="same seed, same responses (%(default)s)")
     add("--limit", type=int, help="only the first problems of the file")
     engine = RolloutConfig()
     add(

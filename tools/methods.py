@@ -1,7 +1,7 @@
 """The table of all methods, made from the methods themselves.
 
-    python -m tools.methods            print it
-    python -m tools.methods --write    put it between the markers in recipes/README.md
+    megatron-entropy methods            print it
+    megatron-entropy methods --write    put it between the markers in a checkout's recipes/README.md
 
 A row's paper and description are the first line of the method's file, its options those it adds to GRPO or whose
 default differs, its needs those of its defaults. Exit codes: 0 done, 2 recipes/README.md has no markers.
@@ -9,7 +9,6 @@ default differs, its needs those of its defaults. Exit codes: 0 done, 2 recipes/
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import re
 import sys
@@ -20,6 +19,8 @@ from pathlib import Path
 from megatron_ext.methods import METHODS, create
 from megatron_ext.methods.base import Method, Needs
 from megatron_ext.methods.grpo import GRPO
+
+from .arguments import command_parser
 
 README = Path(__file__).parents[1] / "recipes" / "README.md"
 BEGIN, END = "<!-- begin: python -m tools.methods --write -->", "<!-- end -->"
@@ -102,9 +103,7 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.methods", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("methods", __doc__)
     parser.add_argument("--write", action="store_true", help="write it into recipes/README.md")
     options = parser.parse_args(arguments)
     if not options.write:

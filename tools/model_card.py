@@ -100,7 +100,7 @@ def _evaluation(file: Path) -> list[str]:
     """A table of what tools.evaluate wrote into the run's folder; nothing where there is no such file."""
     if not file.is_file():
         return []
-    from tools.evaluate import load_evaluations
+    from .evaluate import load_evaluations
 
     found = load_evaluations(file)
     names = list(dict.fromkeys(name for each in found.values() for name in each["metrics"]))

@@ -1,9 +1,9 @@
 """What a recipe needs before anything is asked of a cluster: groups, tokens, memory of the worst GPU, time of a step.
 
-    python -m tools.plan RECIPE [key=value ...]           a table
-    python -m tools.plan RECIPE --json                    the same as JSON
-    python -m tools.plan RECIPE --svg memory.svg          a bar chart of the memory, phase by phase
-    python -m tools.plan RECIPE --gpu a800 --mfu .3       other rates; the table says which were used
+    megatron-entropy plan RECIPE [key=value ...]           a table
+    megatron-entropy plan RECIPE --json                    the same as JSON
+    megatron-entropy plan RECIPE --svg memory.svg          a bar chart of the memory, phase by phase
+    megatron-entropy plan RECIPE --gpu a800 --mfu .3       other rates; the table says which were used
 
 Weights, gradients and optimizer are exact: the dry run (tools.train RECIPE --dry-run) compares them with the built
 shards. The rest is counted, or assumed in megatron_ext/plan/device.py; what fits leaves 3 GB free.
@@ -27,8 +27,9 @@ from megatron_ext.plan.device import MARGIN, TOTAL_BYTES
 from megatron_ext.plan.layout import Plan, make_plan, nearest_fit
 from megatron_ext.plan.memory import PHASES, RECOMPUTE, Roles
 from megatron_ext.plan.speed import RATES, Lengths, Rates, default_lengths
-from tools.arguments import number, output_file
-from tools.plan_chart import memory_chart
+
+from .arguments import add_recipe, command_parser, number, output_file
+from .plan_chart import memory_chart
 
 FITS, DOES_NOT_FIT, CONFIGURATION = 0, 1, 2
 GB = 1e9
@@ -163,12 +164,9 @@ def _lengths(options: argparse.Namespace, config: Config) -> Lengths:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("plan", __doc__)
     add = parser.add_argument
-    add("recipe", help="a TOML file under recipes/")
-    add("overrides", nargs="*", metavar="key=value", help="for example parallel.tensor=4")
+    add_recipe(parser, example="parallel.tensor=4")
     add("--json", action="store_true", help="print JSON")
     add("--svg", type=output_file, metavar="FILE", help="write the memory as a bar chart")
     add("--gpu", choices=list(RATES), default="h100", help="whose total memory and data sheet (default h100)")

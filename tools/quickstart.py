@@ -1,15 +1,13 @@
 """The main job on a laptop: train the tiny model with SIREN, evaluate before and after, export, report.
 
-    python -m tools.quickstart [--engine vllm] [key=value ...]
+    megatron-entropy quickstart [--engine vllm] [key=value ...]
 
-Runs the ordinary tools one after the other: tools.evaluate (before), tools.train, tools.convert to-hf,
-tools.evaluate (after), tools.report. Everything lands under runs/quickstart/ (runs/quickstart-vllm/); a second call
-resumes.
+Runs the ordinary commands one after the other: evaluate (before), train, convert to-hf, evaluate (after), report.
+Everything lands under runs/quickstart/ (runs/quickstart-vllm/); a second call resumes.
 """
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import time
@@ -17,6 +15,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from . import command
+from .arguments import command_parser
 
 RECIPE = "recipes/siren/siren-tiny-cpu.toml"
 BASE = "recipes/tiny/base"
@@ -26,7 +27,7 @@ ROWS = ("avg@8", "maj@8", "pass@8")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.quickstart", description=(__doc__ or "").split("\n")[0])
+    parser = command_parser("quickstart", __doc__)
     parser.add_argument("--engine", choices=("hf", "vllm"), default="hf", help="what samples responses (%(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, for example train.steps=20")
     options = parser.parse_intermixed_args(arguments)
@@ -37,17 +38,17 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"{run} is finished; remove it to start over", markup=False)
     else:
         engine = [f"rollout.engine={options.engine}", "rollout.enforce_eager=true"]
-        for title, command in (
+        for title, (tool, *rest) in (
             ("before", evaluate(BASE, "before", run, options.engine)),
-            ("train", ["tools.train", RECIPE, f"name={name}", *engine, *options.overrides]),
-            ("export", ["tools.convert", "to-hf", str(run), str(run / "hf")]),
+            ("train", ["train", RECIPE, f"name={name}", *engine, *options.overrides]),
+            ("export", ["convert", "to-hf", str(run), str(run / "hf")]),
             ("after", evaluate(str(run / "hf"), "after", run, options.engine)),
         ):
             console.rule(title)
-            code = subprocess.run([sys.executable, "-m", *command]).returncode
+            code = subprocess.run(command(tool, *rest)).returncode
             if code:
                 return code
-    from tools.report.page import write_report
+    from .report.page import write_report
 
     report = write_report(run)
     console.rule("result")
@@ -61,13 +62,14 @@ def main(arguments: list[str] | None = None) -> int:
 def evaluate(model: str, label: str, run: Path, engine: str) -> list[str]:
     options = ["--data", HELD_OUT, "--samples", "8", "--max-prompt-tokens", "48", "--max-response-tokens", "32"]
     sampling = ["--engine", engine, *(["--enforce-eager"] if engine != "hf" else [])]
-    return ["tools.evaluate", model, *options, *sampling, "--out", str(run / EVALUATION), "--label", label]
+    return ["evaluate", model, *options, *sampling, "--out", str(run / EVALUATION), "--label", label]
 
 
 def result(run: Path) -> Table:
     """Before, after and their paired difference with its 95 % interval."""
     from megatron_ext.metrics.eval_stats import differences
-    from tools.evaluate import load_evaluations
+
+    from .evaluate import load_evaluations
 
     found = load_evaluations(run / EVALUATION)
     before, after = found["before"], found["after"]

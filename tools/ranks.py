@@ -32,9 +32,10 @@ from typing import IO
 
 from megatron_ext import heartbeat
 from megatron_ext.train.signals import REQUEUE
-from tools import faults
-from tools.numa import NoBinding, cpus_of_ranks
-from tools.watchdog import Watchdog
+
+from . import faults
+from .numa import NoBinding, cpus_of_ranks
+from .watchdog import Watchdog
 
 INTERRUPTED, HUNG = 130, 77  # exit codes: 77 is above 75, because of several nodes' codes srun returns the largest
 SAID_BY_RANKS = (2, 3, 4, 76)  # exit codes whose reason a rank has said

@@ -1,9 +1,10 @@
 """Sort a recipe's training problems by the semantic entropy of its initial policy (SENT, arXiv 2512.04359).
 
-    python -m tools.semantic_entropy recipes/sent/sent-tiny-cpu.toml      writes the recipe's data.curriculum
-    python -m tools.semantic_entropy RECIPE --out FILE [key=value ...]    as tools.train takes them
+    megatron-entropy semantic-entropy sent-tiny-cpu                        writes the recipe's data.curriculum
+    megatron-entropy semantic-entropy RECIPE --out FILE [key=value ...]    as training takes them
 
-Every problem is answered ``--samples`` times at temperature 1. Responses with equivalent final answers form a
+Every problem is answered ``--samples`` times at temperature 1 by the recipe's model, within its response length.
+Responses with equivalent final answers form a
 cluster C, those without an answer one more:
 
     P(C) = sum of its responses' weights / sum of all           SE = - sum_C P(C) log P(C), in nats
@@ -27,7 +28,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -36,27 +37,19 @@ from megatron_ext.config.checks import check_layout
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.loading import read_config
 from megatron_ext.config.schema import Config
+from megatron_ext.config.shipped import outside
 from megatron_ext.metrics.eval_stats import clusters
 
+from .arguments import add_recipe, command_parser
+
 if TYPE_CHECKING:
-    from megatron_ext.rollout.base import Request, Sampling
-    from megatron_ext.types import Problem, Reward, Sample
+    from megatron_ext.types import Problem, Sample
+
+    from .evaluate import Engine, Pool
 
 WEIGHTS = ("mean", "raw", "count")
 ENTROPY_DIGITS, SHARE_DIGITS = 6, 4
 Encoded = Sequence[tuple["Problem", tuple[int, ...]]]
-
-
-class Engine(Protocol):
-    """What is used of a rollout engine."""
-
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]: ...
-
-
-class Pool(Protocol):
-    """What is used of a reward pool."""
-
-    def score(self, answers: Sequence[tuple[Problem, str]]) -> list[Reward]: ...
 
 
 def log_weight(logprobs: Sequence[float], kind: str) -> float:
@@ -82,7 +75,8 @@ def entropy(shares: Sequence[float]) -> float:
 def measured(samples: Sequence[Sequence[Sample]], pool: Pool, kind: str) -> list[dict[str, Any]]:
     """``entropy`` and ``clusters`` of each problem from its responses; largest share first."""
     from megatron_ext.rollout.rewards.verify import MAX_ANSWER_CHARS, extract
-    from tools.evaluate import equivalent_answers
+
+    from .evaluate import equivalent_answers
 
     found = []
     votes = [[extract(sample.text) for sample in row] for row in samples]
@@ -209,7 +203,7 @@ def plot(path: Path, rows: Sequence[dict[str, Any]], samples: int) -> None:
 
 def make(config: Config, options: argparse.Namespace, console: Console) -> Path:
     """Measure every problem and write the curriculum. Raises ConfigError, VerifierError."""
-    out = Path(options.out or config.data.curriculum)
+    out = Path(options.out or outside(config.data.curriculum))
     config = config.model_copy(update={"data": config.data.model_copy(update={"curriculum": "", "stage_starts": []})})
     if str(out) == ".":
         raise ConfigError("--out: the recipe names no data.curriculum; say where to write the curriculum with --out")
@@ -308,15 +302,8 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.semantic_entropy",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("recipe", help="a TOML file under recipes/: its model, data and rollout length are used")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="for example rollout.max_response_tokens=2048"
-    )
+    parser = command_parser("semantic-entropy", __doc__)
+    add_recipe(parser, example="rollout.max_response_tokens=2048")
     parser.add_argument("--out", help="the curriculum file (the recipe's data.curriculum)")
     parser.add_argument("--samples", type=int, default=8, help="responses per problem, M (%(default)s)")
     parser.add_argument("--stages", type=int, default=2, help="stages of the curriculum, N (%(default)s)")

@@ -1,9 +1,9 @@
 """Train a recipe.
 
-    python -m tools.train recipes/siren/siren-tiny-cpu.toml
-    python -m tools.train RECIPE optimizer.lr=2e-4 train.steps=50      any key, dotted, TOML values
-    python -m tools.train RECIPE --print-config                        the whole configuration, checked
-    python -m tools.train RECIPE --dry-run                             all but the GPUs' work: data, shards, the plan
+    megatron-entropy train siren-tiny-cpu                              a shipped recipe, or a TOML file
+    megatron-entropy train RECIPE optimizer.lr=2e-4 train.steps=50      any key, dotted, TOML values
+    megatron-entropy train RECIPE --print-config                        the whole configuration, checked
+    megatron-entropy train RECIPE --dry-run                             all but the GPUs' work: data, shards, the plan
 
 Starts the recipe's ranks on this machine (parallel.ranks_per_node) unless a launcher has set RANK. The same
 command resumes from the newest valid checkpoint of the run.
@@ -34,19 +34,18 @@ from megatron_ext.metrics import warnings_log
 from megatron_ext.metrics.trackers import check_trackers
 from megatron_ext.train.run_folder import RunFolder
 from megatron_ext.train.signals import REQUEUE, StopSignals, heed_interrupts, ignore_signals
-from tools import faults, ranks
-from tools.dry_run import dry_run
-from tools.plan import read_valid
+
+from . import faults, module_of, ranks
+from .arguments import add_recipe, command_parser
+from .dry_run import dry_run
+from .plan import read_valid
 
 CONFIGURATION, HEALTH, SAVING = 2, 3, 4
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipe", help="a TOML file under recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=50")
+    parser = command_parser("train", __doc__)
+    add_recipe(parser, example="train.steps=50")
     parser.add_argument("--print-config", action="store_true", help="print the merged, checked configuration and stop")
     parser.add_argument("--dry-run", action="store_true", help="check all but the arithmetic, print the plan")
     options = parser.parse_intermixed_args(arguments)
@@ -140,10 +139,10 @@ def _launch(config: Config, options: argparse.Namespace) -> int:
             "use the scripts under slurm/, which start one launcher per node"
         )
     print(f"starting {config.parallel.world} ranks; the run's folder is {config.run_dir}", flush=True)
-    code = ranks.run_ranks("tools.train", [options.recipe, *options.overrides], config.parallel.world)
+    code = ranks.run_ranks(module_of("train"), [options.recipe, *options.overrides], config.parallel.world)
     if code == 0:
         ignore_signals()  # all is saved, there is nothing to stop
-        from tools.report.page import write_report
+        from .report.page import write_report
 
         print(f"report: {write_report(config.run_dir)}")
     return code

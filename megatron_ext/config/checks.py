@@ -101,7 +101,7 @@ def file_faults(config: Config) -> list[str]:
     if weights and not os.path.isfile(os.path.join(weights, "MANIFEST.json")):
         faults.append(
             f"model.weights: {weights} is no checkpoint; give a step_* directory of a run, or make one with\n"
-            "  python -m tools.convert from-hf MODEL OUT\n"
+            "  megatron-entropy convert from-hf MODEL OUT\n"
             'or start from the safetensors of model.path with model.weights = ""'
         )
     if data.train and not os.path.isfile(data.train):
@@ -109,7 +109,7 @@ def file_faults(config: Config) -> list[str]:
     if data.curriculum and not os.path.isfile(data.curriculum):
         faults.append(
             f"data.curriculum: no such file: {data.curriculum}; make it from the initial policy with\n"
-            f"  python -m tools.semantic_entropy RECIPE --out {data.curriculum}\n"
+            f"  megatron-entropy semantic-entropy RECIPE --out {data.curriculum}\n"
             'or train on the data in any order with data.curriculum = ""'
         )
     return faults

@@ -19,6 +19,7 @@ from megatron_ext.config.checks import check_layout
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.redact import redact
 from megatron_ext.config.schema import Config
+from megatron_ext.config.shipped import expected_at, find_recipe, shipped
 from megatron_ext.files import read_small
 
 _PATHS = (("model", "path"), ("model", "weights"), ("data", "train"), ("data", "curriculum"))
@@ -27,8 +28,9 @@ _PATHS = (("model", "path"), ("model", "weights"), ("data", "train"), ("data", "
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a recipe, its parents and ``key=value`` overrides (dotted keys, TOML values), and check them.
 
-    Relative paths in ``model.path``, ``data.train`` and ``data.curriculum`` are tried from the current directory
-    first, then from the file that states them; data that is in neither place is expected in the second.
+    A recipe that is no file may be a shipped one (``shipped.py``). Relative paths in ``model.path``, ``data.train`` and
+    ``data.curriculum`` are tried from the current directory first, then from the file that states them, then among what
+    ships; data that is nowhere is expected in the second place.
     """
     config = read_config(path, overrides)
     check_layout(config)
@@ -37,7 +39,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 def read_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """``load_config`` without the rules between fields."""
-    merged = _read_chain(Path(path))
+    merged = _read_chain(find_recipe(path))
     for override in overrides or []:
         _apply_override(merged, override)
     given = [override.partition("=")[0] for override in overrides or []]
@@ -61,15 +63,21 @@ def _read_chain(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
         section = own.get(name)
         if not isinstance(section, dict) or not isinstance(value := section.get(key), str):
             continue  # the schema says what is wrong with it
-        made_later = name == "data"  # by a tool, where the recipe says
-        if value and not os.path.exists(value) and (made_later or os.path.exists(path.parent / value)):
-            section[key] = os.path.normpath(path.parent / value)
+        if not value or os.path.exists(value):
+            continue
+        beside, made_later = os.path.normpath(path.parent / value), name == "data"  # by a tool, where the recipe says
+        if not os.path.exists(beside) and (found := shipped(value)):
+            section[key] = str(found)
+        elif made_later or os.path.exists(beside):
+            section[key] = expected_at(beside)
     parent = own.pop("parent", None)
     if parent is None:
         return own
     if not isinstance(parent, str):
         raise ConfigError(f"recipe: {path}: parent is {parent!r}, expected the path of one recipe")
-    return _merge(_read_chain(path.parent / parent, (*children, path.resolve())), own)
+    above = path.parent / parent
+    above = above if os.path.exists(above) else shipped(parent) or above
+    return _merge(_read_chain(above, (*children, path.resolve())), own)
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:

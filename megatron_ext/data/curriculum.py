@@ -29,7 +29,7 @@ from megatron_ext.files import first_fault, read_lines
 from megatron_ext.types import Problem
 
 FORMAT = "semantic-entropy/1"
-MAKE = "python -m tools.semantic_entropy RECIPE"
+MAKE = "megatron-entropy semantic-entropy RECIPE"
 
 
 def data_order(config: Config, problems: Sequence[Problem]) -> DataOrder:

@@ -13,9 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy
 import torch
 from torch import Tensor
+
+try:
+    import numpy
+except ModuleNotFoundError:  # torch does without it, slower
+    numpy = None
 
 STRIDE = 16  # columns of one block; block j of n holds columns j, j + n, j + 2n, ...
 SMALL = 4096  # rows no wider than this are searched whole
@@ -204,7 +208,7 @@ def counted_candidates(count: Tensor, highest_missing: Tensor, top: Tensor) -> C
 
 def _highest_blocks(maxima: Tensor, k: int) -> Tensor:
     """Indices ``[R, k]`` of the highest maxima, in any order. numpy partitions six times as fast as torch's topk."""
-    if maxima.is_cuda:
+    if maxima.is_cuda or numpy is None:
         return maxima.topk(k, sorted=False).indices
     below = maxima.shape[1] - k
     return torch.from_numpy(numpy.argpartition(maxima.numpy(), below, axis=-1)[:, below:])
@@ -212,7 +216,7 @@ def _highest_blocks(maxima: Tensor, k: int) -> Tensor:
 
 def highest(x: Tensor, k: int, *, in_order: bool = True) -> Tensor:
     """``[R, n] -> [R, k]``: the highest values, in descending order unless that does not matter."""
-    if x.is_cuda:
+    if x.is_cuda or numpy is None:
         return x.topk(k, sorted=in_order).values
     value, below = x.numpy(), x.shape[1] - k
     if below:
@@ -224,7 +228,7 @@ def highest(x: Tensor, k: int, *, in_order: bool = True) -> Tensor:
 
 def ascending(x: Tensor) -> Tensor:
     """``[R, n]`` sorted along the rows; ``x`` may be overwritten."""
-    if x.is_cuda:
+    if x.is_cuda or numpy is None:
         return x.sort(dim=-1).values
     x = x.contiguous()
     x.numpy().sort(axis=-1)

@@ -50,7 +50,7 @@ def test_stages_are_read_in_ascending_order(tmp_path: Path) -> None:
 def test_a_curriculum_of_other_data_is_refused(problems: list[Problem], words: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         read_stages(write(tmp_path, records()), problems)
-    assert "python -m tools.semantic_entropy RECIPE --out FILE" in str(caught.value)
+    assert "megatron-entropy semantic-entropy RECIPE --out FILE" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no json\n")
     with pytest.raises(ConfigError, match="Invalid JSON"):
         read_stages(tmp_path / "text", PROBLEMS)
-    with pytest.raises(ConfigError, match="make it with python -m tools.semantic_entropy"):
+    with pytest.raises(ConfigError, match="make it with megatron-entropy semantic-entropy"):
         read_stages(tmp_path / "none", PROBLEMS)
 
 
@@ -100,7 +100,7 @@ def test_a_recipe_names_a_file_that_a_tool_makes(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     tiny = whole_run.RECIPES / "tiny" / "tiny-cpu.toml"
     recipe.write_text(f'parent = "{tiny}"\n[data]\ncurriculum = "later.jsonl"\n')
-    with pytest.raises(ConfigError, match=f"tools.semantic_entropy RECIPE --out {tmp_path}/later.jsonl"):
+    with pytest.raises(ConfigError, match=f"megatron-entropy semantic-entropy RECIPE --out {tmp_path}/later.jsonl"):
         load_config(recipe)
     with pytest.raises(ConfigError, match="no stages without data.curriculum"):
         load_config(tiny, ["data.stage_starts=[3]"])

@@ -40,7 +40,7 @@ def recipe(method: str) -> str:
         ("grpo", "rollout.samples=1", "rollout.samples: found 1, but grpo compares a response with the others"),
         ("siren", "rollout.samples=1", "rollout.samples: found 1, but siren compares"),
         ("clip_higher", "rollout.samples=1", "rollout.dynamic_sampling: keeps groups whose rewards differ"),
-        ("sent", "data.curriculum=none.jsonl", "tools.semantic_entropy RECIPE --out none.jsonl"),
+        ("sent", "data.curriculum=none.jsonl", "megatron-entropy semantic-entropy RECIPE --out none.jsonl"),
         ("grpo", "alarms.entropy_ceiling=1", "alarms.entropy_ceiling: Input should be greater than 1, found 1"),
         ("grpo", "alarms.entropy_flor=1", "alarms.entropy_flor: unknown key; did you mean entropy_floor?"),
     ],

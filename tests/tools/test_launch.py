@@ -84,7 +84,7 @@ def script_words(name: str) -> list[str]:
 @pytest.mark.skipif(bool(importlib.util.find_spec("nemo_run")), reason="NeMo-Run is installed")
 def test_without_nemo_run_the_extra_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert launch.main([str(ROOT / RECIPE), "--site", str(EXAMPLE)]) == 2
-    assert "pip install '.[launch]'" in capsys.readouterr().err
+    assert "pip install 'megatron-entropy[launch]'" in capsys.readouterr().err
 
 
 def test_a_machine_without_sbatch_is_told_before_anything_is_submitted(

@@ -1,8 +1,8 @@
-"""`python -m tools.bench`."""
+"""`python -m tools.bench`, `megatron-entropy bench`."""
 
 import sys
 
-from tools.bench.command import main
+from .command import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

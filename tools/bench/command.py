@@ -1,8 +1,8 @@
 """Benchmarks that check before they time.
 
-    python -m tools.bench ops [--device cpu|cuda] [--tp N] [--rows 256] [--vocab 151936 32000] [--dtype float32]
-    python -m tools.bench ops --count      launches, synchronisations, bytes and compiled kernels, on any machine
-    python -m tools.bench rollout [--engines hf vllm vllm_server] [--steps 8]        (tools/bench/rollout.py)
+    megatron-entropy bench ops [--device cpu|cuda] [--tp N] [--rows 256] [--vocab 151936 32000] [--dtype float32]
+    megatron-entropy bench ops --count      launches, synchronisations, bytes and compiled kernels, on any machine
+    megatron-entropy bench rollout [--engines hf vllm vllm_server] [--steps 8]        (tools/bench/rollout.py)
 
 Writes ``runs/bench/ops-<device>-tp<N>.json`` and ``.svg``, or ``runs/bench/rollout.json``. A result that is wrong ends
 the run before any speed is printed. Peers that are not installed are named as such: ``make bench`` runs the operators
@@ -11,44 +11,45 @@ in an environment that has them; ``make .venv-vllm/.installed`` makes the one wi
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from tools.ranks import launched, run_ranks
+from .. import module_of
+from ..arguments import command_parser
+from ..ranks import launched, run_ranks
 
 ENGINES = ["hf", "vllm", "vllm_server"]
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__)
+    parser = command_parser("bench", __doc__)
     parser.add_argument("what", choices=["ops", "rollout"])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(%(default)s)")
     parser.add_argument("--tp", type=int, default=1, help="ranks that share the vocabulary, all on this machine")
-    parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--vocab", type=int, nargs="+", default=[151_936, 32_000])
+    parser.add_argument("--rows", type=int, default=256, help="token positions (%(default)s)")
+    parser.add_argument("--vocab", type=int, nargs="+", default=[151_936, 32_000], help="tokens of the vocabulary")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    parser.add_argument("--top-p", type=float, default=0.8)
+    parser.add_argument("--top-p", type=float, default=0.8, help="of the nucleus (%(default)s)")
     parser.add_argument("--repeat", type=int, default=9, help="interleaved repetitions; medians are reported")
     parser.add_argument(
         "--count", action="store_true", help="of ops: count what a GPU would be asked for, time nothing"
     )
-    parser.add_argument("--out", default="runs/bench")
+    parser.add_argument("--out", default="runs/bench", help="folder (%(default)s)")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, help="of rollout")
     parser.add_argument("--steps", type=int, default=8, help="of rollout: of every run")
     parser.add_argument("--compile", action="store_true", help="of rollout: vLLM compiles")
     options = parser.parse_args(arguments)
     if options.what == "rollout":
-        from tools.bench.rollout import run as run_rollout
+        from .rollout import run as run_rollout
 
         return run_rollout(options)
     if options.count:
-        from tools.bench.count import run as run_count
+        from .count import run as run_count
 
         return run_count(options)
     if options.tp > 1 and not launched():
-        return run_ranks("tools.bench", arguments, options.tp)
-    from tools.bench.ops import run
+        return run_ranks(module_of("bench"), arguments, options.tp)
+    from .ops import run
 
     return run(options)
 

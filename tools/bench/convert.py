@@ -30,6 +30,8 @@ from megatron_ext.model.hf_config import read_architecture
 from megatron_ext.model.param_mapping import Shape, hf_shapes
 from megatron_ext.model.safetensors_dir import SafetensorsDir
 
+from .. import command
+
 SMALL_PARENT = """import resource, subprocess, sys
 code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
         model, checkpoint, back = (Path(folder) / name for name in ("model", "checkpoint", "back"))
         weights = random_weights(shapes)
         size = write_hf(model, weights, shapes=shapes, dtype=torch.bfloat16, source=options.config, card="")
-        convert = [sys.executable, "-m", "tools.convert"]
+        convert = command("convert")
         rows = {"cp -r": measured(["cp", "-r", str(model), str(back)])}
         shutil.rmtree(back)
         rows["from-hf"] = measured([*convert, "from-hf", str(model), str(checkpoint)])

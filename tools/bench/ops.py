@@ -19,8 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ext.ops import VocabShard, policy_stats, reference
-from tools.bench.peers import Outputs, Peer, peers, start_group
-from tools.bench.plot import bars
+
+from .peers import Outputs, Peer, peers, start_group
+from .plot import bars
 
 WANT = {
     "log-prob": ("logprob",),

@@ -1,6 +1,6 @@
 """Rollout engines side by side: the same training run with each, at two model sizes.
 
-    python -m tools.bench rollout [--steps 8] [--engines hf vllm vllm_server]
+    megatron-entropy bench rollout [--steps 8] [--engines hf vllm vllm_server]
 
 Trains the tiny task's GRPO recipe at TP 2 with every engine, on the shipped base model and on a larger random one that
 answers at full length, and reads what the runs measured. Tokens are response tokens; the step is all of it: rollout,
@@ -16,7 +16,6 @@ import os
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_ext.config.shipped import find
+
+from .. import command
+
 RECIPE = "recipes/grpo/grpo-tiny-cpu.toml"
-BASE = Path("recipes/tiny/base")
+BASE = find("recipes/tiny/base")
 WARM_UP = 2  # steps
 WORST = 1e-4  # mean nats between engine and trainer, float32
 LARGE = {
@@ -71,18 +74,18 @@ def run(options: argparse.Namespace) -> int:
 def measured(folder: Path, model: Path, engine: str, length: int, options: argparse.Namespace) -> dict[str, float]:
     """Medians over the steps after the warm-up. Raises RuntimeError when the run fails or its engine is wrong."""
     name = f"{model.name}-{engine}"
-    command = [sys.executable, "-m", "tools.train", RECIPE, f"name={name}", f"log.dir={folder}"]
-    command += [f"model.path={model}", f"rollout.engine={engine}", f"rollout.max_response_tokens={length}"]
-    command += [
+    train = command("train", RECIPE, f"name={name}", f"log.dir={folder}")
+    train += [f"model.path={model}", f"rollout.engine={engine}", f"rollout.max_response_tokens={length}"]
+    train += [
         f"train.steps={options.steps}",
         f"rollout.enforce_eager={str(not options.compile).lower()}",
         "checkpoint.every=0",
     ]
-    command += [f"rollout.prompts={PROMPTS}", f"train.mini_batch_prompts={PROMPTS}", f"rollout.samples={SAMPLES}"]
-    command += ["log.trackers=[]", "alarms.mismatch=0"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    train += [f"rollout.prompts={PROMPTS}", f"train.mini_batch_prompts={PROMPTS}", f"rollout.samples={SAMPLES}"]
+    train += ["log.trackers=[]", "alarms.mismatch=0"]
+    done = subprocess.run(train, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout[-4000:]}")
+        raise RuntimeError(f"{' '.join(train)}: exit code {done.returncode}\n{done.stdout[-4000:]}")
     steps = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     worst = max(step["mismatch/mean"] for step in steps)
     if not worst < WORST:

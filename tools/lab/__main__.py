@@ -1,8 +1,8 @@
-"""`python -m tools.lab`."""
+"""`python -m tools.lab`, `megatron-entropy lab`."""
 
 import sys
 
-from tools.lab.command import main
+from .command import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -11,8 +11,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tools.lab.results import Result, Results
-from tools.tiny.tabular import Curve
+from ..tiny.tabular import Curve
+from .results import Result, Results
 
 ENTROPY, AVG = "entropy/full", "avg@"
 COLLAPSE = 0.6  # of the first step's entropy: 40 % below it

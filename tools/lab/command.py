@@ -1,9 +1,9 @@
 """Train every method on the tiny task with several seeds, and write what each does to entropy on one page.
 
-    python -m tools.lab                          everything in recipes/lab/lab.toml; run it again to continue
-    python -m tools.lab --only 'entropic*' --seeds 1
-    python -m tools.lab --dry-run                the commands, one a line; nothing is run
-    python -m tools.lab --page                   only write the page of what is finished
+    megatron-entropy lab                          everything in recipes/lab/lab.toml; run it again to continue
+    megatron-entropy lab --only 'entropic*' --seeds 1
+    megatron-entropy lab --dry-run                the commands, one a line; nothing is run
+    megatron-entropy lab --page                   only write the page of what is finished
 
 Two trainings at a time on two cores (--jobs), one process each. A finished run is never repeated and a stopped one
 continues from its checkpoint. The page is OUT/index.html, its tables are OUT/README.md.
@@ -26,9 +26,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_ext.config.errors import ConfigError
-from tools.lab.page import write
-from tools.lab.plan import Job, LabPlan, jobs, load_plan
-from tools.lab.runs import EVALUATION_STEPS, LOG, Running, RunResult, alone, preload, steps_done, work
+
+from ..arguments import command_parser
+from .page import write
+from .plan import Job, LabPlan, jobs, load_plan
+from .runs import EVALUATION_STEPS, LOG, Running, RunResult, alone, preload, steps_done, work
 
 CONFIGURATION, REQUEUE = 2, 75
 LINE_EVERY_S = 30.0  # without a terminal
@@ -57,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 def dry_run(todo: Sequence[Job]) -> int:
     for job in todo:
         for command in job.commands:
-            print("python -m", shlex.join(command), "  # finished" if job.finished else "")
+            print("megatron-entropy", shlex.join(command), "  # finished" if job.finished else "")
     left = [job for job in todo if not job.finished]
     print(f"{len(todo)} jobs, {len(left)} to do, {sum(job.steps for job in left)} training steps")
     return 0
@@ -105,9 +107,7 @@ def finish(plan: LabPlan, folder: Path, out: Path, outcome: RunResult) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.lab", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("lab", __doc__)
     add = parser.add_argument
     add("--plan", type=Path, default=Path("recipes/lab/lab.toml"), help="default: %(default)s")
     add("--dir", type=Path, default=Path("runs/lab"), help="folder of the runs (default: %(default)s)")

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from tools.charts import Figures, Series
-from tools.lab.claims import Claim, claims, pi_run
-from tools.lab.plan import LabPlan
-from tools.lab.results import OUTPUT, Result, Results, load, seconds, spread, where_entropy_is
-from tools.report.page import page
-from tools.tiny.tabular import SETTINGS, Curve, simulate
+from ..charts import Figures, Series
+from ..report.page import page
+from ..tiny.tabular import SETTINGS, Curve, simulate
+from .claims import Claim, claims, pi_run
+from .plan import LabPlan
+from .results import OUTPUT, Result, Results, load, seconds, spread, where_entropy_is
 
 BASELINE = "grpo"
 ENTROPIC = "entropic"  # the family with figures of its own
@@ -166,7 +166,7 @@ def as_markdown(plan: LabPlan, results: Results, decided: Sequence[Claim]) -> st
     return "\n".join(
         [
             "# The lab", "", summary(plan, results), "",
-            "Made by `python -m tools.lab`; the figures are in [index.html](index.html).", "",
+            "Made by `megatron-entropy lab`; the figures are in [index.html](index.html).", "",
             "## Claims", "", *markdown_table(rows), "",
             "## Methods", "", *markdown_table(method_rows(results)), "", TABLE_NOTE, "",
         ]

@@ -20,6 +20,7 @@ from megatron_ext.checkpoint.manifest import differing_keys
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.loading import load_config
 from megatron_ext.config.schema import Config
+from megatron_ext.config.shipped import find
 
 RECIPES = Path("recipes")
 EVALUATION, LABEL = "evaluation.json", "after"
@@ -44,7 +45,7 @@ class LabPlan:
     runs: tuple[LabRun, ...]
     families: dict[str, str]  # key -> title, in the order of the page
     set: tuple[str, ...]
-    evaluate: tuple[str, ...]  # options of tools.evaluate; the data first
+    evaluate: tuple[str, ...]  # options of evaluate; the data first
     seeds: int
     steps: int | None = None  # instead of the recipes'
 
@@ -76,6 +77,7 @@ class Job:
 
 def load_plan(path: Path) -> LabPlan:
     """Read the plan; methods without an entry get one with their own recipe. Raises ConfigError for a faulty one."""
+    path = find(path)
     if not path.is_file():
         raise ConfigError(f"--plan: no such file: {path}")
     content = tomllib.loads(path.read_text())
@@ -86,7 +88,7 @@ def load_plan(path: Path) -> LabPlan:
     for entry in content["run"]:
         runs.append(_run(path, entry, runs))
     mentioned = {run.name for run in runs}
-    missing = [name for name in methods.METHODS if name not in mentioned and recipe_of(name).is_file()]
+    missing = [name for name in methods.METHODS if name not in mentioned and find(recipe_of(name)).is_file()]
     last = list(content["families"])[-1]
     runs += [LabRun(name, recipe_of(name), family=last) for name in missing]
     names = [run.name for run in runs]
@@ -136,7 +138,7 @@ def configuration(plan: LabPlan, run: LabRun, seed: int, folder: Path) -> tuple[
         raise ConfigError(f"run {run.name}: {error}") from None
     if run.start:
         overrides.append(f"model.path={toml_string(model_folder(folder, run.start))}")
-    return config, ("tools.train", str(run.recipe), *overrides)
+    return config, ("train", str(run.recipe), *overrides)
 
 
 def jobs(plan: LabPlan, folder: Path) -> list[Job]:
@@ -151,7 +153,7 @@ def jobs(plan: LabPlan, folder: Path) -> list[Job]:
         for run in sorted(plan.runs, key=lambda run: run.name not in starts):
             config, train = configuration(plan, run, seed, folder)
             own = folder / job_name(run.name, seed)
-            export = ("tools.convert", "to-hf", str(own), str(own / "hf"))
+            export = ("convert", "to-hf", str(own), str(own / "hf"))
             needs = job_name(run.start, 0) if run.start else None
             commands = (train, export, _evaluate(plan, str(own / "hf"), own))
             found.append(Job(own.name, own, commands, config.train.steps, needs))
@@ -176,7 +178,7 @@ def check_made_so(folder: Path, config: Config) -> None:
 
 
 def _evaluate(plan: LabPlan, model: str, folder: Path) -> Command:
-    return ("tools.evaluate", model, *plan.evaluate, "--out", str(folder / EVALUATION), "--label", LABEL)
+    return ("evaluate", model, *plan.evaluate, "--out", str(folder / EVALUATION), "--label", LABEL)
 
 
 def job_name(run: str, seed: int) -> str:

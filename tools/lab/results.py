@@ -12,9 +12,10 @@ from typing import Any
 
 from megatron_ext import methods
 from megatron_ext.metrics.writer import METRICS, SAMPLES, read_steps
-from tools.charts import Series
-from tools.evaluate import load_evaluations
-from tools.lab.plan import BASE, EVALUATION, LABEL, LabPlan, LabRun, configuration, job_name
+
+from ..charts import Series
+from ..evaluate import load_evaluations
+from .plan import BASE, EVALUATION, LABEL, LabPlan, LabRun, configuration, job_name
 
 # what a method reports of its controller: output, measured, and where it wants it (a metric, or the recipe's option)
 OUTPUT = {"aer": "aer/alpha", "entropic": "entropic/alpha", "aec": "aec/applied"}

@@ -29,8 +29,10 @@ import torch
 
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.metrics.writer import METRICS
-from tools.lab.plan import Command, Job
-from tools.ranks import free_port
+
+from .. import module_of
+from ..ranks import free_port
+from .plan import Command, Job
 
 LOG = "log.txt"
 EVALUATION_STEPS = 8  # what an evaluation counts in the progress, in training steps
@@ -39,9 +41,7 @@ PR_SET_PDEATHSIG = 1
 PRELOADED = (
     "megatron_ext.train.loop",
     "megatron_ext.rollout.hf.engine",
-    "tools.train",
-    "tools.convert",
-    "tools.evaluate",
+    *map(module_of, ("train", "convert", "evaluate")),
 )
 
 
@@ -123,7 +123,7 @@ def start(job: Job, number: int) -> Running:
     """Fork a child that does command ``number`` of the job, or the one behind an export that exists."""
     number = max([number, *(i + 1 for i, command in enumerate(job.commands) if _done(command))])
     job.folder.mkdir(parents=True, exist_ok=True)
-    module, *arguments = job.commands[number]
+    tool, *arguments = job.commands[number]
     environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     parent = os.getpid()
@@ -133,8 +133,8 @@ def start(job: Job, number: int) -> Running:
         try:
             _settle(job.folder / LOG, parent)
             os.environ.update(environment)
-            print("$ python -m", module, *arguments, flush=True)
-            code = importlib.import_module(module).main(arguments) or 0
+            print("$ megatron-entropy", tool, *arguments, flush=True)
+            code = importlib.import_module(module_of(tool)).main(arguments) or 0
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
         except BaseException:
@@ -160,7 +160,7 @@ def _can_start(job: Job, jobs: Sequence[Job]) -> bool:
 
 def _done(command: Command) -> bool:
     """An export is a folder that appears whole; training knows by itself."""
-    return command[0] == "tools.convert" and Path(command[-1]).exists()
+    return command[0] == "convert" and Path(command[-1]).exists()
 
 
 def _settle(log: Path, parent: int) -> None:

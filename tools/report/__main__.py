@@ -1,8 +1,8 @@
-"""`python -m tools.report`."""
+"""`python -m tools.report`, `megatron-entropy report`."""
 
 import sys
 
-from tools.report.page import main
+from .page import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

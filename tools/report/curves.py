@@ -10,8 +10,8 @@ from html import escape
 
 import numpy as np
 
-from tools.charts import POINTS, SMOOTH_ABOVE, Figures, Series, averaged_over
-from tools.report.data import Metrics
+from ..charts import POINTS, SMOOTH_ABOVE, Figures, Series, averaged_over
+from .data import Metrics
 
 NEIGHBOURS, SPIKE, MOST_SPIKES = 10, 8.0, 3
 MOST_UNPLANNED = 60  # charts of metrics that no chart is planned for

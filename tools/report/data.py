@@ -189,7 +189,7 @@ def read_evaluations(path: Path) -> dict[str, Evaluation]:
     try:
         found = EVALUATIONS.validate_python(read_json(path))
     except ValidationError as error:
-        raise ValueError(f"{path}: {_first(error)}; write it with python -m tools.evaluate, or remove it") from None
+        raise ValueError(f"{path}: {_first(error)}; write it with megatron-entropy evaluate, or remove it") from None
     for label, evaluation in found.items():
         for row in evaluation.problems:
             if row.c > row.n:

@@ -13,8 +13,9 @@ from html import escape
 from pathlib import Path
 
 from megatron_ext.metrics.eval_stats import Difference, differences
-from tools.charts import NUM_COLORS, Figures, Series, bubble_chart, figure, interval_plot
-from tools.report.data import Evaluation, Interval, Problem
+
+from ..charts import NUM_COLORS, Figures, Series, bubble_chart, figure, interval_plot
+from .data import Evaluation, Interval, Problem
 
 LISTED = 12  # flipped problems of each direction
 LONG, SHORT = 160, 40  # characters of a prompt and of an answer in a table

@@ -1,6 +1,6 @@
 """A run's folder as one page: curves, evaluation, and responses with every token coloured by its entropy.
 
-    python -m tools.report RUN_DIR
+    megatron-entropy report RUN_DIR
 
 writes ``RUN_DIR/report.html``. The page is self-contained: no request leaves it, and its content security
 policy allows the one script below by hash and nothing else. All text of models and data is escaped.
@@ -10,7 +10,6 @@ Exit codes: 0 done, 2 the folder holds no run, or one of these files is damaged.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import hashlib
 import json
@@ -22,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.metrics.writer import SAMPLES
-from tools.charts import LEFT, RIGHT, WIDTH, Figures, short
-from tools.report.curves import curves
-from tools.report.data import (
+
+from ..arguments import command_parser
+from ..charts import LEFT, RIGHT, WIDTH, Figures, short
+from .curves import curves
+from .data import (
     EVALUATION,
     Metrics,
     read_config,
@@ -33,9 +34,9 @@ from tools.report.data import (
     read_responses,
     section,
 )
-from tools.report.evaluation import evaluations
-from tools.report.style import SCRIPT, STYLE
-from tools.report.tokens import keep, pick, problem_table, samples, token_table
+from .evaluation import evaluations
+from .style import SCRIPT, STYLE
+from .tokens import keep, pick, problem_table, samples, token_table
 
 
 def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
@@ -144,7 +145,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.report", description=(__doc__ or "").split("\n")[0])
+    parser = command_parser("report", __doc__)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of a run, finished or not")
     parser.add_argument("--out", type=Path, help="where to write (RUN_DIR/report.html)")
     options = parser.parse_args(arguments)

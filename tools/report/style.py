@@ -4,7 +4,7 @@ Wide tables scroll in their cards, so the page itself never scrolls sideways; a 
 pixels wide, so the text on it is never below 11 pixels (tools/charts.py), also on a telephone.
 """
 
-from tools.charts import FONT
+from ..charts import FONT
 
 NARROWEST = 320  # pixels of a chart's column, of which its card's padding takes 30
 PHONE = 600  # pixels below which the page's margins shrink

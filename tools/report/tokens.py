@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from tools.charts import short
-from tools.report.data import Response
-from tools.report.evaluation import SHORT, clipped
+from ..charts import short
+from .data import Response
+from .evaluation import SHORT, clipped
 
 NUM_HEATS = 10  # classes h0 .. h9 of the style sheet
 SHOWN_STEPS, SHOWN_PER_STEP, SHOWN_TOKENS = 4, 3, 4000

@@ -31,7 +31,8 @@ from transformers import (
 )
 
 from megatron_ext.types import Problem
-from tools.tiny.task import canonical, draw, expressions, is_right, read, solutions
+
+from .task import canonical, draw, expressions, is_right, read, solutions
 
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>"]
 BOX = "\\boxed{"
