@@ -34,6 +34,7 @@ from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.schema import DataConfig, RolloutConfig
 from megatron_ext.files import LARGE_BYTES, read_json
 from megatron_ext.metrics.eval_stats import CONFIDENCE, bootstrap, majority, per_problem
+from megatron_ext.rollout.registry import ENGINES, check_engine, find_engine
 from tools.arguments import output_file, whole_number, whole_numbers
 from tools.evaluation_tables import side_by_side, table
 from tools.progress import ToolProgress
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
     from megatron_ext.rollout.base import Request, Sampling
     from megatron_ext.types import Problem, Reward, Sample
 
-JUDGED_AT_ONCE = 1024
+SCORED_AT_ONCE = 1024
+COLOCATED = [name for name, engine in ENGINES.items() if engine.colocated]
 MAX_LEFT_OUT = DataConfig().max_left_out
 VOTING = ("correct", "wrong")  # other outcomes have no readable answer to the question asked
 OTHER_NAMES = {
@@ -128,7 +130,7 @@ def evaluate(
     if not Path(data).is_file():
         raise ConfigError(f"--data: no such file: {data}; give a JSON Lines file with prompt and answer")
     from megatron_ext.data.dataset import encode_problems, load_problems
-    from megatron_ext.rollout.registry import check_engine, create_engine
+    from megatron_ext.rollout.registry import create_engine
     from megatron_ext.rollout.rewards.reward_pool import RewardPool
 
     rollout = (rollout or RolloutConfig()).model_copy(update={"max_response_tokens": settings.max_response_tokens})
@@ -186,8 +188,8 @@ def measure(
         ]
         scored: list[Reward] = []
         task = progress.add_task("judging", total=len(answers))
-        for first in range(0, len(answers), JUDGED_AT_ONCE):
-            part = answers[first : first + JUDGED_AT_ONCE]
+        for first in range(0, len(answers), SCORED_AT_ONCE):
+            part = answers[first : first + SCORED_AT_ONCE]
             scored += pool.score(part)
             progress.advance(task, len(part))
         n = settings.samples
@@ -304,9 +306,8 @@ def save_evaluation(path: str | Path, label: str, evaluation: dict[str, Any]) ->
 
 def _rollout(options: argparse.Namespace) -> RolloutConfig:
     """Raises ConfigError."""
-    of_vllm = ("tensor_parallel_size", "gpu_memory_utilization", "enforce_eager")
     default = {"tensor_parallel_size": 1, "gpu_memory_utilization": 0.9, "enforce_eager": False}
-    given = {name: getattr(options, name) for name in of_vllm if getattr(options, name) is not None}
+    given = {name: getattr(options, name) for name in default if getattr(options, name) is not None}
     try:
         rollout = RolloutConfig.model_validate(
             {"engine": options.engine, "batch_size": options.batch_size, **default, **given}
@@ -316,9 +317,10 @@ def _rollout(options: argparse.Namespace) -> RolloutConfig:
         raise ConfigError(
             "\n".join(f"--{name}: {each['msg']}, found {each['input']!r}" for name, each in faults)
         ) from None
-    if given and options.engine != "vllm":
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ConfigError(f"{names}: only vLLM's engine has this, found --engine {options.engine}; add --engine vllm")
+    if unheeded := set(given) - set(find_engine(rollout).keys):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given if name in unheeded)
+        able = " or ".join(name for name in COLOCATED if unheeded <= set(ENGINES[name].keys))
+        raise ConfigError(f"{names}: only {able} has this, found --engine {options.engine}; add --engine {able}")
     return rollout
 
 
@@ -407,12 +409,11 @@ def _parser() -> argparse.ArgumentParser:
     engine = RolloutConfig()
     add(
         "--engine",
-        choices=("hf", "vllm"),
         default=engine.engine,
-        help="what samples: transformers or vLLM (%(default)s)",
+        help=f"what samples: {', '.join(COLOCATED)}, or one of your own as package.module:NAME (%(default)s)",
     )
     add("--batch-size", type=int, default=engine.batch_size, help="responses decoded at once (%(default)s)")
-    add("--tensor-parallel-size-parallel-size", type=int, help="GPUs that share the weights of a vLLM engine (1)")
+    add("--tensor-parallel-size", type=int, help="GPUs that share the weights of a vLLM engine (1)")
     add("--gpu-memory-utilization", type=float, help="of each GPU's memory, for vLLM (0.9)")
     add(
         "--enforce-eager",

@@ -71,7 +71,8 @@ class ServersConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["hf", "vllm", "vllm_server"] = "hf"  # transformers; vLLM in the trainer's processes, or in its own
+    engine: str = "hf"  # a name of rollout/registry.py, or an engine of one's own: package.module:NAME
+    options: dict[str, Any] = {}  # of an engine of one's own, checked against what it declares
     tensor_parallel_size: Positive = 1  # ranks that share the weights of one vLLM engine
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = (
         0.5  # of the GPU's memory: what a vLLM engine may take, awake
@@ -91,6 +92,8 @@ class RolloutConfig(Section):
 
 
 class RewardConfig(Section):
+    function: str = ""  # of one's own: package.module:name or file.py:name; empty: the verifier that a problem names
+    options: dict[str, Any] = {}  # of that function: its keyword-only parameters
     correct: RewardValue = 1.0
     wrong: RewardValue = 0.0
     workers: Annotated[int, Field(ge=0, le=1024)] = 0  # processes of one node's pool; 0 = one per core, at most 16

@@ -15,9 +15,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from megatron_ext.rollout.registry import ENGINES
 from tools.ranks import launched, run_ranks
-
-ENGINES = ["hf", "vllm", "vllm_server"]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
         "--count", action="store_true", help="of ops: count what a GPU would be asked for, time nothing"
     )
     parser.add_argument("--out", default="runs/bench")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, help="of rollout")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="of rollout")
     parser.add_argument("--steps", type=int, default=8, help="of rollout: of every run")
     parser.add_argument("--compile", action="store_true", help="of rollout: vLLM compiles")
     options = parser.parse_args(arguments)
