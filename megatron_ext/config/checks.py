@@ -11,6 +11,7 @@ from megatron_ext.config.parallel_checks import model_faults, nearest_divisor
 from megatron_ext.config.schema import Config, OptimizerConfig
 from megatron_ext.files import read_json
 from megatron_ext.rollout.registry import find_engine
+from megatron_ext.rollout.rewards.functions import find_reward
 
 FROM_THE_PUBLISHER = "take the file of the model's publisher"
 _SIZES = (  # of a model: fields of config.json that are numbers above 0, where they are there
@@ -65,7 +66,18 @@ def layout_faults(config: Config) -> list[str]:
         faults.append("data.train: no training file is named; set data.train to a JSON Lines file")
     if config.data.stage_starts and not config.data.curriculum:
         faults.append("data.stage_starts: there are no stages without data.curriculum; remove it, or name a curriculum")
-    return faults + _check_model(config)
+    if config.reward.options and not config.reward.function:
+        faults.append("reward.options: are of reward.function, which names none; remove them, or name a function")
+    return faults + _reward_faults(config) + _check_model(config)
+
+
+def _reward_faults(config: Config) -> list[str]:
+    try:
+        if config.reward.function:
+            find_reward(config.reward)
+    except ConfigError as error:
+        return [str(error)]
+    return []
 
 
 def _engine_faults(config: Config) -> list[str]:

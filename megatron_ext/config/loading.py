@@ -20,6 +20,7 @@ from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.redact import redact
 from megatron_ext.config.schema import Config
 from megatron_ext.files import read_small
+from megatron_ext.plugins import KEYS
 
 _PATHS = (("model", "path"), ("model", "weights"), ("data", "train"), ("data", "curriculum"))
 
@@ -28,7 +29,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a recipe, its parents and ``key=value`` overrides (dotted keys, TOML values), and check them.
 
     Relative paths in ``model.path``, ``data.train`` and ``data.curriculum`` are tried from the current directory
-    first, then from the file that states them; data that is in neither place is expected in the second.
+    first, then from the file that states them; data that is in neither place is expected in the second. So are those of
+    the user's own code (plugins.py).
     """
     config = read_config(path, overrides)
     check_layout(config)
@@ -64,12 +66,24 @@ def _read_chain(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
         made_later = name == "data"  # by a tool, where the recipe says
         if value and not os.path.exists(value) and (made_later or os.path.exists(path.parent / value)):
             section[key] = os.path.normpath(path.parent / value)
+    _resolve_code(own, path.parent)
     parent = own.pop("parent", None)
     if parent is None:
         return own
     if not isinstance(parent, str):
         raise ConfigError(f"recipe: {path}: parent is {parent!r}, expected the path of one recipe")
     return _merge(_read_chain(path.parent / parent, (*children, path.resolve())), own)
+
+
+def _resolve_code(own: dict[str, Any], folder: Path) -> None:
+    """Paths of the user's own code, ``file.py:Name``, like those of files."""
+    for section, key in KEYS:
+        table = own.get(section)
+        if not isinstance(table, dict) or not isinstance(value := table.get(key), str):
+            continue
+        file, colon, name = value.rpartition(":")
+        if file.endswith(".py") and not os.path.exists(file) and os.path.exists(folder / file):
+            table[key] = os.path.normpath(folder / file) + colon + name
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
