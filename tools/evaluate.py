@@ -98,7 +98,7 @@ class Settings:
         if not 0 <= self.temperature <= 100:
             raise ConfigError(f"--temperature: expected 0 (greedy) to 100, found {self.temperature}")
         if self.temperature == 0 and self.samples > 1:
-            raise ConfigError(f"--temperature 0 draws the same response {self.samples} times: use --samples 1")
+            raise ConfigError(f"--temperature 0 samples the same response {self.samples} times: use --samples 1")
         bad = [k for k in self.ks if not 1 <= k <= self.samples]
         if bad:
             raise ConfigError(
@@ -124,7 +124,7 @@ def evaluate(
 
     ``rollout`` names the engine and its options (None: transformers). ``workers`` score (0: one per core). Progress
     goes to ``console`` (None: silent). Raises ConfigError for a missing model or file, faulty data and an engine that
-    is not installed, VerifierError when judgements cannot be trusted.
+    is not installed, VerifierError when rewards cannot be trusted.
     """
     hf = read_hf_config(model)
     if not Path(data).is_file():
@@ -177,7 +177,7 @@ def measure(
 ) -> dict[str, Any]:
     """Sample every problem ``settings.samples`` times, score, and reduce to metrics with 95 % intervals.
 
-    A response depends on the seed, its problem's place in the file and its own number, not on the batching.
+    A response depends on the seed, its problem's number in the file and its own number, not on the batching.
     """
     start = time.perf_counter()
     with ToolProgress(console) as progress:
@@ -383,11 +383,11 @@ def _generate(
     from megatron_ext.rollout.sampling import seed_of
 
     sampling = Sampling(settings.temperature, settings.top_p, settings.max_response_tokens)
-    places = [(row, number) for row in range(len(prompts)) for number in range(settings.samples)]
-    requests = [Request(prompts[row], seed_of(settings.seed, row, number)) for row, number in places]
-    task = progress.add_task("sampling", total=len(places))
-    drawn = engine.generate(requests, sampling, lambda done: progress.advance(task, len(done)))
-    return [drawn[first : first + settings.samples] for first in range(0, len(drawn), settings.samples)]
+    indices = [(problem, number) for problem in range(len(prompts)) for number in range(settings.samples)]
+    requests = [Request(prompts[problem], seed_of(settings.seed, problem, number)) for problem, number in indices]
+    task = progress.add_task("sampling", total=len(indices))
+    samples = engine.generate(requests, sampling, lambda done: progress.advance(task, len(done)))
+    return [samples[first : first + settings.samples] for first in range(0, len(samples), settings.samples)]
 
 
 def _parser() -> argparse.ArgumentParser:
