@@ -131,13 +131,11 @@ def check_options(given: Mapping[str, Any], known: Mapping[str, Option], *, sect
     from pydantic import ConfigDict, TypeAdapter, ValidationError
     from typing_extensions import TypedDict  # pydantic's own requirement: Python 3.11's will not do
 
-    shape: Any = TypedDict(  # type: ignore[misc]
-        "Options",  # type: ignore[arg-type]
-        {
-            name: option.type if option.default is dataclasses.MISSING else NotRequired[option.type]
-            for name, option in known.items()
-        },
-    )
+    fields: Any = {
+        name: option.type if option.default is dataclasses.MISSING else NotRequired[option.type]
+        for name, option in known.items()
+    }
+    shape: Any = TypedDict("Options", fields)  # pyright: ignore
     shape.__pydantic_config__ = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
     try:
         TypeAdapter(shape).validate_python(dict(given))

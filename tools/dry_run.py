@@ -132,7 +132,8 @@ def data_path(config: Config) -> Iterator[str]:
             rows = (SAMPLE / "data" / "train.jsonl").read_text().splitlines(keepends=True)
             path.write_text("".join(rows[:SAMPLE_ROWS]))
             config = config.model_copy(update={"data": data.model_copy(update={"train": str(path)})})
-        encoded, lines = load_training_data(config, score=pool.score, tokenizer=tokenizer)
+        score = None if config.reward.function else pool.score
+        encoded, lines = load_training_data(config, score=score, tokenizer=tokenizer)
     if not real:
         yield f"the first rows of the tiny task stand in for it: {lines[-1].removeprefix('data: ')}"
         return

@@ -32,6 +32,7 @@ from megatron_ext.config.redact import redact
 from megatron_ext.config.schema import Config
 from megatron_ext.metrics import warnings_log
 from megatron_ext.metrics.trackers import check_trackers
+from megatron_ext.rollout.registry import find_engine
 from megatron_ext.train.run_folder import RunFolder
 from megatron_ext.train.signals import REQUEUE, StopSignals, heed_interrupts, ignore_signals
 
@@ -120,10 +121,14 @@ def _check_launch(config: Config) -> None:
 def _set_allocator(config: Config) -> None:
     """Segments that grow: micro-batches differ in size, and fixed segments fragment. Before torch is imported.
 
-    Not beside a colocated vLLM: its sleep mode maps memory itself, and its all-reduce shares the memory of CUDA graphs
-    by IPC handles, which growing segments do not have. What is set already wins.
+    Not beside a colocated engine that sleeps: vLLM's sleep mode maps memory itself, and its all-reduce shares the
+    memory of CUDA graphs by IPC handles, which growing segments do not have. What is set already wins.
     """
-    if config.rollout.engine != "vllm" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    engine = find_engine(config.rollout)
+    if (
+        not (engine.colocated and engine.sleeps)
+        and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
+    ):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 

@@ -127,9 +127,11 @@ class ServersConfig(Section):
 class RolloutConfig(Section):
     """Generation of responses: the engine, sampling, and dynamic sampling."""
 
-    engine: Literal["hf", "vllm", "vllm_server"] = Field(
-        default="hf", description="transformers, vLLM inside the trainer's processes, or vLLM servers"
+    engine: str = Field(
+        default="hf",
+        description="hf (transformers), vllm (in the trainer's processes), vllm_server, or package.module:NAME",
     )
+    options: dict[str, Any] = Field(default={}, description="of an engine of one's own: what it declares")
     tensor_parallel_size: Positive = Field(default=1, description="ranks that share the weights of one vLLM engine")
     gpu_memory_utilization: float = Field(
         default=0.5, gt=0, lt=1, description="share of GPU memory that a vLLM engine may use while awake"
@@ -164,6 +166,11 @@ class RolloutConfig(Section):
 class RewardConfig(Section):
     """Rewards of verified answers, and the verifier's worker processes."""
 
+    function: str = Field(
+        default="",
+        description="a reward function, package.module:name or file.py:name; empty: each problem's verifier",
+    )
+    options: dict[str, Any] = Field(default={}, description="of that function: its keyword-only parameters")
     correct: RewardValue = Field(default=1.0, description="reward of a correct answer")
     wrong: RewardValue = Field(default=0.0, description="reward of a wrong answer")
     workers: int = Field(

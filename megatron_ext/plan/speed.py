@@ -18,6 +18,7 @@ from megatron_ext.model.architectures import Architecture
 from megatron_ext.plan import memory
 from megatron_ext.plan.memory import Roles
 from megatron_ext.plan.sizes import active_parameters, attention_widths, num_parameters
+from megatron_ext.rollout.registry import find_engine
 
 
 @dataclass(frozen=True)
@@ -114,13 +115,13 @@ def exchange_seconds(a: Architecture, config: Config, rates: Rates) -> float:
 
 
 def rollout_seconds(a: Architecture, config: Config, rates: Rates, lengths: Lengths) -> float:
-    """The embedded engine decodes batch after batch to its longest response; vLLM replaces finished sequences."""
+    """An engine decodes batch after batch, each to its longest response, or replaces finished sequences at once."""
     r = config.rollout
     responses = r.prompts * r.samples / memory.num_engines(config)  # of one engine
     weights = memory.engine_weights(a, config)
     kv = memory.kv_bytes_per_token(a, config) / r.tensor_parallel_size * lengths.total
     speed = rates.bandwidth * rates.decode
-    if r.engine == "hf":
+    if not find_engine(r).continuous_batching:
         batches = math.ceil(responses / r.batch_size)
         together = responses / batches
         step = max((weights + together * kv) / speed, a.num_layers * rates.launch_s)

@@ -1,7 +1,7 @@
 """Reproducible sampling: Gumbel noise from a counter-based hash of (seed, position, token).
 
-The largest of ``log p + Gumbel noise`` is an exact draw from p. Because the noise of a response depends on
-its own seed only, the draw does not depend on what else is in the batch or which rank serves it.
+The largest of ``log p + Gumbel noise`` is an exact sample of p. Because the noise of a response depends on
+its own seed only, the token does not depend on what else is in the batch or which rank serves it.
 """
 
 from __future__ import annotations

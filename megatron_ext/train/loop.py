@@ -43,6 +43,7 @@ from megatron_ext.model.trainable import TrainableModel
 from megatron_ext.rollout.base import RolloutEngine, RolloutError
 from megatron_ext.rollout.model_files import load_tokenizer
 from megatron_ext.rollout.registry import check_engine, create_engine
+from megatron_ext.rollout.rewards.function_pool import FunctionPool
 from megatron_ext.rollout.rewards.reward_pool import RewardPool
 from megatron_ext.train.collect_rollouts import EncodedProblem, Rollouts
 from megatron_ext.train.method_factory import create_method, optimizers
@@ -61,7 +62,7 @@ class Trainer:
     config: Config
     learner: Learner
     engine: RolloutEngine
-    pool: RewardPool
+    pool: RewardPool | FunctionPool
     problems: list[EncodedProblem]
     order: DataOrder
     alarms: Alarms
@@ -197,7 +198,7 @@ def train_step(run: Trainer, watch: Watch) -> tuple[dict[str, float], list[dict[
     return metrics, _samples(run, episodes, old)
 
 
-def build(config: Config, pool: RewardPool) -> Trainer:
+def build(config: Config, pool: RewardPool | FunctionPool) -> Trainer:
     """Data first (a fault stops here), then models, optimizers, the newest checkpoint's state, and the engine.
 
     The engine comes last because it takes its share of the memory that is then free.
@@ -282,11 +283,12 @@ def _is_asked_to_stop(signals: StopSignals) -> bool:
     return bool(flag)
 
 
-def _load_data(config: Config, pool: RewardPool, vocab_size: int) -> list[EncodedProblem]:
+def _load_data(config: Config, pool: RewardPool | FunctionPool, vocab_size: int) -> list[EncodedProblem]:
     """Rank 0 reads, verifies and encodes the data and tells the others; a fault is raised on every rank."""
 
     def load() -> list[EncodedProblem]:
-        problems, lines = load_training_data(config, score=pool.score, tokenizer=_tokenizer(config, vocab_size))
+        score = None if isinstance(pool, FunctionPool) else pool.score
+        problems, lines = load_training_data(config, score=score, tokenizer=_tokenizer(config, vocab_size))
         for line in lines:
             _tell(line)
         return problems
@@ -326,11 +328,14 @@ def _users_files() -> Iterator[None]:
         raise fault from error
 
 
-def _reward_pool(config: Config) -> RewardPool:
+def _reward_pool(config: Config) -> RewardPool | FunctionPool:
     cores = len(os.sched_getaffinity(0))
     reward = config.reward
+    workers = reward.workers or min(16, max(1, cores // config.parallel.ranks_per_node))
+    if reward.function:
+        return FunctionPool(reward, workers)
     return RewardPool(
-        reward.workers or min(16, max(1, cores // config.parallel.ranks_per_node)),
+        workers,
         deadline_s=reward.deadline_s,
         max_timeout_share=reward.max_timeout_share,
         correct=reward.correct,

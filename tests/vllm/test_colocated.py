@@ -162,7 +162,7 @@ def test_the_model_runner_is_reported(capfd: pytest.CaptureFixture[str]) -> None
     [(modules, reported, metrics, variable)] = gloo_alone("runner")
     assert modules == ["vllm.v1.worker.cpu_model_runner"] and variable is None
     assert reported == 1 and metrics == {"vllm/model_runner": 1.0}
-    assert capfd.readouterr().out.count("rollout: vLLM draws with its model runner V1\n") == 1
+    assert capfd.readouterr().out.count("rollout: vLLM samples with its model runner V1\n") == 1
 
 
 def test_the_model_runner_is_the_configured_one() -> None:

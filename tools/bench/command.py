@@ -14,11 +14,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from megatron_ext.rollout.registry import ENGINES
+
 from .. import module_of
 from ..arguments import command_parser
 from ..ranks import launched, run_ranks
-
-ENGINES = ["hf", "vllm", "vllm_server"]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
         "--count", action="store_true", help="of ops: count what a GPU would be asked for, time nothing"
     )
     parser.add_argument("--out", default="runs/bench", help="folder (%(default)s)")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, help="of rollout")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="of rollout")
     parser.add_argument("--steps", type=int, default=8, help="of rollout: of every run")
     parser.add_argument("--compile", action="store_true", help="of rollout: vLLM compiles")
     options = parser.parse_args(arguments)
