@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from megatron_ext import cpu_compat
 from megatron_ext.checkpoint import checkpoint
-from megatron_ext.checkpoint.full_tensors import CheckpointTensors, Place
+from megatron_ext.checkpoint.full_tensors import CheckpointTensors, TensorLocation
 from megatron_ext.checkpoint.local_shards import trained_pieces
 from megatron_ext.checkpoint.manifest import CheckpointError
 from megatron_ext.config.checks import read_hf_config
@@ -88,11 +88,10 @@ def load(rank: int, world: int, path: str, layout: dict[str, Any], root: Path) -
 
 
 def everything(path: Path, vocab: int) -> dict[str, torch.Tensor]:
-    """Each key whole, optimizer state included, without vocabulary padding."""
+    """Each key's full tensor, optimizer state included, without vocabulary padding."""
     stored = CheckpointTensors(path)
-    found = {
-        key: stored.read(Place(key, (), (), tuple(entry.size))) for key, entry in stored.entries.items() if entry.size
-    }
+    sizes = {key: tuple(entry.size) for key, entry in stored.entries.items() if entry.size}
+    found = {key: stored.read(TensorLocation(key, (), (), size)) for key, size in sizes.items()}
     return {
         key: value[:vocab] if "embedding" in key or "output_layer" in key else value for key, value in found.items()
     }
@@ -151,11 +150,11 @@ def load_alone(rank: int, world: int, path: str, layout: dict[str, Any], root: P
 def test_a_checkpoint_of_another_model_is_refused_by_name(reference: dict[str, Path]) -> None:
     stored = CheckpointTensors(reference["qwen2"] / "step_000000")
     key, size = "decoder.final_layernorm.weight", (32,)
-    fits = [Place(key, (), (), size)]
+    fits = [TensorLocation(key, (), (), size)]
     assert stored.check(fits, belongs=lambda name: name == key) == torch.float32
     for places, belongs, message in (
-        ([Place(key, (), (), (16,))], key, f"{key}: found [32], expected [16]"),
-        ([Place("decoder.none", (), (), size)], "decoder.none", "missing tensor decoder.none"),
+        ([TensorLocation(key, (), (), (16,))], key, f"{key}: found [32], expected [16]"),
+        ([TensorLocation("decoder.none", (), (), size)], "decoder.none", "missing tensor decoder.none"),
         (fits, "output_layer.weight", "unexpected tensor output_layer.weight"),
     ):
         with pytest.raises(CheckpointError) as caught:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from megatron_ext.checkpoint import checkpoint, manifest
 from megatron_ext.checkpoint.local_shards import groups_state, rectangles, saved_steps, set_steps, steps_taken
 from megatron_ext.checkpoint.manifest import CheckpointError
-from megatron_ext.checkpoint.storage import Chunk, places_of, read_index, tiled, write_chunks, write_index
+from megatron_ext.checkpoint.storage import Chunk, extents_of, read_index, tiled, write_chunks, write_index
 from megatron_ext.model.host_memory import HostMemory
 from tests import gloo
 from tests.checkpoint import faults
@@ -184,7 +184,7 @@ def test_every_rank_writes_its_share_and_sends_and_reads_nothing(
     own = Counter()
     for key, entry in index.state_dict_metadata.items():
         for chunk in entry.chunks:  # pyright: ignore[reportAttributeAccessIssue]
-            place = places_of(index)[MetadataIndex(key, chunk.offsets)]
+            place = extents_of(index)[MetadataIndex(key, chunk.offsets)]
             own[place.relative_path] += math.prod(chunk.sizes) * entry.properties.dtype.itemsize  # pyright: ignore
     assert len(own) == world
     if pipeline == 1:  # stages differ: the embedding

@@ -73,10 +73,13 @@ def test_every_misfit_is_named(model: Path, change: Change, messages: list[str])
 def test_a_file_at_fault_is_named(model: Path) -> None:
     content = (model / "b.safetensors").read_bytes()
     for broken, message in (
-        (content[:-100], f"b.safetensors: found {len(content) - 100} bytes, expected {len(content)}: the file is cut"),
+        (
+            content[:-100],
+            f"b.safetensors: found {len(content) - 100} bytes, expected {len(content)}: the file is truncated",
+        ),
         (content + b"0", "the file is too long"),
-        (content[:3], "b.safetensors: is cut or no safetensors file"),
-        (b"\xff" * 200, "b.safetensors: is cut or no safetensors file"),
+        (content[:3], "b.safetensors: is truncated or no safetensors file"),
+        (b"\xff" * 200, "b.safetensors: is truncated or no safetensors file"),
         (content[:8] + b"{" * (len(content) - 8), "b.safetensors: "),
     ):
         (model / "b.safetensors").write_bytes(broken)
@@ -103,7 +106,7 @@ def test_without_a_stated_dtype_all_tensors_must_agree(model: Path) -> None:
 def test_parts_of_a_tensor_are_read_from_its_file(model: Path) -> None:
     stored = SafetensorsDir(model)
     whole = (load_file(model / "a.safetensors") | load_file(model / "b.safetensors"))[OUT]
-    part = stored.part(OUT)
+    part = stored.tensor(OUT)
     assert part.shape == (32, 64) and stored.dtype == torch.float32
     assert torch.equal(part[:], whole)
     assert torch.equal(part[4:9], whole[4:9])

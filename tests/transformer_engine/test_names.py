@@ -46,7 +46,7 @@ def found(layout: str) -> list[list[dict[str, Any]]]:
 
 
 def expected(kind: str, layout: str, rank: int) -> tuple[Architecture, list[ParamMapping], int]:
-    """The architecture, this rank's rules, and over how many ranks its tensors are cut."""
+    """The architecture, this rank's mappings, and over how many ranks its tensors are sharded."""
     world, options = LAYOUTS[layout]
     architecture = architectures.read_architecture(read_hf_config(directory(kind)))
     experts = None
@@ -77,7 +77,7 @@ def test_parameters_are_those_of_the_tables(kind: str, layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_has_them_where_the_tables_say(kind: str, layout: str) -> None:
-    """Every tensor under the key, of the global shape and at the index of its rule; together they are the model."""
+    """Every tensor under the key, of the global shape and at the index of its mapping; together they are the model."""
     tensor = LAYOUTS[layout][1].get("tensor", 1)
     covered: dict[tuple, set] = {}
     for rank, models in enumerate(found(layout)):
@@ -118,7 +118,7 @@ def test_sixteen_experts_have_sixteen_extra_states() -> None:
 
 def padded(mapping: ParamMapping, tensor: int) -> tuple[int, ...]:
     """The parameter's shape in the unsharded model, its vocabulary padded as under that many ranks."""
-    if isinstance(mapping.layout, Vocabulary):
+    if isinstance(mapping.sharding, Vocabulary):
         return (-(-mapping.shape[0] // tensor) * tensor, *mapping.shape[1:])
     return mapping.shape
 
