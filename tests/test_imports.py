@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BOTTOM = {
-    f"megatron_ext.{name}" for name in ("types", "files", "hashing", "heartbeat", "cpu_compat")
-}  # they import no room
+_BELOW = ("types", "files", "hashing", "heartbeat", "cpu_compat")  # they import no room
+BOTTOM = {f"megatron_ext.{name}" for name in _BELOW}
 ROOMS = {  # room -> what it may import of this project, besides itself and BOTTOM
     "megatron_ext.types": set(),
     "megatron_ext.files": set(),

@@ -136,9 +136,7 @@ def head(a: Architecture, config: Config, *, grad: bool) -> float:
     p, element, tokens = config.parallel, element_bytes(config), config.train.micro_batch_tokens
     width = a.padded_vocab(p.tensor) // p.tensor
     weight, logits = width * a.hidden_size, tokens * width * element
-    hidden = (
-        tokens * a.hidden_size * element * (2 + grad) + tokens * EXCHANGE_PER_TOKEN
-    )  # gathered, selected, its gradient
+    hidden = tokens * a.hidden_size * element * (2 + grad)  # gathered, selected, its gradient
     alive = min(HEAD_CHUNK_BYTES, logits) if config.model.fused_head else logits
     return hidden + tokens * EXCHANGE_PER_TOKEN + alive * (1 + MAXIMA_SHARE) + weight * element * grad
 

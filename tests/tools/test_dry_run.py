@@ -88,7 +88,7 @@ def test_a_tied_embedding_over_two_stages_and_a_padded_vocabulary(shards: Shards
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"whole": 1_543_714_303}, "config.json gives 1,543,714,304"),
+        ({"hf_elements": 1_543_714_303}, "config.json gives 1,543,714,304"),
         ({"held": {"weights": 1}}, "weights 1 built, 3,087,"),
         ({"stream": [("model.norm.weight", (1536,))]}, "export: 338 tensors"),
     ],
