@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BOTTOM = {
-    f"megatron_ext.{name}" for name in ("types", "records", "plugins", "files", "heartbeat", "cpu_compat")
-}  # they import no room
+_BELOW = ("types", "records", "plugins", "files", "hashing", "heartbeat", "cpu_compat")  # they import no room
+BOTTOM = {f"megatron_ext.{name}" for name in _BELOW}
 ROOMS = {  # room -> what it may import of this project, besides itself and BOTTOM
     "megatron_ext.types": {"megatron_ext.records"},
     "megatron_ext.records": set(),
     "megatron_ext.plugins": set(),
     "megatron_ext.files": set(),
+    "megatron_ext.hashing": set(),
     "megatron_ext.heartbeat": set(),
     "megatron_ext.cpu_compat": set(),
     "megatron_ext.gpu_libraries": set(),
@@ -44,7 +44,7 @@ ROOMS = {  # room -> what it may import of this project, besides itself and BOTT
 OF_BOTTOM = {  # where a room does with less than all of BOTTOM
     "megatron_ext.config": {"megatron_ext.files", "megatron_ext.plugins"},
     "megatron_ext.ops": set(),
-    "megatron_ext.methods": {"megatron_ext.types", "megatron_ext.plugins"},
+    "megatron_ext.methods": {"megatron_ext.types", "megatron_ext.plugins", "megatron_ext.hashing"},
 }
 ONLY_IN = {  # package -> the rooms that may import it
     "megatron": (

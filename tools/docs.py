@@ -76,7 +76,8 @@ def out_of_date() -> list[str]:
 
 
 def _key(key: Key) -> list[str]:
-    default = f'name = "{key.default["name"]}"' if isinstance(key.default, dict) else toml_value(key.default)
+    named = isinstance(key.default, dict) and "name" in key.default  # the method's table
+    default = f'name = "{key.default["name"]}"' if named else toml_value(key.default)
     return [f"`{key.name}`", key.values, f"`{default}`", key.description]
 
 

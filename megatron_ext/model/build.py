@@ -55,7 +55,7 @@ class Decay:
 
 @dataclass(frozen=True)
 class Policy:
-    """This rank's part of a model. ``chunks`` are what Megatron's schedules take: ``modules``, wrapped if trained.
+    """This rank's part of a model. ``chunks`` are Megatron's model chunks: ``modules``, wrapped for DDP if trained.
 
     ``fused_head``: its statistics are taken from hidden states, the logits of a micro-batch never exist together.
     """
@@ -67,7 +67,7 @@ class Policy:
 
     @property
     def head_weight(self) -> Tensor:
-        """``[V/TP, D]``: the output layer's rows of this rank, on the last stage."""
+        """``[V/TP, D]``: this rank's shard of the output layer's weight, on the last stage."""
         last: Any = self.modules[-1]
         return last.shared_embedding_or_output_weight() if self.architecture.tied else last.output_layer.weight
 
@@ -140,18 +140,18 @@ def build_modules(architecture: Architecture, layout: ModelLayout, options: Mode
         module.rotary_pos_emb.inv_freq = rope.frequencies(architecture, module.rotary_pos_emb.inv_freq.device)
         _mark_parameters(module)
         if module.post_process:
-            _give_whole_rows(module.output_layer)
+            _take_full_hidden_states(module.output_layer)
         if options.fusions.here().gradient_accumulation:
             _accumulate_in_fp32(module)
     return [module.to(device=cpu_compat.device(), dtype=options.dtype) for module in modules]
 
 
 def _mark_parameters(module: GPTModel) -> None:
-    """Say which parameters are cut over tensor-parallel ranks, and which are experts'.
+    """Say which parameters are sharded over tensor-parallel ranks, and which are experts'.
 
-    Megatron-Core 0.16.1 says so where it draws initial weights, which is skipped here: unmarked, the parts on all
+    Megatron-Core 0.16.1 says so where it draws initial weights, which is skipped here: unmarked, the shards on all
     ranks but the first would pass for copies and be left out of the gradient's norm. And it marks experts under
-    expert parallelism only: without, tensor-parallel ranks that each hold whole experts would train them apart.
+    expert parallelism only: without, tensor-parallel ranks that each hold a copy of the experts would train them apart.
     Transformer Engine's layers are of other classes and mark their own.
     """
     shard: dict[type, int] = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
@@ -164,11 +164,11 @@ def _mark_parameters(module: GPTModel) -> None:
             vars(parameter)["allreduce"] = False
 
 
-def _give_whole_rows(head: ColumnParallelLinear) -> None:
-    """Each row comes to the output layer whole, on every tensor-parallel rank, and goes back with its whole gradient.
+def _take_full_hidden_states(head: ColumnParallelLinear) -> None:
+    """The output layer reads full hidden states on every tensor-parallel rank, and hands back their full gradient.
 
-    Megatron would gather all rows of the sequence under sequence parallelism. The sum over ranks runs while the
-    weight's gradient is computed.
+    Under sequence parallelism Megatron would gather those of all tokens. The sum over ranks runs while the weight's
+    gradient is computed.
     """
     head.sequence_parallel = False
     head.allreduce_dgrad = groups.tensor().size() > 1
@@ -208,7 +208,7 @@ def wrap(architecture: Architecture, modules: list[GPTModel], overlap: Overlap, 
     """The modules wrapped for data parallelism with a distributed-optimizer gradient buffer in fp32.
 
     As Megatron's training loop does it, but nothing is aligned over pipeline stages: each stage reduces its gradients
-    and gathers its weights when they are due there. Of the chunks of a stage only the first is cut into buckets.
+    and gathers its weights when they are due there. Of the chunks of a stage only the first has several buckets.
     """
     config: Any = modules[0].config  # one for all
     chunks = [

@@ -2,8 +2,8 @@
 
     v_s = w . h_s + b      h [S, D] after the final norm on the last pipeline stage, v in fp32
 
-The head is whole on every tensor-parallel rank and works on whole rows, so its gradient is whole as well, with or
-without sequence parallelism: ranks agree without an all-reduce. It starts at zero.
+The head is replicated on every tensor-parallel rank and reads full hidden states, so its gradient is full as well, with
+or without sequence parallelism: ranks agree without an all-reduce. It starts at zero.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from megatron_ext.model.layers import have_transformer_engine
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """How one copy of the model is spread over ranks.
+    """How one copy of the model is sharded over ranks.
 
     A pipeline rank r holds the stages r, r + pipeline, ... (``virtual`` of them, the interleaved schedule); stage s
     has ``stage_layers[s]`` decoder layers, or all stages equally many when none are given.
@@ -76,7 +76,7 @@ RECOMPUTE: dict[str, dict[str, Any]] = {  # what backward computes again instead
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How a model computes, wherever its parts are: keys of [model] of a recipe."""
+    """How a model computes, under any layout: keys of [model] of a recipe."""
 
     dtype: torch.dtype
     recompute: str = "none"  # a key of RECOMPUTE
@@ -95,7 +95,7 @@ def transformer_config(architecture: Architecture, layout: ModelLayout, options:
     ``persist_layer_norm`` is an option of apex's.
 
     ``calculate_per_token_loss`` makes Megatron add gradients over micro-batches and data-parallel ranks without
-    dividing by their number: the weights of the loss already carry the whole mini-batch's counts.
+    dividing by their number: the weights of the loss already carry the full mini-batch's counts.
     """
     a, cuda, fused = architecture, cpu_compat.device().type == "cuda", options.fusions.here()
     return TransformerConfig(
@@ -146,8 +146,8 @@ def stage_sizes(config: TransformerConfig) -> list[int]:
     layout: Any = config.pipeline_model_parallel_layout
     if layout is None:
         return [config.num_layers]
-    per_rank = layout.layout  # [pipeline rank][number of the stage on it] -> the stage's parts
-    return [row[number].count(LayerType.decoder) for number in range(len(per_rank[0])) for row in per_rank]
+    per_rank = layout.layout  # [pipeline rank][number of the stage on it] -> the layers of a stage
+    return [stages[number].count(LayerType.decoder) for number in range(len(per_rank[0])) for stages in per_rank]
 
 
 def _pipeline_layout(a: Architecture, layout: ModelLayout) -> list[list[str]] | None:

@@ -34,7 +34,7 @@ RECOMPUTE: tuple[Recompute, ...] = ("none", "mlp", "full")
 IMBALANCE = 1.5  # assumed: tokens of the busiest expert-parallel rank over the mean
 HEAD_CHUNK_BYTES = 1 << 29  # of logits that the fused head holds at once (ops/linear_policy_stats.py)
 MAXIMA_SHARE = 1 / 32  # of bf16 logits: a 2-byte maximum for every 32 columns (ops/kernels/summary.py)
-EXCHANGE_PER_ROW = 4096  # 256 keys and logits a row, sent and received (ops/nucleus.py)
+EXCHANGE_PER_TOKEN = 4096  # 256 keys and logits a token position, sent and received (ops/nucleus.py)
 PHASES = ("rollout", "score", "update")
 
 
@@ -85,8 +85,8 @@ def bucket_size(p: ParallelConfig) -> float:
 def saved_per_token(a: Architecture, p: ParallelConfig, layer: int, recompute: Recompute) -> float:
     """Elements that one decoder layer keeps for its backward, per token of the micro-batch.
 
-    Kept whole, or in parts under sequence parallelism: the inputs of both norms and what the two linear layers behind
-    them read. In parts over the tensor ranks: the fused projection (the value is a view of it), query and key after
+    Kept in full, or sharded under sequence parallelism: the inputs of both norms and what the two linear layers behind
+    them read. Sharded over the tensor ranks: the fused projection (the value is a view of it), query and key after
     rotation, the attention's output, and in the MLP (unfused): gate and up, silu(gate), a copy of up, and the product;
     an expert's product once more, times its probability.
     """
@@ -130,14 +130,15 @@ def working_layer(a: Architecture, p: ParallelConfig, layers: Sequence[int], rec
 def head(a: Architecture, config: Config, *, grad: bool) -> float:
     """Output layer and statistics on the last stage, for a micro-batch of response tokens only.
 
-    Rows are selected before the product, and backward writes the gradient into the logits: they are alive once.
+    Their hidden states are selected before the product, and backward writes the gradient into the logits: these are
+    alive once.
     """
     p, element, tokens = config.parallel, element_bytes(config), config.train.micro_batch_tokens
     width = a.padded_vocab(p.tensor) // p.tensor
     weight, logits = width * a.hidden_size, tokens * width * element
-    rows = tokens * a.hidden_size * element * (2 + grad) + tokens * EXCHANGE_PER_ROW  # gathered, selected, its gradient
+    hidden = tokens * a.hidden_size * element * (2 + grad)  # gathered, selected, its gradient
     alive = min(HEAD_CHUNK_BYTES, logits) if config.model.fused_head else logits
-    return rows + alive * (1 + MAXIMA_SHARE) + weight * element * grad
+    return hidden + tokens * EXCHANGE_PER_TOKEN + alive * (1 + MAXIMA_SHARE) + weight * element * grad
 
 
 def element_bytes(config: Config) -> int:

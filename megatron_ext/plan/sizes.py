@@ -1,4 +1,4 @@
-"""How large a model is, and each rank's part of it: arithmetic on ``config.json``, no torch.
+"""How large a model is, and each rank's shard of it: arithmetic on ``config.json``, no torch.
 
 Two readings of one model, independent of each other and of the built shards (tools/dry_run.py compares all three):
 
@@ -74,7 +74,7 @@ def active_parameters(a: Architecture) -> int:
 
 @dataclass(frozen=True)
 class Sharding:
-    """Over how many ranks weights are cut, and over how many data-parallel ranks the optimizer's state."""
+    """Over how many ranks weights are sharded, and over how many data-parallel ranks the optimizer's state."""
 
     tensor: int = 1
     expert: int = 1
@@ -146,8 +146,8 @@ def buffers(parameters: Sequence[Parameter], s: Sharding, bucket_size: float = m
 
     A bucket is full when it has ``bucket_size`` elements or more.
 
-    Parameters stand in reverse order, each aligned; dense and expert ones apart; every bucket is cut into equal parts
-    over its data-parallel ranks, and the first part holds the least padding.
+    Parameters stand in reverse order, each aligned; dense and expert ones apart; every bucket is divided equally
+    among its data-parallel ranks, and the first one's share holds the least padding.
     """
     padded = owned = 0
     for expert, ranks in ((False, s.data), (True, s.expert_data)):

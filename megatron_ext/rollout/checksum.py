@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megatron_ext.rollout.sampling import mix
+from megatron_ext.hashing import mix
 
 BLOCK_BYTES = 2**25  # mixed at once: bounds the memory for it
 

@@ -147,7 +147,7 @@ def fill(module: GPTModel, architecture: Architecture, weights: Mapping[str, Ten
     parameters = dict(module.named_parameters())
     for mapping in module_mappings(module, architecture):
         group = groups.expert_tensor() if mapping.expert else groups.tensor()
-        shard = mapping.layout.shard([weights[name] for name in mapping.hf], group.rank(), group.size())
+        shard = mapping.sharding.shard([weights[name] for name in mapping.hf], group.rank(), group.size())
         parameters.pop(mapping.megatron).data.copy_(shard)
     assert not parameters, parameters.keys()
 

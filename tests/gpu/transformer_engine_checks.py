@@ -193,7 +193,7 @@ def _built(here: Here, truth: Truth, *overrides: str) -> Found:
         (module,) = learning.trained.model.modules
         gradients: dict[str, Tensor] = {}
         for mapping in module_mappings(module, architecture):
-            parts = mapping.layout.join([learning.gradient_of(mapping.megatron).clone()])
+            parts = mapping.sharding.join([learning.gradient_of(mapping.megatron).clone()])
             gradients |= dict(zip(mapping.hf, parts, strict=True))
         return Found(logprobs, alone, gradients, peak, took)
 

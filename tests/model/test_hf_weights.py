@@ -77,7 +77,7 @@ def in_layout(world: int, path: str, layout: dict[str, Any], sequences: Sequence
             hf_weights.load_weights(module, architecture, path)
         streamed = list(hf_weights.PolicyWeights(policy))
         multiple = layout.get("tensor", 1) if layout.get("sequence") else 1
-        packed = [packing.pack([sequences[i] for i in rows], multiple=multiple) for rows in bins(sequences)]
+        packed = [packing.pack([sequences[i] for i in indices], multiple=multiple) for indices in bins(sequences)]
         with torch.no_grad():
             logits = run_pipeline(
                 policy, packed, lambda output, micro_batch: full_logits(policy, output, micro_batch), None
@@ -92,7 +92,7 @@ def bins(sequences: Sequences) -> list[list[int]]:
 
 
 def full_logits(policy: build.Policy, output: Tensor, micro_batch: PackedSequences) -> Tensor:
-    """``[T, V]`` of the rows that predict a response token."""
+    """``[T, V]`` of the positions that predict a response token."""
     own = logits_of(policy, select_hidden(policy, output, micro_batch))
     parts = [torch.empty_like(own) for _ in range(groups.tensor().size())]
     dist.all_gather(parts, own, group=groups.tensor())
@@ -117,7 +117,7 @@ def test_weights_return_bitwise_and_logits_match_transformers(kind: str, tied: b
             model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
             for prompt, response in sequences
         ]
-    expected = torch.cat([logits[i] for rows in bins(sequences) for i in rows])
+    expected = torch.cat([logits[i] for indices in bins(sequences) for i in indices])
     stored = load_file(path / "model.safetensors")
     for world, layouts in every_layout.items():
         for found in gloo.run(in_layouts, world, str(path), layouts, sequences):

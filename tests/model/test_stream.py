@@ -18,7 +18,7 @@ from megatron_ext.model.megatron_config import ModelLayout, ModelOptions
 from tests import gloo, tiny
 
 LAYERS, EXPERTS = 2, 16
-NORMS = 2  # of a dense layer: whole on every rank
+NORMS = 2  # of a dense layer: replicated on every rank
 LAYOUTS: list[tuple[str, dict[str, Any], int, int]] = [  # model, layout, gathers of rank 0, broadcasts
     ("qwen2", {"tensor": 2}, LAYERS + 3, 0),
     (
@@ -26,7 +26,7 @@ LAYOUTS: list[tuple[str, dict[str, Any], int, int]] = [  # model, layout, gather
         {"tensor": 2, "sequence": True},
         LAYERS + 3,
         0,
-    ),  # and embedding, last norm, output layer; experts are whole
+    ),  # and embedding, last norm, output layer; experts are not sharded
     ("qwen3_moe", {"expert": 2}, LAYERS, 0),
     ("qwen3_moe", {"tensor": 2, "sequence": True, "expert": 2}, 2 * LAYERS + 3, 0),
     (
@@ -91,5 +91,5 @@ def owned(rank: int, world: int, path: str) -> bool:
     found = list(hf_weights.PolicyWeights(policy))
     parameters = {p.untyped_storage().data_ptr() for module in policy.modules for p in module.parameters()}
     storages = [tensor.untyped_storage() for _, tensor in found]
-    whole = all(s.nbytes() == t.numel() * t.element_size() for s, (_, t) in zip(storages, found, strict=True))
-    return whole and not parameters & {storage.data_ptr() for storage in storages}
+    own_storage = all(s.nbytes() == t.numel() * t.element_size() for s, (_, t) in zip(storages, found, strict=True))
+    return own_storage and not parameters & {storage.data_ptr() for storage in storages}

@@ -40,7 +40,7 @@ def plan(found: Config, roles: Roles = Roles(), gpu_memory: float = 80e9) -> Pla
 
 def test_the_state_of_a_rank_is_weights_gradients_and_adam() -> None:
     found = plan(config(), Roles(reference=True, critic=True)).ranks[0].phases
-    quarter = 1_904_057_344  # elements of one of four tensor-parallel ranks, norms whole
+    quarter = 1_904_057_344  # elements of one of four tensor-parallel ranks, norms in full
     for phase in PHASES:
         assert found[phase]["weights"] == 2 * quarter
         assert found[phase]["gradients"] == 4 * quarter
@@ -54,9 +54,9 @@ def test_the_state_of_a_rank_is_weights_gradients_and_adam() -> None:
 def test_activations_of_a_dense_layer() -> None:
     p = ParallelConfig(nodes=1, tensor=4, sequence=True)
     D, q, kv, F = 3584, 3584, 512, 18944
-    whole = (4 * D + 3 * q + 3 * kv + 2 * 28 + 5 * F) / 4
-    assert memory.saved_per_token(SEVEN, p, 0, "none") == whole
-    assert memory.saved_per_token(SEVEN, p, 0, "mlp") == whole - (D + 5 * F) / 4
+    per_token = (4 * D + 3 * q + 3 * kv + 2 * 28 + 5 * F) / 4
+    assert memory.saved_per_token(SEVEN, p, 0, "none") == per_token
+    assert memory.saved_per_token(SEVEN, p, 0, "mlp") == per_token - (D + 5 * F) / 4
     assert memory.saved_per_token(SEVEN, p, 0, "full") == D / 4
     without = ParallelConfig(nodes=1, tensor=4)
     assert memory.saved_per_token(SEVEN, without, 0, "full") == D
@@ -94,7 +94,7 @@ def test_the_kv_cache_of_known_models() -> None:
 
 def test_the_head_counts_what_is_alive_at_once() -> None:
     tokens, width, D = 16384, 152064 // 4, 3584
-    logits, exchange = 2 * tokens * width * 33 / 32, 4096 * tokens  # and a maximum for every 32 of a row
+    logits, exchange = 2 * tokens * width * 33 / 32, 4096 * tokens  # and a maximum for every 32 of a position
     assert memory.head(SEVEN, config(), grad=False) == logits + 2 * 2 * tokens * D + exchange
     unfused = memory.head(SEVEN, config(), grad=True)
     assert unfused == logits + 2 * width * D + 3 * 2 * tokens * D + exchange

@@ -71,7 +71,7 @@ class Trainer:
             whole = [_whole(name, self.policy.architecture, seed) for name in mapping.hf]
             yield (
                 parameters[mapping.megatron],
-                mapping.layout.shard(whole, groups.tensor().rank(), groups.tensor().size()),
+                mapping.sharding.shard(whole, groups.tensor().rank(), groups.tensor().size()),
             )
 
     def fill(self, seed: int) -> Trainer:
@@ -130,7 +130,7 @@ class Trainer:
             for mapping in stage_mappings(architecture, self.policy.stages, stage):
                 for kind in ("weight", "param", "exp_avg", "exp_avg_sq"):
                     parts = [held[stage, r][kind, mapping.megatron] for r in range(groups.tensor().size())]
-                    for name, value in zip(mapping.hf, mapping.layout.join(parts), strict=True):
+                    for name, value in zip(mapping.hf, mapping.sharding.join(parts), strict=True):
                         assert torch.equal(found.setdefault(f"{kind} {name}", value), value), (kind, name)
         return found
 

@@ -88,7 +88,7 @@ def same(left: Path, right: Path, shapes: dict[str, Shape]) -> None:
     """Raises RuntimeError naming the first tensor that differs."""
     one, other = SafetensorsDir(left), SafetensorsDir(right)
     for name in shapes:
-        if not torch.equal(one.part(name)[:].view(torch.int16), other.part(name)[:].view(torch.int16)):
+        if not torch.equal(one.tensor(name)[:].view(torch.int16), other.tensor(name)[:].view(torch.int16)):
             raise RuntimeError(f"{name} did not return bitwise")
 
 

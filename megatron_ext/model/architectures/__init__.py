@@ -24,7 +24,7 @@ FAMILIES = {  # by config.json's model_type
 
 
 def read_architecture(hf: dict[str, Any], family: Family | None = None) -> Architecture:
-    """The architecture that ``config.json`` describes, by the rules of ``family`` or of the one in ``FAMILIES``.
+    """The architecture that ``config.json`` describes, read by ``family`` or by the one in ``FAMILIES``.
 
     Raises ValueError for a model of another family, and for what its family does not support.
     """
