@@ -25,7 +25,7 @@ PRELUDE = 'set -euo pipefail\nsbatch() { DRY_RUN=1 bash "$@"; }\n'
 SHOWN = {  # part of a command -> what its output must hold
     "tools.quickstart": "held-out problems, 8 responses each",
     "tools.methods": "| `siren` |",
-    "--print-config": "tau = 0.5",
+    "--print-config": "tau",
     "name=aer\n": "aer 2/2",
     "ls runs/quickstart": "report.html",
     "metrics.jsonl": '"entropy/full"',
@@ -52,7 +52,7 @@ def as_tested(above: str, code: str) -> tuple[str, int]:
 
 def checkout(folder: Path) -> Path:
     """Links to what the tutorial's commands read; what they write stays in ``folder``."""
-    for name in ("Makefile", "pyproject.toml", "recipes", "requirements", "slurm", "tools", "megatron_ext"):
+    for name in ("Makefile", "pyproject.toml", "setup.py", "recipes", "requirements", "slurm"):
         (folder / name).symlink_to(ROOT / name)
     (folder / ".venv").symlink_to(sys.prefix)
     return folder
