@@ -31,7 +31,7 @@ SHOWN = {  # part of a command -> what its output must hold
     "metrics.jsonl": '"entropy/full"',
     "compare_runs": "method.name",
     "--gpu a100": "does not fit",
-    "--dry-run": "7,615,616,512",
+    "2n8g.toml --dry-run": "7,615,616,512",
     "DRY_RUN=1": "srun --nodes=2",
     "sbatch slurm/siren_tiny.sh": "recipes/siren/siren-tiny-cpu.toml",
     "RECIPE=": "recipes/dr_grpo/dr_grpo-qwen2.5-math-7b-2n8g.toml train.steps=50",
