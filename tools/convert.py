@@ -82,8 +82,8 @@ def to_hf(checkpoint: Path, out: Path, *, source: Path | None, shard_bytes: int)
     Raises CheckpointError for a damaged, absent or unfitting one, ConfigError for a missing model.
     """
     from megatron_ext.checkpoint.full_tensors import CheckpointTensors
+    from megatron_ext.model.architectures import read_architecture
     from megatron_ext.model.export import write_hf
-    from megatron_ext.model.hf_config import read_architecture
     from megatron_ext.model.param_mapping import full_mappings, hf_shapes
 
     from .model_card import model_card
@@ -120,7 +120,7 @@ def from_hf(model: Path, out: Path) -> int:
     Raises ValueError naming everything about its files and tensors that is not as config.json says.
     """
     from megatron_ext.checkpoint.full_tensors import write_tensors
-    from megatron_ext.model.hf_config import read_architecture
+    from megatron_ext.model.architectures import read_architecture
     from megatron_ext.model.hf_weights import open_weights
     from megatron_ext.model.param_mapping import full_mappings
 

@@ -29,7 +29,7 @@ from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.schema import Config
 from megatron_ext.config.shipped import RECIPES, outside
-from megatron_ext.model.hf_config import Architecture, read_architecture
+from megatron_ext.model.architectures import Architecture, read_architecture
 from megatron_ext.plan.device import TOTAL_BYTES
 from megatron_ext.plan.layout import Plan, make_plan
 from megatron_ext.plan.memory import num_engines

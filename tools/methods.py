@@ -27,16 +27,16 @@ BEGIN, END = "<!-- begin: python -m tools.methods --write -->", "<!-- end -->"
 COLUMNS = ("`method.name`", "what it is", "paper", "options", "needs", "state", "groups", "recipe")
 
 
-def table() -> str:
-    """All methods in Markdown, in the order of METHODS."""
+def table(*, links: bool = True) -> str:
+    """All methods in Markdown, in the order of METHODS; their recipes are links from recipes/README.md, or paths."""
     lines = [_row(COLUMNS), _row("---" for _ in COLUMNS)]
-    return "\n".join([*lines, *(_row(cells(name)) for name in METHODS)])
+    return "\n".join([*lines, *(_row([*cells(name), _recipe(name, links)]) for name in METHODS)])
 
 
 def cells(name: str) -> list[str]:
+    """A row without its recipe."""
     method, cls = create({"name": name}), METHODS[name]
     title, papers = headline(cls)
-    recipe = f"{name}/{name}-tiny-cpu.toml"
     return [
         f"`{name}`",
         title,
@@ -45,8 +45,12 @@ def cells(name: str) -> list[str]:
         ", ".join(needed(method.needs)),
         ", ".join(f"`{state}`" for state in method.state_dict()),
         "relative" if method.group_relative else "no part",
-        f"[{recipe}]({recipe})",
     ]
+
+
+def _recipe(name: str, link: bool) -> str:
+    path = f"{name}/{name}-tiny-cpu.toml"
+    return f"[{path}]({path})" if link else f"`recipes/{path}`"
 
 
 def headline(cls: type[Method]) -> tuple[str, list[str]]:

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from megatron_ext import cpu_compat
 from megatron_ext.model import groups, rope
-from megatron_ext.model.hf_config import Architecture
+from megatron_ext.model.architectures import Architecture
 from megatron_ext.model.layers import block_spec
-from megatron_ext.model.megatron_config import FUSED, Fusions, ModelLayout, stage_sizes, transformer_config
+from megatron_ext.model.megatron_config import ModelLayout, ModelOptions, stage_sizes, transformer_config
 from megatron_ext.ops.shard import VocabShard
 
 
@@ -113,34 +113,26 @@ class HiddenStateModel(GPTModel):
         return hidden_states
 
 
-def build_modules(
-    architecture: Architecture,
-    *,
-    dtype: torch.dtype,
-    recompute: str = "none",
-    fusions: Fusions = FUSED,
-    **layout: Any,
-) -> list[GPTModel]:
-    """This rank's stages with uninitialised weights, in order; ``layout`` holds the fields of ``ModelLayout``.
+def build_modules(architecture: Architecture, layout: ModelLayout, options: ModelOptions) -> list[GPTModel]:
+    """This rank's stages with uninitialised weights, in order.
 
     Megatron's process groups must exist. Raises ValueError when the layers do not fit the stages.
     """
-    spread = ModelLayout(**layout)
-    config = transformer_config(architecture, spread, dtype, recompute=recompute, fusions=fusions)
-    stages, rank = spread.stages(architecture.num_layers), groups.pipeline().rank()
-    own = range(rank, len(stages), spread.pipeline)
+    config = transformer_config(architecture, layout, options)
+    stages, rank = layout.stages(architecture.num_layers), groups.pipeline().rank()
+    own = range(rank, len(stages), layout.pipeline)
     modules = [
         HiddenStateModel(
             config=config,
             transformer_layer_spec=block_spec(config, _with_experts(architecture, stages, stage)),  # pyright: ignore
-            vocab_size=architecture.padded_vocab(spread.tensor),
+            vocab_size=architecture.padded_vocab(layout.tensor),
             max_sequence_length=architecture.max_positions,
             pre_process=stage == 0,
             post_process=stage == len(stages) - 1,
             parallel_output=True,
             share_embeddings_and_output_weights=architecture.tied,
             position_embedding_type="rope",
-            vp_stage=number if spread.virtual > 1 else None,
+            vp_stage=number if layout.virtual > 1 else None,
         )
         for number, stage in enumerate(own)
     ]
@@ -149,9 +141,9 @@ def build_modules(
         _mark_parameters(module)
         if module.post_process:
             _give_whole_rows(module.output_layer)
-        if fusions.here().gradient_accumulation:
+        if options.fusions.here().gradient_accumulation:
             _accumulate_in_fp32(module)
-    return [module.to(device=cpu_compat.device(), dtype=dtype) for module in modules]
+    return [module.to(device=cpu_compat.device(), dtype=options.dtype) for module in modules]
 
 
 def _mark_parameters(module: GPTModel) -> None:
@@ -201,10 +193,15 @@ def _with_experts(architecture: Architecture, stages: Sequence[int], stage: int)
 
 
 def build_policy(
-    architecture: Architecture, *, overlap: Overlap = OVERLAPPED, fused_head: bool = False, **options: Any
+    architecture: Architecture,
+    layout: ModelLayout,
+    options: ModelOptions,
+    *,
+    overlap: Overlap = OVERLAPPED,
+    fused_head: bool = False,
 ) -> Policy:
-    """``build_modules`` ready for training."""
-    return wrap(architecture, build_modules(architecture, **options), overlap, fused_head=fused_head)
+    """This rank's part of the policy with uninitialised weights, ready for training."""
+    return wrap(architecture, build_modules(architecture, layout, options), overlap, fused_head=fused_head)
 
 
 def wrap(architecture: Architecture, modules: list[GPTModel], overlap: Overlap, *, fused_head: bool = False) -> Policy:
@@ -246,9 +243,11 @@ def _await_head(chunk: DistributedDataParallel) -> None:
         module.decoder.final_layernorm.register_forward_pre_hook(lambda *_: bucket_group.finish_param_sync())
 
 
-def build_reference(architecture: Architecture, *, fused_head: bool = False, **options: Any) -> Policy:
-    """``build_modules`` frozen: no gradients, no wrapper."""
-    modules = build_modules(architecture, **options)
+def build_reference(
+    architecture: Architecture, layout: ModelLayout, options: ModelOptions, *, fused_head: bool = False
+) -> Policy:
+    """This rank's part of a frozen model with uninitialised weights: no gradients, no wrapper."""
+    modules = build_modules(architecture, layout, options)
     for module in modules:
         module.requires_grad_(False)
     return Policy(architecture, modules, list(modules), fused_head)

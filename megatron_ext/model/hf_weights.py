@@ -22,8 +22,8 @@ from torch import Tensor
 
 from megatron_ext import cpu_compat
 from megatron_ext.model import groups
+from megatron_ext.model.architectures import Architecture
 from megatron_ext.model.build import Policy
-from megatron_ext.model.hf_config import Architecture
 from megatron_ext.model.layers import have_transformer_engine
 from megatron_ext.model.param_mapping import ParamMapping, hf_shapes, mappings, stage_mappings
 from megatron_ext.model.safetensors_dir import SafetensorsDir, misfits

@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_ext.model.hf_config import Architecture
+from megatron_ext.model.architectures import Architecture
 from megatron_ext.model.tp_sharding import QKV, Replicated, Split, TPSharding, Vocabulary
 
 Shape = tuple[int, ...]

@@ -17,7 +17,7 @@ Nothing here was measured with this repository. A measured number replaces its c
 from __future__ import annotations
 
 from megatron_ext.config.schema import Config
-from megatron_ext.model.hf_config import Architecture
+from megatron_ext.model.architectures import Architecture
 
 GIB = 2**30
 TOTAL_BYTES = {

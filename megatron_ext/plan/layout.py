@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_ext.config.checks import layout_faults, read_hf_config
 from megatron_ext.config.schema import Config
-from megatron_ext.model.hf_config import Architecture, read_architecture
+from megatron_ext.model.architectures import Architecture, read_architecture
 from megatron_ext.plan import device, memory, speed
 from megatron_ext.plan.memory import RankMemory, Roles
 from megatron_ext.plan.sizes import active_parameters, num_parameters

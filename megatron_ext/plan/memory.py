@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_ext.config.schema import Config, ParallelConfig
-from megatron_ext.model.hf_config import Architecture
+from megatron_ext.model.architectures import Architecture
 from megatron_ext.plan import device
 from megatron_ext.plan.sizes import Buffers, Sharding, attention_widths, buffers, num_parameters, stage_parameters
 

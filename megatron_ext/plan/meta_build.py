@@ -20,11 +20,11 @@ from megatron_ext import cpu_compat
 from megatron_ext.config.schema import Config, OptimizerConfig, ParallelConfig
 from megatron_ext.methods.base import Needs
 from megatron_ext.model import groups, parallel
+from megatron_ext.model.architectures import Architecture
 from megatron_ext.model.build import Policy, build_policy, build_reference
 from megatron_ext.model.critic import build_critic
-from megatron_ext.model.hf_config import Architecture
 from megatron_ext.model.hf_weights import module_mappings, stream_names
-from megatron_ext.model.megatron_config import Fusions
+from megatron_ext.model.megatron_config import ModelOptions
 from megatron_ext.model.optimizer_state import parts, state_tensors
 from megatron_ext.model.tp_sharding import Replicated
 from megatron_ext.model.trainable import TrainableModel
@@ -52,23 +52,18 @@ class Shard:
 def build_shard(config: Config, architecture: Architecture, needs: Needs, rank: int) -> Shard:
     """The shard of global rank ``rank``. Its process must not belong to a process group."""
     cpu_compat.enter()
-    options: dict[str, Any] = {
-        "dtype": getattr(torch, config.model.dtype),
-        "recompute": config.model.recompute,
-        "fusions": Fusions(**config.model.fusions.model_dump()),
-        **parallel.model_layout(config.parallel),
-    }
+    layout, options = parallel.model_layout(config.parallel), ModelOptions.from_config(config.model)
     overlap = parallel.overlap(config.parallel)
     with _as_rank(config.parallel, rank):
         reference = critic = None
         with cpu_compat.on_meta():
-            policy = build_policy(architecture, overlap=overlap, fused_head=config.model.fused_head, **options)
+            policy = build_policy(architecture, layout, options, overlap=overlap, fused_head=config.model.fused_head)
             trained = TrainableModel.build(policy, _some_schedule(config.optimizer))
             if needs.reference:
-                reference = build_reference(architecture, fused_head=config.model.fused_head, **options)
+                reference = build_reference(architecture, layout, options, fused_head=config.model.fused_head)
             if needs.value:
                 critic = TrainableModel.build(
-                    build_critic(architecture, lambda modules: None, overlap=overlap, **options),
+                    build_critic(architecture, layout, options, fill=lambda modules: None, overlap=overlap),
                     _some_schedule(config.critic),
                     section="critic",
                 )

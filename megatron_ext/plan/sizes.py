@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_ext.model.hf_config import Architecture
+from megatron_ext.model.architectures import Architecture
 
 ALIGNMENT = 64  # elements: where Megatron-Core's gradient buffers start a parameter
 BUCKET_ALIGNMENT = 128  # elements: what ends a bucket, together with the data-parallel size

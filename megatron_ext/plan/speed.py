@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_ext.config.schema import Config
-from megatron_ext.model.hf_config import Architecture
+from megatron_ext.model.architectures import Architecture
 from megatron_ext.plan import memory
 from megatron_ext.plan.memory import Roles
 from megatron_ext.plan.sizes import active_parameters, attention_widths, num_parameters

@@ -33,11 +33,11 @@ from megatron_ext.metrics.alarms import Alarms
 from megatron_ext.metrics.display import Watch
 from megatron_ext.metrics.writer import MetricsWriter, sample_record, token_texts, write_config
 from megatron_ext.model import kernels, parallel
+from megatron_ext.model.architectures import Architecture, read_architecture
 from megatron_ext.model.build import build_policy, build_reference
 from megatron_ext.model.critic import build_critic
-from megatron_ext.model.hf_config import Architecture, read_architecture
 from megatron_ext.model.hf_weights import PolicyWeights
-from megatron_ext.model.megatron_config import Fusions
+from megatron_ext.model.megatron_config import ModelOptions
 from megatron_ext.model.reference import Reference
 from megatron_ext.model.trainable import TrainableModel
 from megatron_ext.rollout.base import RolloutEngine, RolloutError
@@ -211,28 +211,23 @@ def build(config: Config, pool: RewardPool) -> Trainer:
         architecture = read_architecture(read_hf_config(config.model.path))
     problems = _load_data(config, pool, architecture.vocab_size)
     order = data_order(config, [problem for problem, _ in problems])
-    layout: dict[str, Any] = {
-        "dtype": getattr(torch, config.model.dtype),
-        "recompute": config.model.recompute,
-        "fusions": Fusions(**config.model.fusions.model_dump()),
-        **parallel.model_layout(config.parallel),
-    }
+    layout, model_options = parallel.model_layout(config.parallel), ModelOptions.from_config(config.model)
     overlap = parallel.overlap(config.parallel)
     _tell(f"kernels: {_kernels(config, architecture)}")
     with _users_files():
         start = WeightInitializer(config.model, architecture)  # before a model of any size is built
-    policy = build_policy(architecture, overlap=overlap, fused_head=config.model.fused_head, **layout)
+    policy = build_policy(architecture, layout, model_options, overlap=overlap, fused_head=config.model.fused_head)
     with _users_files():
         start.fill(policy.modules)
     reference: Reference | None = None
     if method.needs.reference:
-        frozen = build_reference(architecture, fused_head=config.model.fused_head, **layout)
+        frozen = build_reference(architecture, layout, model_options, fused_head=config.model.fused_head)
         start.fill(frozen.modules)
         reference = Reference(frozen, device=cpu_compat.device(), offload=config.model.offload_reference)
     options = optimizers(config, method)
     actor, critic = TrainableModel.build(policy, options["optimizer"]), None
     if method.needs.value:
-        value_model = build_critic(architecture, start.fill, overlap=overlap, **layout)
+        value_model = build_critic(architecture, layout, model_options, fill=start.fill, overlap=overlap)
         critic = TrainableModel.build(value_model, options["critic"], section="critic")
     learner = Learner(config, method, actor, critic, reference)
     checkpoints = Checkpoints(
@@ -274,7 +269,7 @@ def _kernels(config: Config, architecture: Architecture) -> str:
             tensor=config.parallel.tensor,
             dtype=getattr(torch, config.model.dtype),
             longest=config.longest_sequence,
-            fusions=Fusions(**config.model.fusions.model_dump()),
+            fusions=ModelOptions.from_config(config.model).fusions,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None

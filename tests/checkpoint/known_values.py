@@ -19,7 +19,8 @@ from torch import Tensor
 from megatron_ext import cpu_compat
 from megatron_ext.config.schema import OptimizerConfig, ParallelConfig
 from megatron_ext.model import build, parallel
-from megatron_ext.model.hf_config import Architecture, Experts
+from megatron_ext.model.architectures import Architecture, Experts
+from megatron_ext.model.megatron_config import ModelLayout, ModelOptions
 from megatron_ext.model.trainable import TrainableModel
 
 ARCHITECTURE = Architecture(
@@ -46,7 +47,7 @@ STEPS = 5
 def build_trained(world: int, layout: dict[str, Any]) -> TrainableModel:
     cpu_compat.enter()
     parallel.initialize(ParallelConfig(ranks_per_node=world, **layout))
-    policy = build.build_policy(ARCHITECTURE, dtype=torch.bfloat16, **layout)
+    policy = build.build_policy(ARCHITECTURE, ModelLayout(**layout), ModelOptions(torch.bfloat16))
     return TrainableModel.build(policy, OptimizerConfig(lr=0.01))
 
 

@@ -21,7 +21,8 @@ from megatron_ext.checkpoint.local_shards import trained_pieces
 from megatron_ext.checkpoint.manifest import CheckpointError
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.schema import OptimizerConfig, ParallelConfig
-from megatron_ext.model import build, groups, hf_config, hf_weights, parallel
+from megatron_ext.model import architectures, build, groups, hf_weights, parallel
+from megatron_ext.model.megatron_config import ModelLayout, ModelOptions
 from megatron_ext.model.trainable import TrainableModel
 from tests import gloo, tiny
 from tests.checkpoint import known_values
@@ -45,8 +46,8 @@ CASES.append(("qwen3_moe_mixed", 2, {"pipeline": 2}))
 def trained(world: int, path: str, layout: dict[str, Any]) -> TrainableModel:
     cpu_compat.enter()
     parallel.initialize(ParallelConfig(ranks_per_node=world, **layout))
-    architecture = hf_config.read_architecture(read_hf_config(path))
-    policy = build.build_policy(architecture, dtype=torch.float32, **layout)
+    architecture = architectures.read_architecture(read_hf_config(path))
+    policy = build.build_policy(architecture, ModelLayout(**layout), ModelOptions(torch.float32))
     for module in policy.modules:
         hf_weights.load_weights(module, architecture, path)
     return TrainableModel.build(policy, OptimizerConfig(lr=0.01, clip_grad=1e9))

@@ -13,7 +13,8 @@ from megatron_ext import cpu_compat
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.schema import ParallelConfig
 from megatron_ext.methods.base import Needs
-from megatron_ext.model import build, forward, hf_config, parallel
+from megatron_ext.model import architectures, build, forward, parallel
+from megatron_ext.model.megatron_config import ModelLayout, ModelOptions
 from megatron_ext.train import packing
 from megatron_ext.types import TokenStats
 from tests import gloo, tiny
@@ -65,8 +66,8 @@ def products(rank: int, world: int, path: str, layout: dict[str, Any], tied: boo
     """Of one micro-batch: rows in each product, how many tensors of logits' width took part, and what was scattered."""
     cpu_compat.enter()
     parallel.initialize(ParallelConfig(ranks_per_node=world, **layout))
-    architecture = hf_config.read_architecture(read_hf_config(path))
-    policy = build.build_policy(architecture, dtype=torch.float32, **layout)
+    architecture = architectures.read_architecture(read_hf_config(path))
+    policy = build.build_policy(architecture, ModelLayout(**layout), ModelOptions(torch.float32))
     for parameter in (p for module in policy.modules for p in module.parameters()):
         parameter.data.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.2)
     draw = torch.Generator().manual_seed(3)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_ext.model import hf_config
+from megatron_ext.model import architectures
 from megatron_ext.model.hf_weights import open_weights
 from megatron_ext.model.safetensors_dir import INDEX, SafetensorsDir
 from tests import tiny
@@ -39,7 +39,7 @@ def write(folder: Path, weights: dict[str, Tensor]) -> None:
 
 
 def faults(folder: Path) -> str:
-    architecture = hf_config.read_architecture(json.loads((folder / "config.json").read_text()))
+    architecture = architectures.read_architecture(json.loads((folder / "config.json").read_text()))
     with pytest.raises(ValueError) as caught:
         open_weights(folder, architecture)
     return str(caught.value)

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.schema import Config, ParallelConfig
-from megatron_ext.model.hf_config import read_architecture
+from megatron_ext.model.architectures import read_architecture
 from megatron_ext.ops.linear_policy_stats import CHUNK_BYTES
 from megatron_ext.plan import device, memory, speed
 from megatron_ext.plan.layout import Plan, make_plan, nearest_fit
@@ -88,7 +88,7 @@ def test_the_kv_cache_of_known_models() -> None:
     assert memory.kv_bytes_per_token(SEVEN, config()) == 57_344  # 28 layers x 2 x 4 x 128 x 2 bytes
     cache = memory.kv_cache(SEVEN, config())
     assert cache == pytest.approx(64 * 4096 * 57_344 * 29 / 28)
-    shared = config(rollout={"engine": "vllm", "tensor": 2})
+    shared = config(rollout={"engine": "vllm", "tensor_parallel_size": 2})
     assert memory.kv_capacity(SEVEN, shared, 4096 * 57_344 / 2 * 7.5) == 7
 
 
@@ -137,7 +137,7 @@ def test_a_layout_that_does_not_fit_has_a_neighbour_that_does() -> None:
 
 
 def test_an_engine_needs_room_for_a_sequence() -> None:
-    asleep = config(rollout={"engine": "vllm", "tensor": 4})
+    asleep = config(rollout={"engine": "vllm", "tensor_parallel_size": 4})
     roomy = plan(asleep)
     assert roomy.fits and "rollout weights" not in roomy.worst.phases["update"]
     assert roomy.kv_sequences > 500
@@ -146,10 +146,19 @@ def test_an_engine_needs_room_for_a_sequence() -> None:
 
 
 @pytest.mark.parametrize(("eager", "graphs"), [(False, 1.5e9), (True, 0)])
-def test_an_engine_takes_its_share_of_the_total_memory(enforce_eager: bool, graphs: float) -> None:
+def test_an_engine_takes_its_share_of_the_total_memory(eager: bool, graphs: float) -> None:
     """Weights, work, graphs and cache are the share; what else is on the GPU stands beside it."""
     for share in (0.3, 0.6):
-        found = plan(config(rollout={"engine": "vllm", "tensor": 2, "memory_share": share, "eager": enforce_eager}))
+        found = plan(
+            config(
+                rollout={
+                    "engine": "vllm",
+                    "tensor_parallel_size": 2,
+                    "gpu_memory_utilization": share,
+                    "enforce_eager": eager,
+                }
+            )
+        )
         rollout = dict(found.worst.phases["rollout"])
         engine = [rollout.pop(item) for item in ("rollout weights", "rollout work", "KV cache")]
         engine.append(rollout.pop("CUDA graphs", 0))
@@ -199,6 +208,6 @@ def test_every_full_size_recipe_leaves_three_gigabytes_in_every_phase(path: Path
 
 
 def test_servers_have_gpus_of_their_own() -> None:
-    apart = plan(config(rollout={"engine": "vllm_server", "tensor": 2, "servers": {"num": 3}}))
+    apart = plan(config(rollout={"engine": "vllm_server", "tensor_parallel_size": 2, "servers": {"num": 3}}))
     assert not {"rollout weights", "KV cache"} & apart.worst.phases["rollout"].keys()
     assert apart.kv_sequences > 50 and memory.num_engines(apart.config) == 3

@@ -8,7 +8,7 @@ import pytest
 from safetensors import safe_open
 
 from megatron_ext.config.checks import read_hf_config
-from megatron_ext.model.hf_config import read_architecture
+from megatron_ext.model.architectures import read_architecture
 from megatron_ext.plan import sizes
 from megatron_ext.plan.sizes import (
     Parameter,

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from megatron_ext.config.checks import read_hf_config
-from megatron_ext.model import hf_config
-from megatron_ext.model.hf_config import Architecture
+from megatron_ext.model import architectures
+from megatron_ext.model.architectures import Architecture
 from megatron_ext.model.param_mapping import ParamMapping, mappings
 from megatron_ext.model.tp_sharding import Vocabulary
 from tests import tiny
@@ -48,7 +48,7 @@ def found(layout: str) -> list[list[dict[str, Any]]]:
 def expected(kind: str, layout: str, rank: int) -> tuple[Architecture, list[ParamMapping], int]:
     """The architecture, this rank's rules, and over how many ranks its tensors are cut."""
     world, options = LAYOUTS[layout]
-    architecture = hf_config.read_architecture(read_hf_config(directory(kind)))
+    architecture = architectures.read_architecture(read_hf_config(directory(kind)))
     experts = None
     if architecture.experts is not None and "expert" in options:
         own = architecture.experts.num // world

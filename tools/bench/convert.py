@@ -25,8 +25,8 @@ from rich.table import Table
 from torch import Tensor
 
 from megatron_ext.config.checks import read_hf_config
+from megatron_ext.model.architectures import read_architecture
 from megatron_ext.model.export import write_hf
-from megatron_ext.model.hf_config import read_architecture
 from megatron_ext.model.param_mapping import Shape, hf_shapes
 from megatron_ext.model.safetensors_dir import SafetensorsDir
 
