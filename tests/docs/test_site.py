@@ -17,11 +17,13 @@ import torch
 
 from tests.docs.pages import PAGES, ROOT, blocks
 from tests.methods.cases import Case, clipped, close, entropy, run
+from tools.cli import COMMANDS
 
 WORDS = 900  # of the README
 OURS = ("megatron_ext", "tools", "tests", "recipes", "slurm", "docs", "requirements")
 FILES = re.compile(rf"`((?:{'|'.join(OURS)})/[\w./-]*)`")
 MODULES = re.compile(r"python -m ((?:tools|tests)(?:\.\w+)+)")
+CONSOLE = re.compile(r"(?m)(?:^|`)megatron-entropy ([a-z][a-z-]*)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 OLD_WORDS = (  # of the vocabulary before 0.1.0, where today's word is another
@@ -51,13 +53,15 @@ def test_files_modules_and_links_of_a_page_are_there(page: Path) -> None:
         assert (ROOT / (module.replace(".", "/") + ".py")).exists() or (ROOT / module.replace(".", "/")).is_dir(), (
             f"{page.name} names {module}"
         )
+    for command in CONSOLE.findall(text):
+        assert command in COMMANDS, f"{page.name} names megatron-entropy {command}"
     for link in LINK.findall(re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
         if not re.match(r"[a-z]+:|#", link):
             assert (page.parent / link.partition("#")[0]).exists(), f"{page.name} links to {link}"
 
 
 def test_the_hook_keeps_links_within_docs_and_warns_of_dead_ones(caplog: pytest.LogCaptureFixture) -> None:
-    hook = imported(ROOT / "docs/site/links.py")
+    hook = imported(ROOT / "docs/hooks/links.py")
     page = SimpleNamespace(file=SimpleNamespace(src_uri="gpu/README.md"))
     text = "[a](../lab.md#x) ![b](../../x.png) [c](../../README.md#top) [d](e.md)"
     with caplog.at_level(logging.WARNING):
@@ -70,7 +74,7 @@ def test_the_hook_keeps_links_within_docs_and_warns_of_dead_ones(caplog: pytest.
 def test_the_readme_is_short_and_says_early_what_has_not_run() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.split()) <= WORDS
-    assert text.index("not run") < text.index("## ")
+    assert text.index("**Not run: ") < text.index("\n## ")
 
 
 @pytest.mark.parametrize("word", OLD_WORDS)

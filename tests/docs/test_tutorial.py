@@ -25,13 +25,13 @@ PRELUDE = 'set -euo pipefail\nsbatch() { DRY_RUN=1 bash "$@"; }\n'
 SHOWN = {  # part of a command -> what its output must hold
     "tools.quickstart": "held-out problems, 8 responses each",
     "tools.methods": "| `siren` |",
-    "--print-config": "tau = 0.5",
+    "--print-config": "tau",
     "name=aer\n": "aer 2/2",
     "ls runs/quickstart": "report.html",
     "metrics.jsonl": '"entropy/full"',
     "compare_runs": "method.name",
     "--gpu a100": "does not fit",
-    "--dry-run": "7,615,616,512",
+    "2n8g.toml --dry-run": "7,615,616,512",
     "DRY_RUN=1": "srun --nodes=2",
     "sbatch slurm/siren_tiny.sh": "recipes/siren/siren-tiny-cpu.toml",
     "RECIPE=": "recipes/dr_grpo/dr_grpo-qwen2.5-math-7b-2n8g.toml train.steps=50",
@@ -52,7 +52,7 @@ def as_tested(above: str, code: str) -> tuple[str, int]:
 
 def checkout(folder: Path) -> Path:
     """Links to what the tutorial's commands read; what they write stays in ``folder``."""
-    for name in ("Makefile", "pyproject.toml", "recipes", "requirements", "slurm", "tools", "megatron_ext"):
+    for name in ("Makefile", "pyproject.toml", "setup.py", "recipes", "requirements", "slurm"):
         (folder / name).symlink_to(ROOT / name)
     (folder / ".venv").symlink_to(sys.prefix)
     return folder
