@@ -119,12 +119,12 @@ def table(counts: list[Count]) -> list[str]:
         "forward + backward, bf16; launches include the collectives; a synchronisation is a copy from the host or a "
         "number read back",
         f"{'':30}{'V':>8}{'TP':>4}{'T':>8}{'launches':>10}{'collectives':>13}{'syncs':>7}{'GB':>8}{'x floor':>9}"
-        f"{'sent B/token':>12}",
+        f"{'sent B/token':>14}",
     ]
     for c in counts:
         lines.append(
             f"{c.outputs:30}{c.columns * c.tp:8}{c.tp:4}{c.tokens:8}{c.launches:10}{c.collectives:13}{c.host_copies:7}"
-            f"{c.gigabytes:8.2f}{c.gigabytes / c.floor_gigabytes:9.2f}{c.sent_bytes_per_token:12.0f}"
+            f"{c.gigabytes:8.2f}{c.gigabytes / c.floor_gigabytes:9.2f}{c.sent_bytes_per_token:14.0f}"
         )
     return lines
 
