@@ -79,14 +79,9 @@ class Policy:
     @property
     def vocab_shard(self) -> VocabShard:
         """The columns of the logits that this tensor-parallel rank holds."""
-        group = groups.tensor()
-        width = self.architecture.padded_vocab(group.size()) // group.size()
-        return VocabShard(
-            start=group.rank() * width,
-            stop=(group.rank() + 1) * width,
-            vocab_size=self.architecture.vocab_size,
-            group=group,
-        )
+        group, architecture = groups.tensor(), self.architecture
+        padded_size = architecture.padded_vocab(group.size())
+        return VocabShard.for_vocab(architecture.vocab_size, group, padded_size=padded_size)
 
     def finish_param_sync(self) -> None:
         """Gather what the last update changed and no forward has asked for yet. Collective over data-parallel ranks.

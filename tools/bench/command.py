@@ -1,6 +1,6 @@
 """Benchmarks that check before they time.
 
-    megatron-entropy bench ops [--device cpu|cuda] [--tp N] [--rows 256] [--vocab 151936 32000] [--dtype float32]
+    megatron-entropy bench ops [--device cpu|cuda] [--tp N] [--tokens 256] [--vocab 151936 32000] [--dtype float32]
     megatron-entropy bench ops --count      launches, synchronisations, bytes and compiled kernels, on any machine
     megatron-entropy bench rollout [--engines hf vllm vllm_server] [--steps 8]        (tools/bench/rollout.py)
 
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("what", choices=["ops", "rollout"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(%(default)s)")
     parser.add_argument("--tp", type=int, default=1, help="ranks that share the vocabulary, all on this machine")
-    parser.add_argument("--rows", type=int, default=256, help="token positions (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=256, help="token positions (%(default)s)")
     parser.add_argument("--vocab", type=int, nargs="+", default=[151_936, 32_000], help="tokens of the vocabulary")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--top-p", type=float, default=0.8, help="of the nucleus (%(default)s)")
