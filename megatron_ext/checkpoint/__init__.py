@@ -1,4 +1,5 @@
-"""Distributed checkpoints: written atomically with a manifest of hashes, read under any layout.
+"""Checkpoints of a run, readable under every layout: what is trusted (manifest), what a rank writes, how it is resumed.
 
-Runs resume from what lies on disks already: a change of format must still read the older ones.
+The format is fixed by ``storage.py`` and the keys by ``model/param_mapping.py``: a change to either must still load the
+checkpoint in ``tests/checkpoint``.
 """

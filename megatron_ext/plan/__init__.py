@@ -1,4 +1,5 @@
-"""Memory and time of a recipe before it runs, counted; and the real shards on meta tensors to hold the count against.
+"""What a recipe needs of a cluster, computed from it and ``config.json``: memory, groups, time. No torch.
 
-A layout is planned from config.json alone, without torch (layout.py).
+Numbers that a measurement can replace are constants of ``device.py`` and ``speed.py``. ``meta_build.py`` alone needs
+torch: it builds the real shards, to check the rest.
 """
