@@ -56,9 +56,10 @@ def cells(name: str) -> list[str]:
 def listing(name: str) -> str:
     """One method, which ``method.name`` may name, with its options. Raises ValueError."""
     cls = find(name)
-    text = inspect.getdoc(cls) if "__doc__" in vars(cls) and not cls.__doc__.startswith(f"{cls.__name__}(") else None
-    module = inspect.getmodule(cls)
-    text = text or (module.__doc__ if module is not None else None) or "(no description)"
+    own, module = vars(cls).get("__doc__") or "", inspect.getmodule(cls)
+    if own.startswith(f"{cls.__name__}("):  # a dataclass without one gets its signature
+        own = ""
+    text = own or (module.__doc__ if module is not None else None) or "(no description)"
     known = options_of_class(cls)
     missing = [option for option, found in known.items() if found.default is MISSING]
     lines = [f"{name}: {text.strip().splitlines()[0]}", "", "options of [method]"]
