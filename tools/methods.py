@@ -61,10 +61,10 @@ def _recipe(name: str, link: bool) -> str:
 def listing(name: str) -> str:
     """One method, which ``method.name`` may name, with its options. Raises ValueError."""
     cls = find(name)
-    own = vars(cls).get("__doc__") or ""
-    text = "" if own.startswith(f"{cls.__name__}(") else inspect.cleandoc(own)  # a dataclass's own is its signature
-    module = inspect.getmodule(cls)
-    text = text or (module.__doc__ if module is not None else None) or "(no description)"
+    own, module = vars(cls).get("__doc__") or "", inspect.getmodule(cls)
+    if own.startswith(f"{cls.__name__}("):  # a dataclass without one gets its signature
+        own = ""
+    text = own or (module.__doc__ if module is not None else None) or "(no description)"
     known = options_of_class(cls)
     missing = [option for option, found in known.items() if found.default is MISSING]
     lines = [f"{name}: {text.strip().splitlines()[0]}", "", "options of [method]"]

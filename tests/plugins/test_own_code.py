@@ -57,8 +57,10 @@ def test_the_package_trains_the_tiny_recipe_on_two_ranks(folder: Path) -> None:
     assert len(traced) == 2 * 4 * 4 and {line["version"] for line in traced} == {0, 1}
     for step in steps:
         outcomes = {name: value for name, value in step.items() if name.startswith("reward/outcome/")}
-        assert sum(outcomes.values()) == pytest.approx(1) and outcomes["reward/outcome/error"] == 0
-        assert outcomes["reward/outcome/other"] == step["response/truncated"]  # the function's own word, "unfinished"
+        assert sum(outcomes.values()) == pytest.approx(1) and "reward/outcome/error" not in outcomes
+        assert (
+            outcomes.get("reward/outcome/other", 0) == step["response/truncated"]
+        )  # the function's own word, "unfinished"
         assert step["reward/mean"] < outcomes["reward/outcome/correct"] or step["reward/mean"] == 0  # shorter is better
     assert sum(step["reward/outcome/correct"] for step in steps) > 0
 

@@ -66,6 +66,9 @@ class Outcome(StrEnum):
     OTHER = "other"  # a reward function of the user's own says something that is none of these
 
 
+OF_FUNCTIONS = (Outcome.ERROR, Outcome.OTHER)
+
+
 def counted(outcome: str) -> Outcome:
     """As which a reward's outcome is counted: itself, or ``OTHER`` where a user's function has a word of its own."""
     return Outcome(outcome) if outcome in tuple(Outcome) else Outcome.OTHER
