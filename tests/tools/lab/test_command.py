@@ -144,6 +144,7 @@ def make_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator:
     (tmp_path / "lab_test_command.py").write_text(COMMAND)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(lab_runs, "POLL_S", 0.01)
+    monkeypatch.setattr(lab_runs, "module_of", str)  # a module of its own instead of a tool
 
     def make(name: str, *what: str, needs: str | None = None) -> Job:
         folder = tmp_path / name
