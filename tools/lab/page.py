@@ -14,7 +14,7 @@ from pathlib import Path
 from tools.charts import Figures, Series
 from tools.lab.claims import Claim, claims, pi_run
 from tools.lab.plan import LabPlan
-from tools.lab.results import OUTPUT, Result, Results, load, seconds, spread, where_entropy_is
+from tools.lab.results import Result, Results, load, seconds, spread, where_entropy_is
 from tools.report.page import page
 from tools.tiny.tabular import SETTINGS, Curve, simulate
 
@@ -221,7 +221,7 @@ def controllers(results: Results, figures: Figures) -> str:
         if result.targets is None or result.method == "entropic" or result.run.name not in (result.method,):
             continue
         parts.append(against_target(result, figures, result.run.name, result.measured))
-        output = OUTPUT.get(result.method)
+        output = None if result.controller is None else result.controller.output
         if output is not None:
             line = result.series(output, 1, "output")
             parts.append(figures.add(f"{result.run.name}: output", output, result.steps, [line]))
@@ -267,7 +267,11 @@ def _together(title: str, found: Mapping[str, Result], figures: Figures) -> str:
     first = next(iter(found.values()))
     assert first.targets is not None
     lines.append(Series("target", [first.targets[0]] * len(longest), 7, dashed=True))
-    outputs = [padded(r.series(OUTPUT["entropic"], i, name), len(longest)) for i, (name, r) in enumerate(found.items())]
+    outputs = [
+        padded(r.series(r.controller.output, i, name), len(longest))
+        for i, (name, r) in enumerate(found.items())
+        if r.controller is not None and r.controller.output is not None
+    ]
     return figures.add(f"Entropy, {title}", "nats", longest, lines) + figures.add(
         f"Output, {title}", "alpha, bounded by -1 and 1", longest, outputs
     )
