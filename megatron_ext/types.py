@@ -11,7 +11,9 @@ Shape suffixes (capital letters name logical axes):
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -61,7 +63,7 @@ class TokenStats:
     def detach(self) -> TokenStats:
         return self.map(Tensor.detach)
 
-    def map(self, function) -> TokenStats:
+    def map(self, function: Callable[[Tensor], Tensor]) -> TokenStats:
         """Apply ``function`` to every field that is present."""
         return TokenStats(**{name: function(value) for name, value in self.present().items()})
 
@@ -86,9 +88,72 @@ class PackedSequences:
     response_lengths: tuple[int, ...]  # one per sequence, without the padding
 
 
+@dataclass(frozen=True, kw_only=True)
+class RolloutBatch:
+    """Sampled responses with what the models say about their tokens, on one data-parallel rank, before any update."""
+
+    PER_TOKEN: ClassVar = ("mask", "old_logprob", "rollout_logprob", "ref_logprob", "old_value", "importance")
+    PER_SEQUENCE: ClassVar = ("reward", "group", "truncated")
+
+    sequence: Tensor  # [T] int64, index of the token's sequence, non-decreasing
+    mask: Tensor  # [T] bool, tokens that train
+    old_logprob: Tensor  # [T] fp32, recomputed by the trainer before the first update, or in it (NaN until then)
+    rollout_logprob: Tensor  # [T] fp32, reported by the engine
+    ref_logprob: Tensor | None  # [T] fp32, of the reference model, when the method needs it
+    reward: Tensor  # [B] fp32
+    group: Tensor  # [B] int64
+    truncated: Tensor  # [B] bool
+    old_value: Tensor | None = None  # [T] fp32, of the critic before the first update, when the method needs it
+    importance: Tensor | None = None  # [T] fp32, weight of the policy loss (train/mismatch.py); None: 1 everywhere
+
+    def token(self, value_B: Tensor) -> Tensor:
+        """``[B] -> [T]``: each token's value of its sequence."""
+        return value_B[self.sequence]
+
+    def corrected(self, policy_loss: Tensor) -> Tensor:
+        """``[T]``: the policy loss as if the tokens had been sampled from the trainer's old policy."""
+        return policy_loss if self.importance is None else self.importance * policy_loss
+
+    def select(self, index: Sequence[int]) -> tuple[Self, Tensor]:
+        """The given sequences, in the given order, and the positions ``[T']`` of their tokens here."""
+        device = self.reward.device
+        order = torch.tensor(index, dtype=torch.int64, device=device)
+        positions = [torch.nonzero(self.sequence == sequence)[:, 0] for sequence in index]
+        position = torch.cat([self.sequence.new_empty(0), *positions])
+        renumber = torch.empty(len(self.reward), dtype=torch.int64, device=device)
+        renumber[order] = torch.arange(len(index), device=device)
+        per_token = {name: getattr(self, name) for name in self.PER_TOKEN}
+        selected = {name: None if value is None else value[position] for name, value in per_token.items()}
+        selected |= {name: getattr(self, name)[order] for name in self.PER_SEQUENCE}
+        return replace(self, sequence=renumber[self.sequence[position]], **selected), position
+
+    def complete(self, advantages: Advantages, *, weight: Tensor, num_sequences: int, num_tokens: int) -> Batch:
+        """The batch that a method trains on."""
+        return Batch(
+            **{field.name: getattr(self, field.name) for field in fields(self)},
+            advantage=advantages.advantage,
+            returns=advantages.returns,
+            weight=weight,
+            num_sequences=num_sequences,
+            num_tokens=num_tokens,
+        )
+
+
 @dataclass(frozen=True)
-class Batch:
-    """The response tokens of one mini-batch (or of a micro-batch of it) on one data-parallel rank.
+class Advantages:
+    """How much better than expected each response token is, fp32 ``[T]``; ``returns`` are what a critic learns."""
+
+    advantage: Tensor
+    returns: Tensor | None = None
+
+    def select(self, position: Tensor) -> Advantages:
+        """The advantages of the tokens at ``position``."""
+        return Advantages(self.advantage[position], None if self.returns is None else self.returns[position])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch(RolloutBatch):
+    """What a method trains on: a step, a mini-batch or a micro-batch of it, on one data-parallel rank.
 
     ``weight`` is the aggregation, fixed from counts over the whole mini-batch and all data-parallel
     ranks before it is split, so the loss is ``sum(weight * loss)`` over any split of the tokens
@@ -96,48 +161,10 @@ class Batch:
     ``num_sequences`` and ``num_tokens`` count the whole mini-batch over all data-parallel ranks.
     """
 
-    sequence: Tensor  # [T] int64, index of the token's sequence, non-decreasing
-    mask: Tensor  # [T] bool, tokens that train
+    PER_TOKEN: ClassVar = (*RolloutBatch.PER_TOKEN, "weight", "advantage", "returns")
+
     weight: Tensor  # [T] fp32
-    old_logprob: Tensor  # [T] fp32, recomputed by the trainer before the first update, or in it (NaN until then)
-    rollout_logprob: Tensor  # [T] fp32, reported by the engine
-    ref_logprob: Tensor | None  # [T] fp32, of the reference model, when the method needs it
     advantage: Tensor  # [T] fp32
-    reward: Tensor  # [B] fp32
-    group: Tensor  # [B] int64
-    truncated: Tensor  # [B] bool
     num_sequences: int
     num_tokens: int
-    old_value: Tensor | None = None  # [T] fp32, of the critic before the first update, when the method needs it
     returns: Tensor | None = None  # [T] fp32, what the critic learns
-    importance: Tensor | None = (
-        None  # [T] fp32, weight of the policy loss against the engine's draw (train/mismatch.py)
-    )
-
-    def token(self, value_B: Tensor) -> Tensor:
-        """``[B] -> [T]``: each token's value of its sequence."""
-        return value_B[self.sequence]
-
-    def corrected(self, policy_loss: Tensor) -> Tensor:
-        """``[T]``: the policy loss as if the tokens had been drawn from the trainer's old policy."""
-        return policy_loss if self.importance is None else self.importance * policy_loss
-
-    def select(self, index: list[int]) -> tuple[Batch, Tensor]:
-        """The given sequences, in the given order, and the positions ``[T']`` of their tokens here."""
-        device = self.reward.device
-        order = torch.tensor(index, dtype=torch.int64, device=device)
-        places = [torch.nonzero(self.sequence == sequence)[:, 0] for sequence in index]
-        position = torch.cat([self.sequence.new_empty(0), *places])
-        renumber = torch.empty(len(self.reward), dtype=torch.int64, device=device)
-        renumber[order] = torch.arange(len(index), device=device)
-        token = {
-            name: None if value is None else value[position] for name in _PER_TOKEN for value in [getattr(self, name)]
-        }
-        sequence = {name: getattr(self, name)[order] for name in ("reward", "group", "truncated")}
-        return replace(self, sequence=renumber[self.sequence[position]], **token, **sequence), position
-
-
-_PER_TOKEN = (  # fields of a Batch besides ``sequence``
-    *("mask", "weight", "old_logprob", "rollout_logprob", "ref_logprob"),
-    *("advantage", "old_value", "returns", "importance"),
-)

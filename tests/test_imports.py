@@ -101,6 +101,24 @@ def test_imports_follow_the_arrows(name: str, path: Path) -> None:
             assert not within(imported, ["torch.distributed"]), f"{name} imports {imported}"
 
 
+def test_a_module_of_the_trainer_knows_few_others() -> None:
+    """At most 12 modules of other rooms each: a subject that needs more is two."""
+    known = {name for name, _ in modules()}
+    for name, path in modules():
+        if within(name, ["megatron_ext.train"]):
+            others = {each for each in imports(path) if each in known and not within(each, ["megatron_ext.train"])}
+            others -= {each for each in others if any(within(other, [each]) for other in others - {each})}
+            assert len(others) <= 12, f"{name} imports {len(others)} modules of other rooms: {sorted(others)}"
+
+
+def test_the_trainers_functions_are_short() -> None:
+    for name, path in modules():
+        if within(name, ["megatron_ext.train"]):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef):
+                    assert (node.end_lineno or 0) - node.lineno < 60, f"{name}.{node.name}"
+
+
 def test_only_collectives_talks_to_other_ranks_in_ops() -> None:
     for name, path in modules():
         if within(name, ["megatron_ext.ops"]) and name != "megatron_ext.ops.collectives":

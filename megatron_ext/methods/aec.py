@@ -19,7 +19,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from megatron_ext.methods.base import Aggregation, Needs, Prepared, Reducer, token_mean
+from megatron_ext.methods.base import Aggregation, Controller, Needs, Prepared, Reducer, token_mean
 from megatron_ext.methods.grpo import GRPO
 from megatron_ext.types import Batch, TokenStats
 
@@ -45,6 +45,10 @@ class AEC(GRPO):
     @property
     def needs(self) -> Needs:
         return replace(super().needs, old=True, entropy=True, entropy_grad=True)
+
+    @property
+    def controller(self) -> Controller:
+        return Controller(measured="aec/entropy", target=self.target, output="aec/applied", bound=self.c_max)
 
     def on_step_start(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
         assert stats is not None and stats.entropy is not None

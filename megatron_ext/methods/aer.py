@@ -25,7 +25,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from megatron_ext.methods.base import Needs, Prepared, Reducer, group_statistics, sequence_lengths, token_mean
+from megatron_ext.methods.base import (
+    Controller,
+    Needs,
+    Prepared,
+    Reducer,
+    group_statistics,
+    sequence_lengths,
+    token_mean,
+)
 from megatron_ext.methods.grpo import GRPO
 from megatron_ext.types import Batch, TokenStats
 
@@ -53,6 +61,10 @@ class AER(GRPO):
     @property
     def needs(self) -> Needs:
         return replace(super().needs, old=True, entropy=True, entropy_grad=True)
+
+    @property
+    def controller(self) -> Controller | None:
+        return Controller(measured="aer/entropy", target="aer/target", output="aer/alpha") if self.adapt else None
 
     def on_step_start(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
         assert stats is not None and stats.entropy is not None

@@ -10,13 +10,13 @@ returns. Everything that depends on more than one token (counts, quantiles, mean
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_ext.types import Batch, TokenStats
+from megatron_ext.types import Advantages, Batch, RolloutBatch, TokenStats
 
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 Scope = Literal["mini_batch", "micro_batch"]  # what a statistic over tokens is taken over; mini_batch is over all ranks
@@ -50,10 +50,24 @@ class Needs:
     nucleus_p: float | None = None
     nucleus: Literal["inclusive", "exclusive"] = "inclusive"
     nucleus_grad: bool = False
-    old: bool = False  # observe() needs the statistics of the policy that sampled, before its first update
+    old: bool = False  # on_step_start() needs the statistics of the policy that sampled, before its first update
     current: bool = False  # prepare() needs the statistics of the policy as it is before this mini-batch
     reference: bool = False  # log-probs of the reference model
     value: bool = False  # a critic, trained beside the policy: its values before the step, value_loss() after it
+
+
+@dataclass(frozen=True)
+class Controller:
+    """What a method that controls the entropy reports of it: names of metrics.
+
+    ``target`` is a metric too, or a number of nats that stays. ``output`` is what the method moves, where it moves
+    something, and ``bound`` the largest size that it can have.
+    """
+
+    measured: str
+    target: str | float
+    output: str | None = None
+    bound: float | None = None
 
 
 class Reducer(Protocol):
@@ -90,6 +104,16 @@ class Method:
         return Needs()
 
     @property
+    def controller(self) -> Controller | None:
+        """How the method's control of the entropy is read from its metrics; None where it controls nothing."""
+        return None
+
+    @property
+    def loss_moves_state(self) -> bool:
+        """Whether ``loss`` changes the state, which the last pipeline stages alone call: the others are then told."""
+        return False
+
+    @property
     def updates_policy(self) -> bool:
         """Whether the policy is updated in this step, once ``on_step_start`` has seen it."""
         return True
@@ -102,13 +126,13 @@ class Method:
         """Advantage per sequence, ``[B]``. All members of a group are on one data-parallel rank."""
         raise NotImplementedError
 
-    def rewards(self, batch: Batch) -> Tensor:
-        """What each response is credited with, ``[B]``; NaN stays NaN."""
-        return batch.reward
+    def rewards(self, rollouts: RolloutBatch) -> Tensor:
+        """The reward that each response trains with, ``[B]``; NaN stays NaN."""
+        return rollouts.reward
 
-    def compute_advantages(self, batch: Batch, reduce: Reducer) -> Batch:
-        """The whole step's batch of this rank with the advantage of each token: here, that of its response."""
-        return replace(batch, advantage=batch.token(self.advantages(self.rewards(batch), batch.group)))
+    def compute_advantages(self, rollouts: RolloutBatch, reduce: Reducer) -> Advantages:
+        """The advantage of each token of this rank's whole step: here, that of its response."""
+        return Advantages(rollouts.token(self.advantages(self.rewards(rollouts), rollouts.group)))
 
     def on_step_start(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
         """See the whole step's batch under the policy that sampled it, before its first update.
@@ -187,7 +211,7 @@ def sequence_lengths(sequence: Tensor, mask: Tensor, num_sequences: int) -> Tens
     return torch.bincount(sequence[mask], minlength=num_sequences)
 
 
-def num_valid(batch: Batch) -> int:
+def num_valid(batch: RolloutBatch) -> int:
     """Sequences of this batch or micro-batch that train."""
     return int((sequence_lengths(batch.sequence, batch.mask, len(batch.reward)) > 0).sum())
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from megatron_ext.methods.base import Aggregation, Reducer, num_selected
 from megatron_ext.methods.grpo import GRPO
-from megatron_ext.types import Batch, TokenStats
+from megatron_ext.types import Batch, RolloutBatch, TokenStats
 
 
 @dataclass(kw_only=True)
@@ -43,14 +43,14 @@ class ClipHigher(GRPO):
             at_least = f"at least overlong_buffer = {self.overlong_buffer}, or leave it out"
             self.check("overlong_max", self.overlong_max >= self.overlong_buffer, at_least)
 
-    def rewards(self, batch: Batch) -> Tensor:
-        return super().rewards(batch) + self.penalty(batch)
+    def rewards(self, rollouts: RolloutBatch) -> Tensor:
+        return super().rewards(rollouts) + self.penalty(rollouts)
 
-    def penalty(self, batch: Batch) -> Tensor:
+    def penalty(self, rollouts: RolloutBatch) -> Tensor:
         """What overlong shaping adds to each response's reward, ``[B]``, at most 0."""
         if self.overlong_max is None:
-            return torch.zeros_like(batch.reward)
-        length = torch.bincount(batch.sequence, minlength=len(batch.reward))
+            return torch.zeros_like(rollouts.reward)
+        length = torch.bincount(rollouts.sequence, minlength=len(rollouts.reward))
         excess = length - (self.overlong_max - self.overlong_buffer)
         return (-excess / self.overlong_buffer).clamp(max=0.0)
 

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from megatron_ext.methods.base import (
     Aggregation,
+    Controller,
     Needs,
     OneRank,
     Prepared,
@@ -68,6 +69,16 @@ class EntroPIC(GRPO):
     @property
     def needs(self) -> Needs:
         return replace(super().needs, entropy=True, current=self.scope == "mini_batch")
+
+    @property
+    def controller(self) -> Controller | None:
+        if self.k_p == self.k_i == 0:
+            return None
+        return Controller(measured="entropy/full", target=self.target, output="entropic/alpha", bound=1.0)
+
+    @property
+    def loss_moves_state(self) -> bool:
+        return self.scope == "micro_batch"
 
     def prepare(self, batch: Batch, current: TokenStats | None, reduce: Reducer) -> Prepared:
         if self.scope == "micro_batch":

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from megatron_ext.methods.base import Needs, Reducer, num_selected, token_mean
 from megatron_ext.methods.clip_higher import ClipHigher
-from megatron_ext.types import Batch, TokenStats
+from megatron_ext.types import Advantages, Batch, RolloutBatch, TokenStats
 
 
 @dataclass(kw_only=True)
@@ -56,16 +56,17 @@ class PPO(ClipHigher):
     def policy_steps(self, steps: int) -> int:
         return max(0, steps - self.critic_only_steps)
 
-    def compute_advantages(self, batch: Batch, reduce: Reducer) -> Batch:
-        assert batch.old_value is not None
-        reward = self.rewards(batch).nan_to_num()  # rows without a reward do not train
-        advantage = gae(reward, batch.old_value, batch.sequence, gamma=self.gamma, lam=self.lam)
-        returns = advantage + batch.old_value
+    def compute_advantages(self, rollouts: RolloutBatch, reduce: Reducer) -> Advantages:
+        value = rollouts.old_value
+        assert value is not None
+        reward = self.rewards(rollouts).nan_to_num()  # responses without a reward do not train
+        advantage = gae(reward, value, rollouts.sequence, gamma=self.gamma, lam=self.lam)
+        returns = advantage + value
         if self.normalise:
-            mean, variance = mean_and_variance(advantage, batch.mask, reduce)
+            mean, variance = mean_and_variance(advantage, rollouts.mask, reduce)
             advantage = (advantage - mean) / math.sqrt(variance + 1e-8)
-        advantage, dtype = torch.where(batch.mask, advantage, 0.0), batch.old_value.dtype
-        return replace(batch, advantage=advantage.to(dtype), returns=returns.to(dtype))
+        advantage = torch.where(rollouts.mask, advantage, 0.0)
+        return Advantages(advantage.to(value.dtype), returns.to(value.dtype))
 
     def on_step_start(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
         assert batch.old_value is not None and batch.returns is not None
@@ -105,12 +106,12 @@ def gae(reward_B: Tensor, value: Tensor, sequence: Tensor, *, gamma: float, lam:
     ahead = advantage.new_zeros(len(reward_B))  # the advantage and the value of the token after this one
     ahead_value = torch.zeros_like(ahead)
     for back in range(1, int(length.max()) + 1 if len(length) else 0):
-        row = torch.nonzero(length >= back)[:, 0]
-        at = end[row] - back
-        reward, own = reward_B[row].double() if back == 1 else 0.0, value[at].double()
-        ahead[row] = reward + gamma * ahead_value[row] - own + gamma * lam * ahead[row]
-        ahead_value[row] = own
-        advantage[at] = ahead[row]
+        those = torch.nonzero(length >= back)[:, 0]
+        at = end[those] - back
+        reward, own = reward_B[those].double() if back == 1 else 0.0, value[at].double()
+        ahead[those] = reward + gamma * ahead_value[those] - own + gamma * lam * ahead[those]
+        ahead_value[those] = own
+        advantage[at] = ahead[those]
     return advantage
 
 

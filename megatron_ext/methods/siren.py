@@ -34,6 +34,7 @@ from typing import Literal
 from torch import Tensor
 
 from megatron_ext.methods.base import (
+    Controller,
     Needs,
     Prepared,
     Reducer,
@@ -69,6 +70,10 @@ class SIREN(DrGRPO, Selective):
         if not self.top_p_mask:
             return replace(super().needs, old=True, entropy=True, entropy_grad=True)
         return replace(super().needs, old=True, nucleus_p=self.p, nucleus=self.nucleus, nucleus_grad=True)
+
+    @property
+    def controller(self) -> Controller | None:
+        return Controller(measured="siren/hbar", target="siren/anchor") if self.anchor else None
 
     def on_step_start(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
         assert stats is not None

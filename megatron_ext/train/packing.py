@@ -3,15 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron_ext.types import PackedSequences
+from megatron_ext.types import Batch, PackedSequences
 
-MicroBatches = list[
-    tuple[list[int], PackedSequences]
-]  # of a mini-batch: the sequences of each micro-batch, and its tokens
+Pair = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """The sequences of one mini-batch in packed micro-batches, and the way there and back.
+
+    ``sequences`` are each micro-batch's, by their index in the mini-batch.
+    """
+
+    sequences: tuple[tuple[int, ...], ...]
+    micro_batches: tuple[PackedSequences, ...]
+
+    @classmethod
+    def pack(cls, pairs: Sequence[Pair], bins: Sequence[Sequence[int]], *, multiple: int = 1) -> MiniBatch:
+        """One micro-batch of each of the ``bins``, whose indices count in ``pairs``."""
+        packed = tuple(pack([pairs[i] for i in each], multiple=multiple) for each in bins)
+        return cls(tuple(map(tuple, bins)), packed)
+
+    def split(self, batch: Batch) -> list[tuple[Batch, Tensor]]:
+        """Each micro-batch's part of the mini-batch's ``batch``, and the positions of its tokens in that."""
+        return [batch.select(each) for each in self.sequences]
+
+    def join(self, values: Sequence[Tensor]) -> Tensor:
+        """``[T]`` in the order of the mini-batch's tokens, from each micro-batch's values."""
+        joined = torch.cat(list(values))
+        return joined[self._positions().to(joined.device)]
+
+    def _positions(self) -> Tensor:
+        """Where each response token of the mini-batch stands in its micro-batches laid end to end, ``[T]``."""
+        starts: dict[int, tuple[int, int]] = {}
+        offset = 0
+        for sequences, packed in zip(self.sequences, self.micro_batches, strict=True):
+            for sequence, length in zip(sequences, packed.response_lengths, strict=True):
+                starts[sequence] = (offset, length)
+                offset += length
+        return torch.cat([torch.arange(start, start + length) for _, (start, length) in sorted(starts.items())])
 
 
 def split(lengths: Sequence[int], budget: int, num_bins: int = 1) -> list[list[int]]:
@@ -37,7 +72,7 @@ def split(lengths: Sequence[int], budget: int, num_bins: int = 1) -> list[list[i
         num_bins += 1
 
 
-def pack(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], *, multiple: int = 1) -> PackedSequences:
+def pack(sequences: Sequence[Pair], *, multiple: int = 1) -> PackedSequences:
     """Lay ``(prompt_ids, response_ids)`` pairs end to end; pad with one dummy sequence to ``multiple`` tokens.
 
     The response token at position t is predicted at t - 1, so ``logit_positions`` starts at the last prompt token.
@@ -66,14 +101,3 @@ def pack(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], *, multiple: 
         targets=torch.tensor(targets, dtype=torch.int64),
         response_lengths=tuple(len(response) for _, response in sequences),
     )
-
-
-def positions(micro_batches: MicroBatches) -> Tensor:
-    """Where each response token of the mini-batch stands in its micro-batches laid end to end, ``[T]``."""
-    starts: dict[int, tuple[int, int]] = {}
-    offset = 0
-    for sequences, packed in micro_batches:
-        for sequence, length in zip(sequences, packed.response_lengths, strict=True):
-            starts[sequence] = (offset, length)
-            offset += length
-    return torch.cat([torch.arange(start, start + length) for _, (start, length) in sorted(starts.items())])

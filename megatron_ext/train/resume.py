@@ -1,12 +1,15 @@
-"""What of a run's configuration may change between two of its starts."""
+"""A run that goes on from its newest checkpoint, and what of its configuration may have changed since."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from megatron_ext.checkpoint.checkpoint import LoadedState, set_rng
 from megatron_ext.checkpoint.manifest import differing_keys
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.loading import with_defaults
+from megatron_ext.train.messages import tell
+from megatron_ext.train.trainer import Trainer
 
 FREE = (  # keys a resumed run may change one by one, besides whole sections
     *("optimizer.decay_steps", "critic.decay_steps"),  # what follows from them may not: checkpoint.py::_check_schedule
@@ -39,3 +42,13 @@ def check_resume(saved: dict[str, Any], current: dict[str, Any]) -> None:
             "resume: the configuration differs from the checkpoint's; restore these keys, or start a new run "
             "with another name\n" + "\n".join(lines)
         )
+
+
+def resume(trainer: Trainer, loaded: LoadedState) -> None:
+    """Give the trainer the checkpoint's state; the random numbers last, since building it has drawn some."""
+    trainer.load_state(loaded.step, loaded.state)
+    for line in loaded.refused:
+        tell(f"checkpoint: {line}")
+    tell(f"resuming after step {loaded.step} of {trainer.config.train.steps}")
+    if loaded.rng is not None:
+        set_rng(loaded.rng)

@@ -1,15 +1,15 @@
 """One training step: episodes in, updated policy and metrics out.
 
-old     = statistics of the policy that sampled, over the whole step        (no gradient; not by a pass of its own
+old         = statistics of the policy that sampled, over the whole step    (no gradient; not by a pass of its own
                                                                             where the only update can measure them)
-value   = the critic's values, where the method has one                     (no gradient)
-batch   = method.credit(step, value)                                        advantages, returns
-method.observe(batch, old)                                                  anchors, controllers
+value       = the critic's values, where the method has one                 (no gradient)
+advantages  = method.compute_advantages(rollouts)                           and the returns that the critic learns
+method.on_step_start(batch, old)                                            anchors, controllers
 for each mini-batch, where there is a critic: its update                    (critic.py)
 for each mini-batch, unless the method leaves the policy alone in this step:
-    current = old while the policy has not moved, else a pass without gradient (if the method asks)
-    plan    = method.prepare(mini-batch, current)                          whole-mini-batch statistics
-    for each micro-batch: backward of sum(method.loss(micro-batch, statistics, plan))
+    current  = old while the policy has not moved, else a pass without gradient (if the method asks)
+    prepared = method.prepare(mini-batch, current)                          whole-mini-batch statistics
+    for each micro-batch: backward of sum(method.loss(micro-batch, statistics, prepared))
     clip, AdamW step
 """
 
@@ -33,9 +33,9 @@ from megatron_ext.model.forward import forward, forward_backward
 from megatron_ext.model.reference import Reference
 from megatron_ext.model.trainable import TrainableModel, totals
 from megatron_ext.train import critic, mismatch, packing
-from megatron_ext.train.packing import MicroBatches
+from megatron_ext.train.packing import MiniBatch
 from megatron_ext.train.token_weights import token_weights
-from megatron_ext.types import Batch, Episode, TokenStats
+from megatron_ext.types import Advantages, Batch, Episode, RolloutBatch, TokenStats
 
 NUCLEUS_P = 0.8  # of the reported nucleus where the method has none
 
@@ -62,44 +62,46 @@ class Learner:
 
     def step(self, episodes: Sequence[Episode], watch: Watch) -> tuple[dict[str, float], TokenStats]:
         """Train on this rank's episodes; metrics over all ranks and the old policy's statistics ``[T]``."""
-        per_mini_batch = len(episodes) * self.config.train.mini_batch_prompts // self.config.rollout.prompts
-        mini_batches = [list(range(i, i + per_mini_batch)) for i in range(0, len(episodes), per_mini_batch)]
-        packed = [self.pack([episodes[i] for i in chosen]) for chosen in mini_batches]
-        whole, old = self.compute_old_logprobs(episodes, packed, watch)
+        size = len(episodes) * self.config.train.mini_batch_prompts // self.config.rollout.prompts
+        spans = [range(start, start + size) for start in range(0, len(episodes), size)]
+        mini_batches = [self.pack([episodes[i] for i in span]) for span in spans]
+        rollouts, old = self.compute_old_logprobs(episodes, mini_batches, watch)
+        advantages = self.method.compute_advantages(rollouts, self.reduce)
+        whole = self.batch(rollouts, advantages)
         if old is None:
-            return self.only_update(whole, episodes, packed, watch)
+            return self.only_update(whole, episodes, mini_batches, watch)
         metrics = self.describe(whole, old, episodes) | self.method.on_step_start(whole, old, self.reduce)
-        parts = [whole.select(chosen) for chosen in mini_batches]
-        batches = [(self.set_token_weights(batch), position) for batch, position in parts]
+        parts = [rollouts.select(span) for span in spans]
+        batches = [(self.batch(part, advantages.select(position)), position) for part, position in parts]
         updates: Counter[str] = Counter()
         if self.critic is not None:
             with watch.phase("critic", total=len(mini_batches)) as phase:
-                for (batch, _), micro_batches in zip(batches, packed, strict=True):
-                    updates.update(self.update_critic(self.critic, batch, micro_batches))
+                for (batch, _), mini_batch in zip(batches, mini_batches, strict=True):
+                    updates.update(self.update_critic(self.critic, batch, mini_batch))
                     phase.advance(tokens=len(batch.mask))
         if self.method.updates_policy:
             with watch.phase("update", total=len(mini_batches)) as phase:
-                for number, ((batch, position), micro_batches) in enumerate(zip(batches, packed, strict=True)):
+                for number, ((batch, position), mini_batch) in enumerate(zip(batches, mini_batches, strict=True)):
                     current = old.map(lambda value, position=position: value[position])
                     if number > 0:
                         needs = self.method.needs
-                        current = self.statistics(self.policy, micro_batches, needs) if needs.current else None
-                    updates.update(self.update(batch, current, micro_batches))
+                        current = self.statistics(self.policy, mini_batch, needs) if needs.current else None
+                    updates.update(self.update(batch, current, mini_batch))
                     phase.advance(tokens=len(batch.mask))
         for each in self.trained.values():
             each.model.finish_param_sync()
         return metrics | {name: value / len(mini_batches) for name, value in updates.items()}, old
 
     def only_update(
-        self, whole: Batch, episodes: Sequence[Episode], packed: list[MicroBatches], watch: Watch
+        self, whole: Batch, episodes: Sequence[Episode], mini_batches: list[MiniBatch], watch: Watch
     ) -> tuple[dict[str, float], TokenStats]:
         """The step's one update, whose own forward measures the policy that sampled: ``step`` without a pass before."""
-        [micro_batches] = packed
+        [mini_batch] = mini_batches
         metrics = self.method.on_step_start(whole, None, self.reduce)
         with watch.phase("update", total=1) as phase:
             prepared = self.method.prepare(whole, None, self.reduce)
-            results, values = self.backward(whole, prepared, micro_batches, self.reported, measures_old=True)
-            old = self.joined(results, micro_batches)
+            results, values = self.backward(whole, prepared, mini_batch, self.reported, measures_old=True)
+            old = self.joined(results, mini_batch)
             metrics |= self.describe(known_old(whole, old.logprob), old, episodes) | values | prepared.report
             metrics |= self.apply()
             phase.advance(tokens=len(whole.mask))
@@ -120,28 +122,26 @@ class Learner:
         return replace(needs, entropy=True, nucleus_p=needs.nucleus_p or logged)
 
     def compute_old_logprobs(
-        self, episodes: Sequence[Episode], packed: list[MicroBatches], watch: Watch
-    ) -> tuple[Batch, TokenStats | None]:
-        """The whole step as the models see it before its first update: the batch with its advantages, statistics.
+        self, episodes: Sequence[Episode], mini_batches: list[MiniBatch], watch: Watch
+    ) -> tuple[RolloutBatch, TokenStats | None]:
+        """The whole step as the models see it before its first update, and the statistics of the policy that sampled.
 
         No statistics where the update measures them.
         """
         old = ref = value = None
-        with watch.phase("old_logprob", total=len(packed)) as phase:
+        with watch.phase("old_logprob", total=len(mini_batches)) as phase:
             if not self.update_measures_old:
                 parts = []
-                for micro_batches in packed:
-                    parts.append(self.statistics(self.policy, micro_batches, self.reported))
+                for mini_batch in mini_batches:
+                    parts.append(self.statistics(self.policy, mini_batch, self.reported))
                     phase.advance(tokens=len(parts[-1].logprob))
                 old = TokenStats(**{n: torch.cat([p.present()[n] for p in parts]) for n in parts[0].present()})
             if self.reference is not None:
                 with self.reference.present() as reference:
-                    ref = torch.cat(
-                        [self.statistics(reference, micro_batches, Needs()).logprob for micro_batches in packed]
-                    )
+                    ref = torch.cat([self.statistics(reference, each, Needs()).logprob for each in mini_batches])
             if self.critic is not None:
-                value = torch.cat([critic.values(self.critic, micro_batches) for micro_batches in packed])
-        return self.set_token_weights(self.batch(episodes, old, ref, value)), old
+                value = torch.cat([critic.values(self.critic, each) for each in mini_batches])
+        return self.rollout_batch(episodes, old, ref, value), old
 
     def describe(self, batch: Batch, old: TokenStats, episodes: Sequence[Episode]) -> dict[str, float]:
         """What the step's batch looks like. Raises MismatchError where the engine samples from another policy."""
@@ -149,9 +149,9 @@ class Learner:
         mismatch.check(metrics, self.config)
         return metrics
 
-    def update(self, batch: Batch, current: TokenStats | None, micro_batches: MicroBatches) -> dict[str, float]:
+    def update(self, batch: Batch, current: TokenStats | None, mini_batch: MiniBatch) -> dict[str, float]:
         """One optimizer step on one mini-batch."""
-        prepared, values = self.gradients(batch, current, micro_batches)
+        prepared, values = self.gradients(batch, current, mini_batch)
         return values | prepared.report | self.apply()
 
     def apply(self) -> dict[str, float]:
@@ -159,32 +159,32 @@ class Learner:
         norm, lr = self.actor.update(self.config.train.max_bad_steps)
         return {"grad/norm": norm, "optimizer/lr": lr, "grad/skipped": float(norm != norm)}
 
-    def update_critic(self, model: TrainableModel, batch: Batch, micro_batches: MicroBatches) -> dict[str, float]:
-        """The same for the critic, whose loss needs nothing but the values."""
-        values = critic.gradients(model, self.method, batch, micro_batches, self.reduce)
+    def update_critic(self, model: TrainableModel, batch: Batch, mini_batch: MiniBatch) -> dict[str, float]:
+        """One optimizer step of the critic on one mini-batch; its loss needs nothing but the values."""
+        values = critic.gradients(model, self.method, batch, mini_batch, self.reduce)
         norm, lr = model.update(self.config.train.max_bad_steps)
         return values | {"critic/grad_norm": norm, "critic/lr": lr, "critic/skipped": float(norm != norm)}
 
     def gradients(
-        self, batch: Batch, current: TokenStats | None, micro_batches: MicroBatches
+        self, batch: Batch, current: TokenStats | None, mini_batch: MiniBatch
     ) -> tuple[Prepared, dict[str, float]]:
         """Leave the gradient of the mini-batch's loss in the optimizer's buffers; the metrics of its tokens."""
         prepared = self.method.prepare(batch, current, self.reduce)
-        _, metrics = self.backward(batch, prepared, micro_batches, self.method.needs)
+        _, metrics = self.backward(batch, prepared, mini_batch, self.method.needs)
         return prepared, metrics
 
     def backward(
-        self, batch: Batch, prepared: Prepared, micro_batches: MicroBatches, needs: Needs, *, measures_old: bool = False
+        self, batch: Batch, prepared: Prepared, mini_batch: MiniBatch, needs: Needs, *, measures_old: bool = False
     ) -> tuple[list[TokenStats] | None, dict[str, float]]:
-        """``gradients`` under a plan, with the statistics of each micro-batch on the last stage.
+        """Leave the gradient in the buffers; each micro-batch's statistics, on the last stage, and the metrics.
 
-        With ``measures_old`` they are also those of the policy that sampled: every ratio is 1.
+        With ``measures_old`` the statistics are also those of the policy that sampled: every ratio is 1.
         """
-        splits = [batch.select(chosen) for chosen, _ in micro_batches]
+        parts = mini_batch.split(batch)
         sums: list[dict[str, Tensor]] = []
 
         def loss(number: int, stats: TokenStats) -> Tensor:
-            micro_batch, position = splits[number]
+            micro_batch, position = parts[number]
             if measures_old:
                 micro_batch = known_old(micro_batch, stats.logprob.detach())
             part = prepared.select(position)
@@ -196,82 +196,70 @@ class Learner:
 
         self.actor.zero_grad()
         temperature = self.config.rollout.temperature
-        results = forward_backward(self.policy, [packed for _, packed in micro_batches], needs, temperature, loss)
-        state = self.method.state_dict()
-        if state:  # a micro-batch's loss may have moved it, on the last stages only: a run has one state
-            self.method.load_state_dict(parallel.from_first_copy(state))
+        results = forward_backward(self.policy, mini_batch.micro_batches, needs, temperature, loss)
+        if self.method.loss_moves_state:  # on the last stages only: the run goes on with one state
+            self.method.load_state_dict(parallel.from_first_copy(self.method.state_dict()))
         return results, totals(sums, batch, self.reduce)
 
-    def pack(self, episodes: Sequence[Episode]) -> MicroBatches:
-        """Micro-batches of a mini-batch: the sequences of each and its packed tokens; as many on every rank."""
-        sequences = [(e.sample.prompt_ids, e.sample.response_ids) for e in episodes]
-        lengths = [len(prompt) + len(response) for prompt, response in sequences]
+    def pack(self, episodes: Sequence[Episode]) -> MiniBatch:
+        """The episodes of a mini-batch in micro-batches; as many on every rank."""
+        pairs = [(e.sample.prompt_ids, e.sample.response_ids) for e in episodes]
+        lengths = [len(prompt) + len(response) for prompt, response in pairs]
         budget = self.config.train.micro_batch_tokens
         num_bins = parallel.num_micro_batches(len(packing.split(lengths, budget)), self.config.parallel)
-        bins = packing.split(lengths, budget, num_bins)
         multiple = self.config.parallel.tensor if self.config.parallel.sequence else 1
-        return [(chosen, packing.pack([sequences[i] for i in chosen], multiple=multiple)) for chosen in bins]
+        return MiniBatch.pack(pairs, packing.split(lengths, budget, num_bins), multiple=multiple)
 
-    def statistics(self, policy: Policy, micro_batches: MicroBatches, needs: Needs) -> TokenStats:
+    def statistics(self, policy: Policy, mini_batch: MiniBatch, needs: Needs) -> TokenStats:
         """Statistics of a mini-batch without gradient, in the order of its tokens, on every stage."""
-        return self.joined(
-            forward(policy, [packed for _, packed in micro_batches], needs, self.config.rollout.temperature),
-            micro_batches,
-        )
+        results = forward(policy, mini_batch.micro_batches, needs, self.config.rollout.temperature)
+        return self.joined(results, mini_batch)
 
-    def joined(self, results: list[TokenStats] | None, micro_batches: MicroBatches) -> TokenStats:
+    def joined(self, results: list[TokenStats] | None, mini_batch: MiniBatch) -> TokenStats:
         """The last stage's statistics of each micro-batch in the order of the mini-batch's tokens, on every stage."""
-        joined = None
+        found = None
         if results is not None:
-            order = packing.positions(micro_batches).to(cpu_compat.device())
-            joined = {
-                name: torch.cat([part.present()[name] for part in results])[order] for name in results[0].present()
-            }
-        return TokenStats(**parallel.from_last_stage(joined))
+            names = results[0].present()
+            found = {name: mini_batch.join([part.present()[name] for part in results]) for name in names}
+        return TokenStats(**parallel.from_last_stage(found))
 
-    def batch(
+    def rollout_batch(
         self, episodes: Sequence[Episode], old: TokenStats | None, ref: Tensor | None, value: Tensor | None = None
-    ) -> Batch:
-        """The whole step on this rank with its advantages, not yet weighed; ``old`` None: not known yet."""
+    ) -> RolloutBatch:
+        """The episodes' tokens with what the models say about them; ``old`` None: not known yet."""
         to = cpu_compat.device()
         lengths = torch.tensor([len(e.sample.response_ids) for e in episodes], device=to)
         reward = torch.tensor([e.reward.value for e in episodes], dtype=torch.float32, device=to)
-        group = torch.tensor([e.group for e in episodes], device=to)
         sequence = torch.repeat_interleave(torch.arange(len(episodes), device=to), lengths)
         reported = torch.tensor([x for e in episodes for x in e.sample.logprobs], dtype=torch.float32, device=to)
         old_logprob = torch.full_like(reported, torch.nan) if old is None else old.logprob
-        rollout = mismatch.known(reported, old_logprob)
-        batch = Batch(
+        rollout_logprob = mismatch.known(reported, old_logprob)
+        return RolloutBatch(
             sequence=sequence,
             mask=~reward.isnan()[sequence],
-            weight=torch.zeros_like(old_logprob),
             old_logprob=old_logprob,
-            rollout_logprob=rollout,
-            importance=mismatch.importance(old_logprob, rollout, self.config.train.importance_cap),
+            rollout_logprob=rollout_logprob,
             ref_logprob=ref,
             reward=reward,
-            advantage=torch.zeros_like(old_logprob),
-            group=group,
+            group=torch.tensor([e.group for e in episodes], device=to),
             truncated=torch.tensor([e.sample.truncated for e in episodes], device=to),
-            num_sequences=0,
-            num_tokens=0,
             old_value=value,
+            importance=mismatch.importance(old_logprob, rollout_logprob, self.config.train.importance_cap),
         )
-        return self.method.compute_advantages(batch, self.reduce)
 
-    def set_token_weights(self, batch: Batch) -> Batch:
-        """Count valid sequences and tokens over all ranks and fix the token weights."""
-        counts = torch.tensor([num_valid(batch), int(batch.mask.sum())], device=batch.mask.device)
+    def batch(self, rollouts: RolloutBatch, advantages: Advantages) -> Batch:
+        """What the method trains on: valid sequences and tokens counted over all ranks, the token weights fixed."""
+        counts = torch.tensor([num_valid(rollouts), int(rollouts.mask.sum())], device=rollouts.mask.device)
         num_sequences, num_tokens = self.reduce.sum(counts).tolist()
         weight = token_weights(
             self.method.aggregation,
-            batch.sequence,
-            batch.mask,
+            rollouts.sequence,
+            rollouts.mask,
             num_sequences=num_sequences,
             num_tokens=num_tokens,
             max_response_tokens=self.config.rollout.max_response_tokens,
         )
-        return replace(batch, weight=weight, num_sequences=num_sequences, num_tokens=num_tokens)
+        return rollouts.complete(advantages, weight=weight, num_sequences=num_sequences, num_tokens=num_tokens)
 
 
 def known_old(batch: Batch, old_logprob: Tensor) -> Batch:

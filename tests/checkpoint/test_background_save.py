@@ -81,12 +81,12 @@ def killed_while_writing(rank: int, world: int, folder: Path) -> None:
     held_back(gate, "step_000002")
     real = loop.train_step
 
-    def train_step(run: loop.Trainer, watch: Any) -> Any:
-        if run.step == 2 and rank == 1:
+    def train_step(trainer: loop.Trainer, watch: Any) -> Any:
+        if trainer.step == 2 and rank == 1:
             [partial] = (folder / "run" / "checkpoints").glob("step_000002.tmp-*")
             assert (partial / "__1_0.distcp").read_bytes() == b"half"
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(run, watch)
+        return real(trainer, watch)
 
     module.train_step = train_step
     whole_run._rank(rank, world, folder, RECIPE, OPTIONS, None)

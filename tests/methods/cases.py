@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_ext import methods
 from megatron_ext.methods.base import Method, Needs, OneRank, Prepared, Reducer
 from megatron_ext.train.token_weights import token_weights
-from megatron_ext.types import Batch, TokenStats
+from megatron_ext.types import Batch, RolloutBatch, TokenStats
 
 VOCAB = 11
 MAX_LENGTH = 9
@@ -184,22 +184,19 @@ def batch(case: Case, method: Method) -> Batch:
         num_tokens=num_tokens,
         max_response_tokens=MAX_LENGTH,
     )
-    given = Batch(
+    rollouts = RolloutBatch(
         sequence=case.sequence,
         mask=mask,
-        weight=weight.double(),
         old_logprob=case.logp(case.old),
         rollout_logprob=case.logp(case.old),
         ref_logprob=case.logp(case.ref) if method.needs.reference else None,
         reward=case.reward,
-        advantage=torch.zeros(len(case.sequence)),
         group=case.group,
         truncated=torch.zeros(len(case.reward), dtype=torch.bool),
-        num_sequences=num_sequences,
-        num_tokens=num_tokens,
         old_value=case.old_value if method.needs.value else None,
     )
-    return method.compute_advantages(given, OneRank())
+    advantages = method.compute_advantages(rollouts, OneRank())
+    return rollouts.complete(advantages, weight=weight.double(), num_sequences=num_sequences, num_tokens=num_tokens)
 
 
 @dataclass
@@ -280,7 +277,7 @@ def run(
     ) -> tuple[Tensor, Prepared, list[dict[str, Tensor]], dict[str, float], Tensor]:
         own = everyone[rank]
         part, position = whole.select([i for i in range(len(case.reward)) if int(case.group[i]) in shares[rank]])
-        part = own.compute_advantages(part, reduce)
+        part = replace(part, **vars(own.compute_advantages(part, reduce)))
         observed = own.on_step_start(part, old.map(lambda value: value[position]), reduce)
         needs = own.needs
         prepared = own.prepare(part, stats.detach().map(lambda v: v[position]) if needs.current else None, reduce)

@@ -53,9 +53,9 @@ def every_method(rank: int, world: int, path: str, layout: tuple[int, int, int])
     share = len(episodes) // data
     own = episodes[parallel.groups.data().rank() * share :][:share]
     learner = Learner(config, methods.create({"name": "grpo"}), TrainableModel(policy, optimizer, scheduler))
-    micro_batches = learner.pack(own)
+    mini_batch = learner.pack(own)
     rules = {
-        rule: learner.statistics(policy, micro_batches, Needs(entropy=True, nucleus_p=0.8, nucleus=rule))
+        rule: learner.statistics(policy, mini_batch, Needs(entropy=True, nucleus_p=0.8, nucleus=rule))
         for rule in ("inclusive", "exclusive")
     }
     found = {}
@@ -63,11 +63,12 @@ def every_method(rank: int, world: int, path: str, layout: tuple[int, int, int])
         method = learner.method = methods.create(OPTIONS[name] | TUNED.get(name, {}))
         current = rules[method.needs.nucleus]
         old = replace(current, logprob=moved(current.logprob, own))
-        batch = learner.set_token_weights(learner.batch(own, old, current.logprob - 0.1, current.logprob / 4))
+        rollouts = learner.rollout_batch(own, old, current.logprob - 0.1, current.logprob / 4)
+        batch = learner.batch(rollouts, method.compute_advantages(rollouts, learner.reduce))
         report = method.on_step_start(batch, current, learner.reduce)
         if name.startswith("siren"):
             method.load_state_dict({"h_anchor": 0.5})
-        prepared, metrics = learner.gradients(batch, current, micro_batches)
+        prepared, metrics = learner.gradients(batch, current, mini_batch)
         gradients = {n: g.clone() for n, g in hf_weights.stream(policy, gathered_gradients(policy))}
         found[name] = metrics, report | prepared.report, gradients
     return found

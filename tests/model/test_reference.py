@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_ext.model.reference import SLICE_BYTES, Reference, identity
-from megatron_ext.train import loop
+from megatron_ext.train import models
 from tests.train import whole_run
 
 SENT, GRPO = "sent/sent-tiny-cpu.toml", "grpo/grpo-tiny-cpu.toml"
@@ -53,7 +53,7 @@ def test_it_is_built_only_for_a_method_that_needs_it(tmp_path: Path, monkeypatch
     def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a reference was built")
 
-    monkeypatch.setattr(loop, "build_reference", refuse)
+    monkeypatch.setattr(models, "build_reference", refuse)
     assert whole_run.train(tmp_path, GRPO, "train.steps=1") == 0
     with pytest.raises(AssertionError, match="a reference was built"):
         whole_run.train(tmp_path / "sent", SENT, "train.steps=1")

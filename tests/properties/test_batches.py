@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from megatron_ext.config.parallel_checks import model_faults, nearest_divisor
 from megatron_ext.config.schema import ParallelConfig
-from megatron_ext.train.packing import pack, positions, split
+from megatron_ext.train.packing import MiniBatch, pack, split
 from tests.properties.oddities import limits
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=3, max_size=40)
@@ -45,11 +45,9 @@ def test_tokens_of_micro_batches_are_found_again(
     pairs: list[tuple[list[int], list[int]]], budget: int, bins: int
 ) -> None:
     divided = split([len(prompt) + len(response) for prompt, response in pairs], budget, bins)
-    micros = [(each, pack([pairs[i] for i in each])) for each in divided]
-    laid_out = [token for _, packed in micros for token in packed.targets.tolist()]
-    place = positions(micros).tolist()
-    assert sorted(place) == list(range(len(laid_out)))
-    assert [laid_out[i] for i in place] == [token for _, response in pairs for token in response]
+    mini_batch = MiniBatch.pack(pairs, divided)
+    joined = mini_batch.join([packed.targets for packed in mini_batch.micro_batches])
+    assert joined.tolist() == [token for _, response in pairs for token in response]
 
 
 @given(number=st.integers(1, 2000), wanted=st.integers(1, 3000))

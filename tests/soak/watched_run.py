@@ -29,13 +29,13 @@ SMALL = (
 )
 SAVING = ("shards", "manifest", "rename", "latest", "removal")  # of a save, in this order
 _PHASES = (  # the first whose file, and function of it, is on the stack
-    ("loading", "loop.py", "build"),
-    ("sync", "loop.py", "sync"),
-    ("reward", "rewards.py", ""),
-    ("rollout", "rollouts.py", ""),
+    ("loading", "setup.py", "build"),
+    ("sync", "trainer.py", "sync"),
+    ("reward", "reward_pool.py", ""),
+    ("rollout", "collect_rollouts.py", ""),
     ("step", "step.py", ""),
     ("save: copy", "checkpoint.py", ""),
-    ("metrics", "metrics.py", ""),
+    ("metrics", "writer.py", ""),
     ("between", "loop.py", "run"),
 )
 PHASES = (

@@ -26,7 +26,7 @@ from megatron_ext.model.critic import build_critic
 from megatron_ext.model.megatron_config import ModelOptions
 from megatron_ext.model.trainable import TrainableModel, TrainingError
 from megatron_ext.train import critic
-from megatron_ext.train.packing import MicroBatches
+from megatron_ext.train.packing import MiniBatch
 from megatron_ext.train.step import Learner
 from megatron_ext.types import Batch, TokenStats
 from tests import gloo, tiny
@@ -90,25 +90,27 @@ def learner_of(case: str, path: str) -> Learner:
     )
 
 
-def mini_batch(learner: Learner) -> tuple[Batch, TokenStats, MicroBatches]:
+def one_mini_batch(learner: Learner) -> tuple[Batch, TokenStats, MiniBatch]:
     """This rank's episodes as if both models had moved since they saw them: on both sides of either clip range."""
     share = len(tiny.episodes()) // learner.config.parallel.data
     own = tiny.episodes()[parallel.groups.data().rank() * share :][:share]
-    micro_batches = learner.pack(own)
+    mini_batch = learner.pack(own)
     assert learner.critic is not None
-    current = learner.statistics(learner.policy, micro_batches, learner.method.needs)
-    value = critic.values(learner.critic, micro_batches)
+    current = learner.statistics(learner.policy, mini_batch, learner.method.needs)
+    value = critic.values(learner.critic, mini_batch)
     old = replace(current, logprob=moved(current.logprob, own))
-    return learner.set_token_weights(learner.batch(own, old, None, moved(value, own))), current, micro_batches
+    rollouts = learner.rollout_batch(own, old, None, moved(value, own))
+    advantages = learner.method.compute_advantages(rollouts, learner.reduce)
+    return learner.batch(rollouts, advantages), current, mini_batch
 
 
 def one_step(rank: int, world: int, case: str, path: str) -> Any:
     """Metrics of policy and critic, and the whole gradients of policy, critic's body and value head."""
     learner = learner_of(case, path)
-    batch, current, micro_batches = mini_batch(learner)
-    _, metrics = learner.gradients(batch, current, micro_batches)
+    batch, current, mini_batch = one_mini_batch(learner)
+    _, metrics = learner.gradients(batch, current, mini_batch)
     assert learner.critic is not None
-    metrics |= critic.gradients(learner.critic, learner.method, batch, micro_batches, learner.reduce)
+    metrics |= critic.gradients(learner.critic, learner.method, batch, mini_batch, learner.reduce)
     architecture = learner.policy.architecture
     policy = dict(hf_weights.stream(learner.policy, gathered_gradients(learner.policy)))
     local = gathered_gradients(learner.critic.model)
@@ -195,10 +197,10 @@ def test_every_layout_gives_the_gradients_of_the_formula(case: str) -> None:
 def update_critic(learner: Learner) -> list[float]:
     """One update; the values of all episodes after it."""
     assert learner.critic is not None
-    batch, _, micro_batches = mini_batch(learner)
-    critic.gradients(learner.critic, learner.method, batch, micro_batches, learner.reduce)
+    batch, _, mini_batch = one_mini_batch(learner)
+    critic.gradients(learner.critic, learner.method, batch, mini_batch, learner.reduce)
     learner.critic.update(1)
-    return learner.reduce.concat(critic.values(learner.critic, micro_batches)).tolist()
+    return learner.reduce.concat(critic.values(learner.critic, mini_batch)).tolist()
 
 
 def checkpoints_of(learner: Learner, root: Path) -> Checkpoints:

@@ -74,12 +74,12 @@ def one_step(
     learner.method.load_state_dict({"h_anchor": ANCHOR})
     share = len(tiny.episodes()) // data
     own = tiny.episodes()[parallel.groups.data().rank() * share :][:share]
-    micro_batches = learner.pack(own)
-    current = learner.statistics(policy, micro_batches, replace(learner.method.needs, entropy=True))
-    batch = learner.batch(own, current, None)
+    mini_batch = learner.pack(own)
+    current = learner.statistics(policy, mini_batch, replace(learner.method.needs, entropy=True))
     # as if the policy had moved since it sampled: ratios on both sides of the clip range
-    batch = learner.set_token_weights(replace(batch, old_logprob=moved(current.logprob, own)))
-    _, metrics = learner.gradients(batch, current, micro_batches)
+    rollouts = replace(learner.rollout_batch(own, current, None), old_logprob=moved(current.logprob, own))
+    batch = learner.batch(rollouts, learner.method.compute_advantages(rollouts, learner.reduce))
+    _, metrics = learner.gradients(batch, current, mini_batch)
     optimizer.prepare_grads()
     metrics["grad/norm"] = float(optimizer.get_grad_norm())
     return metrics, dict(hf_weights.stream(policy, gathered_gradients(policy)))

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_ext.checkpoint import checkpoint
 from megatron_ext.model.trainable import TrainableModel
-from megatron_ext.train import loop
+from megatron_ext.train import loop, setup
 from tests import gloo
 from tests.train import whole_run
 
@@ -98,22 +98,23 @@ def watched(rank: int, world: int, folder: Path, stop_in: int | None) -> tuple[i
     """A run below ``folder`` and what happened; a signal comes in the step after ``stop_in``."""
     device = Device()
     module: Any = loop
+    before: Any = setup
     kind: Any = checkpoint.Checkpoints
     device.watch_trained()
-    create, step, save = loop.create_engine, loop.train_step, kind.save
+    create, step, save = setup.create_engine, loop.train_step, kind.save
 
     def saved(self: checkpoint.Checkpoints, number: int, state: dict) -> None:
         device.note(f"save {number}")
         save(self, number, state)
         device.note("saved")
 
-    def stepped(run: loop.Trainer, watch: Any) -> Any:
-        if run.step == stop_in:
+    def stepped(trainer: loop.Trainer, watch: Any) -> Any:
+        if trainer.step == stop_in:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return step(run, watch)
+        return step(trainer, watch)
 
     kind.save, module.train_step = saved, stepped
-    module.create_engine = lambda *args, **named: SpyEngine(create(*args, **named), device)
+    before.create_engine = lambda *args, **named: SpyEngine(create(*args, **named), device)
     code = whole_run._rank(rank, world, folder, RECIPE, OPTIONS, None)
     return code, device.events
 

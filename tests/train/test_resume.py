@@ -10,7 +10,7 @@ import torch
 
 from megatron_ext import methods
 from megatron_ext.config.loading import load_config
-from megatron_ext.train import loop
+from megatron_ext.train import loop, setup
 from tests import gloo
 from tests.train import whole_run
 
@@ -88,17 +88,18 @@ def test_groups_dealt_over_ranks_are_dealt_the_same_again(tmp_path: Path) -> Non
 def draws(rank: int, world: int, folder: Path, steps: int, extra: int) -> list[float]:
     """A random number of each step of a run whose engine draws ``extra`` ones when it is made."""
     module: Any = loop
-    create, step, found = loop.create_engine, loop.train_step, []
+    before: Any = setup
+    create, step, found = setup.create_engine, loop.train_step, []
 
     def created(*args: Any, **named: Any) -> Any:
         torch.rand(extra)
         return create(*args, **named)
 
-    def stepped(run: loop.Trainer, watch: Any) -> Any:
+    def stepped(trainer: loop.Trainer, watch: Any) -> Any:
         found.append(float(torch.rand(())))
-        return step(run, watch)
+        return step(trainer, watch)
 
-    module.create_engine, module.train_step = created, stepped
+    before.create_engine, module.train_step = created, stepped
     whole_run._rank(rank, world, folder, recipe("siren"), (f"train.steps={steps}",), None)
     return found
 

@@ -37,9 +37,9 @@ def signalled(rank: int, world: int, folder: Path, phase: str, *overrides: str) 
     module: Any = loop
     begun = []
 
-    def step(run: loop.Trainer, watch: Any) -> Any:
-        begun.append(run.step)
-        return train_step(run, watch)
+    def step(trainer: loop.Trainer, watch: Any) -> Any:
+        begun.append(trainer.step)
+        return train_step(trainer, watch)
 
     def interrupted(*args: Any, **named: Any) -> Any:
         if len(begun) == 2 and rank == world - 1:
@@ -82,12 +82,12 @@ def with_bad_losses(
     module: Any = loop
     train_step = loop.train_step
 
-    def step(run: loop.Trainer, watch: Any) -> Any:
-        method: Any = run.learner.method
+    def step(trainer: loop.Trainer, watch: Any) -> Any:
+        method: Any = trainer.learner.method
         loss = type(method).loss
-        factor = math.nan if bad(run.step) and rank == world - 1 else 1.0
+        factor = math.nan if bad(trainer.step) and rank == world - 1 else 1.0
         method.loss = lambda *args: factor * loss(method, *args)
-        return train_step(run, watch)
+        return train_step(trainer, watch)
 
     module.train_step = step
     return whole_run._rank(rank, world, folder, RECIPE, (*ONE_UPDATE, *overrides), die_after)

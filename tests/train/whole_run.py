@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_ext.config.loading import load_config
 from megatron_ext.rollout.rewards.verify import VERIFIERS, extract
-from megatron_ext.train import loop
+from megatron_ext.train import loop, setup
 from megatron_ext.types import Problem, Reward, Sample
 from tests import gloo
 
@@ -80,14 +80,15 @@ def _rank(rank: int, world: int, folder: Path, recipe: str, overrides: Sequence[
     gc.freeze()  # Megatron collects garbage at every save: not all that the parent imported
     os.environ["HF_HUB_OFFLINE"] = "1"
     module: Any = loop
-    module.RewardPool = Judge
+    before: Any = setup
+    before.RewardPool = Judge
     real = loop.train_step
 
-    def train_step(run: loop.Trainer, watch: Any) -> Any:
-        if run.step == die_after:
-            run.checkpoints.publish(wait=True)
+    def train_step(trainer: loop.Trainer, watch: Any) -> Any:
+        if trainer.step == die_after:
+            trainer.checkpoints.publish(wait=True)
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(run, watch)
+        return real(trainer, watch)
 
     module.train_step = train_step
     own = (f'data.train="{data()}"', 'data.curriculum=""', f'log.dir="{folder}"', f"parallel.ranks_per_node={world}")

@@ -16,7 +16,7 @@ from ..report.page import page
 from ..tiny.tabular import SETTINGS, Curve, simulate
 from .claims import Claim, claims, pi_run
 from .plan import LabPlan
-from .results import OUTPUT, Result, Results, load, seconds, spread, where_entropy_is
+from .results import Result, Results, load, seconds, spread, where_entropy_is
 
 BASELINE = "grpo"
 ENTROPIC = "entropic"  # the family with figures of its own
@@ -221,7 +221,7 @@ def controllers(results: Results, figures: Figures) -> str:
         if result.targets is None or result.method == "entropic" or result.run.name not in (result.method,):
             continue
         parts.append(against_target(result, figures, result.run.name, result.measured))
-        output = OUTPUT.get(result.method)
+        output = None if result.controller is None else result.controller.output
         if output is not None:
             line = result.series(output, 1, "output")
             parts.append(figures.add(f"{result.run.name}: output", output, result.steps, [line]))
@@ -267,7 +267,11 @@ def _together(title: str, found: Mapping[str, Result], figures: Figures) -> str:
     first = next(iter(found.values()))
     assert first.targets is not None
     lines.append(Series("target", [first.targets[0]] * len(longest), 7, dashed=True))
-    outputs = [padded(r.series(OUTPUT["entropic"], i, name), len(longest)) for i, (name, r) in enumerate(found.items())]
+    outputs = [
+        padded(r.series(r.controller.output, i, name), len(longest))
+        for i, (name, r) in enumerate(found.items())
+        if r.controller is not None and r.controller.output is not None
+    ]
     return figures.add(f"Entropy, {title}", "nats", longest, lines) + figures.add(
         f"Output, {title}", "alpha, bounded by -1 and 1", longest, outputs
     )

@@ -11,16 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext import methods
+from megatron_ext.methods.base import Controller
 from megatron_ext.metrics.writer import METRICS, SAMPLES, read_steps
 
 from ..charts import Series
 from ..evaluate import load_evaluations
 from .plan import BASE, EVALUATION, LABEL, LabPlan, LabRun, configuration, job_name
 
-# what a method reports of its controller: output, measured, and where it wants it (a metric, or the recipe's option)
-OUTPUT = {"aer": "aer/alpha", "entropic": "entropic/alpha", "aec": "aec/applied"}
-MEASURED = {"siren": "siren/hbar", "aec": "aec/entropy"}
-TARGET = {"siren": "siren/anchor", "aer": "aer/target"}
 LIKELY = (0.5, 0.95)  # probabilities that part unlikely, likely and almost certain tokens
 Record = Mapping[str, Any]
 
@@ -40,7 +37,7 @@ class Result:
 
     run: LabRun
     method: str
-    options: Mapping[str, Any]  # of the method, as configured
+    controller: Controller | None  # of the method, as configured
     prompts: int  # per step
     seeds: tuple[Seed, ...]
 
@@ -78,16 +75,16 @@ class Result:
 
     @property
     def measured(self) -> str:
-        """The metric that the method compares with its target: the entropy of the whole step where it has no other."""
-        return MEASURED.get(self.method, "entropy/full")
+        """The metric that the method compares with its target; the step's entropy of a method without a target."""
+        return "entropy/full" if self.controller is None else self.controller.measured
 
     @property
     def targets(self) -> list[float] | None:
         """Per seed; None for a method without a target."""
-        if self.method in TARGET:
-            return self.late(TARGET[self.method]) or None
-        target = self.options.get("target")
-        return [float(target)] * len(self.seeds) if target is not None else None
+        if self.controller is None:
+            return None
+        target = self.controller.target
+        return (self.late(target) or None) if isinstance(target, str) else [target] * len(self.seeds)
 
     @property
     def distance(self) -> list[float]:
@@ -99,13 +96,14 @@ class Result:
 
     @property
     def saturated(self) -> list[float]:
-        """Share of the last third of the steps at which EntroPIC's output stood at a bound, per seed."""
-        if self.method != "entropic":
+        """Share of the last third of the steps at which a bounded output stood at its bound, per seed."""
+        controller = self.controller
+        if controller is None or controller.output is None or controller.bound is None:
             return []
         found = []
-        for curve in self.curves(OUTPUT["entropic"]):
+        for curve in self.curves(controller.output):
             tail = [value for value in curve[len(curve) * 2 // 3 :] if value is not None]
-            found.append(sum(abs(value) > 0.999 for value in tail) / max(1, len(tail)))
+            found.append(sum(abs(value) > 0.999 * controller.bound for value in tail) / max(1, len(tail)))
         return found
 
     @property
@@ -152,7 +150,7 @@ def load(plan: LabPlan, folder: Path) -> Results:
             seeds = tuple(replace(seed, records=seed.records[:length]) for seed in seeds)
             config, _ = configuration(plan, run, 0, folder)
             method = methods.create(config.method)
-            runs[run.name] = Result(run, config.method["name"], vars(method), config.rollout.prompts, seeds)
+            runs[run.name] = Result(run, config.method["name"], method.controller, config.rollout.prompts, seeds)
     return Results(_evaluation(folder / BASE), runs)
 
 

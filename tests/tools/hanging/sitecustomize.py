@@ -53,18 +53,20 @@ WAYS = {each.__name__: each for each in (spin, hold_interpreter, stop, wait_in_k
 
 
 def in_the_update(loop: Any) -> None:
-    real_step, real_update, steps = loop.train_step, loop.Learner.update, []
+    from megatron_ext.train.step import Learner
 
-    def train_step(run: Any, watch: Any) -> Any:
-        steps.append(run.step + 1)
-        return real_step(run, watch)
+    real_step, real_update, steps = loop.train_step, Learner.update, []
+
+    def train_step(trainer: Any, watch: Any) -> Any:
+        steps.append(trainer.step + 1)
+        return real_step(trainer, watch)
 
     def update(learner: Any, *arguments: Any) -> Any:
         if steps[-1] == int(os.environ["HANG_STEP"]):
             WAYS[os.environ["HANG"]]()
         return real_update(learner, *arguments)
 
-    loop.train_step, loop.Learner.update = train_step, update
+    loop.train_step, Learner.update = train_step, update
 
 
 def alone_in_a_collective(loop: Any) -> None:
@@ -73,25 +75,27 @@ def alone_in_a_collective(loop: Any) -> None:
 
     real = loop.train_step
 
-    def train_step(run: Any, watch: Any) -> Any:
-        if run.step + 1 == int(os.environ["HANG_STEP"]):
+    def train_step(trainer: Any, watch: Any) -> Any:
+        if trainer.step + 1 == int(os.environ["HANG_STEP"]):
             group: Any = dist.new_group(backend="gloo")
             if dist.get_rank() == 0:
                 dist.barrier(group)
-        return real(run, watch)
+        return real(trainer, watch)
 
     loop.train_step = train_step
 
 
 def slow_to_score(loop: Any) -> None:
-    real = loop.RewardPool.score
+    from megatron_ext.rollout.rewards.reward_pool import RewardPool
+
+    real = RewardPool.score
 
     def score(pool: Any, answers: Any) -> Any:
         time.sleep(SLOW_S)
         print("slow to score", flush=True)
         return real(pool, answers)
 
-    loop.RewardPool.score = score
+    RewardPool.score = score
 
 
 def shorter(heartbeat: Any) -> None:

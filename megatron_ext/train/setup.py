@@ -1,0 +1,105 @@
+"""A trainer from its configuration: data, models, the newest checkpoint's state, the rollout engine.
+
+Data come first, so that a fault in them stops before anything large is built. The engine comes last because it takes
+its share of the memory that is then free.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+import numpy as np
+import torch
+
+from megatron_ext.checkpoint.checkpoint import Checkpoints
+from megatron_ext.config.checks import read_hf_config
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.schema import Config
+from megatron_ext.data.curriculum import data_order
+from megatron_ext.metrics.alarms import Alarms
+from megatron_ext.model import kernels
+from megatron_ext.model.architectures import Architecture, read_architecture
+from megatron_ext.model.megatron_config import ModelOptions
+from megatron_ext.rollout.registry import check_engine, create_engine
+from megatron_ext.rollout.rewards.function_pool import FunctionPool
+from megatron_ext.rollout.rewards.reward_pool import RewardPool
+from megatron_ext.train.messages import tell, users_files
+from megatron_ext.train.method_factory import create_method
+from megatron_ext.train.models import build_learner
+from megatron_ext.train.resume import check_resume, resume
+from megatron_ext.train.trainer import Trainer
+from megatron_ext.train.training_data import load_problems
+
+
+def build(config: Config, pool: RewardPool | FunctionPool) -> Trainer:
+    """Everything a step needs, where the newest valid checkpoint left it."""
+    _seed(config.train.seed)
+    check_engine(config.rollout)
+    method = create_method(config)
+    with users_files():
+        architecture = read_architecture(read_hf_config(config.model.path))
+    problems = load_problems(config, pool, vocab_size=architecture.vocab_size)
+    order = data_order(config, [problem for problem, _ in problems])
+    tell(f"kernels: {_kernels(config, architecture)}")
+    learner = build_learner(config, method, architecture)
+    checkpoints = Checkpoints(
+        config.run_dir / "checkpoints",
+        trained=learner.trained,
+        config=config.model_dump(),
+        layout=config.parallel.model_dump(),
+        keep=config.checkpoint.keep,
+        asynchronous=config.checkpoint.asynchronous,
+    )
+    with users_files():
+        loaded = checkpoints.load(check=lambda saved: check_resume(saved.config, config.model_dump()))
+    if config.model.offload_optimizer:
+        for each in learner.trained.values():
+            each.offload()
+    engine = create_engine(
+        config.model.path,
+        config.rollout,
+        dtype=config.model.dtype,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        log_dir=config.run_dir,
+    )
+    trainer = Trainer(config, learner, engine, pool, problems, order, Alarms(config.alarms), checkpoints)
+    if loaded is not None:
+        resume(trainer, loaded)
+    return trainer
+
+
+def reward_pool(config: Config) -> RewardPool | FunctionPool:
+    """The workers that score responses, not yet started."""
+    cores = len(os.sched_getaffinity(0))
+    reward = config.reward
+    workers = reward.workers or min(16, max(1, cores // config.parallel.ranks_per_node))
+    if reward.function:
+        return FunctionPool(reward, workers)
+    return RewardPool(
+        workers,
+        deadline_s=reward.deadline_s,
+        max_timeout_share=reward.max_timeout_share,
+        correct=reward.correct,
+        wrong=reward.wrong,
+    )
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def _kernels(config: Config, architecture: Architecture) -> str:
+    """What the layers run on, in one line. Raises ConfigError where that would not do."""
+    try:
+        return kernels.describe(
+            architecture,
+            tensor=config.parallel.tensor,
+            dtype=getattr(torch, config.model.dtype),
+            longest=config.longest_sequence,
+            fusions=ModelOptions.from_config(config.model).fusions,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

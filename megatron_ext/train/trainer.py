@@ -1,0 +1,110 @@
+"""A trainer: what a run's steps work with, and the state of it that a checkpoint holds.
+
+The rollout engine and the optimizer may be too large to share a device. Under ``model.offload_optimizer`` optimizer
+state and gradients are there only while the engine sleeps: it sleeps from the end of sampling until the next step's
+sync, is created when the optimizer is already at rest, and checkpoints are saved from where the state lies at rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ext.checkpoint.checkpoint import Checkpoints
+from megatron_ext.checkpoint.weight_initializer import weights_identity
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.schema import Config
+from megatron_ext.data.sampler import DataOrder
+from megatron_ext.metrics.alarms import Alarms
+from megatron_ext.metrics.display import Watch
+from megatron_ext.model.hf_weights import PolicyWeights
+from megatron_ext.rollout.base import RolloutEngine
+from megatron_ext.rollout.rewards.function_pool import FunctionPool
+from megatron_ext.rollout.rewards.reward_pool import RewardPool
+from megatron_ext.train.collect_rollouts import EncodedProblem
+from megatron_ext.train.step import Learner
+
+
+@dataclass
+class Trainer:
+    """Everything a step needs, built once (setup.py)."""
+
+    config: Config
+    learner: Learner
+    engine: RolloutEngine
+    pool: RewardPool | FunctionPool
+    problems: list[EncodedProblem]
+    order: DataOrder
+    alarms: Alarms
+    checkpoints: Checkpoints
+    step: int = 0  # training steps done
+
+    def sync(self) -> None:
+        """Stream the policy's weights to the engine, stamped with the number of steps they have seen."""
+        self.engine.update_weights(PolicyWeights(self.learner.policy), self.step)
+
+    @contextmanager
+    def optimizers_present(self) -> Iterator[None]:
+        """Optimizer state and gradients are on the device; under ``model.offload_optimizer`` only inside."""
+        if not self.config.model.offload_optimizer:
+            yield
+            return
+        for each in self.learner.trained.values():
+            each.restore()
+        yield
+        for each in self.learner.trained.values():
+            each.offload()
+
+    def next_problems(self, count: int) -> list[EncodedProblem]:
+        """The next ``count`` problems."""
+        return [self.problems[i] for i in self.order.take(count, step=self.step)]
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "method": self.learner.method.state_dict(),
+            "order": self.order.state_dict(),
+            "bad_steps": {name: each.bad_steps for name, each in self.learner.trained.items()},
+            "alarms": self.alarms.state_dict(),
+            "reference": self.reference_identity(),
+        }
+
+    def load_state(self, step: int, state: dict[str, Any]) -> None:
+        if state["reference"] != self.reference_identity():
+            raise ConfigError(
+                "resume: the reference model is not the checkpoint's: the weights in "
+                f"{self.config.model.weights or self.config.model.path} differ; restore model.path and model.weights, "
+                "or start a new run with another name"
+            )
+        self.step = step
+        self.learner.method.load_state_dict(state["method"])
+        self.order.load_state_dict(state["order"])
+        for name, each in self.learner.trained.items():
+            each.bad_steps = state["bad_steps"][name]
+        self.alarms.load_state_dict(state["alarms"])
+
+    def reference_identity(self) -> str | None:
+        """Which weights the KL is taken to; None without a reference model."""
+        return None if self.learner.reference is None else weights_identity(self.config.model)
+
+    def is_due(self) -> bool:
+        """Whether the run's configuration wants a checkpoint of this step."""
+        every = self.config.checkpoint.every
+        return self.step == self.config.train.steps or bool(every and self.step % every == 0)
+
+    def save(self, watch: Watch) -> None:
+        """Begin the checkpoint of this step, unless there is one."""
+        if self.checkpoints.step != self.step:
+            self.publish(watch, wait=True)
+            with watch.phase("save"):
+                self.checkpoints.save(self.step, self.state())
+
+    def publish(self, watch: Watch, *, wait: bool) -> None:
+        """Commit the checkpoint that is being written, if it is; ``time/save_s`` is what the run waited for saves."""
+        if not self.checkpoints.is_writing:
+            return
+        with watch.phase("save"):
+            published = self.checkpoints.publish(wait=wait)
+        if published is not None:
+            watch.count("save_background", published.seconds)
