@@ -15,9 +15,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BOTTOM = {f"megatron_ext.{name}" for name in ("types", "files", "heartbeat", "cpu_compat")}  # they import no room
+BOTTOM = {
+    f"megatron_ext.{name}" for name in ("types", "metric", "files", "heartbeat", "cpu_compat")
+}  # they import no room
 ROOMS = {  # room -> what it may import of this project, besides itself and BOTTOM
     "megatron_ext.types": set(),
+    "megatron_ext.metric": set(),
     "megatron_ext.files": set(),
     "megatron_ext.heartbeat": set(),
     "megatron_ext.cpu_compat": set(),
@@ -37,7 +40,7 @@ ROOMS = {  # room -> what it may import of this project, besides itself and BOTT
 OF_BOTTOM = {  # where a room does with less than all of BOTTOM
     "megatron_ext.config": {"megatron_ext.files"},
     "megatron_ext.ops": set(),
-    "megatron_ext.methods": {"megatron_ext.types"},
+    "megatron_ext.methods": {"megatron_ext.types", "megatron_ext.metric"},
 }
 ONLY_IN = {  # package -> the rooms that may import it
     "megatron": (

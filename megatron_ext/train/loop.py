@@ -31,6 +31,7 @@ from megatron_ext.data.sampler import DataOrder
 from megatron_ext.metrics import warnings_log
 from megatron_ext.metrics.alarms import Alarms
 from megatron_ext.metrics.display import Watch
+from megatron_ext.metrics.glossary import Glossary
 from megatron_ext.metrics.writer import MetricsWriter, sample_record, token_texts, write_config
 from megatron_ext.model import kernels, parallel
 from megatron_ext.model.build import build_policy, build_reference
@@ -144,9 +145,11 @@ def run(config: Config) -> int:
     with _reward_pool(config) as pool:
         state = build(config, pool)
         steps = config.train.steps
-        writer = _open_files(config, state.step)
+        glossary = Glossary(state.learner.method.glossary())
+        writer = _open_files(config, state.step, glossary)
         signals.defer()
-        with writer or nullcontext(), Watch(steps, resume_step=state.step, title=config.name, show=is_rank_0) as watch:
+        watch = Watch(steps, resume_step=state.step, title=config.name, glossary=glossary, show=is_rank_0)
+        with writer or nullcontext(), watch:
             while state.step < steps and not _is_asked_to_stop(signals) and not state.alarms.stopping:
                 metrics, samples = train_step(state, watch)
                 if state.step == steps or (config.checkpoint.every and state.step % config.checkpoint.every == 0):
@@ -343,14 +346,18 @@ def _reward_pool(config: Config) -> RewardPool:
     )
 
 
-def _open_files(config: Config, step: int) -> MetricsWriter | None:
+def _open_files(config: Config, step: int, glossary: Glossary) -> MetricsWriter | None:
     """The run's configuration and, on rank 0, the writer that goes on after ``step``."""
 
     def open_files() -> None:
         write_config(config.run_dir, config.model_dump())
         opened.append(
             MetricsWriter(
-                config.run_dir, trackers=config.log.trackers, total_steps=config.train.steps, resume_step=step
+                config.run_dir,
+                trackers=config.log.trackers,
+                total_steps=config.train.steps,
+                resume_step=step,
+                glossary=glossary,
             )
         )
 
