@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_ext.metrics.eval_stats import Difference, differences
-from megatron_ext.metrics.writer import CLOCK_KEYS
+from megatron_ext.metrics.glossary import CLOCK
 
 from .arguments import command_parser, output_file
 from .charts import NUM_COLORS, Figures, Series, short
 from .evaluate import load_evaluations
-from .report.data import EVALUATION, load_metrics, read_config
+from .report.data import EVALUATION, load_metrics, read_config, read_glossary
 from .report.page import ends, flatten, page
 
 Records = Sequence[Mapping[str, Any]]
@@ -58,7 +58,7 @@ def first_difference(a: Records, b: Records, name: str = "B") -> str | None:
         if one["step"] != two["step"]:
             return f"step {one['step']} in A stands where {name} has step {two['step']}"
         for key in dict.fromkeys([*one, *two]):
-            if key.startswith(CLOCK_KEYS):
+            if key.startswith(CLOCK):
                 continue
             if key not in one or key not in two:
                 return f"step {one['step']}: {key} is only in {'A' if key in one else name}"
@@ -143,11 +143,12 @@ def overlay(runs: Sequence[Path]) -> str:
     steps = sorted({record["step"] for records in loaded for record in records})
     by_step = [{record["step"]: record for record in records} for records in loaded]
     keys = [key for key in dict.fromkeys(key for records in loaded for key in records[0]) if key != "step"]
-    figures, drawn = Figures(), []
+    figures, drawn, glossary = Figures(), [], read_glossary(runs[0])
     for key in keys:
         values = [[found.get(step, {}).get(key) for step in steps] for found in by_step]
         series = [Series(name, line, number) for number, (name, line) in enumerate(zip(names, values, strict=True))]
-        drawn.append(figures.add(key, "", steps, series))
+        metric = glossary.find(key)
+        drawn.append(figures.add(key, metric.meaning if metric else "", steps, series))
     changed = config_differences(*map(read_config, runs)).items()
     rows = "".join(_html_row("td", key, *values) for key, values in changed)
     title = " against ".join(run.name for run in runs)

@@ -3,7 +3,8 @@
     python -m tools.docs            which of them are out of date (exit code 1 if any is)
     python -m tools.docs --write    write them
 
-docs/configuration.md comes from config/schema.py, docs/methods.md from the methods' own files. The tests fail while a
+docs/configuration.md comes from config/schema.py, docs/metrics.md from metrics/glossary.py and the methods,
+docs/methods.md from the methods' own files. The tests fail while a
 page is out of date. Exit codes: 0 up to date or written, 1 out of date, 2 a page cannot be written.
 """
 
@@ -17,6 +18,8 @@ from pathlib import Path
 
 from megatron_ext.config.describe import Key, sections, toml_value
 from megatron_ext.methods import METHODS
+from megatron_ext.metric import Metric
+from megatron_ext.metrics.glossary import METRICS
 
 from . import methods
 
@@ -58,8 +61,29 @@ def method_pages() -> str:
     return "\n".join([*lines, ""])
 
 
+def metric_page() -> str:
+    """The trainer's metrics by section, then those of each method's page."""
+    lines = [
+        GENERATED,
+        "# Metrics",
+        "",
+        "Every key of a run's `metrics.jsonl`: one line a step, over all ranks. A name with a `<part>` is a family. "
+        "All but `time/` and `speed/` follow from the configuration and the seed alone. The report, the live table and "
+        "the alarms use these words; [debugging.md](debugging.md) goes from a symptom to the metric.",
+    ]
+    for section in dict.fromkeys(metric.section for metric in METRICS):
+        lines += ["", f"## {section}", "", *_metrics(metric for metric in METRICS if metric.section == section)]
+    lines += ["", "## Of methods", "", "A method reports these besides those of the methods that it builds on."]
+    pages = dict.fromkeys(page for cls in METHODS.values() for page in reversed(cls.__mro__))
+    for page in pages:
+        if own := vars(page).get("metrics_glossary"):
+            lines += ["", f"### {page.__name__}", "", *_metrics(own)]
+    return "\n".join([*lines, ""])
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "configuration.md": configuration,
+    "metrics.md": metric_page,
     "methods.md": method_pages,
 }
 
@@ -79,6 +103,14 @@ def _key(key: Key) -> list[str]:
     named = isinstance(key.default, dict) and "name" in key.default  # the method's table
     default = f'name = "{key.default["name"]}"' if named else toml_value(key.default)
     return [f"`{key.name}`", key.values, f"`{default}`", key.description]
+
+
+def _metrics(metrics: Iterable[Metric]) -> list[str]:
+    return table(("metric", "unit", "meaning", "good", "too low", "too high"), map(_metric, metrics))
+
+
+def _metric(metric: Metric) -> list[str]:
+    return [f"`{metric.name}`", metric.unit, metric.meaning, metric.good, metric.low, metric.high]
 
 
 def _by_module() -> dict[str, list[str]]:

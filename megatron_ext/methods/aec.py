@@ -15,12 +15,13 @@ Differs from the authors' code, which measures e_k as -mean(logp_old) of the sam
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from megatron_ext.methods.base import Aggregation, Controller, Needs, Prepared, Reducer, token_mean
 from megatron_ext.methods.grpo import GRPO
+from megatron_ext.metric import Metric
 from megatron_ext.types import Batch, TokenStats
 
 
@@ -32,6 +33,23 @@ class AEC(GRPO):
     c_max: float = 0.005
     c_0: float = 0.0
     measure: Literal["entropy", "logprob"] = "entropy"
+    metrics_glossary: ClassVar[tuple[Metric, ...]] = (
+        Metric(
+            name="aec/entropy", section="Entropy", title="Controlled entropy", unit="nats per token",
+            meaning="e_k: the entropy that is compared with the target",
+            good="near target",
+            low="raise c_max or delta",
+        ),
+        Metric(
+            name="aec/applied", section="Entropy", title="Coefficient", unit="coefficient",
+            meaning="c_k I_k: the entropy bonus's coefficient in this step; 0 while e_k is above the target",
+        ),
+        Metric(
+            name="aec/next", section="Entropy", title="Coefficient", unit="coefficient",
+            meaning="c_{k+1}: the coefficient of the next step",
+            high="at c_max the control can push no further: raise c_max",
+        ),
+    )  # fmt: skip
     c: float = field(default=0.0, init=False)  # c_{k+1}
     applied: float = field(default=0.0, init=False)  # c_k I_k
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from megatron_ext.methods.base import (
     token_mean,
 )
 from megatron_ext.methods.grpo import GRPO
+from megatron_ext.metric import Metric
 from megatron_ext.types import Batch, TokenStats
 
 
@@ -46,6 +48,23 @@ class AER(GRPO):
     alpha_0: float = 0.0
     allocate: bool = True
     adapt: bool = True
+    metrics_glossary: ClassVar[tuple[Metric, ...]] = (
+        Metric(
+            name="aer/entropy", section="Entropy", title="Controlled entropy", unit="nats per token",
+            meaning="H: the entropy that is compared with the target",
+            good="near aer/target",
+            low="raise eta",
+        ),
+        Metric(
+            name="aer/target", section="Entropy", title="Controlled entropy", unit="nats per token",
+            meaning="H* = tau H_0",
+        ),
+        Metric(
+            name="aer/alpha", section="Entropy", title="Coefficient", unit="coefficient",
+            meaning="alpha: the entropy bonus's coefficient in this step",
+            high="from about 0.1 on entropy explodes in the paper: lower eta or tau",
+        ),
+    )  # fmt: skip
     alpha: float = field(default=0.0, init=False)  # in force
     next_alpha: float = field(default=0.0, init=False)
     h_0: float | None = field(default=None, init=False)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from megatron_ext.metric import Metric
 from megatron_ext.types import Advantages, Batch, RolloutBatch, TokenStats
 
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
@@ -98,6 +99,12 @@ class Method:
 
     aggregation: Aggregation = "token-mean"
     group_relative: ClassVar[bool] = False  # advantages are relative to the group: a group of one has none
+    metrics_glossary: ClassVar[tuple[Metric, ...]] = ()  # what this page reports; a subclass names its own alone
+
+    @classmethod
+    def glossary(cls) -> tuple[Metric, ...]:
+        """The descriptions of everything that the method may report, its parents' first."""
+        return tuple(metric for page in reversed(cls.__mro__) for metric in vars(page).get("metrics_glossary", ()))
 
     @property
     def needs(self) -> Needs:

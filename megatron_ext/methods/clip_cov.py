@@ -16,12 +16,14 @@ means and its own draw of at least one token.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from megatron_ext.methods.base import Aggregation, Prepared, Reducer, log_ratio, num_selected
 from megatron_ext.methods.selection import Selective, count_of, covariance, token_keys, top_k
+from megatron_ext.metric import Metric
 from megatron_ext.types import Batch, TokenStats
 
 
@@ -34,6 +36,13 @@ class ClipCov(Selective):
     w_low: float = 1.0
     w_high: float = 5.0
     seed: int = 0
+    metrics_glossary: ClassVar[tuple[Metric, ...]] = (
+        Metric(
+            name="clip_cov/stopped", section="Entropy", title="Selected tokens", unit="share of tokens",
+            meaning="tokens whose gradient is stopped",
+            good="near r, where enough tokens lie between w_low and w_high",
+        ),
+    )  # fmt: skip
     updates: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:

@@ -20,12 +20,14 @@ the same in every split. Dynamic sampling, DAPO's other part, is ``rollout.dynam
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from megatron_ext.methods.base import Aggregation, Reducer, num_selected
 from megatron_ext.methods.grpo import GRPO
+from megatron_ext.metric import Metric
 from megatron_ext.types import Batch, RolloutBatch, TokenStats
 
 
@@ -35,6 +37,14 @@ class ClipHigher(GRPO):
     clip_high: float = 0.28
     overlong_max: int | None = None
     overlong_buffer: int = 4096
+    metrics_glossary: ClassVar[tuple[Metric, ...]] = (
+        Metric(
+            name="overlong/share", section="Responses", title="Overlong", unit="share of responses",
+            meaning="responses that overlong shaping penalises",
+            good="falls",
+            high="responses grow into the limit: see response/truncated",
+        ),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,13 +14,14 @@ Scope. A response is never split, so its mean needs none. The batch mean is over
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from megatron_ext.methods.base import Aggregation, Needs, Prepared, Reducer, sequence_lengths, token_mean
 from megatron_ext.methods.selection import Selective
+from megatron_ext.metric import Metric
 from megatron_ext.types import Batch, TokenStats
 
 
@@ -30,6 +31,12 @@ class DMMPT(Selective):
     tau: float = 0.99
     sigma: float = 0.2  # nats
     switch: Literal["response", "batch"] = "response"
+    metrics_glossary: ClassVar[tuple[Metric, ...]] = (
+        Metric(
+            name="dmmpt/mastered", section="Entropy", title="Selected tokens", unit="share of tokens",
+            meaning="well-mastered positive tokens, which are masked",
+        ),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -24,7 +24,7 @@ temperature .6, .3 at 1, .4 for reasoning models.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ from megatron_ext.methods.base import (
     token_mean,
 )
 from megatron_ext.methods.grpo import GRPO
+from megatron_ext.metric import Metric
 from megatron_ext.types import Batch, TokenStats
 
 
@@ -56,6 +57,23 @@ class EntroPIC(GRPO):
     threshold: float = 0.95
     normaliser: Literal["all", "high"] = "all"
     scope: Scope = "mini_batch"
+    metrics_glossary: ClassVar[tuple[Metric, ...]] = (
+        Metric(
+            name="entropic/entropy", section="Entropy", title="Controlled entropy", unit="nats per token",
+            meaning="H: the entropy that is compared with the target, mean over updates",
+            good="near target",
+        ),
+        Metric(
+            name="entropic/alpha", section="Entropy", title="Coefficient", unit="coefficient",
+            meaning="alpha: the controller's output, from -1 to 1; below 0 it raises entropy",
+            low="at -1 the control can push no further: change threshold or target",
+            high="at 1 the control can push no further: change threshold or target",
+        ),
+        Metric(
+            name="entropic/integral", section="Entropy", title="Integral", unit="nats",
+            meaning="sum of the errors H - target so far",
+        ),
+    )  # fmt: skip
     integral: float = field(default=0.0, init=False)
     alpha: float = field(default=0.0, init=False)
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.methods.base import Aggregation, Method, Needs, Prepared, group_statistics, log_ratio
+from megatron_ext.metric import Metric
 from megatron_ext.types import Batch, TokenStats
 
 
@@ -35,6 +36,30 @@ class GRPO(Method):
     beta: float = 0.0  # coefficient of the KL to the reference model
     dual_clip: float | None = None
     group_relative: ClassVar[bool] = True
+    metrics_glossary: ClassVar[tuple[Metric, ...]] = (
+        Metric(
+            name="loss/policy", section="Update", title="Loss", unit="loss",
+            meaning="the method's policy loss, without regularisers",
+        ),
+        Metric(
+            name="clip/low", section="Update", title="Clipped tokens", unit="share of tokens",
+            meaning="tokens of negative advantage whose probability ratio is below 1 - clip_low",
+            good="a few percent at most",
+            high="the policy moves far in one step: lower optimizer.lr or the number of updates per step",
+        ),
+        Metric(
+            name="clip/high", section="Update", title="Clipped tokens", unit="share of tokens", short="clipped",
+            meaning="tokens of positive advantage whose probability ratio is above 1 + clip_high",
+            good="a few percent at most",
+            high="as clip/low",
+        ),
+        Metric(
+            name="kl/old", section="Update", title="KL", unit="nats per token",
+            meaning="KL of the updated policy to the one that sampled (k3 estimate)",
+            good="small; 0 where a step has one update",
+            high="the policy moves far in one step: lower optimizer.lr or the number of updates per step",
+        ),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for name in ("clip_low", "clip_high", "beta"):

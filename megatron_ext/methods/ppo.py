@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megatron_ext.methods.base import Needs, Reducer, num_selected, token_mean
 from megatron_ext.methods.clip_higher import ClipHigher
+from megatron_ext.metric import Metric
 from megatron_ext.types import Advantages, Batch, RolloutBatch, TokenStats
 
 
@@ -36,6 +37,33 @@ class PPO(ClipHigher):
     value_clip: float = 0.5
     critic_only_steps: int = 10
     group_relative: ClassVar[bool] = False
+    metrics_glossary: ClassVar[tuple[Metric, ...]] = (
+        Metric(
+            name="critic/value", section="Critic", title="Value", unit="reward",
+            meaning="mean value that the critic predicts",
+            good="near critic/return",
+        ),
+        Metric(
+            name="critic/return", section="Critic", title="Value", unit="reward",
+            meaning="mean return that the critic learns",
+        ),
+        Metric(
+            name="critic/explained_variance", section="Critic", title="Explained variance", unit="share of variance",
+            meaning="how much of the returns' variance the critic explains; missing where all returns are equal",
+            good="above 0 and rising",
+            low="0: the critic is no better than a constant; raise critic.lr or critic_only_steps",
+        ),
+        Metric(
+            name="critic/clipped", section="Critic", title="Clipped values", unit="share of tokens",
+            meaning="values that moved further than value_clip in one step",
+            good="small",
+            high="lower critic.lr",
+        ),
+        Metric(
+            name="loss/value", section="Update", title="Loss", unit="loss",
+            meaning="the critic's loss",
+        ),
+    )  # fmt: skip
     step: int = field(default=0, init=False)  # steps begun
 
     def __post_init__(self) -> None:

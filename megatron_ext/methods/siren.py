@@ -29,7 +29,7 @@ Ablations: ``top_p_mask = false`` (full-vocabulary entropy), ``peak_mask = false
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -45,6 +45,7 @@ from megatron_ext.methods.base import (
 )
 from megatron_ext.methods.dr_grpo import DrGRPO
 from megatron_ext.methods.selection import Selective
+from megatron_ext.metric import Metric
 from megatron_ext.types import Batch, TokenStats
 
 
@@ -57,6 +58,30 @@ class SIREN(DrGRPO, Selective):
     top_p_mask: bool = True
     peak_mask: bool = True
     anchor: bool = True
+    metrics_glossary: ClassVar[tuple[Metric, ...]] = (
+        Metric(
+            name="siren/hbar", section="Entropy", title="Peak entropy", unit="nats per token",
+            meaning="Hbar: mean entropy of the selected tokens, over the step's batch before its first update",
+            good="near siren/anchor",
+            low="raise coef, or lower optimizer.lr",
+            high="raise coef",
+        ),
+        Metric(
+            name="siren/anchor", section="Entropy", title="Peak entropy", unit="nats per token",
+            meaning="H_anchor: Hbar of the initial policy",
+        ),
+        Metric(
+            name="siren/selected_share", section="Entropy", title="Selected tokens", unit="share of tokens",
+            short="selected",
+            meaning="tokens that the peak-entropy mask selects",
+            good="near 1 - tau",
+            low="most quantiles are 0 and few tokens are above one: see entropy/nucleus",
+        ),
+        Metric(
+            name="loss/siren", section="Update", title="Loss", unit="loss",
+            meaning="the added term, coef (Hbar - H_anchor)^2",
+        ),
+    )  # fmt: skip
     h_anchor: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:

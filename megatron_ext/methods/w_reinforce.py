@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_ext.methods.base import Aggregation, Prepared, Reducer, num_selected
 from megatron_ext.methods.grpo import GRPO
+from megatron_ext.metric import Metric
 from megatron_ext.types import Batch, TokenStats
 
 
@@ -31,6 +32,14 @@ class WReinforce(GRPO):
     positive: float = 0.1
     negative: float = 1.0
     group_relative: ClassVar[bool] = False
+    metrics_glossary: ClassVar[tuple[Metric, ...]] = (
+        Metric(
+            name="reinforce/kept_share", section="Learning", title="Kept tokens", unit="share of tokens",
+            meaning="tokens of the responses that train",
+            good="far from 0",
+            low="almost all responses are of the kind that is left out",
+        ),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ext.config.schema import AlarmsConfig
+from megatron_ext.metrics.glossary import FINITE, GLOSSARY
 
-ENTROPY, ZERO_ADVANTAGE = "entropy/full", "advantage/zero"
-MUST_BE_FINITE = ("loss/", "grad/", "entropy/", "logprob/", "reward/", "mismatch/")
+ENTROPY, ZERO_ADVANTAGE, SKIPPED = "entropy/full", "advantage/zero", "grad/skipped"
 NAMES = ("entropy_low", "entropy_high", "not_finite", "zero_advantage")
 
 
@@ -54,27 +54,23 @@ class Alarms:
         if first is not None and entropy < limits.entropy_floor * first:
             found["entropy_low"] = (
                 f"entropy {entropy:.4g} nats, expected at least alarms.entropy_floor = {limits.entropy_floor:g} x the "
-                f"first step's {first:.4g}: the policy collapses; raise the method's entropy term or target, or lower "
-                "optimizer.lr"
+                f"first step's {first:.4g}: {GLOSSARY.require(ENTROPY).low}"
             )
         if first is not None and entropy > limits.entropy_ceiling * first:
             found["entropy_high"] = (
                 f"entropy {entropy:.4g} nats, expected at most alarms.entropy_ceiling = {limits.entropy_ceiling:g} x "
-                f"the first step's {first:.4g}: the policy dissolves; lower the method's entropy term or target, or "
-                "optimizer.lr"
+                f"the first step's {first:.4g}: {GLOSSARY.require(ENTROPY).high}"
             )
-        bad = sorted(n for n, value in metrics.items() if n.startswith(MUST_BE_FINITE) and not math.isfinite(value))
+        bad = sorted(n for n, value in metrics.items() if n.startswith(FINITE) and not math.isfinite(value))
         if bad:
             found["not_finite"] = (
-                f"{', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''} not finite: an update with such a gradient is "
-                "skipped; if it goes on, lower optimizer.lr and look at the responses in samples.jsonl"
+                f"{', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''} not finite: {GLOSSARY.require(SKIPPED).high}"
             )
         share = metrics[ZERO_ADVANTAGE]
         if share > limits.zero_advantage_share:
             found["zero_advantage"] = (
                 f"{share:.1%} of the responses have no advantage, expected at most alarms.zero_advantage_share = "
-                f"{limits.zero_advantage_share:g}: their groups are all right or all wrong; choose other problems, "
-                "more rollout.samples or rollout.dynamic_sampling = true"
+                f"{limits.zero_advantage_share:g}: {GLOSSARY.require(ZERO_ADVANTAGE).high}"
             )
         return found
 

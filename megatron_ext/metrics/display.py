@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import SupportsFloat
 
@@ -18,20 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_ext import heartbeat
+from megatron_ext.metrics.glossary import GLOSSARY, Glossary
 
-HEADLINES = {
-    "reward": "reward/mean",
-    "entropy": "entropy/full",
-    "nucleus": "entropy/nucleus",
-    "selected": "siren/selected_share",
-    "loss": "loss/total",
-    "grad": "grad/norm",
-    "clipped": "clip/high",
-    "length": "response/length",
-    "cut": "response/truncated",
-    "seconds": "time/step_s",
-}
-DROPPED_FIRST = ("cut", "nucleus", "selected", "clipped", "seconds", "grad", "loss", "length", "entropy")
 GAP = 2  # columns of a terminal between two of the table
 
 
@@ -76,18 +64,20 @@ class Watch:
         *,
         resume_step: int = 0,
         title: str = "training",
+        glossary: Glossary = GLOSSARY,
         show: bool = True,
         console: Console | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self._total, self._done, self._title, self._clock = total_steps, resume_step, title, clock
+        self._headlines = {metric.short: metric.name for metric in glossary.metrics if metric.short}
         self._console = console or Console()
         self._show, self._is_live = show, show and self._console.is_terminal
         self._seconds: dict[str, float] = {}
         self._tokens: dict[str, int] = {}
         self._step_start = clock()
         self._paces: deque[float] = deque(maxlen=20)  # seconds of the last steps, for the ETA
-        self._rows: deque[tuple[int, dict[str, float]]] = deque(maxlen=8)
+        self._steps_shown: deque[tuple[int, dict[str, float]]] = deque(maxlen=8)
         self._live: Live | None = None
         bar = (TextColumn("{task.description:<14}", markup=False), BarColumn(bar_width=None), _Count())
         self._steps = Progress(*bar, TextColumn("ETA {task.fields[eta]}"), console=self._console, expand=True)
@@ -144,14 +134,15 @@ class Watch:
         self._paces.append((now - self._last_step) / max(1, step - self._done))
         self._last_step, self._done = now, step
         heartbeat.enter(heartbeat.BETWEEN, step=step + 1)
-        self._rows.append((step, {name: float(metrics[key]) for name, key in HEADLINES.items() if key in metrics}))
+        shown = {name: float(metrics[key]) for name, key in self._headlines.items() if key in metrics}
+        self._steps_shown.append((step, shown))
         if self._live is not None:
             for task in list(self._phases.task_ids):
                 self._phases.remove_task(task)
             self._steps.update(self._steps.task_ids[0], completed=step, eta=self.eta())
             self._live.refresh()
         elif self._show:
-            figures = "  ".join(f"{name} {_short(value)}" for name, value in self._rows[-1][1].items())
+            figures = "  ".join(f"{name} {_short(value)}" for name, value in shown.items())
             line = f"{self._title} {step}/{self._total}  {figures}  ETA {self.eta()}"
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -163,18 +154,18 @@ class Watch:
         return f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
 
     def _picture(self) -> Group:
-        return Group(self._steps, self._phases, _table(list(self._rows), self._console.width))
+        return Group(self._steps, self._phases, _table(list(self._steps_shown), self._headlines, self._console.width))
 
 
-def _table(rows: Sequence[tuple[int, Mapping[str, float]]], width: int) -> Table:
-    """The last steps' headlines: as many of them as fit in ``width``, each number whole."""
-    names = [name for name in HEADLINES if any(name in row for _, row in rows)]
-    columns = {"step": [str(step) for step, _ in rows]}
-    columns |= {name: [_short(row[name]) if name in row else "" for _, row in rows] for name in names}
+def _table(steps: Sequence[tuple[int, Mapping[str, float]]], headlines: Iterable[str], width: int) -> Table:
+    """The last steps' headlines, in the glossary's order: the first that fit in ``width``, each number whole."""
+    names = [name for name in headlines if any(name in values for _, values in steps)]
+    columns = {"step": [str(step) for step, _ in steps]}
+    columns |= {name: [_short(values[name]) if name in values else "" for _, values in steps] for name in names}
     needed = {name: max(map(len, (name, *cells))) for name, cells in columns.items()}
-    for name in DROPPED_FIRST:
+    for name in reversed(names[1:]):
         if sum(needed.values()) + GAP * (len(needed) - 1) > width:
-            needed.pop(name, None)
+            needed.pop(name)
     table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="dim")
     for name in needed:
         table.add_column(name, justify="right", style="bold green" if name == "reward" else "", no_wrap=True)

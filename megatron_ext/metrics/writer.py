@@ -1,9 +1,9 @@
 """What a run leaves behind for people, in files of its folder that rank 0 writes.
 
-``config.json`` (redacted), ``metrics.jsonl`` (one flat JSON object per step) and ``samples.jsonl`` (a few responses per
-step, token by token). Steps count from 1. Everything under ``time/`` and ``speed/`` depends on the machine; every other
-key is a function of the configuration and the seed, so two runs can be compared bit for bit (tools/compare_runs.py).
-Experiment trackers are fed from these files (trackers.py).
+``config.json`` (redacted), ``metrics.jsonl`` (one flat JSON object per step), ``glossary.json`` (its keys' meaning) and
+``samples.jsonl`` (a few responses per step, token by token). Steps count from 1. Everything under ``time/`` and
+``speed/`` depends on the machine; every other key is a function of the configuration and the seed, so two runs can be
+compared bit for bit (tools/compare_runs.py). Experiment trackers are fed from these files (trackers.py).
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from megatron_ext.config.redact import redact
 from megatron_ext.files import parse_json, read_lines
+from megatron_ext.metrics.glossary import GLOSSARY, Glossary
 from megatron_ext.metrics.trackers import FINISH_S, Trackers
 
 if TYPE_CHECKING:
     from megatron_ext.types import Episode
 
-CONFIG, METRICS, SAMPLES = "config.json", "metrics.jsonl", "samples.jsonl"
-CLOCK_KEYS = ("time/", "speed/")
+CONFIG, METRICS, SAMPLES, MEANINGS = "config.json", "metrics.jsonl", "samples.jsonl", "glossary.json"
+STRICT = "MEGATRON_ENTROPY_STRICT_METRICS"  # set by tests: a metric that the glossary does not have is an error
 
 
 class MetricsWriter:
@@ -39,8 +40,16 @@ class MetricsWriter:
     ``trackers`` are those of ``log.trackers``: they read ``config.json`` at once, and end with this context.
     """
 
-    def __init__(self, run_dir: str | Path, *, trackers: Sequence[str], total_steps: int, resume_step: int = 0):
-        folder = Path(run_dir)
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        trackers: Sequence[str],
+        total_steps: int,
+        resume_step: int = 0,
+        glossary: Glossary = GLOSSARY,
+    ):
+        folder, self._glossary = Path(run_dir), glossary
         folder.mkdir(parents=True, exist_ok=True)
         self._metrics, self._samples = folder / METRICS, folder / SAMPLES
         self._lines: list[str] = []
@@ -51,6 +60,7 @@ class MetricsWriter:
         for path in (self._metrics, self._samples):
             path.touch()
             _cut_after(path, resume_step)
+        _replace(folder / MEANINGS, [vars(metric) for metric in glossary.metrics])
         _sync_folder(folder)
         self._last, self._total = resume_step, total_steps
         self._trackers = Trackers(folder, trackers, resume_step=resume_step)
@@ -59,6 +69,9 @@ class MetricsWriter:
         """Append a step: flat metrics and ``sample_record`` objects. On return they survive a kill."""
         assert self._last < step <= self._total, (self._last, step, self._total)
         self._last = step
+        if os.environ.get(STRICT):
+            for key in metrics:
+                self._glossary.require(key)
         values = {key: _number(value) for key, value in metrics.items()}
         _append(self._samples, [{"step": step, **sample} for sample in samples])
         _append(self._metrics, [{"step": step} | {key: _or_null(value) for key, value in values.items()}])
@@ -88,9 +101,7 @@ def write_config(run_dir: str | Path, config: Mapping[str, Any]) -> None:
     """Write the run's configuration (``config.model_dump(mode="json")``) for the report, without its secrets."""
     target = Path(run_dir) / CONFIG
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps(redact(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, target)
+    _replace(target, redact(config))
 
 
 def sample_record(
@@ -198,6 +209,12 @@ def _cut_after(path: Path, step: int) -> None:
     with path.open("r+b") as file:
         file.truncate(keep)
         os.fsync(file.fileno())
+
+
+def _replace(target: Path, value: Any) -> None:
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, target)
 
 
 def _append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

@@ -14,6 +14,7 @@ from megatron_ext.checkpoint.collectives import on_rank_0
 from megatron_ext.config.schema import Config
 from megatron_ext.metrics import warnings_log
 from megatron_ext.metrics.display import Watch
+from megatron_ext.metrics.glossary import Glossary
 from megatron_ext.metrics.writer import MetricsWriter, sample_record, token_texts, write_config
 from megatron_ext.model import parallel
 from megatron_ext.rollout.base import RolloutError
@@ -37,9 +38,10 @@ def run(config: Config) -> int:
     parallel.initialize(config.parallel, seed=config.train.seed, hang_minutes=config.train.hang_minutes)
     with reward_pool(config) as pool:
         trainer = build(config, pool)
-        writer = _open_files(config, trainer.step)
+        glossary = Glossary(trainer.learner.method.glossary())
+        writer = _open_files(config, trainer.step, glossary)
         signals.defer()
-        with writer or nullcontext(), _watch(trainer) as watch:
+        with writer or nullcontext(), _watch(trainer, glossary) as watch:
             train(trainer, signals, writer, watch)
         if writer is not None:
             _tell_lines(writer)
@@ -102,19 +104,23 @@ def _is_asked_to_stop(signals: StopSignals) -> bool:
     return bool(flag)
 
 
-def _watch(trainer: Trainer) -> Watch:
-    config = trainer.config
-    return Watch(config.train.steps, resume_step=trainer.step, title=config.name, show=dist.get_rank() == 0)
+def _watch(trainer: Trainer, glossary: Glossary) -> Watch:
+    config, show = trainer.config, dist.get_rank() == 0
+    return Watch(config.train.steps, resume_step=trainer.step, title=config.name, glossary=glossary, show=show)
 
 
-def _open_files(config: Config, step: int) -> MetricsWriter | None:
+def _open_files(config: Config, step: int, glossary: Glossary) -> MetricsWriter | None:
     """The run's configuration and, on rank 0, the writer that goes on after ``step``."""
 
     def open_files() -> None:
         write_config(config.run_dir, config.model_dump())
         opened.append(
             MetricsWriter(
-                config.run_dir, trackers=config.log.trackers, total_steps=config.train.steps, resume_step=step
+                config.run_dir,
+                trackers=config.log.trackers,
+                total_steps=config.train.steps,
+                resume_step=step,
+                glossary=glossary,
             )
         )
 

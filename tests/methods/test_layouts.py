@@ -12,6 +12,7 @@ from megatron_ext import cpu_compat, methods
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.schema import Config, ParallelConfig, RolloutConfig, TrainConfig
 from megatron_ext.methods.base import Needs
+from megatron_ext.metrics.glossary import Glossary
 from megatron_ext.model import architectures, build, hf_weights, parallel
 from megatron_ext.model.megatron_config import ModelLayout, ModelOptions
 from megatron_ext.model.trainable import TrainableModel
@@ -91,6 +92,14 @@ def test_a_layout_does_not_change_a_method(name: str, results: dict[str, list[di
             assert worst(other, {n: g.double() for n, g in gradients.items()}) < 1e-5
             assert other_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
             assert other_report == pytest.approx(report, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_describes_what_it_reports(name: str, results: dict[str, list[dict[str, Any]]]) -> None:
+    metrics, report, _ = results["one"][0][name]
+    glossary = Glossary(type(methods.create(OPTIONS[name] | TUNED.get(name, {}))).glossary())
+    for key in metrics | report:
+        glossary.require(key)
 
 
 def test_the_thresholds_are_at_work(results: dict[str, list[dict[str, Any]]]) -> None:

@@ -7,7 +7,9 @@ import io
 import pytest
 from rich.console import Console
 
-from megatron_ext.metrics.display import HEADLINES, Watch
+from megatron_ext.methods.siren import SIREN
+from megatron_ext.metrics.display import Watch
+from megatron_ext.metrics.glossary import Glossary
 
 
 class Clock:
@@ -62,6 +64,7 @@ def test_on_a_terminal_there_are_bars_and_a_table():
     assert "reward" in text and "0.3" in text and "1234" in text
 
 
+OWN = Glossary(SIREN.glossary())
 HARD = {  # as long as numbers get
     "reward/mean": 0.12345,
     "entropy/full": 1.23456,
@@ -80,21 +83,22 @@ HARD = {  # as long as numbers get
 def test_the_table_leaves_columns_out_and_cuts_no_number(width: int, at_least: int) -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=width, height=40, color_system=None)
-    with Watch(100_000, resume_step=12_344, title="tiny", console=console) as watch:
+    with Watch(100_000, resume_step=12_344, title="tiny", glossary=OWN, console=console) as watch:
         watch.step(12_345, HARD)
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
     header = next(i for i, line in reversed([*enumerate(lines)]) if line.startswith("step") or " step " in line)
     names, numbers = lines[header].split(), lines[header + 1].split()
     assert len(names) >= at_least and names[:2] == ["step", "reward"] and len(lines[header + 1]) <= width
+    keys = {metric.short: metric.name for metric in OWN.metrics}
     for name, number in zip(names, numbers, strict=True):
-        value = 12_345 if name == "step" else HARD[HEADLINES[name]]
+        value = 12_345 if name == "step" else HARD[keys[name]]
         assert float(number) == pytest.approx(value, rel=5e-4), name
 
 
 def test_a_table_follows_the_terminal_when_it_is_resized() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=160, height=40, color_system=None)
-    with Watch(100, title="tiny", console=console) as watch:
+    with Watch(100, title="tiny", glossary=OWN, console=console) as watch:
         watch.step(1, HARD)
         console.width = 60
         out.truncate(0)

@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.methods.siren import SIREN
+from megatron_ext.metrics.glossary import Glossary
 from megatron_ext.metrics.writer import MetricsWriter, write_config
 from tools.evaluate import save_evaluation, summary
+
+DESCRIBED = Glossary(SIREN.glossary())
 
 
 def step_metrics(step: int) -> dict[str, float]:
@@ -45,7 +49,7 @@ def sample(**changed: Any) -> dict[str, Any]:
 
 def write_run(folder: Path, *, steps: int = 6, config: dict[str, Any] | None = None, **changed: float) -> Path:
     """Metrics, samples and configuration; ``changed`` (``reward__mean=...``) replaces a value in the last step."""
-    with MetricsWriter(folder, trackers=[], total_steps=steps) as writer:
+    with MetricsWriter(folder, trackers=[], total_steps=steps, glossary=DESCRIBED) as writer:
         for step in range(1, steps + 1):
             extra = {key.replace("__", "/"): value for key, value in changed.items()} if step == steps else {}
             writer.write(step, step_metrics(step) | extra, [sample(), sample(outcome="wrong", reward=0.0)])

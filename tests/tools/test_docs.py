@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from megatron_ext.config.aliases import keys
 from megatron_ext.config.schema import Config
 from megatron_ext.methods import METHODS
+from megatron_ext.metrics.glossary import METRICS, Glossary
 from tools import docs
 
 
@@ -44,6 +46,25 @@ def test_every_method_has_a_section() -> None:
     text = docs.method_pages()
     for name in METHODS:
         assert any(line.startswith("## ") and f"`{name}`" in line for line in text.splitlines()), name
+
+
+def test_every_metric_has_a_row() -> None:
+    text = docs.metric_page()
+    for cls in METHODS.values():
+        for metric in Glossary(cls.glossary()).metrics:
+            assert text.count(f"| `{metric.name}` |") == 1, metric.name
+
+
+def test_debugging_names_metrics_and_keys_that_exist() -> None:
+    everything = {metric.name: metric for cls in METHODS.values() for metric in Glossary(cls.glossary()).metrics}
+    glossary = Glossary(metric for metric in everything.values() if metric not in METRICS)
+    mentioned = re.findall(r"`([^`]+)`", (docs.DOCS / "debugging.md").read_text())
+    for name in mentioned:
+        if re.fullmatch(r"[a-z_]+(/[a-z_<>]+)+", name):
+            assert glossary.find(name), f"docs/debugging.md: {name} is no metric"
+        if re.fullmatch(r"[a-z]+(\.[a-z_]+)+", name) and name.partition(".")[0] in Config.model_fields:
+            assert name in keys(Config) or name.startswith("method."), f"docs/debugging.md: {name} is no key"
+    assert len(mentioned) > 20
 
 
 def test_a_page_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,119 +5,76 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from html import escape
 
 import numpy as np
+
+from megatron_ext.metric import Metric
+from megatron_ext.metrics.glossary import Glossary
 
 from ..charts import POINTS, SMOOTH_ABOVE, Figures, Series, averaged_over
 from .data import Metrics
 
 NEIGHBOURS, SPIKE, MOST_SPIKES = 10, 8.0, 3
-MOST_UNPLANNED = 60  # charts of metrics that no chart is planned for
+MOST_UNPLANNED = 60  # charts of metrics that the glossary does not have
+
+
+HIDDEN = ("time/step_s", "time/save_background_s")  # the sum of the phases, and what overlaps with them
+OUTCOME_COLORS = {0: 2, 2: 0}  # correct is green, the others keep their place in the palette
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A place on the page for the metrics whose names match ``keys`` (shell patterns, in drawing order)."""
+    """The metrics that share a title in the glossary, those of a family in the run's order."""
 
     section: str
     title: str
     note: str
     keys: tuple[str, ...]
-    percent: bool = False
-    stacked: bool = False
+    percent: bool
+    stacked: bool
 
 
-CHARTS = (
-    Chart("Learning", "Reward", "mean over the step's responses", ("reward/mean",)),
-    Chart(
-        "Learning",
-        "Outcomes",
-        "share of responses, by why they earned what they earned",
-        ("reward/outcome/correct", "reward/outcome/*"),
-        percent=True,
-        stacked=True,
-    ),
-    Chart(
-        "Learning",
-        "Groups",
-        "share whose responses all earn the same: nothing to learn",
-        ("group/*",),
-        percent=True,
-    ),
-    Chart("Learning", "Without advantage", "share of responses", ("advantage/zero",), percent=True),
-    Chart("Learning", "Unreadable rewards", "NaN, counted as no reward", ("reward/nan",)),
-    Chart("Learning", "Epochs", "and stages of the curriculum", ("data/epoch", "data/stage")),
-    Chart("Entropy", "Entropy", "nats per token, whole vocabulary and nucleus", ("entropy/full", "entropy/nucleus")),
-    Chart(
-        "Entropy",
-        "Peak entropy",
-        "of the selected tokens, against its anchor",
-        ("siren/hbar", "siren/*anchor", "*/anchor"),
-    ),
-    Chart("Entropy", "Selected tokens", "share of tokens the method acts on", ("*/selected_share",), percent=True),
-    Chart("Entropy", "Nucleus size", "tokens that hold the nucleus' mass", ("entropy/nucleus_size",)),
-    Chart("Update", "Loss", "as minimised", ("loss/*",)),
-    Chart("Update", "Gradient norm", "before clipping", ("grad/norm", "critic/grad_norm")),
-    Chart("Update", "Clipped tokens", "probability ratio beyond its bounds", ("clip/*",), percent=True),
-    Chart("Update", "KL", "divergence per token", ("kl/*",)),
-    Chart("Update", "Learning rate", "of the optimizer", ("optimizer/lr", "critic/lr")),
-    Chart("Update", "Skipped updates", "the gradient was not finite", ("grad/skipped", "critic/skipped")),
-    Chart("Critic", "Value", "mean over tokens, and the return it predicts", ("critic/value", "critic/return")),
-    Chart(
-        "Critic", "Explained variance", "of the returns; 0 = no better than a constant", ("critic/explained_variance",)
-    ),
-    Chart("Critic", "Clipped values", "moved too far in one step", ("critic/clipped",), percent=True),
-    Chart("Responses", "Length", "tokens per response", ("response/length",)),
-    Chart("Responses", "Cut off", "responses that reached the limit", ("response/truncated",), percent=True),
-    Chart("Responses", "Log-probability", "mean over the sampled tokens", ("logprob/mean",)),
-    Chart("Responses", "Mismatch", "|log-prob of the engine − of the trainer|", ("mismatch/mean", "mismatch/max")),
-    Chart("Responses", "Probability ratio", "trainer to engine, mean over tokens", ("mismatch/ratio",)),
-    Chart("Responses", "Unknown log-probabilities", "share of tokens", ("response/unknown_logprobs",), percent=True),
-    Chart("Machine", "Time", "seconds per step, by phase", ("time/*",), stacked=True),
-    Chart("Machine", "Speed", "tokens per second", ("speed/*",)),
-    Chart("Machine", "Imbalance", "tokens of the busiest data-parallel rank over the mean", ("data/imbalance",)),
-    Chart("Machine", "Alarms", "1 while one lasts", ("alarm/[!b]*",)),
-    Chart("Machine", "Alarms begun", "since the first step", ("alarm/begun",)),
-)
-HIDDEN = ("time/step_s", "time/save_background_s")  # the last one overlaps with other phases
-OUTCOME_COLORS = {0: 2, 2: 0}  # correct is green, the others keep their place in the palette
+def charts(names: Sequence[str], glossary: Glossary) -> list[Chart]:
+    """What a run recorded, in the glossary's order; metrics that it does not describe come last, one a chart."""
+    found: dict[tuple[str, str], list[tuple[Metric, str]]] = {}
+    order = {metric.name: number for number, metric in enumerate(glossary.metrics)}
+    described = [(metric, name) for name in names if name not in HIDDEN and (metric := glossary.find(name))]
+    for metric, name in sorted(described, key=lambda pair: order[pair[0].name]):  # stable: a family keeps its order
+        found.setdefault((metric.section, metric.title), []).append((metric, name))
+    drawn = []
+    for (section, title), members in found.items():
+        metric = members[0][0]
+        note = metric.meaning if len({each.name for each, _ in members}) == 1 else metric.unit
+        keys = tuple(name for _, name in members)
+        drawn.append(Chart(section, title, note, keys, metric.unit.startswith("share"), metric.adds_up))
+    others = (name for name in names if name not in HIDDEN and glossary.find(name) is None)
+    return drawn + [Chart("More", name, "", (name,), False, False) for name in others]
 
 
-def curves(metrics: Metrics, figures: Figures) -> str:
-    """All curves by section. Metrics nobody planned for come last; charts of zeros are folded away below a section."""
-    names = [name for name in metrics.columns if name not in HIDDEN and any(np.isfinite(metrics.columns[name]))]
-    placed: set[str] = set()
-    planned: list[tuple[Chart, list[str]]] = []
-    for chart in CHARTS:
-        matching = (name for pattern in chart.keys for name in names if fnmatch(name, pattern))
-        keys = [name for name in dict.fromkeys(matching) if name not in placed]
-        placed.update(keys)
-        if keys:
-            planned.append((chart, keys))
-    rest = [name for name in names if name not in placed]
-    planned += [(Chart("More", name, "", (name,)), [name]) for name in rest[:MOST_UNPLANNED]]
+def curves(metrics: Metrics, glossary: Glossary, figures: Figures) -> str:
+    """All curves by section. Charts of zeros are folded away below a section."""
+    planned = charts([name for name in metrics.columns if any(np.isfinite(metrics.columns[name]))], glossary)
+    more = [chart for chart in planned if chart.section == "More"][MOST_UNPLANNED:]
+    planned = [chart for chart in planned if chart not in more]
     html = [f'<h2>Curves</h2><p class="sub">{escape(_averages(len(metrics.steps)))}</p>']
-    for section in dict.fromkeys(chart.section for chart, _ in planned):
+    for section in dict.fromkeys(chart.section for chart in planned):
         shown, zero = [], []
-        for chart, keys in planned:
+        for chart in planned:
             if chart.section == section:
-                (shown if _nonzero(metrics, keys) else zero).append((chart, keys))
+                (shown if _nonzero(metrics, chart.keys) else zero).append(chart)
         html.append(f"<h3>{escape(section)}</h3>")
         if shown:
-            html.append(
-                f'<div class="charts">{"".join(_figure(metrics, chart, keys, figures) for chart, keys in shown)}</div>'
-            )
+            html.append(f'<div class="charts">{"".join(_figure(metrics, chart, figures) for chart in shown)}</div>')
         if zero:
-            titles = ", ".join(chart.title for chart, _ in zero)
-            drawn = "".join(_figure(metrics, chart, keys, figures) for chart, keys in zero)
+            titles = ", ".join(chart.title for chart in zero)
+            drawn = "".join(_figure(metrics, chart, figures) for chart in zero)
             html.append(
                 f'<details class="zero"><summary>Zero in every step: {escape(titles)}</summary>'
                 f'<div class="charts">{drawn}</div></details>'
             )
-    if len(rest) > MOST_UNPLANNED:
-        html.append(f'<p class="sub">{len(rest) - MOST_UNPLANNED} more metrics are in the file alone.</p>')
+    if more:
+        html.append(f'<p class="sub">{len(more)} more metrics are in the file alone.</p>')
     return "".join(html)
 
 
@@ -146,17 +103,19 @@ def spikes(steps: Sequence[int], values: Sequence[float | None]) -> tuple[tuple[
     return tuple(known[place] for place in sorted(farthest))
 
 
-def _figure(metrics: Metrics, chart: Chart, keys: Sequence[str], figures: Figures) -> str:
-    several = [key for key in keys if _nonzero(metrics, [key])]
-    if chart.stacked and several:
-        keys = several  # a share that is zero throughout cannot be seen, but its name would take room
+def _figure(metrics: Metrics, chart: Chart, figures: Figures) -> str:
+    keys = chart.keys
+    if chart.stacked:  # a share that is zero throughout cannot be seen, but its name would take room
+        keys = tuple(key for key in keys if _nonzero(metrics, [key])) or keys
+    short = [key.split("/", 1)[-1].removeprefix("outcome/") for key in keys]
+    names = [keys[0]] if len(keys) == 1 else short if len(set(short)) == len(short) else keys
     series = []
-    for number, key in enumerate(keys):
-        name = key if len(keys) == 1 else key.split("/", 1)[-1].removeprefix("outcome/")
+    for number, (key, name) in enumerate(zip(keys, names, strict=True)):
         color = OUTCOME_COLORS.get(number, number) if key.startswith("reward/outcome/") else number
         values = metrics.values(key)
         flagged = () if chart.stacked else spikes(metrics.steps, values)
-        series.append(Series(name, values, color, dashed=key.endswith("anchor"), spikes=flagged))
+        is_target = key.endswith(("/anchor", "/target"))
+        series.append(Series(name, values, color, dashed=is_target, spikes=flagged))
     return figures.add(chart.title, chart.note, metrics.steps, series, percent=chart.percent, stacked=chart.stacked)
 
 

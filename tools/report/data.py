@@ -18,7 +18,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from megatron_ext import files
 from megatron_ext.config.redact import redact
-from megatron_ext.metrics.writer import CONFIG, METRICS, read_steps
+from megatron_ext.metric import Metric
+from megatron_ext.metrics.glossary import GLOSSARY, Glossary
+from megatron_ext.metrics.writer import CONFIG, MEANINGS, METRICS, read_steps
 
 EVALUATION = "evaluation.json"
 LARGEST = 1e300  # beyond it, sums and ranges overflow
@@ -84,6 +86,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(config).__name__}; repair or remove it")
     return redact(config)
+
+
+def read_glossary(folder: Path) -> Glossary:
+    """What the run's metrics mean: today's words, and for a method's own metrics those that the run wrote."""
+    path = folder / MEANINGS
+    if not path.is_file():
+        return GLOSSARY
+    try:
+        found = TypeAdapter(list[Metric]).validate_python(read_json(path))
+        return Glossary(metric for metric in found if GLOSSARY.find(metric.name) is None)
+    except ValueError as error:
+        raise ValueError(f"{path}: not descriptions of metrics: {error}; repair or remove it") from None
 
 
 def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

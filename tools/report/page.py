@@ -20,6 +20,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.metrics.glossary import GLOSSARY
 from megatron_ext.metrics.writer import SAMPLES
 
 from ..arguments import command_parser
@@ -30,6 +31,7 @@ from .data import (
     Metrics,
     read_config,
     read_evaluations,
+    read_glossary,
     read_metrics,
     read_responses,
     section,
@@ -37,6 +39,8 @@ from .data import (
 from .evaluation import evaluations
 from .style import SCRIPT, STYLE
 from .tokens import keep, pick, problem_table, samples, token_table
+
+TILES = ("reward/mean", "entropy/full", "response/length", "response/truncated")
 
 
 def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
@@ -63,7 +67,7 @@ def report(run_dir: str | Path) -> str:
         f'<h1>{escape(name)}</h1><p class="sub">{escape(" · ".join(part for part in about if part))}</p>',
         tiles(metrics, section(config, "train").get("steps")),
         evaluations(found, figures),
-        curves(metrics, figures),
+        curves(metrics, read_glossary(folder), figures),
         token_table(kept),
         problem_table(kept),
         samples(pick(kept.by_step)),
@@ -93,15 +97,11 @@ def tiles(metrics: Metrics, planned: Any) -> str:
     seconds = math.fsum(value or 0.0 for value in metrics.values("time/step_s"))
     num_steps = len(metrics.steps)
     found = [("steps", f"{metrics.steps[-1]}", f"of {planned}" if planned else "")]
-    for label, key, percent in (
-        ("reward", "reward/mean", False),
-        ("entropy, nats", "entropy/full", False),
-        ("response tokens", "response/length", False),
-        ("cut off", "response/truncated", True),
-    ):
-        first, last = ends(metrics.values(key))
+    for metric in map(GLOSSARY.require, TILES):
+        first, last = ends(metrics.values(metric.name))
+        percent = metric.unit.startswith("share")
         if last is not None:
-            found.append((label, short(last, percent), f"from {short(first, percent)}"))
+            found.append((metric.title.lower(), short(last, percent), f"from {short(first, percent)}"))
     if seconds:
         size, unit = next(each for each in ((3600, "h"), (60, "min"), (1, "s")) if seconds >= each[0] or each[0] == 1)
         found.append(("time", f"{short(seconds / size)} {unit}", f"{short(seconds / num_steps)} s per step"))

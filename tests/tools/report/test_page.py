@@ -18,7 +18,7 @@ from tests.tools.runs import sample, save_evaluations, step_metrics, write_run
 from tools.charts import Figures
 from tools.report import page as tool
 from tools.report.curves import curves
-from tools.report.data import read_metrics, read_responses
+from tools.report.data import read_glossary, read_metrics, read_responses
 from tools.report.page import ends, flatten, report, write_report
 from tools.report.tokens import keep, pick
 
@@ -175,10 +175,13 @@ def test_charts_of_zeros_are_folded_and_averages_are_said(tmp_path: Path):
     page = report(tmp_path)
     folded = re.findall(r'<details class="zero"><summary>([^<]*)</summary>(.*?)</details>', page)
     assert [title for title, _ in folded] == [
-        "Zero in every step: KL, Skipped updates",
-        "Zero in every step: Cut off",
+        "Zero in every step: Skipped updates, KL",
+        "Zero in every step: Truncated",
     ]
-    assert [re.findall("<h3>([^<]*)</h3>", html) for _, html in folded] == [["KL", "Skipped updates"], ["Cut off"]]
+    assert [re.findall("<h3>([^<]*)</h3>", html) for _, html in folded] == [
+        ["Skipped updates", "KL"],
+        ["Truncated"],
+    ]
     assert "<h3>Clipped tokens</h3>" in page  # one of its curves is not zero
     assert "moving average over about 2 steps" in page and "▲ flags" in page
     assert "moving average" not in report(write_run(tmp_path / "short"))
@@ -200,7 +203,7 @@ def test_nothing_is_loaded_and_only_the_known_script_may_run(tmp_path: Path):
 def test_curves_cover_every_metric_once_and_tooltips_hold_their_numbers(tmp_path: Path):
     write_run(tmp_path)
     figures = Figures()
-    html = curves(read_metrics(tmp_path), figures)
+    html = curves(read_metrics(tmp_path), read_glossary(tmp_path), figures)
     shown = [(chart["names"], chart["values"]) for chart in figures.data]
     by_name = {name: values for names, rows in shown for name, values in zip(names, rows, strict=True)}
     assert by_name["grad/norm"] == [0.5, None, 0.5, 0.5, 0.5, 0.5]

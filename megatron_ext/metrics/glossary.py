@@ -1,0 +1,298 @@
+"""Every metric that a run writes: unit, meaning, where it is good, what to do when it is not. No torch.
+
+The live table, the report, the alarms and docs/metrics.md take names, units and advice from here. A method describes
+the metrics that it alone reports on its own page (``Method.metrics_glossary``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from megatron_ext.metric import Metric
+
+CLOCK = ("time/", "speed/")  # what depends on the machine: all other metrics follow from configuration and seed
+FINITE = ("loss/", "grad/", "entropy/", "logprob/", "reward/", "mismatch/")  # NaN or infinity there is an alarm
+
+LEARNING, ENTROPY, UPDATE = "Learning", "Entropy", "Update"
+CRITIC, RESPONSES, MACHINE = "Critic", "Responses", "Machine"
+OF_RESPONSES, OF_GROUPS = "share of responses", "share of groups"
+NATS, SECONDS, SPEED = "nats per token", "seconds", "tokens per second"
+
+METRICS = (
+    Metric(
+        name="reward/mean", section=LEARNING, title="Reward", unit="reward", short="reward",
+        meaning="mean reward of the step's responses",
+        good="rises",
+        low="it stays flat: look at advantage/zero, then at the responses of the report; raise optimizer.lr if "
+        "kl/old is tiny",
+    ),
+    Metric(
+        name="reward/outcome/<outcome>", section=LEARNING, title="Outcomes", unit=OF_RESPONSES, adds_up=True,
+        meaning="responses by outcome: correct, or what is wrong with the answer",
+        good="correct rises; timeout, crashed and bad_gold stay at 0",
+        high="no_answer: the prompt does not ask for a boxed answer, or responses are truncated (response/truncated). "
+        "timeout: raise reward.deadline_s or lower reward.workers. bad_gold: correct the data",
+    ),
+    Metric(
+        name="reward/nan", section=LEARNING, title="Unknown rewards", unit=OF_RESPONSES,
+        meaning="responses without a reward (NaN); they do not train",
+        good="0", high="the reward function returned NaN: look at these responses",
+    ),
+    Metric(
+        name="advantage/zero", section=LEARNING, title="Zero advantage", unit=OF_RESPONSES,
+        meaning="responses without advantage",
+        good="low: every such response is generated in vain",
+        high="their groups are all right or all wrong; choose other problems, more rollout.samples or "
+        "rollout.dynamic_sampling = true",
+    ),
+    Metric(
+        name="group/equal_rewards", section=LEARNING, title="Groups", unit=OF_GROUPS,
+        meaning="groups whose rewards are all equal: a group-relative method learns nothing from them",
+        good="low", high="see advantage/zero",
+    ),
+    Metric(
+        name="group/solved", section=LEARNING, title="Groups", unit=OF_GROUPS,
+        meaning="groups whose responses are all correct",
+        high="the data are too easy: choose harder problems or rollout.dynamic_sampling = true",
+    ),
+    Metric(
+        name="group/single", section=LEARNING, title="Groups", unit=OF_GROUPS,
+        meaning="groups with fewer than two known rewards",
+        good="0", high="see reward/nan",
+    ),
+    Metric(
+        name="dynamic/kept_share", section=LEARNING, title="Dynamic sampling", unit=OF_GROUPS,
+        meaning="generated groups whose rewards differ",
+        low="most generation is thrown away: choose other problems or more rollout.samples",
+    ),
+    Metric(
+        name="dynamic/all_right", section=LEARNING, title="Dynamic sampling", unit=OF_GROUPS,
+        meaning="generated groups that are all correct", high="the data are too easy",
+    ),
+    Metric(
+        name="dynamic/all_wrong", section=LEARNING, title="Dynamic sampling", unit=OF_GROUPS,
+        meaning="generated groups with equal rewards that are not correct", high="the data are too hard",
+    ),
+    Metric(
+        name="dynamic/generations", section=LEARNING, title="Rounds of generation", unit="rounds",
+        meaning="rounds of generation in the step",
+        good="few", high="raise rollout.oversample, or choose other problems",
+    ),
+    Metric(
+        name="dynamic/filled", section=LEARNING, title="Filled and surplus groups", unit="groups",
+        meaning="dropped groups that fill the batch after the last round",
+        good="0", high="raise rollout.max_generations",
+    ),
+    Metric(
+        name="dynamic/surplus", section=LEARNING, title="Filled and surplus groups", unit="groups",
+        meaning="groups with different rewards that the batch has no room for", high="lower rollout.oversample",
+    ),
+    Metric(
+        name="data/epoch", section=LEARNING, title="Epochs", unit="epochs",
+        meaning="passes over the problems that are finished, all stages of a curriculum together",
+    ),
+    Metric(
+        name="data/stage", section=LEARNING, title="Epochs", unit="stage",
+        meaning="stage of the curriculum, counted from 0",
+    ),
+    Metric(
+        name="entropy/full", section=ENTROPY, title="Entropy", unit=NATS, short="entropy",
+        meaning="mean entropy of the sampling policy over the whole vocabulary",
+        good="neither falls to a fraction of the first step's nor rises to a multiple",
+        low="the policy collapses; raise the method's entropy term or target, or lower optimizer.lr",
+        high="the policy dissolves; lower the method's entropy term or target, or optimizer.lr",
+    ),
+    Metric(
+        name="entropy/nucleus", section=ENTROPY, title="Entropy", unit=NATS, short="nucleus",
+        meaning="mean entropy of the policy renormalised within its nucleus",
+        good="as entropy/full; it ignores the unlikely tail",
+    ),
+    Metric(
+        name="entropy/nucleus_size", section=ENTROPY, title="Nucleus size", unit="tokens",
+        meaning="mean number of tokens that hold the nucleus' mass",
+        high="the distribution becomes flat: see entropy/full",
+    ),
+    Metric(
+        name="loss/total", section=UPDATE, title="Loss", unit="loss", short="loss",
+        meaning="the minimised loss, mean over the step's updates",
+        good="finite; its value says little about learning",
+    ),
+    Metric(
+        name="grad/norm", section=UPDATE, title="Gradient norm", unit="norm", short="grad",
+        meaning="global norm of the policy's gradient before clipping",
+        good="steady, with rare spikes",
+        high="clipped to optimizer.clip_grad; where that lasts, lower optimizer.lr",
+    ),
+    Metric(
+        name="grad/skipped", section=UPDATE, title="Skipped updates", unit="share of updates",
+        meaning="updates of the policy skipped because the gradient was not finite",
+        good="0",
+        high="an update with such a gradient is skipped; if it goes on, lower optimizer.lr and look at the responses "
+        "in samples.jsonl",
+    ),
+    Metric(
+        name="critic/skipped", section=UPDATE, title="Skipped updates", unit="share of updates",
+        meaning="updates of the critic skipped because the gradient was not finite",
+        good="0", high="lower critic.lr",
+    ),
+    Metric(
+        name="optimizer/lr", section=UPDATE, title="Learning rate", unit="learning rate",
+        meaning="learning rate of the policy",
+    ),
+    Metric(
+        name="critic/lr", section=UPDATE, title="Learning rate", unit="learning rate",
+        meaning="learning rate of the critic",
+    ),
+    Metric(
+        name="critic/grad_norm", section=CRITIC, title="Gradient norm of the critic", unit="norm",
+        meaning="global norm of the critic's gradient before clipping",
+        good="steady", high="clipped to critic.clip_grad; where that lasts, lower critic.lr",
+    ),
+    Metric(
+        name="response/length", section=RESPONSES, title="Length", unit="tokens", short="length",
+        meaning="mean number of tokens of a response",
+        good="changes slowly",
+        low="responses collapse: look at them in the report, and at entropy/full",
+        high="near rollout.max_response_tokens: see response/truncated",
+    ),
+    Metric(
+        name="response/truncated", section=RESPONSES, title="Truncated", unit=OF_RESPONSES, short="cut",
+        meaning="responses that reached rollout.max_response_tokens",
+        good="low",
+        high="raise rollout.max_response_tokens; if the responses repeat themselves, see entropy/full",
+    ),
+    Metric(
+        name="logprob/mean", section=RESPONSES, title="Log-probability", unit=NATS,
+        meaning="mean log-prob of the sampled tokens under the policy that sampled them",
+        good="near minus entropy/full (at rollout.top_p 1)",
+        low="sampled tokens are less likely than the policy says: see mismatch/mean",
+    ),
+    Metric(
+        name="mismatch/mean", section=RESPONSES, title="Mismatch", unit=NATS,
+        meaning="mean |log-prob of the rollout engine - log-prob of the trainer| over the same tokens",
+        good="near 0, of the size of rounding in model.dtype (at rollout.top_p 1)",
+        high="the engine samples from other weights or in too low a precision: try model.dtype = float32, or "
+        "train.importance_cap; above alarms.mismatch the run stops",
+    ),
+    Metric(
+        name="mismatch/max", section=RESPONSES, title="Mismatch", unit=NATS,
+        meaning="the largest such difference of one token", high="see mismatch/mean; single tokens are harmless",
+    ),
+    Metric(
+        name="mismatch/ratio", section=RESPONSES, title="Probability ratio", unit="ratio",
+        meaning="mean probability ratio, trainer to engine, of the sampled tokens",
+        good="1", low="see mismatch/mean", high="see mismatch/mean",
+    ),
+    Metric(
+        name="response/unknown_logprobs", section=RESPONSES, title="Unknown log-probs", unit="tokens per response",
+        meaning="sampled tokens whose log-prob the engine does not report (NaN or infinite)",
+        good="0",
+        high="above alarms.unknown_logprobs of the tokens the run stops; try model.dtype = float32",
+    ),
+    *(
+        Metric(name=f"time/{phase}_s", section=MACHINE, title="Time", unit=SECONDS, adds_up=True, meaning=meaning)
+        for phase, meaning in {
+            "sync": "sending the weights to the rollout engine",
+            "rollout": "generation",
+            "reward": "verification of the answers",
+            "old_logprob": "forward passes before the first update: old policy, reference, critic",
+            "critic": "updates of the critic",
+            "update": "updates of the policy",
+            "save": "what training waited for checkpoints",
+        }.items()
+    ),
+    Metric(
+        name="time/step_s", section=MACHINE, title="Time of a step", unit=SECONDS, short="seconds",
+        meaning="the whole step",
+        high="see which phase of time/ grew; data/imbalance and response/length say why",
+    ),
+    Metric(
+        name="time/save_background_s", section=MACHINE, title="Time of a save", unit=SECONDS,
+        meaning="writing a checkpoint during training; it overlaps with the other phases",
+        good="less than checkpoint.every steps take",
+    ),
+    *(
+        Metric(name=f"speed/{phase}_tokens_per_s", section=MACHINE, title="Speed", unit=SPEED, meaning=meaning)
+        for phase, meaning in {
+            "rollout": "generated tokens per second of time/rollout_s, of one model-parallel group",
+            "old_logprob": "response tokens per second of time/old_logprob_s, of one data-parallel rank",
+            "update": "response tokens per second of time/update_s, of one data-parallel rank",
+            "critic": "response tokens per second of time/critic_s, of one data-parallel rank",
+        }.items()
+    ),
+    Metric(
+        name="data/imbalance", section=MACHINE, title="Imbalance", unit="ratio",
+        meaning="tokens of the busiest data-parallel rank over the mean of all",
+        good="near 1", high="more prompts per data-parallel rank: raise train.mini_batch_prompts",
+    ),
+    Metric(
+        name="servers/restarts", section=MACHINE, title="vLLM servers", unit="since the start",
+        meaning="restarts of vLLM servers", good="0",
+        high="see the servers' logs in the run's folder; above rollout.servers.max_restarts the run stops",
+    ),
+    Metric(
+        name="servers/failed", section=MACHINE, title="vLLM servers", unit="since the start",
+        meaning="requests whose server failed; they were repeated", good="0", high="see servers/restarts",
+    ),
+    Metric(
+        name="servers/stale", section=MACHINE, title="vLLM servers", unit="since the start",
+        meaning="requests answered with old weights; they were repeated", good="0", high="see servers/restarts",
+    ),
+    Metric(
+        name="vllm/model_runner", section=MACHINE, title="vLLM's model runner", unit="version",
+        meaning="1 for V1, 2 for V2",
+    ),
+    *(
+        Metric(
+            name=f"alarm/{name}", section=MACHINE, title="Alarms", unit="0 or 1", meaning=f"1 while {meaning}",
+            good="0", high=high,
+        )
+        for name, meaning, high in (
+            ("entropy_low", "entropy/full is below alarms.entropy_floor x the first step's", "see entropy/full"),
+            ("entropy_high", "entropy/full is above alarms.entropy_ceiling x the first step's", "see entropy/full"),
+            ("not_finite", "a loss, gradient, entropy, log-prob or reward is NaN or infinite", "see grad/skipped"),
+            ("zero_advantage", "advantage/zero is above alarms.zero_advantage_share", "see advantage/zero"),
+        )
+    ),
+    Metric(
+        name="alarm/begun", section=MACHINE, title="Alarms begun", unit="since the start",
+        meaning="alarms that have begun", good="0", high="the run's output says which, when and what to do",
+    ),
+)  # fmt: skip
+
+
+class Glossary:
+    """The trainer's metrics and those that a method describes (``own``). Raises ValueError for a name twice."""
+
+    def __init__(self, own: Iterable[Metric] = ()):
+        self.metrics = (*METRICS, *own)
+        self._exact = {metric.name: metric for metric in self.metrics if "<" not in metric.name}
+        self._families = [(_pattern(metric.name), metric) for metric in self.metrics if "<" in metric.name]
+        if len(self._exact) + len(self._families) < len(self.metrics):
+            names = [metric.name for metric in self.metrics]
+            raise ValueError(f"metrics described twice: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
+
+    def find(self, name: str) -> Metric | None:
+        """The description of a key of ``metrics.jsonl``; None for an unknown one."""
+        families = (metric for pattern, metric in self._families if pattern.fullmatch(name))
+        return self._exact.get(name) or next(families, None)
+
+    def require(self, name: str) -> Metric:
+        """The description of a key that must have one. Raises ValueError for another."""
+        if (metric := self.find(name)) is None:
+            raise ValueError(
+                f"metrics: nothing describes {name}; add it to METRICS in metrics/glossary.py, or to metrics_glossary "
+                "on the page of the method that reports it"
+            )
+        return metric
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    """Of the names of a family: each ``<part>`` stands for one part of a name."""
+    return re.compile(
+        "".join("[^/]+" if part.startswith("<") else re.escape(part) for part in re.split("(<.*?>)", name))
+    )
+
+
+GLOSSARY = Glossary()
