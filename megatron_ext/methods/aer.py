@@ -14,7 +14,7 @@ With 8 responses and rho .2 only g = 0 and g = 1/8 have a bonus, and a group wit
 gradient is the bonus. From alpha of about .1 on entropy explodes in the paper's own trials.
 
 Ablations: ``allocate = false`` leaves C1 out (lambda = alpha everywhere), ``adapt = false`` leaves C2 and C3 out
-(alpha = alpha_0). Both: a fixed coefficient.
+(alpha = alpha_0), the two together are a fixed coefficient.
 """
 
 from __future__ import annotations

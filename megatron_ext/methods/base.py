@@ -6,6 +6,14 @@ else: no process group, no Megatron. It sees other ranks only through the reduce
 The loss of a mini-batch is the plain sum over all tokens and all data-parallel ranks of what ``loss``
 returns. Everything that depends on more than one token (counts, quantiles, means) is fixed in
 ``prepare`` and travels as ``[T]`` vectors, so that no split of the batch changes the result.
+
+The trainer calls a method's hooks in this order (train/step.py):
+
+    compute_advantages   once a step, on all of its sampled responses
+    on_step_start        once a step, before its first update: anchors are measured, controllers advance
+    value_loss           with a critic: for every micro-batch of every mini-batch, before the policy's first update
+    prepare              once a mini-batch, before it is split
+    loss, metrics        once a micro-batch, on the last pipeline stage
 """
 
 from __future__ import annotations

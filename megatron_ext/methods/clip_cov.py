@@ -2,15 +2,15 @@
 
     Cov_t = (logp_t - mean logp)(A_t - mean A)             means over all N valid tokens
     E     = tokens with w_low < Cov_t < w_high that the clip range does not already clip
-    C     = max(int(r N), 1) tokens drawn from E at random
+    C     = max(int(r N), 1) tokens sampled from E at random
     L     = (1/N) sum_{t not in C} max(-A r_t, -A clip(r_t, 1 - clip_low, 1 + clip_high))
 
 logp is the current policy's. The denominator stays N. Clip range 1 / 1, and no dual clip, as in the paper's runs.
 
-Scope. Means, N and the draw are over the whole mini-batch on all ranks. The draw goes by a hash of ``seed``, the
-number of updates so far (in the checkpoint) and the token's own place in its group, so that it is the same on
-every rank and under every layout. ``scope = "micro_batch"``, as in the authors' code: each micro-batch its own
-means and its own draw of at least one token.
+Scope. Means, N and the random choice are over the whole mini-batch on all ranks. The choice goes by a hash of
+``seed``, the number of updates so far (in the checkpoint) and the token's own place in its group, so that it is the
+same on every rank and under every layout. ``scope = "micro_batch"``, as in the authors' code: each micro-batch its own
+means and its own choice of at least one token.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     A_i = R_i - mean(R of the group)
     L   = mean_i (1/C) sum_t max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)),  C = max_response_tokens
 
-The clip range .2 / .28 is SIREN's. verl's mode of the same name adds up rows where it should average;
+The clip range .2 / .28 is SIREN's. verl's mode of the same name adds up responses where it should average;
 here it is the mean over the sequences of the mini-batch.
 """
 

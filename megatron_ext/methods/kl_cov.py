@@ -5,7 +5,8 @@
     L     = (1/N) [ sum_t -A r_t  +  kl_coef * sum_{t in K} |logp_t - logp_old_t| ]
 
 logp is the current policy's. Nothing is clipped. At the first update of a step r == 1: there the penalty has no
-gradient, so KL-Cov acts only from the second update on. k is .002 for 7B and .0002 for 32B in the paper.
+gradient (if a forward with gradient repeats the one without to the bit), so KL-Cov acts only from the second update
+on. k is .002 for 7B and .0002 for 32B in the paper.
 
 Scope. Means, N and K are over the whole mini-batch on all ranks; ``scope = "micro_batch"``, as in the authors'
 code: each micro-batch its own, at least one token each.

@@ -85,8 +85,8 @@ def top_k(value: Tensor, eligible: Tensor, count: int, key: Tensor, reduce: Redu
 def covariance(logprob: Tensor, advantage: Tensor, among: Tensor, reduce: Reducer) -> Tensor:
     """``(logp - mean logp)(A - mean A)`` per token, ``[T]`` fp64; the means are over ``among`` on all ranks."""
     logprob, advantage = logprob.double(), advantage.double()
-    rows = torch.stack([logprob, advantage, torch.ones_like(logprob)])
-    total_logprob, total_advantage, count = reduce.sum(torch.where(among, rows, 0.0).sum(1))
+    columns = torch.stack([logprob, advantage, torch.ones_like(logprob)])
+    total_logprob, total_advantage, count = reduce.sum(torch.where(among, columns, 0.0).sum(1))
     count = count.clamp(min=1)
     return (logprob - total_logprob / count) * (advantage - total_advantage / count)
 

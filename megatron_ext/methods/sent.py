@@ -15,7 +15,7 @@ Scope. T_low, T_high and the means are over the whole mini-batch on all ranks, t
 Differs from the authors' code, whose intent ``variant = "authors"`` reproduces: the policy loss is not clipped,
 |logp - logp_old| stands in the place of the KL, and besides T_high only the k tokens of LOWEST Cov in T_low have
 beta_low, k = max(int(low_ratio N cov_ratio), 1) for both. Their run has ``beta_low = .05``, ``beta_high = .2`` and a
-KL to the reference of ``beta = .001`` on every token. (Their indexing gathers rows by an integer mask, so
+KL to the reference of ``beta = .001`` on every token. (Their indexing gathers tokens by an integer mask, so
 their covariances belong to other tokens: not reproduced.)
 
 Ablations: ``beta_high = beta_low`` removes the covariance tier, both 0 the token part.

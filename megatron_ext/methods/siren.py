@@ -18,7 +18,7 @@ enters the loss as its exact gradient, 2 coef (Hbar - H_anchor) dHbar.
 H_anchor is measured once, over the first step's whole batch, and is part of the checkpoint.
 
 Differs from the authors' code: ``nucleus = "exclusive"`` reproduces its nucleus (the ranks strictly before the
-crossing; it may be empty, and then most quantiles are 0 and tau is inert). The released script leaves the
+cutoff token; it may be empty, and then most quantiles are 0 and tau is inert). The released script leaves the
 clip range at .2 / .2 where the paper says .28, and its first release selects with >=, which takes every
 token, padding included, when the quantile is 0; that is not offered.
 

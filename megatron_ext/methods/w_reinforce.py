@@ -1,11 +1,11 @@
 """NSR, PSR and W-REINFORCE: learning from wrong, from correct, or from weighted responses (arXiv 2506.01347).
 
     A_i = positive  if R_i > 0 (correct)        L = (1/N_kept) sum_{t kept} max(-A r, -A clip(r, 1 -+ .2))
-         -negative  otherwise (wrong)           kept: the tokens of rows with A_i != 0
+         -negative  otherwise (wrong)           kept: tokens of responses with A_i != 0
 
     W-REINFORCE  positive .1, negative 1        PSR  positive 1, negative 0        NSR  positive 0, negative 1
 
-No baseline and no standard deviation: a group of one, or of equal rewards, trains too. Dropped rows leave the
+No baseline and no standard deviation: a group of one, or of equal rewards, trains too. Dropped responses leave the
 denominator. N_kept is counted over the whole mini-batch on all ranks, so there is no smaller scope to offer.
 
 Differs from the authors' scripts, which carry an entropy bonus of .001 that the paper does not mention: not

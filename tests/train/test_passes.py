@@ -140,22 +140,22 @@ def passes_of(
     return counted(learner)[2]
 
 
-LOOK, NUCLEUS_LOOK, UPDATE, NUCLEUS_UPDATE = (False, False), (False, True), (True, False), (True, True)
+FORWARD, NUCLEUS_FORWARD, UPDATE, NUCLEUS_UPDATE = (False, False), (False, True), (True, False), (True, True)
 
 
 @pytest.mark.parametrize(
-    ("method", "mini", "sections", "expected"),
+    ("method", "mini_batch", "sections", "expected"),
     [
         ({"name": "grpo"}, 4, {}, [UPDATE]),
-        ({"name": "grpo"}, 2, {}, [LOOK, LOOK, UPDATE, UPDATE]),
-        ({"name": "grpo"}, 4, {"train": {"importance_cap": 2.0}}, [LOOK, UPDATE]),
+        ({"name": "grpo"}, 2, {}, [FORWARD, FORWARD, UPDATE, UPDATE]),
+        ({"name": "grpo"}, 4, {"train": {"importance_cap": 2.0}}, [FORWARD, UPDATE]),
         ({"name": "grpo"}, 4, {"log": LogConfig(nucleus=True)}, [NUCLEUS_UPDATE]),
-        ({"name": "grpo"}, 2, {"log": LogConfig(nucleus=True)}, [NUCLEUS_LOOK, NUCLEUS_LOOK, UPDATE, UPDATE]),
-        ({"name": "aec"}, 4, {}, [LOOK, UPDATE]),
-        ({"name": "forking_tokens"}, 4, {}, [LOOK, UPDATE]),
-        (SIREN, 4, {}, [NUCLEUS_LOOK, NUCLEUS_UPDATE]),
-        (SIREN, 2, {}, [NUCLEUS_LOOK, NUCLEUS_LOOK, NUCLEUS_UPDATE, NUCLEUS_LOOK, NUCLEUS_UPDATE]),
-        ({**SIREN, "scope": "micro_batch"}, 2, {}, [NUCLEUS_LOOK, NUCLEUS_LOOK, NUCLEUS_UPDATE, NUCLEUS_UPDATE]),
+        ({"name": "grpo"}, 2, {"log": LogConfig(nucleus=True)}, [NUCLEUS_FORWARD, NUCLEUS_FORWARD, UPDATE, UPDATE]),
+        ({"name": "aec"}, 4, {}, [FORWARD, UPDATE]),
+        ({"name": "forking_tokens"}, 4, {}, [FORWARD, UPDATE]),
+        (SIREN, 4, {}, [NUCLEUS_FORWARD, NUCLEUS_UPDATE]),
+        (SIREN, 2, {}, [NUCLEUS_FORWARD, NUCLEUS_FORWARD, NUCLEUS_UPDATE, NUCLEUS_FORWARD, NUCLEUS_UPDATE]),
+        ({**SIREN, "scope": "micro_batch"}, 2, {}, [NUCLEUS_FORWARD, NUCLEUS_FORWARD, NUCLEUS_UPDATE, NUCLEUS_UPDATE]),
     ],
     ids=str,
 )

@@ -84,7 +84,7 @@ class Result:
         if self.controller is None:
             return None
         target = self.controller.target
-        return (self.late(target) or None) if isinstance(target, str) else [target] * len(self.seeds)
+        return (self.late(target) or None) if isinstance(target, str) else [float(target)] * len(self.seeds)
 
     @property
     def distance(self) -> list[float]:

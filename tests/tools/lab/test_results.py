@@ -52,7 +52,14 @@ def plan() -> LabPlan:
 def folder(tmp_path: Path) -> Path:
     for seed in range(3):
         save_run(tmp_path, f"grpo-s{seed}", entropy=FALLING)
-        save_run(tmp_path, f"aer-s{seed}", entropy=FLAT, aer__target=[0.36, 0.42, 0.6][seed], time__step_s=3.0)
+        save_run(
+            tmp_path,
+            f"aer-s{seed}",
+            entropy=FLAT,
+            aer__entropy=0.4,
+            aer__target=[0.36, 0.42, 0.6][seed],
+            time__step_s=3.0,
+        )
         save_run(tmp_path, f"siren-s{seed}", entropy=FALLING, right=3, siren__hbar=1.1, siren__anchor=1.0)
     save_run(tmp_path, "entropic-s0", entropy=[0.25] * STEPS, entropic__alpha=-1.0)
     save_run(tmp_path, BASE, entropy=FLAT, right=1)
