@@ -13,7 +13,7 @@ TORCH := 2.13.0
 UV := build/uv
 LOCKED := --quiet --only-binary :all: --require-hashes --no-deps --requirement
 
-.PHONY: help setup quickstart lab dry-run test soak lint bench lock licences clean
+.PHONY: help setup quickstart lab dry-run test soak lint docs bench lock licences clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
@@ -56,6 +56,9 @@ lint: $(STAMP)  ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+docs: $(STAMP)  ## build the site of docs/ into build/site, every warning an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(BENCH)/.installed  ## time the operators against their peers (verl, Megatron-Core, Liger, gather + sort)
 	$(BENCH)/bin/python -m tools.bench ops

@@ -11,7 +11,7 @@ for granted. Each says what a GPU does in its place, and so what no test without
 - ``torch.cuda``'s random state is that of the CPU generator, and a call that waits for a CUDA context runs at once:
   Megatron's tracker seeds, forks and restores by its own code. A GPU: a generator of its own beside the CPU's.
 - The token dispatcher takes its counts as numpy arrays. A GPU: they are copied off it, on a side stream.
-- Gathers and scatters of unequal parts are padded or summed whole. A GPU: NCCL takes them as they are, gloo does not.
+- Gathers of unequal lengths are padded, scatters of such sum the full tensor. A GPU: NCCL takes them as they are.
 
 The forgotten name is ``te_general_gemm`` of the router: without Transformer Engine it is undefined, there as here.
 """
@@ -138,17 +138,17 @@ def _as_dispatched(tensor: Any, as_numpy: bool = False, record_stream: bool = Fa
 
 
 def _gather_unequal(own: torch.Tensor, group: Any, sizes: list[int]) -> Any:
-    """``_gather_along_first_dim`` of tensor_parallel/mappings.py for parts of unequal length."""
+    """``_gather_along_first_dim`` of tensor_parallel/mappings.py for tensors of unequal length."""
     longest = max(sizes)
     padded = torch.cat([own, own.new_zeros(longest - len(own), *own.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in range(group.size())]
-    torch.distributed.all_gather(parts, padded, group=group)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    gathered = [torch.empty_like(padded) for _ in range(group.size())]
+    torch.distributed.all_gather(gathered, padded, group=group)
+    return torch.cat([tensor[:size] for tensor, size in zip(gathered, sizes, strict=True)])
 
 
-def _reduce_scatter_unequal(whole: torch.Tensor, group: Any, sizes: list[int]) -> Any:
-    """``_reduce_scatter_along_first_dim`` for parts of unequal length."""
-    total = whole.clone()
+def _reduce_scatter_unequal(full: torch.Tensor, group: Any, sizes: list[int]) -> Any:
+    """``_reduce_scatter_along_first_dim`` for tensors of unequal length."""
+    total = full.clone()
     torch.distributed.all_reduce(total, group=group)
     return total.split(sizes)[group.rank()].clone()
 

@@ -16,31 +16,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Problem:
-    """One verifiable problem: a row of a data file.
-
-    ``verifier`` names how a response is scored: ``math`` (equivalence of the boxed answer with
-    ``answer``) or ``countdown`` (the boxed expression also uses each of ``numbers`` exactly once).
-    Accuracy is also reported by ``kind``, such as a subject; of problems without one, by ``verifier``.
-    """
-
-    problem_id: str
-    prompt: str
-    answer: str
-    verifier: str = "math"
-    numbers: tuple[int, ...] = ()
-    kind: str = ""
-
-
-@dataclass(frozen=True)
-class Reward:
-    """A scored response. ``outcome`` says why (rollout/rewards/reward_pool.py lists the values)."""
-
-    value: float
-    outcome: str
-    extracted: str | None = None
+from megatron_ext.records import Problem, Reward
 
 
 @dataclass(frozen=True)

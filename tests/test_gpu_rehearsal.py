@@ -153,11 +153,11 @@ def test_without_time_checks_are_skipped(fake: Path) -> None:
 
 def test_a_wrong_operator_is_not_timed(tmp_path: Path) -> None:
     (tmp_path / "broken_run.py").write_text(BROKEN)
-    chosen = ("--only", "speed with slow rows")
+    chosen = ("--only", "speed with the fallback")
     code, found, _ = run("broken_run", "--rehearse", *chosen, out=tmp_path / "out.json", path=tmp_path)
     status = {check["name"]: check["status"] for check in found["checks"]}
     assert code == 1
-    assert status["values and gradients"] == "failed" and status["speed with slow rows"] == "refused"
+    assert status["values and gradients"] == "failed" and status["speed with the fallback"] == "refused"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -38,7 +38,7 @@ from .progress import ToolProgress
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_ext.checkpoint.full_tensors import Place
+    from megatron_ext.checkpoint.full_tensors import TensorLocation
     from megatron_ext.model.param_mapping import ParamMapping
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -82,8 +82,8 @@ def to_hf(checkpoint: Path, out: Path, *, source: Path | None, shard_bytes: int)
     Raises CheckpointError for a damaged, absent or unfitting one, ConfigError for a missing model.
     """
     from megatron_ext.checkpoint.full_tensors import CheckpointTensors
+    from megatron_ext.model.architectures import read_architecture
     from megatron_ext.model.export import write_hf
-    from megatron_ext.model.hf_config import read_architecture
     from megatron_ext.model.param_mapping import full_mappings, hf_shapes
 
     from .model_card import model_card
@@ -93,15 +93,15 @@ def to_hf(checkpoint: Path, out: Path, *, source: Path | None, shard_bytes: int)
     source = source or Path(found.config["model"]["path"])
     architecture = read_architecture(read_hf_config(source))
     tensors = CheckpointTensors(path)
-    mappings = [(mapping, _place(mapping)) for mapping in full_mappings(architecture)]
-    dtype = tensors.check([place for _, place in mappings], belongs=_is_policy)
+    mappings = [(mapping, _location(mapping)) for mapping in full_mappings(architecture)]
+    dtype = tensors.check([location for _, location in mappings], belongs=_is_policy)
     with ToolProgress(Console(stderr=True)) as progress:
         task = progress.add_task("tensors", total=len(mappings))
 
         def weights() -> Iterator[tuple[str, Tensor]]:
-            for mapping, place in mappings:
+            for mapping, location in mappings:
                 progress.advance(task)
-                yield from zip(mapping.hf, mapping.layout.join([tensors.read(place)]), strict=True)
+                yield from zip(mapping.hf, mapping.sharding.join([tensors.read(location)]), strict=True)
 
         return write_hf(
             out,
@@ -120,7 +120,7 @@ def from_hf(model: Path, out: Path) -> int:
     Raises ValueError naming everything about its files and tensors that is not as config.json says.
     """
     from megatron_ext.checkpoint.full_tensors import write_tensors
-    from megatron_ext.model.hf_config import read_architecture
+    from megatron_ext.model.architectures import read_architecture
     from megatron_ext.model.hf_weights import open_weights
     from megatron_ext.model.param_mapping import full_mappings
 
@@ -133,11 +133,11 @@ def from_hf(model: Path, out: Path) -> int:
         with ToolProgress(Console(stderr=True)) as progress:
             task = progress.add_task("tensors", total=len(mappings))
 
-            def whole(mapping: ParamMapping) -> Tensor:
+            def full(mapping: ParamMapping) -> Tensor:
                 progress.advance(task)
-                return mapping.layout.shard([stored.part(name) for name in mapping.hf], 0, 1)
+                return mapping.sharding.shard([stored.tensor(name) for name in mapping.hf], 0, 1)
 
-            tensors = [(_place(mapping), partial(whole, mapping)) for mapping in mappings]
+            tensors = [(_location(mapping), partial(full, mapping)) for mapping in mappings]
             files = write_tensors(folder, tensors, stored.dtype)
         manifest.publish(folder, step=0, files=files, layout=ParallelConfig().model_dump(), config=config)
     except BaseException:
@@ -146,12 +146,12 @@ def from_hf(model: Path, out: Path) -> int:
     return sum(record.bytes for record in files.values())
 
 
-def _place(mapping: ParamMapping) -> Place:
-    from megatron_ext.checkpoint.full_tensors import Place
+def _location(mapping: ParamMapping) -> TensorLocation:
+    from megatron_ext.checkpoint.full_tensors import TensorLocation
     from megatron_ext.model.tp_sharding import Vocabulary
 
-    return Place(
-        mapping.key, mapping.index, mapping.stacked, mapping.shape, padded=isinstance(mapping.layout, Vocabulary)
+    return TensorLocation(
+        mapping.key, mapping.index, mapping.stacked, mapping.shape, padded=isinstance(mapping.sharding, Vocabulary)
     )
 
 

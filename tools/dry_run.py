@@ -29,7 +29,7 @@ from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.schema import Config
 from megatron_ext.config.shipped import RECIPES, outside
-from megatron_ext.model.hf_config import Architecture, read_architecture
+from megatron_ext.model.architectures import Architecture, read_architecture
 from megatron_ext.plan.device import TOTAL_BYTES
 from megatron_ext.plan.layout import Plan, make_plan
 from megatron_ext.plan.memory import num_engines
@@ -41,7 +41,7 @@ from .plan import method_roles, read_valid, table
 
 FULL_SIZE = "[a-z]*/*-[0-9]*n[0-9]*g.toml"
 GPU = "h100"  # of the recipes' GPUs the one with the least memory
-SAMPLE, SAMPLE_ROWS = RECIPES / "tiny", 32  # what stands in for data and tokenizers that are not here
+SAMPLE, SAMPLE_PROBLEMS = RECIPES / "tiny", 32  # what stands in for data and tokenizers that are not here
 RIGHT, WRONG, CONFIGURATION = 0, 1, 2
 
 
@@ -129,12 +129,13 @@ def data_path(config: Config) -> Iterator[str]:
     with RewardPool(config.reward.workers) as pool, tempfile.TemporaryDirectory() as folder:
         real, path = Path(data.train).is_file(), Path(folder) / "sample.jsonl"
         if not real:
-            rows = (SAMPLE / "data" / "train.jsonl").read_text().splitlines(keepends=True)
-            path.write_text("".join(rows[:SAMPLE_ROWS]))
+            problems = (SAMPLE / "data" / "train.jsonl").read_text().splitlines(keepends=True)
+            path.write_text("".join(problems[:SAMPLE_PROBLEMS]))
             config = config.model_copy(update={"data": data.model_copy(update={"train": str(path)})})
-        encoded, lines = load_training_data(config, score=pool.score, tokenizer=tokenizer)
+        score = None if config.reward.function else pool.score
+        encoded, lines = load_training_data(config, score=score, tokenizer=tokenizer)
     if not real:
-        yield f"the first rows of the tiny task stand in for it: {lines[-1].removeprefix('data: ')}"
+        yield f"the first problems of the tiny task stand in for it: {lines[-1].removeprefix('data: ')}"
         return
     yield from lines
     yield f"longest prompt: {max(len(ids) for _, ids in encoded)} tokens"
@@ -142,8 +143,8 @@ def data_path(config: Config) -> Iterator[str]:
     yield f"the run: {config.train.steps} steps = {epochs:.1f} epochs -> {config.run_dir}"
     if data.curriculum and Path(data.curriculum).is_file():
         order = data_order(config, [problem for problem, _ in encoded])
-        parts = zip(order.stages, order.starts, strict=True)
-        stages = [f"{len(stage)} problems from step {first + 1}" for stage, first in parts]
+        starts = zip(order.stages, order.starts, strict=True)
+        stages = [f"{len(stage)} problems from step {first + 1}" for stage, first in starts]
         yield f"curriculum: {data.curriculum}: {', then '.join(stages)}"
 
 
@@ -173,12 +174,12 @@ def packing_check(config: Config) -> Check:
     fullest = max(bins, key=len)
     multiple = config.parallel.tensor if config.parallel.sequence else 1
     packed = packing.pack([([0] * prompt, [0] * response)] * len(fullest), multiple=multiple)
-    tokens, rows = len(packed.tokens), len(packed.logit_positions)
+    tokens, predicted = len(packed.tokens), len(packed.logit_positions)
     right = tokens % multiple == 0 and tokens - config.train.micro_batch_tokens < multiple
-    right &= rows == response * len(fullest) and sum(map(len, bins)) == per_rank
+    right &= predicted == response * len(fullest) and sum(map(len, bins)) == per_rank
     return Check(
         f"packing: {per_rank} responses of a mini-batch on each data-parallel rank in {len(bins)} micro-batches, the "
-        f"fullest of {len(fullest)} sequences, {tokens:,} tokens and {rows:,} of them predicted",
+        f"fullest of {len(fullest)} sequences, {tokens:,} tokens and {predicted:,} of them predicted",
         right,
     )
 
@@ -201,7 +202,7 @@ class Shards:
         self._pool.join()
 
     def build(self, plan: Plan) -> list[Any]:
-        """One ``train.shards.Shard`` for each pipeline rank, of its first tensor, expert and data-parallel rank."""
+        """One ``plan.meta_build.Shard`` for each pipeline rank, of its first tensor, expert and data-parallel rank."""
         key = repr((plan.config.model, plan.config.parallel, plan.roles.reference, plan.roles.critic))
         if key not in self._built:
             self._built[key] = self._pool.apply(build_shards, (plan.config,))
@@ -210,12 +211,12 @@ class Shards:
     def checks(self, plan: Plan) -> list[Check]:
         shards, a = self.build(plan), plan.architecture
         stages = sum(shard.modules for shard in shards)
-        whole, expected = sum(shard.whole for shard in shards), num_parameters(a)
+        total, expected = sum(shard.hf_elements for shard in shards), num_parameters(a)
         checks = [
             Check(
                 f"shards: {stages} stages on {len(shards)} pipeline ranks of {plan.config.parallel.world} built; all "
-                f"shards together have {whole:,} parameters, config.json gives {expected:,}",
-                whole == expected,
+                f"shards together have {total:,} parameters, config.json gives {expected:,}",
+                total == expected,
             ),
             self._export(a, shards),
         ]
@@ -236,7 +237,7 @@ class Shards:
 
 
 def build_shards(config: Config) -> list[Any]:
-    """One ``train.shards.Shard`` for each pipeline rank, of its first tensor, expert and data-parallel rank."""
+    """One ``plan.meta_build.Shard`` for each pipeline rank, of its first tensor, expert and data-parallel rank."""
     with warnings.catch_warnings(record=True):  # Megatron's, that Transformer Engine and Apex are absent
         from megatron_ext.plan.meta_build import build_shard
         from megatron_ext.train.method_factory import create_method
@@ -257,7 +258,7 @@ def first_step(plan: Plan) -> list[str]:
         f"  rollout   {engines} {r.engine} engines sample {t['responses']} responses to {t['prompts']} prompts at "
         f"temperature {r.temperature}, {t['responses'] // engines} each, of at most {r.max_response_tokens} tokens",
         f"  score     log-probs and entropies of the old policy{', the reference' * plan.roles.reference}"
-        f"{', values of the critic' * plan.roles.critic}; {c.method['name']} observes the whole step",
+        f"{', values of the critic' * plan.roles.critic}; {c.method['name']} sees the whole step first",
         f"  update    {t['updates']} updates of {t['responses_per_update']} responses, {p.data} data-parallel ranks x "
         f"{t['micro_batches_per_update']} micro-batches of at most {c.longest_sequence:,} tokens a sequence",
         f"  sync      {num_parameters(plan.architecture) * 2 / 1e9:.1f} GB of weights to every engine",

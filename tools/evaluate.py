@@ -35,6 +35,7 @@ from megatron_ext.config.schema import DataConfig, RolloutConfig
 from megatron_ext.config.shipped import find
 from megatron_ext.files import LARGE_BYTES, read_json
 from megatron_ext.metrics.eval_stats import CONFIDENCE, bootstrap, majority, per_problem
+from megatron_ext.rollout.registry import ENGINES, check_engine, find_engine
 
 from .arguments import command_parser, output_file, whole_number, whole_numbers
 from .evaluation_tables import side_by_side, table
@@ -44,7 +45,8 @@ if TYPE_CHECKING:
     from megatron_ext.rollout.base import Request, Sampling
     from megatron_ext.types import Problem, Reward, Sample
 
-JUDGED_AT_ONCE = 1024
+SCORED_AT_ONCE = 1024
+COLOCATED = [name for name, engine in ENGINES.items() if engine.colocated]
 MAX_LEFT_OUT = DataConfig().max_left_out
 VOTING = ("correct", "wrong")  # other outcomes have no readable answer to the question asked
 OTHER_NAMES = {
@@ -98,7 +100,7 @@ class Settings:
         if not 0 <= self.temperature <= 100:
             raise ConfigError(f"--temperature: expected 0 (greedy) to 100, found {self.temperature}")
         if self.temperature == 0 and self.samples > 1:
-            raise ConfigError(f"--temperature 0 draws the same response {self.samples} times: use --samples 1")
+            raise ConfigError(f"--temperature 0 samples the same response {self.samples} times: use --samples 1")
         bad = [k for k in self.ks if not 1 <= k <= self.samples]
         if bad:
             raise ConfigError(
@@ -124,13 +126,13 @@ def evaluate(
 
     ``rollout`` names the engine and its options (None: transformers). ``workers`` score (0: one per core). Progress
     goes to ``console`` (None: silent). Raises ConfigError for a missing model or file, faulty data and an engine that
-    is not installed, VerifierError when judgements cannot be trusted.
+    is not installed, VerifierError when rewards cannot be trusted.
     """
     hf = read_hf_config(model)
     if not Path(data).is_file():
         raise ConfigError(f"--data: no such file: {data}; give a JSON Lines file with prompt and answer")
     from megatron_ext.data.dataset import encode_problems, load_problems
-    from megatron_ext.rollout.registry import check_engine, create_engine
+    from megatron_ext.rollout.registry import create_engine
     from megatron_ext.rollout.rewards.reward_pool import RewardPool
 
     rollout = (rollout or RolloutConfig()).model_copy(update={"max_response_tokens": settings.max_response_tokens})
@@ -177,7 +179,7 @@ def measure(
 ) -> dict[str, Any]:
     """Sample every problem ``settings.samples`` times, score, and reduce to metrics with 95 % intervals.
 
-    A response depends on the seed, its problem's place in the file and its own number, not on the batching.
+    A response depends on the seed, its problem's number in the file and its own number, not on the batching.
     """
     start = time.perf_counter()
     with ToolProgress(console) as progress:
@@ -188,8 +190,8 @@ def measure(
         ]
         scored: list[Reward] = []
         task = progress.add_task("judging", total=len(answers))
-        for first in range(0, len(answers), JUDGED_AT_ONCE):
-            part = answers[first : first + JUDGED_AT_ONCE]
+        for first in range(0, len(answers), SCORED_AT_ONCE):
+            part = answers[first : first + SCORED_AT_ONCE]
             scored += pool.score(part)
             progress.advance(task, len(part))
         n = settings.samples
@@ -306,9 +308,8 @@ def save_evaluation(path: str | Path, label: str, evaluation: dict[str, Any]) ->
 
 def _rollout(options: argparse.Namespace) -> RolloutConfig:
     """Raises ConfigError."""
-    of_vllm = ("tensor_parallel_size", "gpu_memory_utilization", "enforce_eager")
     default = {"tensor_parallel_size": 1, "gpu_memory_utilization": 0.9, "enforce_eager": False}
-    given = {name: getattr(options, name) for name in of_vllm if getattr(options, name) is not None}
+    given = {name: getattr(options, name) for name in default if getattr(options, name) is not None}
     try:
         rollout = RolloutConfig.model_validate(
             {"engine": options.engine, "batch_size": options.batch_size, **default, **given}
@@ -318,9 +319,10 @@ def _rollout(options: argparse.Namespace) -> RolloutConfig:
         raise ConfigError(
             "\n".join(f"--{name}: {each['msg']}, found {each['input']!r}" for name, each in faults)
         ) from None
-    if given and options.engine != "vllm":
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ConfigError(f"{names}: only vLLM's engine has this, found --engine {options.engine}; add --engine vllm")
+    if unheeded := set(given) - set(find_engine(rollout).keys):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given if name in unheeded)
+        able = " or ".join(name for name in COLOCATED if unheeded <= set(ENGINES[name].keys))
+        raise ConfigError(f"{names}: only {able} has this, found --engine {options.engine}; add --engine {able}")
     return rollout
 
 
@@ -383,11 +385,11 @@ def _generate(
     from megatron_ext.rollout.sampling import seed_of
 
     sampling = Sampling(settings.temperature, settings.top_p, settings.max_response_tokens)
-    places = [(row, number) for row in range(len(prompts)) for number in range(settings.samples)]
-    requests = [Request(prompts[row], seed_of(settings.seed, row, number)) for row, number in places]
-    task = progress.add_task("sampling", total=len(places))
-    drawn = engine.generate(requests, sampling, lambda done: progress.advance(task, len(done)))
-    return [drawn[first : first + settings.samples] for first in range(0, len(drawn), settings.samples)]
+    indices = [(problem, number) for problem in range(len(prompts)) for number in range(settings.samples)]
+    requests = [Request(prompts[problem], seed_of(settings.seed, problem, number)) for problem, number in indices]
+    task = progress.add_task("sampling", total=len(indices))
+    samples = engine.generate(requests, sampling, lambda done: progress.advance(task, len(done)))
+    return [samples[first : first + settings.samples] for first in range(0, len(samples), settings.samples)]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -419,9 +421,8 @@ def _parser() -> argparse.ArgumentParser:
     engine = RolloutConfig()
     add(
         "--engine",
-        choices=("hf", "vllm"),
         default=engine.engine,
-        help="what samples: transformers or vLLM (%(default)s)",
+        help=f"what samples: {', '.join(COLOCATED)}, or one of your own as package.module:NAME (%(default)s)",
     )
     add("--batch-size", type=int, default=engine.batch_size, help="responses decoded at once (%(default)s)")
     add("--tensor-parallel-size", type=int, help="GPUs that share the weights of a vLLM engine (1)")

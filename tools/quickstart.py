@@ -16,6 +16,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megatron_ext.config.schema import RolloutConfig
+from megatron_ext.rollout.registry import ENGINES
+
 from . import command
 from .arguments import command_parser
 
@@ -24,15 +27,17 @@ BASE = "recipes/tiny/base"
 HELD_OUT = "recipes/tiny/data/eval.jsonl"
 EVALUATION = "evaluation.json"
 ROWS = ("avg@8", "maj@8", "pass@8")
+DEFAULT = RolloutConfig().engine
+COLOCATED = [name for name, engine in ENGINES.items() if engine.colocated]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command_parser("quickstart", __doc__)
-    parser.add_argument("--engine", choices=("hf", "vllm"), default="hf", help="what samples responses (%(default)s)")
+    parser.add_argument("--engine", choices=COLOCATED, default=DEFAULT, help="what samples responses (%(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, for example train.steps=20")
     options = parser.parse_intermixed_args(arguments)
     console, start = Console(), time.monotonic()
-    name = "quickstart" if options.engine == "hf" else f"quickstart-{options.engine}"
+    name = "quickstart" if options.engine == DEFAULT else f"quickstart-{options.engine}"
     run = Path("runs") / name
     if (run / "hf").exists():
         console.print(f"{run} is finished; remove it to start over", markup=False)
@@ -61,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def evaluate(model: str, label: str, run: Path, engine: str) -> list[str]:
     options = ["--data", HELD_OUT, "--samples", "8", "--max-prompt-tokens", "48", "--max-response-tokens", "32"]
-    sampling = ["--engine", engine, *(["--enforce-eager"] if engine != "hf" else [])]
+    sampling = ["--engine", engine, *(["--enforce-eager"] if "enforce_eager" in ENGINES[engine].keys else [])]
     return ["evaluate", model, *options, *sampling, "--out", str(run / EVALUATION), "--label", label]
 
 

@@ -100,7 +100,7 @@ def measure(
 ) -> Iterator[tuple[list[dict[str, Any]], int]]:
     """The rows of one batch of problems after the other from problem ``start``, and the tokens sampled for them.
 
-    A response depends on ``train.seed``, its problem's place in the data and its own number.
+    A response depends on ``train.seed``, its problem's number in the data and its own number.
     """
     from megatron_ext.rollout.base import Request, Sampling
     from megatron_ext.rollout.sampling import seed_of
@@ -174,8 +174,8 @@ def write_curriculum(path: Path, header: dict[str, Any], rows: Sequence[dict[str
 
     ordered = sorted(rows, key=lambda row: (row["entropy"], row["row"]))
     staged = [
-        {"row": row["row"], "id": row["id"], "stage": stage_of(place, len(rows), header["stages"])} | row
-        for place, row in enumerate(ordered)
+        {"row": row["row"], "id": row["id"], "stage": stage_of(rank, len(rows), header["stages"])} | row
+        for rank, row in enumerate(ordered)
     ]
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text("".join(_line(record) for record in [header, *staged]), encoding="utf-8")

@@ -2,7 +2,7 @@
 
     megatron-entropy train siren-tiny-cpu                              a shipped recipe, or a TOML file
     megatron-entropy train RECIPE optimizer.lr=2e-4 train.steps=50      any key, dotted, TOML values
-    megatron-entropy train RECIPE --print-config                        the whole configuration, checked
+    megatron-entropy train RECIPE --print-config                        the whole configuration, checked and explained
     megatron-entropy train RECIPE --dry-run                             all but the GPUs' work: data, shards, the plan
 
 Starts the recipe's ranks on this machine (parallel.ranks_per_node) unless a launcher has set RANK. The same
@@ -19,19 +19,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 from contextlib import nullcontext
 from typing import Any
 
 from megatron_ext import heartbeat
+from megatron_ext.config.describe import to_toml
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.loading import load_config
 from megatron_ext.config.redact import redact
 from megatron_ext.config.schema import Config
 from megatron_ext.metrics import warnings_log
 from megatron_ext.metrics.trackers import check_trackers
+from megatron_ext.rollout.registry import find_engine
 from megatron_ext.train.run_folder import RunFolder
 from megatron_ext.train.signals import REQUEUE, StopSignals, heed_interrupts, ignore_signals
 
@@ -46,7 +47,11 @@ CONFIGURATION, HEALTH, SAVING = 2, 3, 4
 def main(arguments: list[str] | None = None) -> int:
     parser = command_parser("train", __doc__)
     add_recipe(parser, example="train.steps=50")
-    parser.add_argument("--print-config", action="store_true", help="print the merged, checked configuration and stop")
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print the merged, checked configuration as TOML, every key with its description, and stop",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check all but the arithmetic, print the plan")
     options = parser.parse_intermixed_args(arguments)
     try:
@@ -73,7 +78,7 @@ def _run(options: argparse.Namespace) -> int:
             return 0  # one rank of every node tries it
     complete = _check_method(config)
     if options.print_config:
-        print(json.dumps(redact(complete), indent=2))
+        print(to_toml(redact(complete)))
         return 0
     if options.dry_run:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it builds what runs elsewhere, and needs no GPU
@@ -116,10 +121,14 @@ def _check_launch(config: Config) -> None:
 def _set_allocator(config: Config) -> None:
     """Segments that grow: micro-batches differ in size, and fixed segments fragment. Before torch is imported.
 
-    Not beside a colocated vLLM: its sleep mode maps memory itself, and its all-reduce shares the memory of CUDA graphs
-    by IPC handles, which growing segments do not have. What is set already wins.
+    Not beside a colocated engine that sleeps: vLLM's sleep mode maps memory itself, and its all-reduce shares the
+    memory of CUDA graphs by IPC handles, which growing segments do not have. What is set already wins.
     """
-    if config.rollout.engine != "vllm" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    engine = find_engine(config.rollout)
+    if (
+        not (engine.colocated and engine.sleeps)
+        and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
+    ):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 

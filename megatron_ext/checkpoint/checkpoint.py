@@ -1,14 +1,14 @@
-"""Save and resume a whole run: weights, optimizer, schedule, random states and the caller's own state.
+"""Save and resume a run: weights, optimizer, schedule, random states and the caller's own state.
 
 Everything public here is collective: all ranks call it, and a fault of one rank is raised on all of them. What a
 checkpoint directory is, and which one is trusted, is manifest.py's business; local_shards.py says what each rank
-has of it, checkpoint_io.py writes and reads the tensors. Every rank writes and reads only what its optimizer owns,
+has of it, storage.py writes and reads the tensors. Every rank writes and reads only what its optimizer owns,
 so a run resumes under another TP, PP, EP or DP and nothing is gathered; data-parallel ranks get the rest of the
 weights from each other, as after an update.
 
 A directory has beside its tensors ``state.pt`` (what the caller, the schedules and the random generators hold),
 ``common.pt`` and ``metadata.json`` (by which Megatron's own loader knows its format). Nothing is unpickled unseen:
-see checkpoint_io.py for tensors; the other two are read with ``weights_only``.
+see storage.py for tensors; the other two are read with ``weights_only``.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_ext.checkpoint import local_shards, manifest
 from megatron_ext.checkpoint.collectives import (
     checkpoint_fault,
-    everywhere,
-    gathered_on_first,
+    gather_on_rank_0,
+    on_all_ranks,
     on_rank_0,
-    together,
+    true_on_all_ranks,
     with_shared_hashing,
 )
 from megatron_ext.checkpoint.local_shards import Piece, module_pieces, trained_pieces
@@ -47,7 +47,7 @@ from megatron_ext.checkpoint.storage import (
     FORMAT_FILE,
     INDEX,
     Chunk,
-    Places,
+    Extents,
     misfits,
     read_index,
     read_targets,
@@ -80,10 +80,10 @@ class LoadedState:
 
 @dataclass(frozen=True)
 class Written:
-    """What a rank wrote of a checkpoint, once it is on the disk."""
+    """What a rank wrote of a checkpoint, once it is on the disk: its chunks, and where in its file each one lies."""
 
     chunks: list[Chunk]
-    places: Places
+    extents: Extents
     files: dict[str, Record]
     seconds: float
 
@@ -149,12 +149,12 @@ class Checkpoints:
         self.publish(wait=True)
         partial = on_rank_0(lambda: manifest.open_partial(self.root, step), checkpoint_fault("opening a checkpoint"))
         with _removed_on_failure(partial):
-            with together("collecting model and optimizer"):
+            with on_all_ranks("collecting model and optimizer"):
                 pieces = [each for name, model in self.trained.items() for each in trained_pieces(name, model)]
                 pieces = [each for each in pieces if each.stored]
             steps = {name: local_shards.steps_taken(model) for name, model in self.trained.items()}
-            everyone = gathered_on_first((_rng(), steps))
-            with together("copying model, optimizer and state"):
+            everyone = gather_on_rank_0((_rng(), steps))
+            with on_all_ranks("copying model, optimizer and state"):
                 contents = _contents(self.trained, state, everyone) if dist.get_rank() == 0 else {}
                 if self._memory is not None:
                     copies = self._memory.copies([each.tensor for each in pieces])
@@ -173,13 +173,13 @@ class Checkpoints:
         one could not write its part, or if what is on the disk cannot be read back.
         """
         pending = self._pending
-        if pending is None or not (wait or everywhere(pending.written.done())):
+        if pending is None or not (wait or true_on_all_ranks(pending.written.done())):
             return None
         self._pending = None
         with _removed_on_failure(pending.folder):
-            with together("writing the shards"):
+            with on_all_ranks("writing the shards"):
                 own = pending.written.result()
-            parts = gathered_on_first(own)
+            parts = gather_on_rank_0(own)
             published = on_rank_0(lambda: self._commit(pending, parts), checkpoint_fault("publishing the checkpoint"))
         with_shared_hashing(
             "removing old checkpoints",
@@ -202,17 +202,17 @@ class Checkpoints:
             return None
         check(found.manifest)
         path, refused, rng = found.path, list(found.refused), None
-        with together(f"reading {path.name}"):
+        with on_all_ranks(f"reading {path.name}"):
             index = read_index(path)
             payload = torch.load(path / _STATE, map_location="cpu", weights_only=True)
             common = torch.load(path / _COMMON, map_location="cpu", weights_only=True)
             _check_schedules(payload["scheduler"], self.trained)
             pieces = [each for name, model in self.trained.items() for each in trained_pieces(name, model)]
-        with together(f"fitting {path.name} to this model"):
+        with on_all_ranks(f"fitting {path.name} to this model"):
             _check_fit(index, pieces, wanted=_keys_of_all(pieces))
-        with together(f"loading {path.name}"):
+        with on_all_ranks(f"loading {path.name}"):
             read_targets(path, index, pieces)
-        with together(f"restoring {path.name}"):
+        with on_all_ranks(f"restoring {path.name}"):
             for name, each in self.trained.items():
                 local_shards.set_steps(each, local_shards.saved_steps(common[name]["optimizer"]))
                 each.scheduler.num_steps = 0  # its load_state_dict adds the saved steps to those already made
@@ -235,9 +235,9 @@ class Checkpoints:
         """On rank 0: index, check and seal what all ranks wrote."""
         folder = pending.folder
         chunks = [chunk for part in parts for chunk in part.chunks]
-        places: Places = {index: place for part in parts for index, place in part.places.items()}
+        extents: Extents = {index: extent for part in parts for index, extent in part.extents.items()}
         files = {name: record for part in parts for name, record in part.files.items()}
-        files[INDEX] = write_index(folder, chunks, places)
+        files[INDEX] = write_index(folder, chunks, extents)
         read_index(folder)  # what could not be read is not published
         path = manifest.publish(folder, step=pending.step, files=files, layout=self.layout, config=self.config)
         self._trusted[path.name] = manifest.stamp(path)
@@ -254,7 +254,7 @@ def load_model(path: Path, modules: list) -> None:
 
     Raises CheckpointError naming every tensor of the model that the checkpoint does not hold in that shape.
     """
-    with together(f"loading {path.name}"):
+    with on_all_ranks(f"loading {path.name}"):
         index, pieces = read_index(path), module_pieces(modules)
         if faults := misfits(index, pieces):
             raise CheckpointError(
@@ -296,11 +296,11 @@ def _write(folder: Path, pieces: Sequence[Piece], contents: dict[str, bytes]) ->
     """In the thread: this rank's tensors and, on rank 0, the small files. No collective."""
     start = time.perf_counter()
     name = f"__{dist.get_rank()}_0.distcp"
-    record, places = write_chunks(folder / name, ((each.chunk, each.tensor) for each in pieces))
+    record, extents = write_chunks(folder / name, ((each.chunk, each.tensor) for each in pieces))
     files = {name: record}
     for small, content in contents.items():
         files[small] = write_file(folder / small, lambda file, content=content: file.write(content))
-    return Written([each.chunk for each in pieces], places, files, time.perf_counter() - start)
+    return Written([each.chunk for each in pieces], extents, files, time.perf_counter() - start)
 
 
 def _contents(trained: Mapping[str, TrainableModel], state: dict[str, Any], everyone: list[Any]) -> dict[str, bytes]:

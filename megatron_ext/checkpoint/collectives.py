@@ -1,4 +1,4 @@
-"""What the ranks of a run do together about files: one fault is everyone's, rank 0 decides, all of them hash."""
+"""How the ranks of a run work on files: a fault of one is raised on all, rank 0 decides, all of them hash."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ T = TypeVar("T")
 
 
 @contextmanager
-def together(doing: str) -> Iterator[None]:
-    """Leave the block on all ranks or on none: a fault of any rank is a CheckpointError on every rank.
+def on_all_ranks(doing: str) -> Iterator[None]:
+    """Leave the block on all ranks or on none: a fault of any rank is raised as a CheckpointError on every rank.
 
     No collective in the block, unless none of its ranks can fail before it.
     """
@@ -60,14 +60,15 @@ def checkpoint_fault(doing: str) -> Callable[[Exception], CheckpointError]:
     return lambda error: CheckpointError(f"{doing}: " + "\n".join(_lines(error)))
 
 
-def gathered_on_first(value: T) -> list[T]:
+def gather_on_rank_0(value: T) -> list[T]:
     """Every rank's value on rank 0, nothing on the others."""
     parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, parts, dst=0, group=parallel.gloo())
     return parts or []
 
 
-def everywhere(flag: bool) -> bool:
+def true_on_all_ranks(flag: bool) -> bool:
+    """Whether it is; the same answer on every rank."""
     box = torch.tensor([int(flag)])
     dist.all_reduce(box, op=dist.ReduceOp.MIN, group=parallel.gloo())
     return bool(box)
@@ -76,10 +77,10 @@ def everywhere(flag: bool) -> bool:
 def with_shared_hashing(doing: str, function: Callable[[manifest.Hasher], T]) -> T:
     """The value that ``function`` returns on rank 0, on every rank; all of them hash the files that it asks for."""
     box: list[Any] = [None]
-    with together(doing):
+    with on_all_ranks(doing):
         if dist.get_rank() == 0:
             try:
-                box[0] = function(_hash_together)
+                box[0] = function(_hash_on_all_ranks)
             finally:
                 dist.broadcast_object_list([None], src=0, group=parallel.gloo())  # no more
         else:
@@ -89,7 +90,7 @@ def with_shared_hashing(doing: str, function: Callable[[manifest.Hasher], T]) ->
     return box[0]
 
 
-def _hash_together(folder: Path, names: list[str]) -> dict[str, Record]:
+def _hash_on_all_ranks(folder: Path, names: list[str]) -> dict[str, Record]:
     dist.broadcast_object_list([(folder, names)], src=0, group=parallel.gloo())
     parts = _hash_share(folder, names)
     for part in parts:
@@ -104,7 +105,7 @@ def _hash_share(folder: Path, names: list[str]) -> list[Any]:
         own: Any = manifest.record_files(folder, names[dist.get_rank() :: dist.get_world_size()])
     except OSError as error:
         own = error
-    return gathered_on_first(own)
+    return gather_on_rank_0(own)
 
 
 def _received() -> Any:

@@ -2,8 +2,8 @@
 
 Megatron's distributed optimizer gives each data-parallel rank a range of every flattened parameter: it alone steps
 that range and keeps its fp32 master and both moments. The model's ShardedTensors say where a parameter lies in the
-whole tensor (layers and experts stacked, gate and up apart). A range of a matrix in row-major order is part of a
-row, whole rows, part of a row: at most three rectangles. They are written where they lie and filled in place, so
+full tensor (layers and experts stacked, gate and up apart). A range of a matrix in row-major order is part of a
+row, full rows, part of a row: at most three rectangles. They are written where they lie and filled in place, so
 nothing is gathered, and the ranges of a group of ranks are together exactly one copy.
 
 Weights have Megatron's keys (after the model's name, but for the policy), the optimizer's states those of its
@@ -25,7 +25,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_ext.checkpoint.storage import Chunk, Shape, Target
-from megatron_ext.model.optimizer_state import allocate, parts
+from megatron_ext.model.optimizer_state import allocate, sub_optimizers
 from megatron_ext.model.trainable import TrainableModel
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
@@ -74,9 +74,9 @@ def steps_taken(each: TrainableModel) -> int:
     """
     optimizer: Any = each.optimizer
     for part in _adams(optimizer):
-        for place in [*part.state.values(), *part.param_groups]:
-            if "step" in place:
-                return int(place["step"])
+        for state in [*part.state.values(), *part.param_groups]:
+            if "step" in state:
+                return int(state["step"])
     return 0
 
 
@@ -119,7 +119,7 @@ def rectangles(shape: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Sha
         yield ((start,), (stop - start,)) if shape else ((), ())
         return
     row = math.prod(shape[1:])
-    first, last = -(-start // row), stop // row  # the whole rows
+    first, last = -(-start // row), stop // row  # the full rows
     if first > last:  # all in one row
         yield from _in_row(shape, last, start, stop)
         return
@@ -136,13 +136,13 @@ def _in_row(shape: Shape, number: int, start: int, stop: int) -> Iterator[tuple[
 
 
 def _pieces(prefix: str, sharded: Any, parameter: Tensor, owned: range, flat: Tensor) -> Iterator[Piece]:
-    """Cut ``flat``, the elements ``owned`` of a flattened parameter or a state of them, along its ShardedTensors."""
+    """Divide ``flat``, the elements ``owned`` of a flattened parameter or a state of them, along its ShardedTensors."""
     parts = [sharded] if isinstance(sharded, ShardedTensor) else list(nested_values(sharded.build()))
     for part in parts:
         assert isinstance(part, ShardedTensor) and part.data is not None and part.data.is_contiguous(), part
         begin = int(part.data.storage_offset()) - int(parameter.storage_offset())
         start, stop = max(begin, owned.start), min(begin + part.data.numel(), owned.stop)
-        stacked, place = part.prepend_axis_num, start
+        stacked, position = part.prepend_axis_num, start
         for offsets, sizes in rectangles(tuple(part.local_shape), start - begin, stop - begin):
             inner = zip(part.global_offset[stacked:], offsets, strict=True)
             chunk = Chunk(
@@ -152,15 +152,15 @@ def _pieces(prefix: str, sharded: Any, parameter: Tensor, owned: range, flat: Te
                 sizes=(*[1] * stacked, *sizes),
                 dtype=flat.dtype,
             )
-            tensor = flat[place - owned.start :][: math.prod(sizes)]
+            tensor = flat[position - owned.start :][: math.prod(sizes)]
             # the last number of a replica is the data-parallel rank, whose ranges differ
             stored = not any(part.replica_id[:-1])  # pyright: ignore[reportIndexIssue]
             yield Piece(chunk, tensor, stacked, part.allow_shape_mismatch, stored)
-            place += math.prod(sizes)
+            position += math.prod(sizes)
 
 
 def _sharded_parameters(modules: Sequence[GPTModel]) -> dict[Tensor, ShardedTensor | ShardedTensorFactory]:
-    """Each parameter with what Megatron says of its place in the whole model."""
+    """Each parameter with what Megatron says of its offset in the full model."""
     found = {}
     for module in modules:
         tensors = module.sharded_state_dict(metadata={})
@@ -188,4 +188,4 @@ def _ranges(part: Any) -> Iterator[tuple[Tensor, range]]:
 
 
 def _adams(optimizer: Any) -> list[Any]:
-    return [part.optimizer for part in parts(optimizer)]
+    return [part.optimizer for part in sub_optimizers(optimizer)]

@@ -5,7 +5,7 @@ No torch: a launcher or a report can ask for the newest valid checkpoint.
     root/latest                   the commit point: the name of the last checkpoint whose save finished
     root/step_000010/             payload files and MANIFEST.json: size and sha256 of every one of them
     root/step_000010.replaced-x   an earlier save of the same step, until the new one is committed
-    root/step_000020.tmp-x        a save (or a deletion) that was cut: never read, removed by the next save
+    root/step_000020.tmp-x        a save (or a deletion) that was interrupted: never read, removed by the next save
 
 A save fills a ``.tmp-`` directory, writes the manifest last, syncs, renames the directory, and replaces
 ``latest``. Killed at any point, it leaves what ``latest`` named untouched.
@@ -114,10 +114,10 @@ def differing_keys(saved: dict[str, Any], current: dict[str, Any], prefix: str =
 
 
 def open_partial(root: Path, step: int) -> Path:
-    """Make ``root`` and an empty directory for a save of ``step``; what cut saves left behind is removed."""
+    """Make ``root`` and an empty directory for a save of ``step``; what interrupted saves left behind is removed."""
     root.mkdir(parents=True, exist_ok=True)
     for leftover in _partials(root):
-        logger.warning("%s: left by a save that was cut, removed", leftover)
+        logger.warning("%s: left by a save that was interrupted, removed", leftover)
         remove(leftover)
     partial = root / f"{step_name(step)}.tmp-{_token()}"
     partial.mkdir()
@@ -251,8 +251,8 @@ def verify(path: Path, hash_files: Hasher = record_files) -> Manifest:
     present = set(payload_names(path))
     try:
         sizes = {name: (path / name).stat().st_size for name in present}
-        whole = [name for name, record in manifest.files.items() if sizes.get(name) == record.bytes]
-        actual = hash_files(path, sorted(whole))  # the others are refused unread, whatever they are
+        complete = [name for name, record in manifest.files.items() if sizes.get(name) == record.bytes]
+        actual = hash_files(path, sorted(complete))  # the others are refused unread, whatever they are
     except OSError as error:
         raise CheckpointError(f"{path.name}: cannot be read: {error}") from None
     for name, expected in sorted(manifest.files.items()):
@@ -276,7 +276,7 @@ def newest_valid(root: Path, hash_files: Hasher = record_files) -> Found | None:
     log and in the result. None if ``root`` never held a checkpoint; CheckpointError if it does hold some
     and not one is valid, because starting over would silently lose the run.
     """
-    lines = [f"{path.name}: a save that was cut, ignored" for path in _partials(root)]
+    lines = [f"{path.name}: a save that was interrupted, ignored" for path in _partials(root)]
     candidates, ever = _published(root), (root / TRACKER).exists()
     if not candidates and not ever:
         _warn(lines)

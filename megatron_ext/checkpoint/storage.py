@@ -2,7 +2,7 @@
 
 A key names a tensor of some global shape, stored as chunks: rectangles of it, one or more from each rank. A rank
 writes its chunks one after the other into a file of its own, hashed while it is written; ``.metadata``, the index,
-says which chunk lies where. Any cut into chunks is read under any other. No process group, no Megatron.
+says which chunk lies where. Chunks of one layout are read under any other. No process group, no Megatron.
 
 Nothing is unpickled unseen: chunks are read with ``weights_only``, the pickled index only after every class that it
 names was checked.
@@ -44,7 +44,7 @@ FORMAT = json.dumps(
     | {"common_backend": "torch", "common_backend_version": 1}
 ).encode()
 Shape = tuple[int, ...]
-Places = dict[MetadataIndex, _StorageInfo]  # where the chunks lie
+Extents = dict[MetadataIndex, _StorageInfo]  # of each chunk: its file, offset and length
 
 
 @dataclass(frozen=True)
@@ -119,34 +119,37 @@ def write_file(path: Path, fill: Callable[[Any], object]) -> Record:
     return hashing.record
 
 
-def write_chunks(path: Path, chunks: Iterable[tuple[Chunk, Tensor]]) -> tuple[Record, Places]:
+def write_chunks(path: Path, chunks: Iterable[tuple[Chunk, Tensor]]) -> tuple[Record, Extents]:
     """Write a file of chunks in their order; holds a copy of one at a time, and of those in host memory none."""
-    places: Places = {}
+    extents: Extents = {}
 
     def fill(file: HashingFile) -> None:
         for chunk, tensor in chunks:
             assert tensor.dtype == chunk.dtype and tensor.numel() == math.prod(chunk.sizes), chunk
             start = file.tell()
             torch.save(_alone(tensor).view(chunk.sizes), file)  # pyright: ignore[reportArgumentType]
-            places[chunk.index] = _StorageInfo(path.name, start, file.tell() - start)
+            extents[chunk.index] = _StorageInfo(path.name, start, file.tell() - start)
 
-    return write_file(path, fill), places
+    return write_file(path, fill), extents
 
 
-def write_index(folder: Path, chunks: Iterable[Chunk], places: Places) -> Record:
-    """Write ``.metadata`` for the chunks of all files. CheckpointError where two of one key disagree on the whole."""
-    wholes: dict[str, Chunk] = {}
+def write_index(folder: Path, chunks: Iterable[Chunk], extents: Extents) -> Record:
+    """Write ``.metadata`` for the chunks of all files.
+
+    Raises CheckpointError where two chunks of one key disagree on their tensor's shape or dtype.
+    """
+    full_tensors: dict[str, Chunk] = {}
     grouped: dict[str, list[ChunkStorageMetadata]] = defaultdict(list)
     for chunk in chunks:
-        whole = wholes.setdefault(chunk.key, chunk)
-        if (whole.shape, whole.dtype) != (chunk.shape, chunk.dtype):
-            raise CheckpointError(f"{chunk.key}: {whole.shape} {whole.dtype} and {chunk.shape} {chunk.dtype}")
+        first = full_tensors.setdefault(chunk.key, chunk)
+        if (first.shape, first.dtype) != (chunk.shape, chunk.dtype):
+            raise CheckpointError(f"{chunk.key}: {first.shape} {first.dtype} and {chunk.shape} {chunk.dtype}")
         grouped[chunk.key].append(ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)))
     entries: dict[str, Any] = {
-        key: TensorStorageMetadata(TensorProperties(dtype=whole.dtype), torch.Size(whole.shape), grouped[key])
-        for key, whole in wholes.items()
+        key: TensorStorageMetadata(TensorProperties(dtype=first.dtype), torch.Size(first.shape), grouped[key])
+        for key, first in full_tensors.items()
     }
-    index = Metadata(entries, storage_data=places, version=CURRENT_DCP_VERSION)
+    index = Metadata(entries, storage_data=extents, version=CURRENT_DCP_VERSION)
     return write_file(folder / INDEX, lambda file: pickle.dump(index, file))
 
 
@@ -175,7 +178,7 @@ def _check_index(index: Metadata, name: str) -> None:
         assert not isinstance(entry, BytesStorageMetadata)
         if not tiled(tuple(entry.size), [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]):
             raise CheckpointError(f"{name}: {key}: its chunks do not cover {list(entry.size)} exactly once")
-    astray = [each.relative_path for each in places_of(index).values() if "/" in each.relative_path]
+    astray = [each.relative_path for each in extents_of(index).values() if "/" in each.relative_path]
     if astray:
         raise CheckpointError(f"{name}: {INDEX} names files in other folders: {astray[:5]}")
 
@@ -183,8 +186,8 @@ def _check_index(index: Metadata, name: str) -> None:
 def tiled(shape: Shape, boxes: Sequence[tuple[Shape, Shape]]) -> bool:
     """Whether boxes (offsets, sizes) cover ``shape`` without gap or overlap.
 
-    Along the first axis the boxes' ends cut it into strips; in each, the boxes that reach into it must do so for the
-    other axes. Layers, experts and ranks cut at the same places, so that most strips have few boxes.
+    Along the first axis the boxes' ends divide it into strips; in each, the boxes that reach into it must do so for the
+    other axes. Layers, experts and ranks end at the same offsets, so that most strips have few boxes.
     """
     if not shape:
         return len(boxes) == 1
@@ -214,14 +217,14 @@ def read_targets(folder: Path, index: Metadata, targets: Sequence[Target]) -> No
         chunk, n = target.chunk, target.stacked
         if target.padded:
             target.tensor.zero_()
-        whole = target.tensor.view(chunk.sizes)
+        filled = target.tensor.view(chunk.sizes)
         for found in stored[chunk.key].get(chunk.offsets[:n], []):
             if meet := _overlap(chunk, found):
                 here, there = meet
-                uses[MetadataIndex(chunk.key, found.offsets)].append((whole[here], there))
+                uses[MetadataIndex(chunk.key, found.offsets)].append((filled[here], there))
     files: dict[str, list[MetadataIndex]] = defaultdict(list)
     for each in uses:
-        files[places_of(index)[each].relative_path].append(each)
+        files[extents_of(index)[each].relative_path].append(each)
     for name, wanted in files.items():
         with open_regular(folder / name) as file:
             for each in wanted:
@@ -230,7 +233,7 @@ def read_targets(folder: Path, index: Metadata, targets: Sequence[Target]) -> No
                     destination.copy_(loaded[part])
 
 
-def places_of(index: Metadata) -> Places:
+def extents_of(index: Metadata) -> Extents:
     assert index.storage_data is not None
     return index.storage_data
 
@@ -239,7 +242,7 @@ def load_chunk(file: IO[bytes], index: Metadata, chunk: MetadataIndex) -> Tensor
     """A stored chunk out of the open file that holds it. Raises CheckpointError unless it is what the index says."""
     entry, what = _entry(index, chunk.fqn), f"{chunk.fqn} at {list(chunk.offset or ())}"
     try:
-        where = places_of(index)[chunk]
+        where = extents_of(index)[chunk]
         view: Any = _create_file_view(file, where.offset, where.length)  # pyright: ignore[reportArgumentType]
         found = torch.load(view, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of any content
@@ -292,7 +295,7 @@ def _overlap(wanted: Chunk, found: ChunkStorageMetadata) -> tuple[tuple[slice, .
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """The tensor in host memory and in a storage of exactly its size: torch.save stores the whole storage."""
+    """The tensor in host memory and in a storage of exactly its size: torch.save stores all of a storage."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 

@@ -9,7 +9,7 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_ext.checkpoint import checkpoint, manifest
 from megatron_ext.config.schema import ModelConfig
-from megatron_ext.model.hf_config import Architecture
+from megatron_ext.model.architectures import Architecture
 from megatron_ext.model.hf_weights import load_weights, open_weights
 from megatron_ext.model.reference import identity
 

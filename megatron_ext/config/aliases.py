@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 _PROMPTS = "(counted in prompts, not in responses)"
 _TOKENS = "(a budget of tokens, not a number of sequences)"
@@ -230,11 +231,11 @@ def unknown_keys(schema: type[BaseModel], where: str, value: Any) -> list[str]:
     below = [(key, find(key)) for key in _leaves(where, value)]
     if any(ours for _, ours in below):
         return [f"{key}: unknown key; " + (f"here it is {ours}" if ours else "not known here") for key, ours in below]
-    *sections, last = where.split(".")
-    section = schema
-    for name in sections:
-        section = section.model_fields[name].annotation
-        assert isinstance(section, type) and issubclass(section, BaseModel)
+    if where in keys(schema):
+        return [f'"{where}": unknown key; write it without quotes, which make the dot a part of its name']
+    section, last = schema, where
+    while inner := _section(section.model_fields.get(last.partition(".")[0])):
+        section, last = inner, last.partition(".")[2]
     elsewhere = [key for key in keys(schema) if key.split(".")[-1] == last]
     close = elsewhere or difflib.get_close_matches(last, section.model_fields, n=1)
     if close:
@@ -259,10 +260,16 @@ def with_new_names(config: dict[str, Any]) -> dict[str, Any]:
 def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """The dotted keys of a configuration that hold values."""
     for name, field in schema.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from keys(field.annotation, f"{prefix}{name}.")
+        if section := _section(field):
+            yield from keys(section, f"{prefix}{name}.")
         else:
             yield prefix + name
+
+
+def _section(field: FieldInfo | None) -> type[BaseModel] | None:
+    """The section that ``field`` holds, None where it holds a value or is no field."""
+    annotation = field and field.annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def _leaves(where: str, value: Any, depth: int = 0) -> Iterator[str]:

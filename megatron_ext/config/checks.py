@@ -10,6 +10,8 @@ from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.parallel_checks import model_faults, nearest_divisor
 from megatron_ext.config.schema import Config, OptimizerConfig
 from megatron_ext.files import read_json
+from megatron_ext.rollout.registry import find_engine
+from megatron_ext.rollout.rewards.functions import find_reward
 
 FROM_THE_PUBLISHER = "take the file of the model's publisher"
 _SIZES = (  # of a model: fields of config.json that are numbers above 0, where they are there
@@ -64,21 +66,31 @@ def layout_faults(config: Config) -> list[str]:
         faults.append("data.train: no training file is named; set data.train to a JSON Lines file")
     if config.data.stage_starts and not config.data.curriculum:
         faults.append("data.stage_starts: there are no stages without data.curriculum; remove it, or name a curriculum")
-    return faults + _check_model(config)
+    if config.reward.options and not config.reward.function:
+        faults.append("reward.options: are of reward.function, which names none; remove them, or name a function")
+    return faults + _reward_faults(config) + _check_model(config)
+
+
+def _reward_faults(config: Config) -> list[str]:
+    try:
+        if config.reward.function:
+            find_reward(config.reward)
+    except ConfigError as error:
+        return [str(error)]
+    return []
 
 
 def _engine_faults(config: Config) -> list[str]:
-    rollout, faults = config.rollout, []
-    shared, ranks, servers = rollout.tensor_parallel_size, config.parallel.ranks_per_node, rollout.servers
-    if shared > 1 and (rollout.engine == "hf" or (rollout.engine == "vllm" and ranks % shared)):
+    rollout = config.rollout
+    try:
+        spec = find_engine(rollout)
+    except ConfigError as error:
+        return [str(error)]
+    shared, faults = rollout.tensor_parallel_size, spec.faults(config)
+    if shared > 1 and "tensor_parallel_size" not in spec.keys:
         faults.append(
-            f"rollout.tensor_parallel_size: {shared} ranks cannot share an engine: rollout.engine is {rollout.engine} "
-            f"and parallel.ranks_per_node is {ranks}; hf takes 1, vllm a divisor of the ranks of a node"
-        )
-    if servers.devices and len(servers.devices) != servers.num:
-        faults.append(
-            f"rollout.servers.devices: {len(servers.devices)} entries for rollout.servers.num = {servers.num} servers; "
-            "give one string of device numbers for each"
+            f"rollout.tensor_parallel_size: {shared} ranks cannot share an engine: rollout.engine is {rollout.engine}, "
+            "which takes 1"
         )
     return faults
 

@@ -21,6 +21,7 @@ from megatron_ext.config.redact import redact
 from megatron_ext.config.schema import Config
 from megatron_ext.config.shipped import expected_at, find_recipe, shipped
 from megatron_ext.files import read_small
+from megatron_ext.plugins import KEYS
 
 _PATHS = (("model", "path"), ("model", "weights"), ("data", "train"), ("data", "curriculum"))
 
@@ -30,7 +31,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
     A recipe that is no file may be a shipped one (``shipped.py``). Relative paths in ``model.path``, ``data.train`` and
     ``data.curriculum`` are tried from the current directory first, then from the file that states them, then among what
-    ships; data that is nowhere is expected in the second place.
+    ships; data that is nowhere is expected in the second place. So are those of the user's own code (plugins.py).
     """
     config = read_config(path, overrides)
     check_layout(config)
@@ -70,6 +71,7 @@ def _read_chain(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
             section[key] = str(found)
         elif made_later or os.path.exists(beside):
             section[key] = expected_at(beside)
+    _resolve_code(own, path.parent)
     parent = own.pop("parent", None)
     if parent is None:
         return own
@@ -78,6 +80,17 @@ def _read_chain(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     above = path.parent / parent
     above = above if os.path.exists(above) else shipped(parent) or above
     return _merge(_read_chain(above, (*children, path.resolve())), own)
+
+
+def _resolve_code(own: dict[str, Any], folder: Path) -> None:
+    """Paths of the user's own code, ``file.py:Name``, like those of files."""
+    for section, key in KEYS:
+        table = own.get(section)
+        if not isinstance(table, dict) or not isinstance(value := table.get(key), str):
+            continue
+        file, colon, name = value.rpartition(":")
+        if file.endswith(".py") and not os.path.exists(file) and os.path.exists(folder / file):
+            table[key] = os.path.normpath(folder / file) + colon + name
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The schema of a run: every key of a recipe with its type, bounds and default. No torch."""
+"""The schema of a run: every key of a recipe with its type, bounds, default and description. No torch.
+
+``--print-config`` and docs/configuration.md show the descriptions; a section's own description is its docstring.
+"""
 
 from __future__ import annotations
 
@@ -19,131 +22,237 @@ RewardValue = Annotated[float, Field(ge=-1e6, le=1e6)]
 
 
 class Section(BaseModel):
-    """Numbers are finite: no key has a use for NaN or infinity."""
+    """A table of a recipe. Unknown keys are errors, and numbers are finite: no key has a use for NaN or infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
 class FusionsConfig(Section):
-    """Fused kernels of Transformer Engine's layers; without Transformer Engine or a GPU they are off."""
+    """Fused kernels of Transformer Engine's layers. Without Transformer Engine or a GPU all are off."""
 
-    rope: bool = True  # rotary embedding of packed sequences: one kernel, no host synchronisation
-    bias_activation: bool = True  # SwiGLU in one kernel, which keeps less for backward
-    gradient_accumulation: bool = True  # weight gradients are added in fp32 by the GEMM that computes them
-    moe_permute: bool = True  # tokens to their experts and back in one kernel each
+    rope: bool = Field(
+        default=True, description="rotary embedding of packed sequences in one kernel, without host sync"
+    )
+    bias_activation: bool = Field(
+        default=True, description="SwiGLU in one kernel; stores fewer activations for backward"
+    )
+    gradient_accumulation: bool = Field(
+        default=True, description="the GEMM of a weight gradient adds it to the fp32 buffer"
+    )
+    moe_permute: bool = Field(default=True, description="tokens to their experts and back in one kernel each")
 
 
 class ModelConfig(Section):
-    path: str = ""  # directory with config.json, safetensors and tokenizer
-    hub: str = ""  # where it can be had: an id on the Hugging Face Hub
-    weights: str = ""  # a checkpoint to start from instead of path's safetensors: a step_* directory, of any layout
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    fused_head: bool = False  # statistics from hidden states: the logits are never stored whole, 4 GEMMs instead of 3
-    offload_reference: bool = False  # the reference's weights wait in host memory between two uses
-    offload_optimizer: bool = False  # its state waits in host memory, gradients are freed, while responses are drawn
-    recompute: Literal["none", "mlp", "full"] = "none"  # what backward computes again: nothing, MLPs, whole layers
+    """The policy: where its weights come from, their precision, and how memory is saved."""
+
+    path: str = Field(default="", description="directory with config.json, safetensors files and the tokenizer")
+    hub: str = Field(default="", description="the model's id on the Hugging Face Hub, for messages and model cards")
+    weights: str = Field(
+        default="",
+        description="start from this checkpoint (a step_* directory of any layout) instead of path's safetensors",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="bfloat16", description="precision of weights and activations"
+    )
+    fused_head: bool = Field(
+        default=False,
+        description="log-prob and entropy from hidden states: logits are never stored whole; 4 GEMMs, not 3",
+    )
+    offload_reference: bool = Field(
+        default=False, description="keep the reference model in host memory between its uses"
+    )
+    offload_optimizer: bool = Field(
+        default=False, description="during generation, keep the optimizer state in host memory and free the gradients"
+    )
+    recompute: Literal["none", "mlp", "full"] = Field(
+        default="none", description="what backward recomputes to save memory: nothing, the MLPs, or whole layers"
+    )
     fusions: FusionsConfig = FusionsConfig()
 
 
 class DataConfig(Section):
-    train: str = ""  # JSON Lines: prompt, answer [, id, verifier, numbers, kind]
-    hub: str = ""  # what it is made from: ids on the Hugging Face Hub, or a sentence
-    prompt_suffix: str = ""
-    max_prompt_tokens: Positive = 1024
-    max_left_out: Annotated[float, Field(ge=0, le=1)] = 0.01  # share of the rows that may have a fault; above, it stops
-    skip_unparsable_gold: bool = False  # a gold answer that is not right when judged is such a fault; else it stops
-    strict: bool = False  # stops for whatever would be left out, repeated rows and overlong prompts included
-    curriculum: str = ""  # file of tools/semantic_entropy.py: train stage by stage, from certain to uncertain problems
-    stage_starts: list[Positive] = []  # first steps of its stages after the first; empty: equal shares of the run
+    """The training problems, and what happens to those that cannot be used."""
+
+    train: str = Field(default="", description="JSON Lines file; keys: prompt, answer [, id, verifier, numbers, kind]")
+    hub: str = Field(
+        default="", description="where the data come from, for messages: ids on the Hugging Face Hub, or a sentence"
+    )
+    prompt_suffix: str = Field(default="", description="text appended to every prompt")
+    max_prompt_tokens: Positive = Field(default=1024, description="longest prompt, in tokens; longer ones are left out")
+    max_left_out: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="largest share of problems that may be left out as faulty; above it, the run stops",
+    )
+    skip_unparsable_gold: bool = Field(
+        default=False,
+        description="leave out problems whose gold answer fails its own verifier; otherwise the run stops",
+    )
+    strict: bool = Field(
+        default=False, description="stop for anything that would be left out, duplicates and overlong prompts included"
+    )
+    curriculum: str = Field(
+        default="",
+        description="file made by tools.semantic_entropy: train in stages, from certain to uncertain problems",
+    )
+    stage_starts: list[Positive] = Field(
+        default=[], description="first step of each curriculum stage after the first; empty: equal shares of the run"
+    )
 
 
 class ServersConfig(Section):
-    """Of engine vllm_server: vLLM in processes of their own, on the GPUs of other nodes or (num) of this one."""
+    """vLLM servers of engine vllm_server: processes of their own, on other nodes or on spare GPUs of this one."""
 
-    urls: list[str] = []  # servers that run already; empty: the run starts its own on the first node
-    token_variable: str = "MEGATRON_ENTROPY_TOKEN"  # of the environment: the token of the servers at urls
-    num: Positive = 1  # how many it starts
-    port: Annotated[int, Field(ge=1024, le=65535)] = 8100  # of the first one; the others follow
-    devices: list[str] = []  # CUDA_VISIBLE_DEVICES of each one that is started
-    address: str = ""  # of rank 0 for the weight transfer, where the servers are on other machines
-    deadline_s: Seconds = 1800.0  # for one response
-    max_restarts: NonNegative = 3  # of all servers together, in the whole run
+    urls: list[str] = Field(
+        default=[], description="servers that already run; empty: the run starts its own on the first node"
+    )
+    token_variable: str = Field(
+        default="MEGATRON_ENTROPY_TOKEN", description="environment variable that holds the token of the servers at urls"
+    )
+    num: Positive = Field(default=1, description="number of servers to start")
+    port: int = Field(
+        default=8100, ge=1024, le=65535, description="port of the first started server; the others follow"
+    )
+    devices: list[str] = Field(default=[], description="CUDA_VISIBLE_DEVICES of each started server")
+    address: str = Field(
+        default="", description="address of rank 0 for weight transfer, if servers are on other machines"
+    )
+    deadline_s: Seconds = Field(default=1800.0, description="time limit for one response, in seconds")
+    max_restarts: NonNegative = Field(
+        default=3, description="restarts of servers in the whole run, all servers together"
+    )
 
 
 class RolloutConfig(Section):
-    engine: Literal["hf", "vllm", "vllm_server"] = "hf"  # transformers; vLLM in the trainer's processes, or in its own
-    tensor_parallel_size: Positive = 1  # ranks that share the weights of one vLLM engine
-    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = (
-        0.5  # of the GPU's memory: what a vLLM engine may take, awake
+    """Generation of responses: the engine, sampling, and dynamic sampling."""
+
+    engine: str = Field(
+        default="hf",
+        description="hf (transformers), vllm (in the trainer's processes), vllm_server, or package.module:NAME",
     )
-    enforce_eager: bool = False  # vLLM without compilation: starts at once, generates slower
-    model_runner: Literal["auto", "v1", "v2"] = "auto"  # vLLM's; auto: V2 where Triton has a device, V1 elsewhere
+    options: dict[str, Any] = Field(default={}, description="of an engine of one's own: what it declares")
+    tensor_parallel_size: Positive = Field(default=1, description="ranks that share the weights of one vLLM engine")
+    gpu_memory_utilization: float = Field(
+        default=0.5, gt=0, lt=1, description="share of GPU memory that a vLLM engine may use while awake"
+    )
+    enforce_eager: bool = Field(default=False, description="vLLM without compilation: starts at once, generates slower")
+    model_runner: Literal["auto", "v1", "v2"] = Field(
+        default="auto", description="vLLM's model runner; auto: V2 where Triton has a device, V1 elsewhere"
+    )
     servers: ServersConfig = ServersConfig()
-    prompts: Positive = 128  # prompts per step
-    samples: Positive = 8  # responses per prompt: the group size G
-    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
-    top_p: Fraction = 1.0
-    max_response_tokens: Positive = 3072
-    batch_size: Positive = 256  # sequences decoded at once by one rank
-    dynamic_sampling: bool = False  # drop groups whose rewards are all equal and draw others in their place (DAPO)
-    oversample: Annotated[float, Field(ge=1, le=1000)] = 1.0  # of it: the first round draws this many times the prompts
-    max_generations: Positive = 10  # rounds of it in one step; then dropped groups fill the batch
+    prompts: Positive = Field(default=128, description="prompts per step")
+    samples: Positive = Field(default=8, description="responses per prompt: the group size G")
+    temperature: float = Field(default=1.0, gt=0, le=100, description="sampling temperature")
+    top_p: Fraction = Field(default=1.0, description="nucleus sampling mass; 1 samples from the whole vocabulary")
+    max_response_tokens: Positive = Field(
+        default=3072, description="longest response, in tokens; longer ones are truncated"
+    )
+    batch_size: Positive = Field(default=256, description="sequences that one rank decodes at once")
+    dynamic_sampling: bool = Field(
+        default=False, description="replace groups whose rewards are all equal by newly sampled ones (DAPO)"
+    )
+    oversample: float = Field(
+        default=1.0,
+        ge=1,
+        le=1000,
+        description="dynamic sampling: the first round generates this multiple of the prompts",
+    )
+    max_generations: Positive = Field(
+        default=10, description="dynamic sampling: rounds per step; after the last one, dropped groups fill the batch"
+    )
 
 
 class RewardConfig(Section):
-    correct: RewardValue = 1.0
-    wrong: RewardValue = 0.0
-    workers: Annotated[int, Field(ge=0, le=1024)] = 0  # processes of one node's pool; 0 = one per core, at most 16
-    deadline_s: Seconds = 10.0  # for one answer
-    max_timeout_share: Fraction = 0.2  # above it the step stops: the verifier is not to be trusted
+    """Rewards of verified answers, and the verifier's worker processes."""
+
+    function: str = Field(
+        default="",
+        description="a reward function, package.module:name or file.py:name; empty: each problem's verifier",
+    )
+    options: dict[str, Any] = Field(default={}, description="of that function: its keyword-only parameters")
+    correct: RewardValue = Field(default=1.0, description="reward of a correct answer")
+    wrong: RewardValue = Field(default=0.0, description="reward of a wrong answer")
+    workers: int = Field(
+        default=0, ge=0, le=1024, description="verifier processes per node; 0: one per core, at most 16"
+    )
+    deadline_s: Seconds = Field(default=10.0, description="time limit for verifying one answer, in seconds")
+    max_timeout_share: Fraction = Field(
+        default=0.2, description="share of timed-out answers above which the step stops: the verifier cannot be trusted"
+    )
 
 
 class OptimizerConfig(Section):
-    lr: Annotated[float, Field(gt=0, le=1)] = 1e-6
-    warmup_steps: NonNegative = 0  # optimizer steps
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # of the learning rate, once it is warmed up
-    min_lr: Annotated[float, Field(ge=0, le=1)] = 0.0  # what it falls to
-    decay_steps: NonNegative = 0  # optimizer steps until it is there, warm-up included; 0: all of the run's
-    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
-    clip_grad: Annotated[float, Field(gt=0)] = 1.0
+    """Adam with decoupled weight decay, and the learning-rate schedule, of the policy."""
+
+    lr: float = Field(default=1e-6, gt=0, le=1, description="peak learning rate")
+    warmup_steps: NonNegative = Field(default=0, description="linear warm-up, in optimizer steps")
+    schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="decay after the warm-up")
+    min_lr: float = Field(default=0.0, ge=0, le=1, description="learning rate at the end of the decay")
+    decay_steps: NonNegative = Field(
+        default=0, description="optimizer steps until min_lr is reached, warm-up included; 0: all steps of the run"
+    )
+    weight_decay: float = Field(default=0.01, ge=0, le=10, description="decoupled weight decay")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="Adam: decay of the first moment")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="Adam: decay of the second moment")
+    eps: float = Field(default=1e-8, gt=0, le=1, description="Adam: added to the denominator")
+    clip_grad: float = Field(
+        default=1.0, gt=0, description="largest global gradient norm; larger gradients are scaled down"
+    )
 
     def with_decay_steps(self, updates: int) -> OptimizerConfig:
-        """The same where it says when the decay ends; else it ends with the run's ``updates`` optimizer steps."""
+        """These options with ``decay_steps`` filled in: by default, the decay ends with the run's ``updates``."""
         return self if self.decay_steps else self.model_copy(update={"decay_steps": updates})
 
 
 class CriticConfig(OptimizerConfig):
-    """Of methods with a critic: its optimizer and schedule."""
+    """Adam and the learning-rate schedule of the critic, for methods that train one."""
 
-    lr: Annotated[float, Field(gt=0, le=1)] = 2e-6
+    lr: float = Field(default=2e-6, gt=0, le=1, description="peak learning rate")
 
 
 class TrainConfig(Section):
-    steps: Positive = 100  # rollout steps
-    mini_batch_prompts: Positive = 128  # prompts per optimizer step
-    micro_batch_tokens: Positive = 16384  # token budget of one packed micro-batch
-    seed: NonNegative = 0
-    max_bad_steps: Positive = 3  # consecutive steps with a non-finite gradient before the run stops
-    hang_minutes: Annotated[float, Field(ge=0, le=10080)] = 15.0  # of a rank without progress: the run ends; 0 = off
-    importance_cap: Annotated[float, Field(ge=0)] = 0.0  # truncated importance sampling of the engine's draw; 0 = off
+    """Length of the run, batch sizes, and when a run that goes wrong stops."""
+
+    steps: Positive = Field(default=100, description="training steps; each one generates, then updates")
+    mini_batch_prompts: Positive = Field(default=128, description="prompts per optimizer step")
+    micro_batch_tokens: Positive = Field(default=16384, description="token budget of one packed micro-batch")
+    seed: NonNegative = Field(default=0, description="seed of generation, data order and new weights")
+    max_bad_steps: Positive = Field(
+        default=3, description="consecutive steps with a non-finite gradient after which the run stops"
+    )
+    hang_minutes: float = Field(
+        default=15.0, ge=0, le=10080, description="minutes without progress of a rank after which the run ends; 0: off"
+    )
+    importance_cap: float = Field(
+        default=0.0, ge=0, description="cap of the truncated importance weights between engine and trainer; 0: off"
+    )
 
 
 class ParallelConfig(Section):
-    nodes: Positive = 1
-    ranks_per_node: Positive = 8
-    tensor: Positive = 1
-    pipeline: Positive = 1
-    sequence: bool = False  # sequence parallelism over the tensor-parallel group
-    virtual: Positive = 1  # pipeline stages on each rank, run by the interleaved schedule
-    stage_layers: tuple[Positive, ...] = ()  # decoder layers of each of the pipeline x virtual stages; () = equal
-    expert: Positive = 1  # ranks that share the experts of a layer out, among the data-parallel ones
-    expert_tensor: Positive = 1  # tensor parallelism within an expert
-    overlap_grad_reduce: bool = True  # gradients are reduced over data-parallel ranks while backward runs
-    overlap_param_gather: bool = True  # updated weights are gathered while the next forward runs
-    bucket_size: NonNegative = 0  # parameters in one such reduction or gather; 0: max(40e6, 1e6 x data-parallel ranks)
+    """Ranks and how the model is split among them. What remains is data parallel."""
+
+    nodes: Positive = Field(default=1, description="number of nodes")
+    ranks_per_node: Positive = Field(default=8, description="ranks (GPUs) per node")
+    tensor: Positive = Field(default=1, description="tensor-parallel size")
+    pipeline: Positive = Field(default=1, description="pipeline-parallel size")
+    sequence: bool = Field(default=False, description="sequence parallelism over the tensor-parallel group")
+    virtual: Positive = Field(default=1, description="pipeline stages per rank, for the interleaved schedule")
+    stage_layers: tuple[Positive, ...] = Field(
+        default=(), description="decoder layers of each of the pipeline x virtual stages; empty: equal"
+    )
+    expert: Positive = Field(
+        default=1, description="expert-parallel size: data-parallel ranks that share a layer's experts"
+    )
+    expert_tensor: Positive = Field(default=1, description="tensor-parallel size within an expert")
+    overlap_grad_reduce: bool = Field(
+        default=True, description="reduce gradients over data-parallel ranks during backward"
+    )
+    overlap_param_gather: bool = Field(default=True, description="gather updated weights during the next forward")
+    bucket_size: NonNegative = Field(
+        default=0,
+        description="parameters per gradient reduction or weight gather; 0: max(40e6, 1e6 x data-parallel ranks)",
+    )
 
     @property
     def world(self) -> int:
@@ -155,18 +264,27 @@ class ParallelConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: NonNegative = 20  # steps; 0 = only at the end
-    keep: Positive = 2  # newest valid checkpoints kept
-    asynchronous: bool = (
-        True  # written while training goes on, from a copy in host memory (checkpoint/checkpoint.py: size)
+    """When checkpoints are written and how many are kept."""
+
+    every: NonNegative = Field(default=20, description="steps between checkpoints; 0: only at the end")
+    keep: Positive = Field(default=2, description="newest valid checkpoints to keep")
+    asynchronous: bool = Field(
+        default=True,
+        description="write during training, from a copy in host memory (its size: checkpoint/checkpoint.py)",
     )
 
 
 class LogConfig(Section):
-    dir: str = "runs"  # the run's folder is dir/name
-    trackers: list[Tracker] = ["tensorboard"]  # each follows the run's files in a process of its own
-    samples: NonNegative = 4  # responses kept per step for the report, with their token entropies
-    nucleus: bool = False  # report the nucleus' entropy and size also where the method does not use them: it costs time
+    """What a run records and where."""
+
+    dir: str = Field(default="runs", description="parent of the run's folder, which is dir/name")
+    trackers: list[Tracker] = Field(
+        default=["tensorboard"], description="trackers that get the metrics, a process each"
+    )
+    samples: NonNegative = Field(default=4, description="responses recorded per step, with the entropy of every token")
+    nucleus: bool = Field(
+        default=False, description="record nucleus entropy and size even if the method does not use them; costs time"
+    )
 
     @field_validator("trackers")
     @classmethod
@@ -177,23 +295,40 @@ class LogConfig(Section):
 
 
 class AlarmsConfig(Section):
-    """When to warn (metrics/alarms.py). Entropies are relative to the first step's."""
+    """When to warn. Entropies are relative to the first step's."""
 
-    entropy_floor: Annotated[float, Field(ge=0, lt=1)] = 0.2  # 0 = off
-    entropy_ceiling: Annotated[float, Field(gt=1)] = 3.0
-    zero_advantage_share: Fraction = 0.9  # of the responses; 1 = off
-    mismatch: Annotated[float, Field(ge=0)] = 0.2  # mean nats between engine and trainer; always stops; 0 = off
-    unknown_logprobs: Annotated[float, Field(ge=0, le=1)] = 0.01  # share that the engine does not tell; always stops
-    stop: bool = False  # save and end the run, exit code 3, while an alarm lasts
+    entropy_floor: float = Field(
+        default=0.2, ge=0, lt=1, description="warn below this share of the first entropy; 0: off"
+    )
+    entropy_ceiling: float = Field(default=3.0, gt=1, description="warn above this multiple of the first entropy")
+    zero_advantage_share: Fraction = Field(
+        default=0.9, description="warn above this share of zero-advantage responses; 1: off"
+    )
+    mismatch: float = Field(
+        default=0.2,
+        ge=0,
+        description="stop above this mean difference of engine and trainer log-probs, in nats; 0: off",
+    )
+    unknown_logprobs: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="stop above this share of sampled tokens whose log-prob the engine does not tell",
+    )
+    stop: bool = Field(default=False, description="save and end the run with exit code 3 while any alarm lasts")
 
 
 class Config(Section):
-    name: str = "run"  # of the run's folder below log.dir; a slash makes folders within
+    """A whole run. Keys outside any section."""
+
+    name: str = Field(default="run", description="the run's folder below log.dir; a slash makes subfolders")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
-    method: dict[str, Any] = {"name": "grpo"}  # checked against the method's own options by methods.create
+    method: dict[str, Any] = Field(
+        default={"name": "grpo"}, description="the method's name and its own options, which docs/methods.md lists"
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     critic: CriticConfig = CriticConfig()
     train: TrainConfig = TrainConfig()

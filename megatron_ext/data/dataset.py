@@ -5,7 +5,8 @@ Rows are left out, and reported by row and field, for one of two reasons:
 
 - a fault. Rows with one may be a small share of the file (``max_left_out``): above it something is wrong with all of
   it, and the run stops. A gold answer that the verifier cannot read, or does not accept as an answer to itself, stops
-  the run at once unless such golds are to count like other faults (``skip_unparsable_gold``).
+  the run at once unless such golds are to count like other faults (``skip_unparsable_gold``). Under a reward function
+  of the user's own a gold answer is whatever that reads, and is not checked.
 - a repeated prompt with the same answer, or a prompt longer than the recipe wants: nothing is wrong with these, and
   their number is not limited.
 
@@ -82,7 +83,7 @@ class DataReport:
 def load_problems(
     path: str | Path,
     *,
-    score: Score,
+    score: Score | None,
     strict: bool = False,
     max_left_out: float = MAX_LEFT_OUT,
     skip_unparsable_gold: bool = False,
@@ -90,13 +91,13 @@ def load_problems(
     """The problems of a JSON Lines file and a report on the rows left out.
 
     ``score`` scores ``(problem, response)`` pairs, for example ``RewardPool.score``; every gold answer is scored
-    against itself. Raises ``ConfigError`` for a file that cannot be read, for an unparsable gold answer unless
-    ``skip_unparsable_gold``, for faults in more than the share ``max_left_out`` of the rows, for any when ``strict``,
-    and when no row is left.
+    against itself (None: it is not). Raises ``ConfigError`` for a file that cannot be read, for an unparsable gold
+    answer unless ``skip_unparsable_gold``, for faults in more than the share ``max_left_out`` of the rows, for any when
+    ``strict``, and when no row is left.
     """
     rows = _read_rows(Path(path))
     problems, faults = _check_rows(rows)
-    bad_gold = _check_gold(problems, score)
+    bad_gold = {} if score is None else _check_gold(problems, score)
     faults += bad_gold.values()
     kept, num_renamed = _with_own_ids({row: problem for row, problem in problems.items() if row not in bad_gold})
     report = DataReport(len(rows), len(kept), tuple(faults), num_renamed)
@@ -180,7 +181,7 @@ def encode_problems(
 
 
 def load_training_data(
-    config: Config, *, score: Score, tokenizer: Any
+    config: Config, *, score: Score | None, tokenizer: Any
 ) -> tuple[list[tuple[Problem, tuple[int, ...]]], list[str]]:
     """What a run trains on, checked and encoded, and what to tell its user. Raises ``ConfigError`` as the parts do."""
     data = config.data

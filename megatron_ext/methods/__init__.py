@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import fields
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from megatron_ext.methods.aec import AEC
 from megatron_ext.methods.aer import AER
@@ -25,6 +22,7 @@ from megatron_ext.methods.ppo import PPO
 from megatron_ext.methods.sent import SENT
 from megatron_ext.methods.siren import SIREN
 from megatron_ext.methods.w_reinforce import NSR, PSR, WReinforce
+from megatron_ext.plugins import check_options, is_spec, load, options_of_class, suggest
 
 METHODS: dict[str, type[Method]] = {
     "grpo": GRPO,
@@ -50,49 +48,35 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
+def find(name: Any) -> type[Method]:
+    """The class that ``method.name`` names: one of METHODS, or ``package.module:Name`` of the user's own.
+
+    Raises ValueError.
+    """
+    if not isinstance(name, str) or (name not in METHODS and not is_spec(name)):
+        raise ValueError(f"method.name: unknown method {name!r}; {suggest(str(name), METHODS)}")
+    if name in METHODS:
+        return METHODS[name]
+    cls = load(name, key="method.name")
+    if not isinstance(cls, type) or not issubclass(cls, Method):
+        raise ValueError(
+            f"method.name: {name} is {cls!r}, expected a class derived from megatron_ext.methods.base.Method or from "
+            "one of its methods, such as megatron_ext.methods.grpo.GRPO"
+        )
+    if "__dataclass_params__" not in vars(cls):  # its fields would be no options
+        raise ValueError(f"method.name: {name} is no dataclass of its own; write @dataclass(kw_only=True) above it")
+    return cls
+
+
 def create(options: dict[str, Any]) -> Method:
     """The method of a recipe's ``[method]`` table: ``name`` and the options that differ from its defaults.
 
     Raises ValueError for an unknown method or option, or a value of the wrong type or range.
     """
-    options = dict(options)
-    name = options.pop("name", None)
-    if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(f"method.name: unknown method {name!r}; {_suggest(str(name), list(METHODS))}")
-    cls = METHODS[name]
-    hints = get_type_hints(cls)
-    known = [field.name for field in fields(cls) if field.init]
-    for key, value in options.items():
-        if key not in known:
-            raise ValueError(f"method.{key}: {name} has no such option; {_suggest(key, known)}")
-        if not _fits(value, hints[key]):
-            raise ValueError(f"method.{key}: found {value!r}, expected {_describe(hints[key])}")
+    given = {key: value for key, value in options.items() if key != "name"}
+    cls = find(options.get("name"))
+    check_options(given, options_of_class(cls), section="method", owner=options["name"])
     try:
-        return cls(**options)
+        return cls(**given)
     except ValueError as error:
         raise ValueError(f"method.{error}") from None
-
-
-def _suggest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"expected one of {', '.join(sorted(known))}"
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, part) for part in get_args(hint))
-    if hint is NoneType:
-        return value is None
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return type(value) is hint
-
-
-def _describe(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(repr(choice) for choice in get_args(hint))
-    if get_origin(hint) in (Union, UnionType):
-        return " or ".join(_describe(part) for part in get_args(hint))
-    return "nothing" if hint is NoneType else f"a value of type {hint.__name__}"

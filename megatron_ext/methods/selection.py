@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megatron_ext.hashing import GAMMA, mix
 from megatron_ext.methods.base import Needs, OneRank, Prepared, Reducer, Scope, num_valid
 from megatron_ext.methods.grpo import GRPO
 from megatron_ext.types import Batch, TokenStats
@@ -101,16 +102,5 @@ def token_keys(batch: Batch, seed: int = 0) -> Tensor:
     member = (batch.group[:, None] == batch.group[None, :]).tril(-1).sum(1)  # how many of its group came before it
     key = torch.full_like(position, seed)
     for part in (batch.token(batch.group), batch.token(member), position):
-        key = _mix(key + part)
+        key = mix(key + part + GAMMA)
     return key
-
-
-def _mix(key: Tensor) -> Tensor:
-    """splitmix64, a bijection of 64-bit integers (Steele, Lea, Flood: Fast splittable pseudorandom generators, 2014).
-
-    Shifts are masked because int64 shifts carry the sign.
-    """
-    key = key + -0x61C8864680B583EB
-    key = (key ^ ((key >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    key = (key ^ ((key >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return key ^ ((key >> 31) & 0x1FFFFFFFF)

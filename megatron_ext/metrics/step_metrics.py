@@ -8,7 +8,7 @@ from math import isfinite
 import torch
 
 from megatron_ext.methods.base import Reducer, group_statistics
-from megatron_ext.rollout.rewards.verify import Outcome
+from megatron_ext.rollout.rewards.verify import OF_FUNCTIONS, Outcome, counted
 from megatron_ext.types import Batch, Episode, TokenStats
 
 
@@ -23,7 +23,7 @@ def summarise(batch: Batch, old: TokenStats, episodes: Sequence[Episode], reduce
     leaders = torch.cat([batch.group.new_ones(1), batch.group.diff()]) != 0  # first sequence of each group
     gap = (batch.rollout_logprob - batch.old_logprob).double()
     ids = list(Outcome)
-    scored = torch.tensor([ids.index(Outcome(e.reward.outcome)) for e in episodes])
+    scored = torch.tensor([ids.index(counted(e.reward.outcome)) for e in episodes])
     has_advantage = torch.bincount(batch.sequence[batch.advantage != 0], minlength=len(batch.reward)) > 0
     per_sequence = {
         "reward/mean": torch.where(valid, batch.reward, 0.0),
@@ -58,6 +58,9 @@ def summarise(batch: Batch, old: TokenStats, episodes: Sequence[Episode], reduce
     divisors = [tokens] * len(per_token) + [sequences] * len(per_sequence) + [groups] * len(per_group)
     names = [*per_token, *per_sequence, *per_group]
     metrics = {n: x / max(d, 1) for n, x, d in zip(names, totals, divisors, strict=True)}
+    for outcome in OF_FUNCTIONS:  # the verifier has none
+        if not metrics[name := f"reward/outcome/{outcome.value}"]:
+            del metrics[name]
     largest = gap.abs().max() if len(gap) else gap.sum()
     metrics["mismatch/max"] = float(reduce.concat(largest[None]).max())
     return metrics

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from megatron_ext import cpu_compat
 from megatron_ext.model import groups, rope
-from megatron_ext.model.hf_config import Architecture
+from megatron_ext.model.architectures import Architecture
 from megatron_ext.model.layers import block_spec
-from megatron_ext.model.megatron_config import FUSED, Fusions, ModelLayout, stage_sizes, transformer_config
+from megatron_ext.model.megatron_config import ModelLayout, ModelOptions, stage_sizes, transformer_config
 from megatron_ext.ops.shard import VocabShard
 
 
@@ -55,7 +55,7 @@ class Decay:
 
 @dataclass(frozen=True)
 class Policy:
-    """This rank's part of a model. ``chunks`` are what Megatron's schedules take: ``modules``, wrapped if trained.
+    """This rank's part of a model. ``chunks`` are Megatron's model chunks: ``modules``, wrapped for DDP if trained.
 
     ``fused_head``: its statistics are taken from hidden states, the logits of a micro-batch never exist together.
     """
@@ -67,7 +67,7 @@ class Policy:
 
     @property
     def head_weight(self) -> Tensor:
-        """``[V/TP, D]``: the output layer's rows of this rank, on the last stage."""
+        """``[V/TP, D]``: this rank's shard of the output layer's weight, on the last stage."""
         last: Any = self.modules[-1]
         return last.shared_embedding_or_output_weight() if self.architecture.tied else last.output_layer.weight
 
@@ -79,14 +79,9 @@ class Policy:
     @property
     def vocab_shard(self) -> VocabShard:
         """The columns of the logits that this tensor-parallel rank holds."""
-        group = groups.tensor()
-        width = self.architecture.padded_vocab(group.size()) // group.size()
-        return VocabShard(
-            start=group.rank() * width,
-            stop=(group.rank() + 1) * width,
-            vocab_size=self.architecture.vocab_size,
-            group=group,
-        )
+        group, architecture = groups.tensor(), self.architecture
+        padded_size = architecture.padded_vocab(group.size())
+        return VocabShard.for_vocab(architecture.vocab_size, group, padded_size=padded_size)
 
     def finish_param_sync(self) -> None:
         """Gather what the last update changed and no forward has asked for yet. Collective over data-parallel ranks.
@@ -113,34 +108,26 @@ class HiddenStateModel(GPTModel):
         return hidden_states
 
 
-def build_modules(
-    architecture: Architecture,
-    *,
-    dtype: torch.dtype,
-    recompute: str = "none",
-    fusions: Fusions = FUSED,
-    **layout: Any,
-) -> list[GPTModel]:
-    """This rank's stages with uninitialised weights, in order; ``layout`` holds the fields of ``ModelLayout``.
+def build_modules(architecture: Architecture, layout: ModelLayout, options: ModelOptions) -> list[GPTModel]:
+    """This rank's stages with uninitialised weights, in order.
 
     Megatron's process groups must exist. Raises ValueError when the layers do not fit the stages.
     """
-    spread = ModelLayout(**layout)
-    config = transformer_config(architecture, spread, dtype, recompute=recompute, fusions=fusions)
-    stages, rank = spread.stages(architecture.num_layers), groups.pipeline().rank()
-    own = range(rank, len(stages), spread.pipeline)
+    config = transformer_config(architecture, layout, options)
+    stages, rank = layout.stages(architecture.num_layers), groups.pipeline().rank()
+    own = range(rank, len(stages), layout.pipeline)
     modules = [
         HiddenStateModel(
             config=config,
             transformer_layer_spec=block_spec(config, _with_experts(architecture, stages, stage)),  # pyright: ignore
-            vocab_size=architecture.padded_vocab(spread.tensor),
+            vocab_size=architecture.padded_vocab(layout.tensor),
             max_sequence_length=architecture.max_positions,
             pre_process=stage == 0,
             post_process=stage == len(stages) - 1,
             parallel_output=True,
             share_embeddings_and_output_weights=architecture.tied,
             position_embedding_type="rope",
-            vp_stage=number if spread.virtual > 1 else None,
+            vp_stage=number if layout.virtual > 1 else None,
         )
         for number, stage in enumerate(own)
     ]
@@ -148,18 +135,18 @@ def build_modules(
         module.rotary_pos_emb.inv_freq = rope.frequencies(architecture, module.rotary_pos_emb.inv_freq.device)
         _mark_parameters(module)
         if module.post_process:
-            _give_whole_rows(module.output_layer)
-        if fusions.here().gradient_accumulation:
+            _take_full_hidden_states(module.output_layer)
+        if options.fusions.here().gradient_accumulation:
             _accumulate_in_fp32(module)
-    return [module.to(device=cpu_compat.device(), dtype=dtype) for module in modules]
+    return [module.to(device=cpu_compat.device(), dtype=options.dtype) for module in modules]
 
 
 def _mark_parameters(module: GPTModel) -> None:
-    """Say which parameters are cut over tensor-parallel ranks, and which are experts'.
+    """Say which parameters are sharded over tensor-parallel ranks, and which are experts'.
 
-    Megatron-Core 0.16.1 says so where it draws initial weights, which is skipped here: unmarked, the parts on all
+    Megatron-Core 0.16.1 says so where it draws initial weights, which is skipped here: unmarked, the shards on all
     ranks but the first would pass for copies and be left out of the gradient's norm. And it marks experts under
-    expert parallelism only: without, tensor-parallel ranks that each hold whole experts would train them apart.
+    expert parallelism only: without, tensor-parallel ranks that each hold a copy of the experts would train them apart.
     Transformer Engine's layers are of other classes and mark their own.
     """
     shard: dict[type, int] = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
@@ -172,11 +159,11 @@ def _mark_parameters(module: GPTModel) -> None:
             vars(parameter)["allreduce"] = False
 
 
-def _give_whole_rows(head: ColumnParallelLinear) -> None:
-    """Each row comes to the output layer whole, on every tensor-parallel rank, and goes back with its whole gradient.
+def _take_full_hidden_states(head: ColumnParallelLinear) -> None:
+    """The output layer reads full hidden states on every tensor-parallel rank, and hands back their full gradient.
 
-    Megatron would gather all rows of the sequence under sequence parallelism. The sum over ranks runs while the
-    weight's gradient is computed.
+    Under sequence parallelism Megatron would gather those of all tokens. The sum over ranks runs while the weight's
+    gradient is computed.
     """
     head.sequence_parallel = False
     head.allreduce_dgrad = groups.tensor().size() > 1
@@ -201,17 +188,22 @@ def _with_experts(architecture: Architecture, stages: Sequence[int], stage: int)
 
 
 def build_policy(
-    architecture: Architecture, *, overlap: Overlap = OVERLAPPED, fused_head: bool = False, **options: Any
+    architecture: Architecture,
+    layout: ModelLayout,
+    options: ModelOptions,
+    *,
+    overlap: Overlap = OVERLAPPED,
+    fused_head: bool = False,
 ) -> Policy:
-    """``build_modules`` ready for training."""
-    return wrap(architecture, build_modules(architecture, **options), overlap, fused_head=fused_head)
+    """This rank's part of the policy with uninitialised weights, ready for training."""
+    return wrap(architecture, build_modules(architecture, layout, options), overlap, fused_head=fused_head)
 
 
 def wrap(architecture: Architecture, modules: list[GPTModel], overlap: Overlap, *, fused_head: bool = False) -> Policy:
     """The modules wrapped for data parallelism with a distributed-optimizer gradient buffer in fp32.
 
     As Megatron's training loop does it, but nothing is aligned over pipeline stages: each stage reduces its gradients
-    and gathers its weights when they are due there. Of the chunks of a stage only the first is cut into buckets.
+    and gathers its weights when they are due there. Of the chunks of a stage only the first has several buckets.
     """
     config: Any = modules[0].config  # one for all
     chunks = [
@@ -246,9 +238,11 @@ def _await_head(chunk: DistributedDataParallel) -> None:
         module.decoder.final_layernorm.register_forward_pre_hook(lambda *_: bucket_group.finish_param_sync())
 
 
-def build_reference(architecture: Architecture, *, fused_head: bool = False, **options: Any) -> Policy:
-    """``build_modules`` frozen: no gradients, no wrapper."""
-    modules = build_modules(architecture, **options)
+def build_reference(
+    architecture: Architecture, layout: ModelLayout, options: ModelOptions, *, fused_head: bool = False
+) -> Policy:
+    """This rank's part of a frozen model with uninitialised weights: no gradients, no wrapper."""
+    modules = build_modules(architecture, layout, options)
     for module in modules:
         module.requires_grad_(False)
     return Policy(architecture, modules, list(modules), fused_head)

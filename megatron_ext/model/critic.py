@@ -2,8 +2,8 @@
 
     v_s = w . h_s + b      h [S, D] after the final norm on the last pipeline stage, v in fp32
 
-The head is whole on every tensor-parallel rank and works on whole rows, so its gradient is whole as well, with or
-without sequence parallelism: ranks agree without an all-reduce. It starts at zero.
+The head is replicated on every tensor-parallel rank and reads full hidden states, so its gradient is full as well, with
+or without sequence parallelism: ranks agree without an all-reduce. It starts at zero.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_ext import cpu_compat
+from megatron_ext.model.architectures import Architecture
 from megatron_ext.model.build import OVERLAPPED, Overlap, Policy, build_modules, wrap
 from megatron_ext.model.forward import run_pipeline, select_hidden
-from megatron_ext.model.hf_config import Architecture
+from megatron_ext.model.megatron_config import ModelLayout, ModelOptions
 from megatron_ext.types import PackedSequences
 
 ValueLoss = Callable[[int, Tensor], Tensor]  # (number of the micro-batch, its values [T]) -> scalar
@@ -39,13 +40,14 @@ class ValueHead(torch.nn.Linear):
 
 def build_critic(
     architecture: Architecture,
-    fill: Callable[[list[GPTModel]], None],
+    layout: ModelLayout,
+    options: ModelOptions,
     *,
+    fill: Callable[[list[GPTModel]], None],
     overlap: Overlap = OVERLAPPED,
-    **layout: Any,
 ) -> Policy:
     """This rank's part of the critic, ready for training. ``fill`` gives its modules the policy's first weights."""
-    modules: list[Any] = list(build_modules(architecture, **layout))
+    modules: list[Any] = list(build_modules(architecture, layout, options))
     fill(modules)
     for module in modules:
         if module.post_process:

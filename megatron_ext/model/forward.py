@@ -130,8 +130,8 @@ def logits_of(policy: Policy, hidden: Tensor) -> Tensor:
 def select_hidden(policy: Policy, output: Tensor, micro_batch: PackedSequences) -> Tensor:
     """``[S, 1, D]``, with sequence parallelism ``[S/TP, 1, D]``, to those that predict a response token, ``[T, D]``.
 
-    What follows must hand back the whole gradient on every tensor-parallel rank: backward only takes
-    this rank's part.
+    What follows must hand back the full gradient on every tensor-parallel rank: backward only takes
+    this rank's tokens.
     """
     if policy.modules[-1].config.sequence_parallel:
         output = gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False)

@@ -26,17 +26,17 @@ def expert() -> dist.ProcessGroup:
 
 
 def expert_tensor() -> dist.ProcessGroup:
-    """The ranks over which each expert is cut."""
+    """The ranks over which each expert is sharded."""
     return cast(dist.ProcessGroup, parallel_state.get_expert_tensor_parallel_group())
 
 
 def expert_model() -> dist.ProcessGroup:
-    """Both: the ranks that hold one copy of a layer's experts, those of one expert side by side."""
+    """Expert and expert-tensor parallelism together: the ranks that hold one copy of a layer's experts."""
     return cast(dist.ProcessGroup, parallel_state.get_expert_tensor_and_model_parallel_group())
 
 
 def expert_data() -> dist.ProcessGroup:
-    """The ranks that hold the same part of the same experts."""
+    """The ranks that hold the same shard of the same experts."""
     return cast(dist.ProcessGroup, parallel_state.get_expert_data_parallel_group())
 
 

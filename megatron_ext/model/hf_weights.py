@@ -1,9 +1,9 @@
 """Hugging Face weights into this rank's Megatron parameters, and all ranks' parameters out as Hugging Face tensors.
 
     load_weights   each rank reads its own slices of the safetensors files; a check names all that does not fit
-    PolicyWeights  whole HF tensors, one by one, on every rank: what rollout engines are fed with
+    PolicyWeights  full HF tensors, one by one, on every rank: what rollout engines are fed with
 
-Which parameter is made of which tensors is in hf_tables.py.
+Which parameter is made of which tensors is in param_mapping.py.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from megatron_ext import cpu_compat
 from megatron_ext.model import groups
+from megatron_ext.model.architectures import Architecture
 from megatron_ext.model.build import Policy
-from megatron_ext.model.hf_config import Architecture
 from megatron_ext.model.layers import have_transformer_engine
 from megatron_ext.model.param_mapping import ParamMapping, hf_shapes, mappings, stage_mappings
 from megatron_ext.model.safetensors_dir import SafetensorsDir, misfits
@@ -32,7 +32,7 @@ from megatron_ext.model.safetensors_dir import SafetensorsDir, misfits
 def open_weights(path: str | Path, a: Architecture) -> SafetensorsDir:
     """The model directory's tensors, every one of them checked.
 
-    Raises ValueError naming each file that is absent, cut or damaged and each tensor that is missing, unexpected,
+    Raises ValueError naming each file that is absent, truncated or damaged and each tensor that is missing, unexpected,
     misshapen or of another dtype than config.json states.
     """
     found = SafetensorsDir(path)
@@ -57,13 +57,13 @@ def load_weights(module: GPTModel, a: Architecture, path: str | Path) -> None:
     }
     for mapping in own:
         group = groups.expert_tensor() if mapping.expert else groups.tensor()
-        shard = mapping.layout.shard([stored.part(name) for name in mapping.hf], group.rank(), group.size())
+        shard = mapping.sharding.shard([stored.tensor(name) for name in mapping.hf], group.rank(), group.size())
         assert shard.shape == parameters[mapping.megatron].shape, (mapping.megatron, shard.shape)
         parameters[mapping.megatron].data.copy_(shard)
 
 
 def module_mappings(module: GPTModel, a: Architecture) -> list[ParamMapping]:
-    """The rules of what one stage of this rank holds."""
+    """The mappings of what one stage of this rank holds."""
     layers = [layer.layer_number - 1 for layer in list[Any](module.decoder.layers)]
     fused = have_transformer_engine()
     return mappings(a, layers, first=module.pre_process, last=module.post_process, experts=own_experts(a), fused=fused)
@@ -79,7 +79,7 @@ def own_experts(a: Architecture, rank: int | None = None) -> range:
 
 @dataclass(frozen=True)
 class PolicyWeights:
-    """The policy's weights as whole HF tensors; every iteration streams those of its moment (see ``stream``)."""
+    """The policy's weights as full HF tensors; every iteration streams those of its moment (see ``stream``)."""
 
     policy: Policy
 
@@ -94,7 +94,7 @@ class PolicyWeights:
 
 
 def stream(policy: Policy, tensors: Sequence[Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors named and laid out like the policy's parameters as whole HF tensors, one by one, on the ranks' device.
+    """Tensors named and laid out like the policy's parameters as full HF tensors, one by one, on the ranks' device.
 
     ``tensors`` (weights, gradients) has a mapping for each module of this rank. Every rank gets every tensor, in the
     order of ``stream_names``. Collective: all ranks must consume the iterator. What a layer's experts consist of is
@@ -125,7 +125,7 @@ def stream_names(policy: Policy) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _streamed_mappings(policy: Policy) -> Iterator[list[list[ParamMapping]]]:
-    """For each stage the rules of every expert-parallel rank, without the second copy of a tied embedding."""
+    """For each stage the mappings of every expert-parallel rank, without the second copy of a tied embedding."""
     a = policy.architecture
     for stage in range(len(policy.stages)):
         ranked = []
@@ -143,18 +143,18 @@ def _distinct(variants: Sequence[ParamMapping]) -> Sequence[ParamMapping]:
 
 
 def _bundles(ranked: Sequence[Sequence[ParamMapping]]) -> Iterator[list[tuple[ParamMapping, ...]]]:
-    """The rules of a stage, one of each expert-parallel rank side by side, in the parts that travel together."""
+    """The mappings of a stage, one of each expert-parallel rank side by side, by what is gathered in one collective."""
 
-    def part(variants: tuple[ParamMapping, ...]) -> tuple[str, bool]:
+    def key(variants: tuple[ParamMapping, ...]) -> tuple[str, bool]:
         names = variants[0].megatron.split(".")
         return ".".join(names[:3]) if names[1] == "layers" else variants[0].megatron, variants[0].expert
 
-    for _, bundle in itertools.groupby(zip(*ranked, strict=True), part):
+    for _, bundle in itertools.groupby(zip(*ranked, strict=True), key):
         yield list(bundle)
 
 
 def _gather(held: Sequence[Tensor] | None, mappings: Sequence[ParamMapping], dtype: torch.dtype) -> Tensor:
-    """``[ranks, elements]``: each rank's ``held`` end to end, of the ranks of this stage that share ``mappings`` out.
+    """``[ranks, elements]``: each rank's ``held`` end to end, of the ranks of this stage that share the parameters.
 
     Uninitialised where nothing is held: on the ranks of other stages.
     """
@@ -162,7 +162,7 @@ def _gather(held: Sequence[Tensor] | None, mappings: Sequence[ParamMapping], dty
     own = None if held is None else torch.cat([tensor.flatten() for tensor in held])
     if own is not None and group.size() == 1:
         return own[None]
-    elements = sum(map(math.prod, _part_shapes(mappings, size)))
+    elements = sum(map(math.prod, _shard_shapes(mappings, size)))
     gathered = torch.empty((group.size(), elements), dtype=dtype, device=cpu_compat.device())
     if own is not None:
         dist.all_gather_into_tensor(gathered.flatten(), own, group=group)
@@ -172,26 +172,26 @@ def _gather(held: Sequence[Tensor] | None, mappings: Sequence[ParamMapping], dty
 def _full_tensors(bundle: Sequence[tuple[ParamMapping, ...]], gathered: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The HF tensors of a bundle from what ``_gather`` got."""
     _, size = _sharing(bundle[0][0])
-    shapes = _part_shapes([variants[0] for variants in bundle], size)
+    shapes = _shard_shapes([variants[0] for variants in bundle], size)
     by_mapping = gathered.split([math.prod(shape) for shape in shapes], 1)
-    for variants, shape, parts in zip(bundle, shapes, by_mapping, strict=True):
+    for variants, shape, gathered_shards in zip(bundle, shapes, by_mapping, strict=True):
         for number, mapping in enumerate(_distinct(variants)):
-            own = [part.view(shape) for part in parts[number * size : (number + 1) * size]]
-            for name, whole in zip(mapping.hf, mapping.layout.join(own), strict=True):
-                yield name, whole.clone(memory_format=torch.contiguous_format)  # and not a view of what is gathered
+            shards = [shard.view(shape) for shard in gathered_shards[number * size : (number + 1) * size]]
+            for name, tensor in zip(mapping.hf, mapping.sharding.join(shards), strict=True):
+                yield name, tensor.clone(memory_format=torch.contiguous_format)  # and not a view of what is gathered
 
 
 def _sharing(mapping: ParamMapping) -> tuple[dist.ProcessGroup, int]:
-    """The ranks of a stage that hold the rules of a bundle among them, and over how many one parameter is cut."""
+    """The ranks of a stage that share the parameters of a bundle, and over how many of them one is sharded."""
     if mapping.expert:
         return groups.expert_model(), groups.expert_tensor().size()
     return groups.tensor(), groups.tensor().size()
 
 
-def _part_shapes(mappings: Sequence[ParamMapping], size: int) -> list[torch.Size]:
-    """The shape of each parameter on one of the ``size`` ranks that it is cut over."""
+def _shard_shapes(mappings: Sequence[ParamMapping], size: int) -> list[torch.Size]:
+    """The shape of each parameter on one of the ``size`` ranks that it is sharded over."""
     with torch.device("meta"):
         return [
-            mapping.layout.shard([torch.empty(shape) for shape in mapping.shapes], 0, size).shape
+            mapping.sharding.shard([torch.empty(shape) for shape in mapping.shapes], 0, size).shape
             for mapping in mappings
         ]

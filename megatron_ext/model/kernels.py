@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron_ext.model.hf_config import Architecture
+from megatron_ext.model.architectures import Architecture
 from megatron_ext.model.layers import have_transformer_engine
 from megatron_ext.model.megatron_config import Fusions
 

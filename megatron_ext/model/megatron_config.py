@@ -19,13 +19,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
 from megatron_ext import cpu_compat
-from megatron_ext.model.hf_config import Architecture
+from megatron_ext.config.schema import ModelConfig
+from megatron_ext.model.architectures import Architecture
 from megatron_ext.model.layers import have_transformer_engine
 
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """How one copy of the model is spread over ranks.
+    """How one copy of the model is sharded over ranks.
 
     A pipeline rank r holds the stages r, r + pipeline, ... (``virtual`` of them, the interleaved schedule); stage s
     has ``stage_layers[s]`` decoder layers, or all stages equally many when none are given.
@@ -66,7 +67,6 @@ class Fusions:
         return self if have_transformer_engine() else Fusions(False, False, False, False)
 
 
-FUSED = Fusions()
 RECOMPUTE: dict[str, dict[str, Any]] = {  # what backward computes again instead of keeping it
     "none": {},
     "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"]},
@@ -74,24 +74,30 @@ RECOMPUTE: dict[str, dict[str, Any]] = {  # what backward computes again instead
 }
 
 
-def transformer_config(
-    architecture: Architecture,
-    layout: ModelLayout,
-    dtype: torch.dtype,
-    *,
-    recompute: str = "none",
-    fusions: Fusions = FUSED,
-) -> TransformerConfig:
-    """The Megatron configuration of the architecture under a layout. ``recompute`` is a key of ``RECOMPUTE``.
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a model computes, under any layout: keys of [model] of a recipe."""
 
-    Of ``fusions``, that of gradient accumulation is not in it but set on the layers (``build.py``): Megatron would
+    dtype: torch.dtype
+    recompute: str = "none"  # a key of RECOMPUTE
+    fusions: Fusions = Fusions()
+
+    @classmethod
+    def from_config(cls, model: ModelConfig) -> ModelOptions:
+        return cls(getattr(torch, model.dtype), model.recompute, Fusions(**model.fusions.model_dump()))
+
+
+def transformer_config(architecture: Architecture, layout: ModelLayout, options: ModelOptions) -> TransformerConfig:
+    """The Megatron configuration of the architecture under a layout.
+
+    Of the fusions, that of gradient accumulation is not in it but set on the layers (``build.py``): Megatron would
     ask its own output layer for it too, which needs apex. Norms are fused in Transformer Engine anyway, and
     ``persist_layer_norm`` is an option of apex's.
 
     ``calculate_per_token_loss`` makes Megatron add gradients over micro-batches and data-parallel ranks without
-    dividing by their number: the weights of the loss already carry the whole mini-batch's counts.
+    dividing by their number: the weights of the loss already carry the full mini-batch's counts.
     """
-    a, cuda, fused = architecture, cpu_compat.device().type == "cuda", fusions.here()
+    a, cuda, fused = architecture, cpu_compat.device().type == "cuda", options.fusions.here()
     return TransformerConfig(
         num_layers=a.num_layers,
         hidden_size=a.hidden_size,
@@ -112,13 +118,13 @@ def transformer_config(
         pipeline_model_parallel_size=layout.pipeline,
         pipeline_model_parallel_layout=_pipeline_layout(a, layout),
         sequence_parallel=layout.sequence,
-        pipeline_dtype=dtype,
+        pipeline_dtype=options.dtype,
         # interleaved stages exchange activations and gradients in calls of their own: in one batch, two pipeline
         # ranks, each the other's next and previous, would take one for the other
         overlap_p2p_comm=layout.virtual > 1,
         batch_p2p_comm=layout.virtual == 1,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
+        params_dtype=options.dtype,
+        bf16=options.dtype == torch.bfloat16,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # the only one that takes variable lengths
         calculate_per_token_loss=True,
@@ -130,7 +136,7 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=fused.rope,
-        **RECOMPUTE[recompute],
+        **RECOMPUTE[options.recompute],
         **_moe_options(a, layout, fused),
     )
 
@@ -140,8 +146,8 @@ def stage_sizes(config: TransformerConfig) -> list[int]:
     layout: Any = config.pipeline_model_parallel_layout
     if layout is None:
         return [config.num_layers]
-    per_rank = layout.layout  # [pipeline rank][number of the stage on it] -> the stage's parts
-    return [row[number].count(LayerType.decoder) for number in range(len(per_rank[0])) for row in per_rank]
+    per_rank = layout.layout  # [pipeline rank][number of the stage on it] -> the layers of a stage
+    return [stages[number].count(LayerType.decoder) for number in range(len(per_rank[0])) for stages in per_rank]
 
 
 def _pipeline_layout(a: Architecture, layout: ModelLayout) -> list[list[str]] | None:

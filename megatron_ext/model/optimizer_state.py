@@ -44,21 +44,21 @@ class OptimizerState:
 def state_tensors(optimizer: Any) -> list[Tensor]:
     """What an optimizer holds of its own: fp32 masters of 16-bit parameters, and the moments that exist so far."""
     found: list[Tensor] = []
-    for part in parts(optimizer):
+    for part in sub_optimizers(optimizer):
         found += [p for group in part.shard_fp32_from_float16_groups for p in group if p is not None]
         for state in part.optimizer.state.values():
             found += [value for name, value in state.items() if name != "step" and isinstance(value, Tensor)]
     return found
 
 
-def parts(optimizer: Any) -> list[Any]:
+def sub_optimizers(optimizer: Any) -> list[Any]:
     """The distributed optimizers of which Megatron's one is made, those without a parameter on this rank left out."""
     return [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
 
 
 def allocate(optimizer: Any) -> None:
     """Give an optimizer that never stepped its zero state."""
-    for part in parts(optimizer):
+    for part in sub_optimizers(optimizer):
         part.init_state_fn(part.optimizer, part.config)
         if isinstance(part.optimizer, torch.optim.AdamW):
             for moments in part.optimizer.state.values():

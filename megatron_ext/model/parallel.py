@@ -107,9 +107,9 @@ def _make_twins(layout: ParallelConfig) -> None:
             _twins[ranks] = cast(dist.ProcessGroup, twin)
 
 
-def model_layout(layout: ParallelConfig) -> dict[str, Any]:
-    """What of the layout concerns the model: the fields of ``ModelLayout`` (model/megatron_config.py)."""
-    return layout.model_dump(include={field.name for field in dataclasses.fields(ModelLayout)})
+def model_layout(layout: ParallelConfig) -> ModelLayout:
+    """What of the layout concerns one copy of the model."""
+    return ModelLayout(**layout.model_dump(include={field.name for field in dataclasses.fields(ModelLayout)}))
 
 
 def overlap(layout: ParallelConfig) -> Overlap:

@@ -1,4 +1,4 @@
-"""The tables between Hugging Face tensors and Megatron parameters, for local and Transformer Engine names.
+"""Which Hugging Face tensors make up which Megatron parameter, by local and by Transformer Engine's names.
 
 One ``ParamMapping`` a parameter. ``model.layers.N.`` stands before the HF names of a layer, ``decoder.layers.n.``
 before the Megatron names of the n-th layer of a stage; ``e`` is an expert, ``i`` its number on the rank that holds it.
@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_ext.model.hf_config import Architecture
+from megatron_ext.model.architectures import Architecture
 from megatron_ext.model.tp_sharding import QKV, Replicated, Split, TPSharding, Vocabulary
 
 Shape = tuple[int, ...]
@@ -33,16 +33,16 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ParamMapping:
-    """One Megatron parameter: its names, the HF tensors it is made of, and how they are cut over ranks."""
+    """One Megatron parameter: its names, the HF tensors it is made of, and how they are sharded over ranks."""
 
     megatron: str  # on the module that holds it
     hf: tuple[str, ...]
     shapes: tuple[Shape, ...]  # of the HF tensors
-    layout: TPSharding
+    sharding: TPSharding
     key: str  # in a checkpoint
     index: Shape = ()  # where under that key: layer, expert
     stacked: Shape = ()  # how many layers and experts that key holds
-    expert: bool = False  # cut over expert-tensor-parallel ranks, held by one expert-parallel rank
+    expert: bool = False  # sharded over expert-tensor-parallel ranks, held by one expert-parallel rank
 
     @property
     def shape(self) -> Shape:
@@ -51,14 +51,14 @@ class ParamMapping:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A rule without its layer: names after the prefixes."""
+class _LayerParam:
+    """A ``ParamMapping`` of a layer without the layer's number: names after the prefixes."""
 
     local: str
     fused: str  # Transformer Engine's
     hf: tuple[str, ...]
     shapes: tuple[Shape, ...]
-    layout: TPSharding
+    sharding: TPSharding
     key: str
     expert: int | None = None
 
@@ -95,14 +95,14 @@ def mappings(
 def stage_mappings(
     a: Architecture, stages: Sequence[int], stage: int, *, experts: Sequence[int] | None = None, fused: bool = False
 ) -> list[ParamMapping]:
-    """The rules of one stage, where ``stages`` counts the decoder layers of all."""
+    """The mappings of one stage, where ``stages`` counts the decoder layers of all."""
     start = sum(stages[:stage])
     last = stage == len(stages) - 1
     return mappings(a, range(start, start + stages[stage]), first=stage == 0, last=last, experts=experts, fused=fused)
 
 
 def full_mappings(a: Architecture) -> list[ParamMapping]:
-    """The rules of the unsharded model: every HF tensor once, in the order of its layers."""
+    """The mappings of the unsharded model: every HF tensor once, in the order of its layers."""
     return mappings(a, range(a.num_layers), first=True, last=True, fused=False)
 
 
@@ -114,39 +114,39 @@ def hf_shapes(a: Architecture) -> dict[str, Shape]:
 def layer_mappings(
     a: Architecture, layer: int, local: int, *, experts: Sequence[int] | None = None, fused: bool
 ) -> list[ParamMapping]:
-    """Rules of decoder layer ``layer`` (counted over the model), number ``local`` on its stage."""
+    """The mappings of decoder layer ``layer`` (counted over the model), number ``local`` on its stage."""
     mixed = a.experts is not None and bool(a.experts.dense_layers)
     found = []
-    for part in [*_attention(a, layer), *_mlp(a, layer, experts)]:
+    for param in [*_attention(a, layer), *_mlp(a, layer, experts)]:
         index, stacked = ((), ()) if mixed else ((layer,), (a.num_layers,))
-        if part.expert is not None:
+        if param.expert is not None:
             assert a.experts is not None
-            index, stacked = (*index, part.expert), (*stacked, a.experts.num)
+            index, stacked = (*index, param.expert), (*stacked, a.experts.num)
         found.append(
             ParamMapping(
-                megatron=f"decoder.layers.{local}.{part.fused if fused else part.local}",
-                hf=tuple(f"model.layers.{layer}.{name}" for name in part.hf),
-                shapes=part.shapes,
-                layout=part.layout,
-                key=f"decoder.layers.{layer}.{part.key}" if mixed else f"decoder.layers.{part.key}",
+                megatron=f"decoder.layers.{local}.{param.fused if fused else param.local}",
+                hf=tuple(f"model.layers.{layer}.{name}" for name in param.hf),
+                shapes=param.shapes,
+                sharding=param.sharding,
+                key=f"decoder.layers.{layer}.{param.key}" if mixed else f"decoder.layers.{param.key}",
                 index=index,
                 stacked=stacked,
-                expert=part.expert is not None,
+                expert=param.expert is not None,
             )
         )
     return found
 
 
-def _norm(a: Architecture, hf: str, local: str, fused: str) -> _Part:
-    return _Part(f"{local}.weight", fused, (f"{hf}.weight",), ((a.hidden_size,),), Replicated(), fused)
+def _norm(a: Architecture, hf: str, local: str, fused: str) -> _LayerParam:
+    return _LayerParam(f"{local}.weight", fused, (f"{hf}.weight",), ((a.hidden_size,),), Replicated(), fused)
 
 
-def _same(name: str, hf: Sequence[str], shapes: Sequence[Shape], layout: TPSharding) -> _Part:
+def _same(name: str, hf: Sequence[str], shapes: Sequence[Shape], sharding: TPSharding) -> _LayerParam:
     """A parameter with one name everywhere."""
-    return _Part(name, name, tuple(hf), tuple(shapes), layout, name)
+    return _LayerParam(name, name, tuple(hf), tuple(shapes), sharding, name)
 
 
-def _attention(a: Architecture, layer: int) -> Iterator[_Part]:
+def _attention(a: Architecture, layer: int) -> Iterator[_LayerParam]:
     D, q, kv = a.hidden_size, a.num_heads * a.head_dim, a.num_groups * a.head_dim
     at, widths = "self_attention", (q, kv, kv)
     projections, interleaved = ("q_proj", "k_proj", "v_proj"), QKV(a.num_heads, a.num_groups, a.head_dim)
@@ -163,7 +163,7 @@ def _attention(a: Architecture, layer: int) -> Iterator[_Part]:
     yield _norm(a, "post_attention_layernorm", "pre_mlp_layernorm", fused)
 
 
-def _mlp(a: Architecture, layer: int, experts: Sequence[int] | None) -> Iterator[_Part]:
+def _mlp(a: Architecture, layer: int, experts: Sequence[int] | None) -> Iterator[_LayerParam]:
     D = a.hidden_size
     if a.experts is None or not a.has_experts(layer):
         gate_up = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
@@ -177,13 +177,13 @@ def _mlp(a: Architecture, layer: int, experts: Sequence[int] | None) -> Iterator
         ("linear_fc2", ("down_proj",), ((D, F),), Split(1)),
     )
     for i, e in enumerate(range(a.experts.num) if experts is None else experts):
-        for name, projections, shapes, layout in tables:
-            yield _Part(
+        for name, projections, shapes, sharding in tables:
+            yield _LayerParam(
                 local=f"mlp.experts.local_experts.{i}.{name}.weight",
                 fused=f"mlp.experts.{name}.weight{i}",
                 hf=tuple(f"mlp.experts.{e}.{p}.weight" for p in projections),
                 shapes=shapes,
-                layout=layout,
+                sharding=sharding,
                 key=f"mlp.experts.experts.{name}.weight",
                 expert=e,
             )

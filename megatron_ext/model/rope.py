@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_ext.model.hf_config import Architecture
+from megatron_ext.model.architectures import Architecture
 
 
 def frequencies(a: Architecture, device: torch.device | str) -> Tensor:

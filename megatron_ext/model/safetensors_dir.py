@@ -1,4 +1,4 @@
-"""The safetensors files of a model directory: what they hold, what is wrong with them, and parts of their tensors."""
+"""The safetensors files of a model directory: what they hold, what is wrong with them, and their tensors to slice."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _HEADER, _INDEX = TypeAdapter(dict[str, _Tensor]), TypeAdapter(_Index)
 
 
 class SafetensorsDir:
-    """``entries`` of all readable files; ``faults`` has a line for every file that is absent, cut or damaged."""
+    """``entries`` of all readable files; ``faults`` has a line for every file that is absent, truncated or damaged."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -67,10 +67,10 @@ class SafetensorsDir:
         """Of all tensors, once ``misfits`` has found none."""
         return DTYPES[next(iter(self.entries.values())).dtype]
 
-    def part(self, name: str) -> Part:
+    def tensor(self, name: str) -> StoredTensor:
         """A tensor to slice: only what is asked for is read."""
         entry = self.entries[name]
-        return Part(self._open[entry.file].get_slice(name), entry.shape)
+        return StoredTensor(self._open[entry.file].get_slice(name), entry.shape)
 
     @cached_property
     def _open(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class SafetensorsDir:
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredTensor:
     """One tensor in a file, read where it is indexed."""
 
     slices: Any
@@ -133,7 +133,9 @@ def _read_header(path: Path) -> dict[str, Entry]:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError(f"is cut or no safetensors file: {size} bytes, its header alone would need {8 + length}")
+            raise ValueError(
+                f"is truncated or no safetensors file: {size} bytes, its header alone would need {8 + length}"
+            )
         header = parse_json(file.read(length))
     try:
         tensors = _HEADER.validate_python({name: header[name] for name in header if name != "__metadata__"})
@@ -143,5 +145,5 @@ def _read_header(path: Path) -> dict[str, Entry]:
         raise ValueError("its header is no JSON object") from None
     end = 8 + length + max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
     if size != end:
-        raise ValueError(f"found {size} bytes, expected {end}: the file is {'cut' if size < end else 'too long'}")
+        raise ValueError(f"found {size} bytes, expected {end}: the file is {'truncated' if size < end else 'too long'}")
     return {name: Entry(path.name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""A model with what changes it, and the sums that its micro-batches report: shared by the policy and the critic."""
+"""A model with its optimizer and schedule, and the totals of what its micro-batches report: of policy and critic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The operator library: tensors and a shard of the vocabulary in, tensors out."""
+"""The operator library: tensors and a shard of the vocabulary in, tensors out. It needs torch alone.
+
+Nothing here imports another room of the repository; docs/operator.md shows how to use it in another trainer.
+"""
 
 from megatron_ext.ops.linear_policy_stats import linear_policy_stats
 from megatron_ext.ops.options import PolicyStats

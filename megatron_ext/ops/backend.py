@@ -22,7 +22,7 @@ class Implementation(Protocol):
 
     ``logits`` ``[T, shard.width]`` with ``targets`` ``[T]`` int64 and ``scale`` ``[T, 1]``, 1 / temperature in the
     dtype of the arithmetic. ``forward`` may exchange over the shard's group, ``backward`` does not; it writes the
-    gradient to ``out``, which may be ``logits``. The rows of ``saved`` belong to those of ``logits``.
+    gradient to ``out``, which may be ``logits``. The first axis of ``saved`` is that of ``logits``.
     """
 
     def forward(self, logits: Tensor, targets: Tensor, scale: Tensor, options: Options) -> Forward: ...

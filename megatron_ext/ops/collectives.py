@@ -1,6 +1,6 @@
 """The exchanges of the operators: the only file of this package that calls torch.distributed.
 
-Reductions of row statistics are gathers followed by a sum in rank order, so every rank holds the same bits.
+Reductions of token statistics are gathers followed by a sum in rank order, so every rank holds the same bits.
 Every function passes its argument through (with the leading axis it promises) when there is one rank.
 """
 
@@ -46,7 +46,7 @@ def sum_over_ranks(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def reduce_scatter(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """``[world * n, ...] -> [n, ...]``: this rank's rows of the sum of every rank's ``value``."""
+    """``[world * n, ...] -> [n, ...]``: this rank's tokens of the sum of every rank's ``value``."""
     world = group_size(group)
     if world == 1:
         return value

@@ -1,15 +1,14 @@
-"""Policy statistics straight from hidden states and the output weight: the logits of all rows never exist at once.
+"""Policy statistics straight from hidden states and the output weight: the logits of all tokens never exist at once.
 
-    logits = hidden @ weight^T      hidden [T, D], weight [V/TP, D] (this rank's rows of the output layer)
+    logits = hidden @ weight^T      hidden [T, D], weight [V/TP, D] (this rank's part of the output layer)
 
-Forward: for each chunk of rows one GEMM and the work of policy_stats, exchange included, then the chunk's logits are
+Forward: for each chunk of tokens one GEMM and the work of policy_stats, exchange included, then the chunk's logits are
 dropped. Backward: for each chunk the GEMM again, the gradient written over its logits, then
 
     d_hidden = d_logits @ weight, summed over the group        d_weight = d_logits^T @ hidden, accumulated in fp32
 
 Four GEMMs instead of three: for when 2 * T * V / TP bytes of logits do not fit. With ``sequence_parallel`` hidden is
-this rank's ``[T / TP, D]`` of the rows: it is gathered forward and again backward, and d_hidden is reduce-scattered.
-Saved: hidden and weight, which the caller keeps anyway, and the row numbers of policy_stats.
+this rank's ``[T / TP, D]`` of the tokens: it is gathered forward and again backward, and d_hidden is reduce-scattered.
 """
 
 from __future__ import annotations
@@ -23,12 +22,10 @@ from torch import Tensor
 from megatron_ext.ops.backend import implementation
 from megatron_ext.ops.collectives import all_gather, group_size, reduce_scatter, sum_over_ranks
 from megatron_ext.ops.options import (
-    NUCLEUS,
     NUM_CANDIDATES,
-    NucleusRule,
     Options,
     PolicyStats,
-    check,
+    checked_options,
     given,
     inverse_temperature,
     join,
@@ -41,7 +38,7 @@ CHUNK_BYTES = 1 << 29  # of logits that exist at once: fewer chunks as tensor pa
 
 
 def chunk_tokens(width: int, element_bytes: int) -> int:
-    """Rows of logits of a shard ``width`` columns wide that :func:`linear_policy_stats` holds at once."""
+    """Tokens whose logits :func:`linear_policy_stats` holds at once, of a shard ``width`` columns wide."""
     return max(1, CHUNK_BYTES // (width * element_bytes))
 
 
@@ -49,7 +46,7 @@ def linear_policy_stats(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    shard: VocabShard,
+    shard: VocabShard | None = None,
     *,
     temperature: float | Tensor = 1.0,
     top_p: float | None = None,
@@ -61,14 +58,15 @@ def linear_policy_stats(
     chunk: int | None = None,
     main_grad: Tensor | None = None,
 ) -> PolicyStats:
-    """:func:`policy_stats` of ``hidden @ weight^T``, with gradients for hidden and weight.
+    """``policy_stats(hidden @ weight.T, targets, shard, ...)``, with gradients for hidden and weight.
 
     Args:
-        hidden: ``[rows, D]`` bf16, fp32 or fp64, the same on every rank of the group, before any upcast; with
-            ``sequence_parallel`` this rank's ``[rows / TP, D]``.
+        hidden: ``[T, D]`` bf16, fp32 or fp64, the same on every rank of the group, before any upcast; with
+            ``sequence_parallel`` this rank's ``[T / TP, D]``.
         weight: ``[shard.width, D]`` in the dtype of hidden.
-        targets: ``[rows]`` int64, global token ids (all rows, also with ``sequence_parallel``).
-        chunk: rows whose logits exist at once; None: as many as CHUNK_BYTES hold.
+        targets: ``[T]`` int64, global token ids (of all tokens, also with ``sequence_parallel``).
+        shard: the columns of the logits, rows of ``weight``, that this rank holds; None: all of the vocabulary.
+        chunk: tokens whose logits exist at once; None: as many as CHUNK_BYTES hold.
         main_grad: fp32 ``[shard.width, D]`` that the gradient of the weight is added to, chunk by chunk; autograd then
             gets zeros in its place.
 
@@ -76,30 +74,45 @@ def linear_policy_stats(
     gradient of the weight is summed in fp32 over the chunks, then rounded to the weight's dtype; the sum over
     data-parallel ranks is the caller's.
     """
+    shard = VocabShard.for_vocab(len(weight)) if shard is None else shard
     if hidden.ndim != 2 or weight.shape != (shard.width, hidden.shape[1]) or weight.dtype != hidden.dtype:
         raise ValueError(
             f"linear_policy_stats: hidden is {hidden.dtype} {list(hidden.shape)} and weight {weight.dtype} "
-            f"{list(weight.shape)}, expected [rows, D] and [{shard.width}, D] of one dtype for {shard}"
+            f"{list(weight.shape)}, expected [T, D] and [{shard.width}, D] of one dtype for {shard}"
         )
     if chunk is not None and chunk < 1:
-        raise ValueError(f"linear_policy_stats: chunk is {chunk}, expected at least 1 row")
-    rule = NucleusRule(top_p, nucleus) if top_p is not None and any(name in NUCLEUS for name in want) else None
-    options = Options(shard, rule, tuple(want), tuple(grad), num_candidates)
+        raise ValueError(f"linear_policy_stats: chunk is {chunk}, expected at least 1 token")
     T = len(hidden) * (group_size(shard.group) if sequence_parallel else 1)
-    check("linear_policy_stats", T, hidden.dtype, targets, temperature, options, top_p, nucleus)
+    options = checked_options(
+        "linear_policy_stats", T=T, dtype=hidden.dtype, shard=shard, targets=targets, temperature=temperature,
+        top_p=top_p, nucleus=nucleus, want=want, grad=grad, num_candidates=num_candidates,
+    )  # fmt: skip
     scale = inverse_temperature(temperature, T, hidden)
-    rows = chunk or chunk_tokens(shard.width, hidden.element_size())
+    chunk = chunk or chunk_tokens(shard.width, hidden.element_size())
     return PolicyStats(
-        *_LinearPolicyStatsFunction.apply(hidden, weight, targets, scale, options, sequence_parallel, rows, main_grad)
+        *_LinearPolicyStatsFunction.apply(hidden, weight, targets, scale, options, sequence_parallel, chunk, main_grad)
     )
 
 
 class _LinearPolicyStatsFunction(torch.autograd.Function):
-    """
-    saved       [T, D] hidden ([T/TP, D] with sequence_parallel), [V/TP, D] weight: the caller's tensors
-                what policy_stats saves besides the logits
-    forward     a GEMM a chunk; gathers hidden with sequence_parallel; the exchange of policy_stats a chunk
-    backward    three GEMMs a chunk; gathers hidden again; sums d_hidden over the group once
+    """T tokens, W = V/TP columns of this rank, C tokens a chunk; * means [T/TP, D] with sequence_parallel.
+
+    tensor                shape        dtype             forward                  backward
+    hidden                [T, D]*      bf16, fp32, fp64  read                     read
+    weight                [W, D]       that of hidden    read once a chunk        read twice a chunk
+    targets, scale        [T], [T, 1]  int64, fp32 (1)   read                     read
+    each wanted output    [T]          fp32 (1)          written                  its upstream gradient is read
+    logits                [C, W]       that of hidden    made, read, dropped      made, the gradient written over them
+    gradient of hidden    [T, D]*      that of hidden    -                        written once
+    gradient of weight    [W, D]       fp32 (1)          -                        added to once a chunk: ``main_grad``
+
+    Saved: hidden, weight, targets and scale as they are (no copy), and what _PolicyStatsFunction saves besides logits.
+
+    Collectives over the shard's group: forward those of _PolicyStatsFunction once a chunk; backward one all-reduce of
+    the gradient of hidden. With sequence_parallel an all-gather of hidden in each, and a reduce-scatter for the
+    all-reduce.
+
+    (1) fp64 for fp64 hidden states.
     """
 
     @staticmethod

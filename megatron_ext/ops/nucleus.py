@@ -1,65 +1,49 @@
-"""Which tokens form the nucleus, decided once for all ranks from the windows, and the sums inside it.
+"""Which tokens of the vocabulary form the nucleus, decided once for all ranks from the candidates, and the sums inside.
 
-Exchange, forward only: one all-to-all brings a row's sums and windows to one owner rank, which merges them, walks down
-to the crossing and certifies that nothing above it was missing from any window; one all-gather returns the result.
-Rows it cannot certify (flat rows, top_p near 1) are decided exactly by ``search``: local sort, then a search for the
-crossing's key with all ranks' masses, four bits a round. Masses are fp64.
+Exchange, forward only: one all-to-all brings the sums and candidates of a token to one owner rank, which merges them,
+walks down to the cutoff token and resolves it if no rank can have left out a logit above the cutoff; one all-gather
+returns the result. Unresolved ones (flat distributions, top_p near 1) take the fallback, ``search``: local sort, then a
+search for the cutoff token's key with all ranks' masses, four bits a round. Masses are fp64.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_ext.ops.candidates import Candidates, ascending, from_order_key, merge_candidates, order_key
+from megatron_ext.ops.candidates import Candidates, merge_candidates
 from megatron_ext.ops.collectives import all_gather, all_to_all, group_rank, group_size
 from megatron_ext.ops.options import NucleusRule
 from megatron_ext.ops.shard import VocabShard
+from megatron_ext.ops.sorting import ascending, from_order_key, order_key
+from megatron_ext.ops.stats import GlobalStats, NucleusStats, ShardStats
 
-PIVOTS = 15  # keys weighed in one round: four bits of the crossing's key
-BLOCK = 1 << 19  # window entries, or logits, handled at once
-
-
-@dataclass(frozen=True)
-class GlobalStats:
-    """What every rank knows of every row after the exchange, ``[T, 1]`` each; the last four only with a nucleus.
-
-    ``total`` and ``mass`` are relative to ``maximum``: sums of e^((x - maximum) * scale). ``size`` is -1 for a row that
-    was not certified.
-    """
-
-    maximum: Tensor
-    total: Tensor
-    entropy: Tensor
-    target: Tensor  # the target's logit, minus infinity where no rank has it
-    theta: Tensor | None = None
-    mass: Tensor | None = None
-    nucleus_entropy: Tensor | None = None
-    size: Tensor | None = None
+PIVOTS = 15  # keys compared in one round: four bits of the cutoff token's key
+BLOCK = 1 << 19  # candidates, or logits, handled at once
 
 
 def merge(sums: Tensor, scale: Tensor) -> GlobalStats:
-    """``[world, T, 4]`` sums of the shards (rows.summarise) to the whole vocabulary's, in fp64."""
-    sums, scale = sums.double(), scale.double()
-    shard_maximum, total, moment, target = sums.split(1, dim=-1)
-    maximum = shard_maximum.amax(0)
-    shift = ((shard_maximum - maximum) * scale).clamp_min(-1e30)
+    """The ranks' packed ``ShardStats`` ``[world, T, 4]`` to the whole vocabulary's, in fp64."""
+    shards, scale = ShardStats.unpack(sums.double()), scale.double()
+    maximum = shards.maximum.amax(0)
+    shift = ((shards.maximum - maximum) * scale).clamp_min(-1e30)
     weight = shift.exp()
-    S = (total * weight).sum(0)
-    return GlobalStats(maximum, S, S.log() - ((moment + total * shift) * weight).sum(0) / S, target.amax(0))
+    total = (shards.total * weight).sum(0)
+    entropy = total.log() - ((shards.moment + shards.total * shift) * weight).sum(0) / total
+    return GlobalStats(maximum, total, entropy, shards.target.amax(0))
 
 
 def exchange(sums: Tensor, scale: Tensor, shard: VocabShard) -> GlobalStats:
-    """Without a nucleus: one all-gather of 16 B a row (32 in fp64)."""
+    """Without a nucleus: one all-gather of 16 B a token (32 in fp64)."""
     return merge(all_gather(sums, shard.group), scale)
 
 
 def exchange_candidates(
     sums: Tensor, candidates: Candidates, scale: Tensor, shard: VocabShard, rule: NucleusRule
 ) -> GlobalStats:
-    """With a nucleus: windows to the owners, results to everybody."""
+    """With a nucleus: candidates to the owners, results to everybody."""
     T, world = len(sums), group_size(shard.group)
     own = -(-T // world)
     payload = torch.cat([_words(sums), _words(candidates.floor), _words(candidates.entries)], 1)
@@ -73,8 +57,7 @@ def exchange_candidates(
         for i in range(0, own, step)
     ]
     result = torch.cat(results) if results else torch.empty((0, 8), dtype=torch.float64, device=sums.device)
-    result = all_gather(result.to(sums.dtype), shard.group).flatten(0, 1)[:T]
-    return GlobalStats(*result.split(1, dim=1))
+    return GlobalStats.unpack(all_gather(result.to(sums.dtype), shard.group).flatten(0, 1)[:T])
 
 
 def _words(value: Tensor) -> Tensor:
@@ -82,7 +65,7 @@ def _words(value: Tensor) -> Tensor:
 
 
 def _unpacked(payload: Tensor, dtype: torch.dtype, entries: torch.dtype) -> tuple[Tensor, list[Candidates]]:
-    """Sums ``[world, n, 4]`` and the ranks' windows from the words ``[world, n, ...]``."""
+    """Packed ``ShardStats`` ``[world, n, 4]`` and the ranks' candidates from the words ``[world, n, ...]``."""
     words = 2 if dtype == torch.float64 else 1
     sums = payload[..., : 4 * words].contiguous().view(dtype)
     floor = payload[..., 4 * words : 5 * words].contiguous().view(dtype)
@@ -91,96 +74,96 @@ def _unpacked(payload: Tensor, dtype: torch.dtype, entries: torch.dtype) -> tupl
 
 
 def _decide(sums: Tensor, candidates: list[Candidates], scale: Tensor, rule: NucleusRule) -> Tensor:
-    """The columns of ``GlobalStats`` for the owner's rows ``[n, 8]``, in fp64."""
-    rows, scale = merge(sums, scale), scale.double()
+    """The packed ``GlobalStats`` of the owner's tokens ``[n, 8]``, in fp64."""
+    stats, scale = merge(sums, scale), scale.double()
     maxima = [part[:, :1] for part in sums]
     logit, count = merge_candidates(candidates, maxima)
-    d = ((logit - rows.maximum) * scale).clamp_min(-1e30)
+    d = ((logit - stats.maximum) * scale).clamp_min(-1e30)
     mass = count * d.exp()
-    before = (mass.cumsum(-1) < rule.limit * rows.total).sum(-1, keepdim=True)
+    before = (mass.cumsum(-1) < rule.limit * stats.total).sum(-1, keepdim=True)
     theta = logit.gather(1, before.clamp_max(logit.shape[1] - 1))
     floor = torch.stack([part.floor for part in candidates]).amax(0)
     resolved = (before < logit.shape[1]) & (theta > floor)
-    above = logit > theta
-    sums_above = torch.stack([torch.where(above, v, 0).sum(-1) for v in (mass, mass * d, count)], -1)
     equal = torch.where(logit == theta, count, 0).sum(-1, keepdim=True)
-    inside = close(rows, theta, sums_above, equal.double(), scale, rule)
-    size = torch.where(resolved | rows.total.isnan(), inside[:, 2:], -1)
-    return torch.cat([rows.maximum, rows.total, rows.entropy, rows.target, theta.double(), inside[:, :2], size], 1)
+    above = (torch.where(logit > theta, v, 0).sum(-1, keepdim=True) for v in (mass, mass * d, count))
+    nucleus = apply_rule(stats, theta, AtTheta(*above, equal=equal.double()), scale, rule)
+    nucleus = nucleus._replace(size=torch.where(resolved | stats.total.isnan(), nucleus.size, -1))
+    return stats._replace(nucleus=nucleus).pack(torch.float64)
 
 
-def close(rows: GlobalStats, theta: Tensor, above: Tensor, equal: Tensor, scale: Tensor, rule: NucleusRule) -> Tensor:
-    """Apply the rule at theta: ``[n, 3]`` of (mass, entropy, size).
+class AtTheta(NamedTuple):
+    """Sums over the logits above theta, and how many equal it, ``[n, 1]`` each."""
 
-    ``above`` ``[n, 3]``: mass, sum of mass * d and tokens above theta; ``equal`` ``[n, 1]``: tokens equal to it.
-    """
-    d = ((theta.double() - rows.maximum) * scale).clamp_min(-1e30)
+    mass: Tensor  # sum e^d
+    moment: Tensor  # sum d e^d
+    above: Tensor
+    equal: Tensor
+
+
+def apply_rule(stats: GlobalStats, theta: Tensor, sums: AtTheta, scale: Tensor, rule: NucleusRule) -> NucleusStats:
+    """The nucleus that ends at theta ``[n, 1]``."""
+    d = ((theta.double() - stats.maximum) * scale).clamp_min(-1e30)
     one = d.exp()
-    keep = equal if rule.keep_equal else torch.zeros_like(equal)
-    mass = above[:, :1] + keep * one
-    moment = above[:, 1:2] + keep * one * d
-    size = above[:, 2:3] + keep
-    some = (size > 0) & ~rows.total.isnan()
+    keep = sums.equal if rule.keep_equal else torch.zeros_like(sums.equal)
+    mass = sums.mass + keep * one
+    moment = sums.moment + keep * one * d
+    size = sums.above + keep
+    some = (size > 0) & ~stats.total.isnan()
     safe = torch.where(some, mass, 1)
-    entropy = torch.where(some, safe.log() - moment / safe, torch.where(rows.total.isnan(), rows.total, 0))
-    return torch.cat([mass, entropy, size], 1)
+    entropy = torch.where(some, safe.log() - moment / safe, torch.where(stats.total.isnan(), stats.total, 0))
+    return NucleusStats(theta, mass, entropy, size)
 
 
 def search(
-    logits: Tensor, unresolved: Tensor, rows: GlobalStats, scale: Tensor, shard: VocabShard, rule: NucleusRule
+    logits: Tensor, unresolved: Tensor, stats: GlobalStats, scale: Tensor, shard: VocabShard, rule: NucleusRule
 ) -> GlobalStats:
-    """``rows`` with the uncertified rows ``unresolved`` ``[n]`` decided by the search for their crossing's key.
+    """``stats`` with the ``unresolved`` tokens ``[n]`` decided by the search for their cutoff token's key.
 
-    ``logits`` ``[T, shard.real]`` are all rows'. Collectives: per block of rows, one for the range, one a round (4 for
-    bf16, 8 for fp32) and one for the sums.
+    ``logits`` ``[T, shard.real]`` are all tokens'. Collectives: per block of tokens, one for the range, one a round (4
+    for bf16, 8 for fp32) and one for the sums.
     """
-    assert rows.theta is not None and rows.mass is not None and rows.nucleus_entropy is not None
-    assert rows.size is not None
-    theta, mass, entropy, size = (v.clone() for v in (rows.theta, rows.mass, rows.nucleus_entropy, rows.size))
-    for index in unresolved.split(max(1, BLOCK // shard.width)):
-        x = logits[index]
-        part = GlobalStats(*(v[index].double() for v in (rows.maximum, rows.total, rows.entropy, rows.target)))
-        found, closed = _search_block(x, part, scale[index].double(), shard, rule)
-        theta[index] = found.to(theta.dtype)
-        for value, column in zip((mass, entropy, size), closed.split(1, dim=1), strict=True):
-            value[index] = column.to(value.dtype)
-    return GlobalStats(rows.maximum, rows.total, rows.entropy, rows.target, theta, mass, entropy, size)
+    assert stats.nucleus is not None
+    nucleus = NucleusStats(*(value.clone() for value in stats.nucleus))
+    for tokens in unresolved.split(max(1, BLOCK // shard.width)):
+        part = GlobalStats.unpack(stats._replace(nucleus=None).pack(torch.float64)[tokens])
+        found = _search_block(logits[tokens], part, scale[tokens].double(), shard, rule)
+        for whole, value in zip(nucleus, found, strict=True):
+            whole[tokens] = value.to(whole.dtype)
+    return stats._replace(nucleus=nucleus)
 
 
-def _search_block(
-    x: Tensor, rows: GlobalStats, scale: Tensor, shard: VocabShard, rule: NucleusRule
-) -> tuple[Tensor, Tensor]:
+def _search_block(x: Tensor, stats: GlobalStats, scale: Tensor, shard: VocabShard, rule: NucleusRule) -> NucleusStats:
     dtype, group = (torch.float64 if x.dtype == torch.float64 else torch.float32), shard.group
     unit, rounds = (1 << 16, 4) if x.dtype == torch.bfloat16 else (1, 16 if x.dtype == torch.float64 else 8)
     V = x.shape[1]
     x = ascending(x.to(dtype))
-    d = (x - rows.maximum.to(dtype)).mul_(scale.to(dtype)).clamp_min_(-1e30)
+    d = (x - stats.maximum.to(dtype)).mul_(scale.to(dtype)).clamp_min_(-1e30)
     e = d.exp()
     prefix = e.cumsum(1, dtype=torch.float64)
 
-    def from_position(position: Tensor) -> Tensor:
-        """The mass at and after positions ``[n, k]`` of the sorted row."""
+    def mass_from(column: Tensor) -> Tensor:
+        """The mass at and after columns ``[n, k]`` of the sorted logits."""
         if not V:
-            return torch.zeros_like(position, dtype=torch.float64)
-        before = prefix.gather(1, (position - 1).clamp_min(0))
-        return prefix[:, -1:] - torch.where(position > 0, before, 0)
+            return torch.zeros_like(column, dtype=torch.float64)
+        before = prefix.gather(1, (column - 1).clamp_min(0))
+        return prefix[:, -1:] - torch.where(column > 0, before, 0)
 
     first = (x == -torch.inf).sum(-1, keepdim=True).clamp_max(max(V - 1, 0))
-    lowest = x.gather(1, first) if V else torch.full_like(rows.total, torch.inf, dtype=dtype)
+    lowest = x.gather(1, first) if V else torch.full_like(stats.total, torch.inf, dtype=dtype)
     lowest = torch.where(lowest > -torch.inf, lowest, torch.inf)
     low = torch.div(order_key(all_gather(lowest, group).amin(0)), unit, rounding_mode="floor")
     high = torch.div(order_key(torch.full_like(lowest, torch.inf)), unit, rounding_mode="floor")
     for _ in range(rounds if rule.top_p < 1 else 0):
         step = (high >> 4) - (low >> 4) + ((high & 15) - (low & 15) + 15 >> 4)  # (high - low) / 16 rounded up
         pivots = from_order_key(torch.cat([low + step * i for i in range(1, PIVOTS + 1)], 1) * unit, dtype)
-        above = from_position(torch.searchsorted(x, pivots))
-        reached = all_gather(above, group).sum(0) >= rule.limit * rows.total
+        above = mass_from(torch.searchsorted(x, pivots))
+        reached = all_gather(above, group).sum(0) >= rule.limit * stats.total
         reached = reached.sum(-1, keepdim=True)
         low, high = low + step * reached, torch.where(reached < PIVOTS, low + step * (reached + 1), high)
     theta = from_order_key(low * unit, dtype)
     start, end = torch.searchsorted(x, theta), torch.searchsorted(x, theta, right=True)
     e.mul_(x > theta)
-    sums = e.sum(-1, keepdim=True, dtype=torch.float64), e.mul_(d).sum(-1, keepdim=True, dtype=torch.float64)
-    local = torch.cat([*sums, V - end, end - start], 1)
-    merged = all_gather(local, group)  # [world, n, 4]
-    return theta, close(rows, theta, merged[..., :3].sum(0), merged[..., 3:].sum(0), scale, rule)
+    mass, moment = e.sum(-1, keepdim=True, dtype=torch.float64), e.mul_(d).sum(-1, keepdim=True, dtype=torch.float64)
+    ranks = all_gather(torch.cat([mass, moment, V - end, end - start], 1), group)  # [world, n, 4]
+    sums = AtTheta(*ranks[..., :3].sum(0).split(1, dim=1), equal=ranks[..., 3:].sum(0))
+    return apply_rule(stats, theta, sums, scale, rule)

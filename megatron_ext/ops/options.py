@@ -12,18 +12,24 @@ from torch import Tensor
 from megatron_ext.ops.collectives import group_size
 from megatron_ext.ops.shard import VocabShard
 
-NUCLEUS = ("nucleus_entropy", "nucleus_mass", "nucleus_size", "nucleus_logprob", "target_in_nucleus")
+NUCLEUS = ("nucleus_entropy", "nucleus_mass", "nucleus_size", "nucleus_logprob")
 DIFFERENTIABLE = ("logprob", "entropy", "nucleus_entropy", "nucleus_logprob")
-NUM_CANDIDATES = 256  # highest logits of a row that a rank sends; twice as many keys of bf16 logits, in as many bytes
+NUM_CANDIDATES = (
+    256  # highest logits of a token that a rank sends; of bf16 logits twice as many counts, in as many bytes
+)
 
 
 @dataclass(frozen=True)
 class PolicyStats:
-    """Row statistics ``[rows]``, fp32 (fp64 for fp64 logits), in nats; None where not wanted.
+    """Statistics of every token, ``[T]`` fp32 (fp64 for fp64 logits), in nats; None where not wanted.
 
-    ``nucleus_logprob`` is minus infinity for a target outside the nucleus (see ``target_in_nucleus``, bool).
-    ``num_fallback`` counts the rows whose threshold was searched for; int64 scalar on the device of the logits, None
-    without a nucleus.
+    ``nucleus_logprob`` is the log-probability renormalised inside the nucleus, minus infinity for a target outside:
+    what the replay of a rollout that was sampled with top-p needs.
+    ``num_fallback`` counts the tokens that the candidates left unresolved; int64 scalar on the device of the logits,
+    None without a nucleus.
+
+    Not ``types.TokenStats``: there every field is ``[T]`` and the log-probability always present, so that methods and
+    the trainer can cut and join them by token. This package imports no other, and what is below it imports no operator.
     """
 
     logprob: Tensor | None = None
@@ -32,7 +38,6 @@ class PolicyStats:
     nucleus_mass: Tensor | None = None
     nucleus_size: Tensor | None = None
     nucleus_logprob: Tensor | None = None
-    target_in_nucleus: Tensor | None = None
     num_fallback: Tensor | None = None
 
     def __getitem__(self, name: str) -> Tensor:
@@ -47,7 +52,7 @@ OUTPUTS = tuple(field.name for field in fields(PolicyStats))
 
 @dataclass(frozen=True)
 class NucleusRule:
-    """Where the nucleus ends. ``limit`` is infinite for top_p 1: the cutoff is then the lowest finite logit."""
+    """Where the nucleus ends. ``limit`` is infinite for top_p 1: the cutoff token then has the lowest finite logit."""
 
     top_p: float
     nucleus: str  # inclusive | exclusive
@@ -72,14 +77,14 @@ class Options(NamedTuple):
 
     @property
     def moment(self) -> bool:
-        """Whether sum e^d d is asked for."""
+        """Whether sum d e^d is asked for."""
         return "entropy" in self.want
 
     @property
     def held_share(self) -> float:
-        """The share of a shard's mass that its window should hold.
+        """The share of a shard's mass that its candidates should hold.
 
-        What lies below the crossing holds about 1 - top_p of the whole mass: half of it is spread over the ranks.
+        What lies below the cutoff token holds about 1 - top_p of the whole mass: half of it is spread over the ranks.
         """
         return 1 - (1 - self.rule.top_p) / (2 * group_size(self.shard.group)) if self.rule else 1.0
 
@@ -89,15 +94,15 @@ class Options(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """What the work of a forward leaves, each tensor with a first axis of rows."""
+    """What the work of a forward leaves, each tensor with a first axis of tokens."""
 
     outputs: dict[str, Tensor]  # by name, at least those wanted
     saved: tuple[Tensor, ...]  # what the backward needs besides logits, targets and scale
-    fallback: Tensor | None  # int64 scalar: rows whose threshold was searched for; None without a nucleus
+    fallback: Tensor | None  # int64 scalar: tokens that took the fallback; None without a nucleus
 
 
 def join(parts: Sequence[Forward]) -> Forward:
-    """The forwards of consecutive rows as one."""
+    """The forwards of consecutive tokens as one."""
     if len(parts) == 1:
         return parts[0]
     outputs = {name: torch.cat([part.outputs[name] for part in parts]) for name in parts[0].outputs}
@@ -118,48 +123,55 @@ def without_gradient(outputs: tuple[Tensor | None, ...], options: Options) -> li
 
 
 def given(upstream: Sequence[Tensor | None], options: Options) -> dict[str, Tensor]:
-    """The upstream gradients ``[rows]`` by name, from those in the order of :class:`PolicyStats`."""
+    """The upstream gradients ``[T]`` by name, from those in the order of :class:`PolicyStats`."""
     named = zip(OUTPUTS, upstream, strict=True)
     return {name: value for name, value in named if value is not None and name in options.grad}
 
 
-def inverse_temperature(temperature: float | Tensor, rows: int, like: Tensor) -> Tensor:
-    """1 / temperature ``[rows, 1]`` in the dtype of the arithmetic: fp32, or fp64 for fp64 logits."""
+def inverse_temperature(temperature: float | Tensor, T: int, like: Tensor) -> Tensor:
+    """1 / temperature ``[T, 1]`` in the dtype of the arithmetic: fp32, or fp64 for fp64 logits."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if isinstance(temperature, Tensor):
         scale = temperature.detach().to(like.device).double().reciprocal().to(dtype)
     else:  # filled on the device: a copy from the host would wait for it
         scale = torch.full((), 1 / temperature, dtype=dtype, device=like.device)
-    return scale.expand(rows)[:, None]
+    return scale.expand(T)[:, None]
 
 
-def check(
+def checked_options(
     caller: str,
-    rows: int,
+    *,
+    T: int,
     dtype: torch.dtype,
+    shard: VocabShard,
     targets: Tensor,
     temperature: float | Tensor,
-    options: Options,
     top_p: float | None,
     nucleus: str,
-) -> None:
-    """Raise ValueError, naming the caller, for arguments that do not fit together."""
+    want: Sequence[str],
+    grad: Sequence[str],
+    num_candidates: int,
+) -> Options:
+    """The options of a call. Raises ValueError, naming the caller, for arguments that do not fit together."""
     known = [name for name in OUTPUTS if name != "num_fallback"]
+    wants_nucleus = any(name in NUCLEUS for name in want)
     if dtype not in (torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"{caller}: logits are {dtype}, expected bfloat16, float32 or float64")
-    if targets.shape != (rows,) or targets.dtype != torch.int64:
-        raise ValueError(f"{caller}: targets are {targets.dtype} {list(targets.shape)}, expected int64 [{rows}]")
-    if isinstance(temperature, Tensor) and temperature.shape not in ((), (rows,)):
-        raise ValueError(f"{caller}: temperature is {list(temperature.shape)}, expected a number or [{rows}]")
+    if targets.shape != (T,) or targets.dtype != torch.int64:
+        raise ValueError(f"{caller}: targets are {targets.dtype} {list(targets.shape)}, expected int64 [{T}]")
+    if isinstance(temperature, Tensor) and temperature.shape not in ((), (T,)):
+        raise ValueError(f"{caller}: temperature is {list(temperature.shape)}, expected a number or [{T}]")
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"{caller}: temperature is {temperature}, expected more than 0")
-    if unknown := [name for name in options.want if name not in known]:
+    if unknown := [name for name in want if name not in known]:
         raise ValueError(f"{caller}: want has unknown outputs {unknown}; known are {known}")
-    if wrong := [name for name in options.grad if name not in options.want or name not in DIFFERENTIABLE]:
+    if wrong := [name for name in grad if name not in want or name not in DIFFERENTIABLE]:
         raise ValueError(f"{caller}: grad names {wrong}; expected wanted outputs among {list(DIFFERENTIABLE)}")
-    if any(name in NUCLEUS for name in options.want) and (top_p is None or not 0 < top_p <= 1):
+    if wants_nucleus and (top_p is None or not 0 < top_p <= 1):
         raise ValueError(f"{caller}: nucleus outputs need top_p in (0, 1], found {top_p}")
     if nucleus not in ("inclusive", "exclusive"):
         raise ValueError(f"{caller}: nucleus is {nucleus!r}, expected 'inclusive' or 'exclusive'")
-    if options.num_candidates < 1:
-        raise ValueError(f"{caller}: num_candidates is {options.num_candidates}, expected at least 1")
+    if num_candidates < 1:
+        raise ValueError(f"{caller}: num_candidates is {num_candidates}, expected at least 1")
+    rule = NucleusRule(top_p, nucleus) if wants_nucleus and top_p is not None else None
+    return Options(shard, rule, tuple(want), tuple(grad), num_candidates)

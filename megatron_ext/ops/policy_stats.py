@@ -1,16 +1,17 @@
 """Log-probability, entropy and nucleus (top-p) statistics of vocabulary-sharded logits, with gradient.
 
-With z = logits / T, m the row maximum, S = sum e^(z-m), all over the whole vocabulary:
+With z = logits / T, m the maximum of a token's z, S = sum e^(z-m), all over the whole vocabulary:
 
     log p = z - m - log S                    logprob = log p[target]
     H     = log S - sum e^(z-m) (z-m) / S    entropy
-    V_p   = {z >= theta} (reach) or {z > theta} (below), theta the logit at which the mass reaches top_p
+    V_p   = {z >= theta} (inclusive) or {z > theta} (exclusive), theta the logit of the cutoff token, at which the
+            descending cumulative mass reaches top_p
     q     = p / mass inside V_p              nucleus_entropy H_p = -sum q log q, nucleus_logprob = log q[target]
 
     dL/dlogits_j = 1/T [ g_lp (1[j=y] - p_j) - g_H p_j (log p_j + H)
                          + 1[j in V_p] ( g_nlp (1[j=y] - q_j) - g_Hp q_j (log q_j + H_p) ) ]
 
-Membership in V_p is constant. The backward reads the logits and a few numbers a row, and exchanges nothing.
+Membership in V_p is constant. The backward reads the logits and a few numbers a token, and exchanges nothing.
 """
 
 from __future__ import annotations
@@ -26,10 +27,9 @@ from megatron_ext.ops.options import (
     DIFFERENTIABLE,
     NUCLEUS,
     NUM_CANDIDATES,
-    NucleusRule,
     Options,
     PolicyStats,
-    check,
+    checked_options,
     given,
     inverse_temperature,
     returned,
@@ -43,7 +43,7 @@ __all__ = ["DIFFERENTIABLE", "NUCLEUS", "PolicyStats", "policy_stats"]
 def policy_stats(
     logits: Tensor,
     targets: Tensor,
-    shard: VocabShard,
+    shard: VocabShard | None = None,
     *,
     temperature: float | Tensor = 1.0,
     top_p: float | None = None,
@@ -53,42 +53,61 @@ def policy_stats(
     num_candidates: int = NUM_CANDIDATES,
     inplace_backward: bool = False,
 ) -> PolicyStats:
-    """Statistics of the policy softmax(logits / temperature) at every row, exact over the whole vocabulary.
+    """``logp = (logits / temperature).log_softmax(-1)``: ``logp[range(T), targets]``, ``-(logp.exp() * logp).sum(-1)``.
+
+    Exact over a vocabulary that ranks share, without ever making ``logp`` or gathering logits; on request the same two
+    of the nucleus, ``logp`` renormalised inside the top-p set, with its mass and size.
 
     Args:
-        logits: ``[rows, shard.width]`` bf16, fp32 or fp64, raw (before temperature). Not written to.
-        targets: ``[rows]`` int64, global token ids, the same on every rank of the group.
-        shard: the columns this rank holds.
-        temperature: a positive number, or ``[rows]``.
-        top_p: the nucleus' mass, in (0, 1]; needed by the nucleus outputs. 1 takes the slow path for every row: the
+        logits: ``[T, shard.width]`` bf16, fp32 or fp64, raw (before temperature). Not written to.
+        targets: ``[T]`` int64, global token ids, the same on every rank of the group.
+        shard: the columns this rank holds; None: all of the vocabulary.
+        temperature: a positive number, or ``[T]``.
+        top_p: the nucleus' mass, in (0, 1]; needed by the nucleus outputs. 1 takes the fallback for every token: the
             plain entropy is then the same and free.
-        nucleus: ``inclusive`` keeps the token at which the mass reaches top_p, ``exclusive`` does not and may be empty
-            (entropy 0, no gradient).
-        want: names of the outputs to compute.
+        nucleus: ``inclusive`` keeps the cutoff token, at which the mass reaches top_p; ``exclusive`` does not and may
+            be empty (entropy 0, no gradient).
+        want: names of the outputs to compute: the fields of ``PolicyStats`` but for ``num_fallback``.
         grad: names of the wanted outputs that carry a gradient: logprob, entropy, nucleus_entropy, nucleus_logprob.
-        window: logits of a row sent to its owner; more certify flatter rows.
+        num_candidates: logits of a token that are sent to its owner rank; more resolve flatter distributions.
         inplace_backward: the backward writes the gradient over ``logits``, for a buffer nobody else reads; a second
             backward then raises.
 
     Raises:
         ValueError: shapes, dtypes, names or numbers that do not fit.
     """
-    if logits.ndim != 2 or logits.shape[1] != shard.width:
-        raise ValueError(f"policy_stats: logits are {list(logits.shape)}, expected [rows, {shard.width}] for {shard}")
-    rule = NucleusRule(top_p, nucleus) if top_p is not None and any(name in NUCLEUS for name in want) else None
-    options = Options(shard, rule, tuple(want), tuple(grad), num_candidates)
-    check("policy_stats", len(logits), logits.dtype, targets, temperature, options, top_p, nucleus)
+    if logits.ndim == 2 and shard is None:
+        shard = VocabShard.for_vocab(logits.shape[1])
+    if logits.ndim != 2 or shard is None or logits.shape[1] != shard.width:
+        expected = "[T, V]" if shard is None else f"[T, {shard.width}] for {shard}"
+        raise ValueError(f"policy_stats: logits are {list(logits.shape)}, expected {expected}")
+    options = checked_options(
+        "policy_stats", T=len(logits), dtype=logits.dtype, shard=shard, targets=targets, temperature=temperature,
+        top_p=top_p, nucleus=nucleus, want=want, grad=grad, num_candidates=num_candidates,
+    )  # fmt: skip
     scale = inverse_temperature(temperature, len(logits), logits)
     return PolicyStats(*_PolicyStatsFunction.apply(logits, targets, scale, options, inplace_backward))
 
 
 class _PolicyStatsFunction(torch.autograd.Function):
-    """
-    saved       [rows, V/TP]  logits, the caller's tensor: no copy
-                [rows, 8]     fp32 numbers (4 without a nucleus): maximum, total, entropy, target's logit, theta, mass,
-                              nucleus entropy, size; the portable path with a nucleus keeps [rows, 256] twice
-    forward     reads the logits once; exchanges over the group as backend.py's implementation says
-    backward    reads them once and writes as much, over them with ``inplace``; exchanges nothing
+    """T tokens, W = V/TP columns of this rank, K = num_candidates.
+
+    tensor                shape        dtype             forward            backward
+    logits                [T, W]       bf16, fp32, fp64  read once (1)      read once, written over if ``inplace``
+    targets               [T]          int64             read               read
+    scale                 [T, 1]       fp32 (2)          read               read
+    each wanted output    [T]          fp32 (2)          written            its upstream gradient is read
+    gradient of logits    [T, W]       that of logits    -                  written once
+
+    Saved: logits, targets and scale as they are (no copy), and the packed ``GlobalStats`` of stats.py, [T, 4] or with a
+    nucleus [T, 8] in the dtype of scale: the gradient is e^d times a line in d for each part, so the two ends of that
+    line are all that must be kept. The portable path also keeps where the nucleus is, [T, K] twice.
+
+    Collectives over the shard's group, none of one rank: without a nucleus one all-gather; with one an all-to-all and
+    an all-gather, and the gathers of the fallback where it is taken (a GPU always sends them). Backward: none.
+
+    (1) again for tokens that take the fallback; on a GPU once more in the groups of columns that hold candidates.
+    (2) fp64 for fp64 logits.
     """
 
     @staticmethod

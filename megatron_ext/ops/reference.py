@@ -24,10 +24,10 @@ def entropy(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
 
 
 def nucleus_mask(logits: Tensor, top_p: float, temperature: float | Tensor = 1.0, nucleus: str = "inclusive") -> Tensor:
-    """``[T, V]`` bool. The crossing token is the first, in descending order, at which the mass reaches ``top_p``.
+    """``[T, V]`` bool. The cutoff token is the first, in descending order, at which the mass reaches ``top_p``.
 
-    ``inclusive`` keeps it, ``exclusive`` does not; tokens of its logit are treated as one. ``top_p`` 1 crosses at
-    the last finite logit.
+    ``inclusive`` keeps it, ``exclusive`` does not; tokens of its logit are treated as one. With ``top_p`` 1 it has
+    the lowest finite logit.
     """
     value, order = logits.detach().double().sort(dim=-1, descending=True, stable=True)
     mass = log_softmax(value, temperature).exp().cumsum(-1)

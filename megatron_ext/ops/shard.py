@@ -1,10 +1,12 @@
-"""Which columns of the vocabulary a rank holds, and the group it exchanges row statistics with."""
+"""Which columns of the vocabulary a rank holds, and the group that holds the others."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch.distributed as dist
+
+from megatron_ext.ops.collectives import group_rank, group_size
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,21 @@ class VocabShard:
             raise ValueError(f"VocabShard: expected 0 <= start < stop, found start {self.start}, stop {self.stop}")
         if self.vocab_size < 1:
             raise ValueError(f"VocabShard: expected a vocab_size of at least 1, found {self.vocab_size}")
+
+    @classmethod
+    def for_vocab(
+        cls, vocab_size: int, group: dist.ProcessGroup | None = None, *, padded_size: int | None = None
+    ) -> VocabShard:
+        """This rank's part of Megatron's equal split: rank r of n holds ``[r * width, (r + 1) * width)``.
+
+        ``width = ceil(padded_size / n)``. ``padded_size`` is the vocabulary with its padding, the number of rows of the
+        output layer over all ranks (Megatron's ``padded_vocab_size``); None: no more padding than n ranks need.
+        """
+        if padded_size is not None and padded_size < vocab_size:
+            raise ValueError(f"VocabShard: expected a padded_size of at least {vocab_size}, found {padded_size}")
+        width = -(-(padded_size or vocab_size) // group_size(group))
+        start = group_rank(group) * width
+        return cls(start, start + width, vocab_size, group)
 
     @property
     def width(self) -> int:

@@ -17,7 +17,8 @@ Nothing here was measured with this repository. A measured number replaces its c
 from __future__ import annotations
 
 from megatron_ext.config.schema import Config
-from megatron_ext.model.hf_config import Architecture
+from megatron_ext.model.architectures import Architecture
+from megatron_ext.rollout.registry import find_engine
 
 GIB = 2**30
 TOTAL_BYTES = {
@@ -61,8 +62,7 @@ def communicators(a: Architecture, config: Config) -> dict[str, int]:
             "expert tensor and model": expert_model,
             "expert data": p.world // (p.pipeline * expert_model),
         }
-    if config.rollout.engine == "vllm":
-        groups |= {"engine": config.rollout.tensor_parallel_size, "engine, PyNccl": config.rollout.tensor_parallel_size}
+    groups |= dict.fromkeys(find_engine(config.rollout).communicators, config.rollout.tensor_parallel_size)
     return {name: ranks for name, ranks in groups.items() if ranks > 1}
 
 
@@ -72,5 +72,5 @@ def communicator_bytes(a: Architecture, config: Config) -> float:
 
 
 def graph_bytes(config: Config) -> float:
-    """CUDA graphs of a colocated vLLM engine: within its share while awake, and still there while it sleeps."""
-    return GRAPHS if config.rollout.engine == "vllm" and not config.rollout.enforce_eager else 0.0
+    """CUDA graphs of a colocated engine: within its share while awake, and still there while it sleeps."""
+    return GRAPHS if find_engine(config.rollout).cuda_graphs and not config.rollout.enforce_eager else 0.0

@@ -10,11 +10,12 @@ from typing import Any
 
 from megatron_ext.config.checks import layout_faults, read_hf_config
 from megatron_ext.config.schema import Config
-from megatron_ext.model.hf_config import Architecture, read_architecture
+from megatron_ext.model.architectures import Architecture, read_architecture
 from megatron_ext.plan import device, memory, speed
 from megatron_ext.plan.memory import RankMemory, Roles
 from megatron_ext.plan.sizes import active_parameters, num_parameters
 from megatron_ext.plan.speed import Lengths, Rates
+from megatron_ext.rollout.registry import find_engine
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Plan:
     @property
     def kv_sequences(self) -> int:
         """Full-length sequences that one engine decodes at once."""
-        if self.config.rollout.engine == "hf":
+        if not find_engine(self.config.rollout).takes_share:
             return self.config.rollout.batch_size
         cache = memory.engine_cache(self.architecture, self.config, self.gpu_memory)
         return memory.kv_capacity(self.architecture, self.config, cache)
@@ -150,10 +151,11 @@ def _variants(plan: Plan) -> Iterator[tuple[float, dict[str, Any]]]:
         [(0, {})] + ([(0.5, {"train.micro_batch_tokens": least})] if c.train.micro_batch_tokens > least else []),
         [(0, {})] + ([(0.5, {"model.offload_reference": True})] if plan.roles.reference else []),
     ]
-    if c.rollout.engine == "hf":
+    spec = find_engine(c.rollout)
+    if spec.colocated and not spec.takes_share:
         sizes = tuple(c.rollout.batch_size >> shift for shift in range(8) if c.rollout.batch_size >> shift)
         knobs.append([(0.5 * cost, change) for cost, change in _ladder("rollout.batch_size", sizes[0], sizes)])
-    elif c.rollout.engine == "vllm":
+    elif spec.colocated:
         shares = _ladder(
             "rollout.gpu_memory_utilization", c.rollout.gpu_memory_utilization, (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
         )

@@ -24,17 +24,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_ext.config.schema import Config, ParallelConfig
-from megatron_ext.model.hf_config import Architecture
+from megatron_ext.model.architectures import Architecture
 from megatron_ext.plan import device
 from megatron_ext.plan.sizes import Buffers, Sharding, attention_widths, buffers, num_parameters, stage_parameters
+from megatron_ext.rollout.registry import find_engine
 
 Recompute = Literal["none", "mlp", "full"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "mlp", "full")
 IMBALANCE = 1.5  # assumed: tokens of the busiest expert-parallel rank over the mean
 HEAD_CHUNK_BYTES = 1 << 29  # of logits that the fused head holds at once (ops/linear_policy_stats.py)
 MAXIMA_SHARE = 1 / 32  # of bf16 logits: a 2-byte maximum for every 32 columns (ops/kernels/summary.py)
-EXCHANGE_PER_ROW = 4096  # 256 keys and logits a row, sent and received (ops/nucleus.py)
-VLLM_PREFILL = 8192  # assumed: tokens of a prompt pass of vLLM, its max_num_batched_tokens
+EXCHANGE_PER_TOKEN = 4096  # 256 keys and logits a token position, sent and received (ops/nucleus.py)
 PHASES = ("rollout", "score", "update")
 
 
@@ -85,8 +85,8 @@ def bucket_size(p: ParallelConfig) -> float:
 def saved_per_token(a: Architecture, p: ParallelConfig, layer: int, recompute: Recompute) -> float:
     """Elements that one decoder layer keeps for its backward, per token of the micro-batch.
 
-    Kept whole, or in parts under sequence parallelism: the inputs of both norms and what the two linear layers behind
-    them read. In parts over the tensor ranks: the fused projection (the value is a view of it), query and key after
+    Kept in full, or sharded under sequence parallelism: the inputs of both norms and what the two linear layers behind
+    them read. Sharded over the tensor ranks: the fused projection (the value is a view of it), query and key after
     rotation, the attention's output, and in the MLP (unfused): gate and up, silu(gate), a copy of up, and the product;
     an expert's product once more, times its probability.
     """
@@ -130,14 +130,15 @@ def working_layer(a: Architecture, p: ParallelConfig, layers: Sequence[int], rec
 def head(a: Architecture, config: Config, *, grad: bool) -> float:
     """Output layer and statistics on the last stage, for a micro-batch of response tokens only.
 
-    Rows are selected before the product, and backward writes the gradient into the logits: they are alive once.
+    Their hidden states are selected before the product, and backward writes the gradient into the logits: these are
+    alive once.
     """
     p, element, tokens = config.parallel, element_bytes(config), config.train.micro_batch_tokens
     width = a.padded_vocab(p.tensor) // p.tensor
     weight, logits = width * a.hidden_size, tokens * width * element
-    rows = tokens * a.hidden_size * element * (2 + grad) + tokens * EXCHANGE_PER_ROW  # gathered, selected, its gradient
+    hidden = tokens * a.hidden_size * element * (2 + grad)  # gathered, selected, its gradient
     alive = min(HEAD_CHUNK_BYTES, logits) if config.model.fused_head else logits
-    return rows + alive * (1 + MAXIMA_SHARE) + weight * element * grad
+    return hidden + tokens * EXCHANGE_PER_TOKEN + alive * (1 + MAXIMA_SHARE) + weight * element * grad
 
 
 def element_bytes(config: Config) -> int:
@@ -157,30 +158,20 @@ def engine_working(a: Architecture, config: Config) -> float:
     """What an engine needs beside weights and KV cache: activations of a prefill, or logits of a step."""
     r, element = config.rollout, element_bytes(config)
     wide = a.experts.ffn_size * a.experts.top_k if a.experts else a.ffn_size
-    tokens = r.batch_size * config.data.max_prompt_tokens if r.engine == "hf" else VLLM_PREFILL
+    tokens = find_engine(r).prefill_tokens or r.batch_size * config.data.max_prompt_tokens
     prefill = tokens * (3 * wide / r.tensor_parallel_size + 3 * a.hidden_size) * element
     return max(prefill, r.batch_size * a.vocab_size * 24)  # 24: six fp32 copies of a step's logits while sampling
 
 
 def engine_cache(a: Architecture, config: Config, gpu_memory: float) -> float:
-    """KV cache of a vLLM engine on one GPU: what its share of the memory leaves beside weights, work and graphs."""
+    """KV cache on one GPU of an engine that takes a share: what it leaves beside weights, work and graphs."""
     needed = engine_weights(a, config) + engine_working(a, config) + device.graph_bytes(config)
     return config.rollout.gpu_memory_utilization * gpu_memory - needed
 
 
 def num_engines(config: Config) -> int:
     """Copies of the model that sample."""
-    servers = config.rollout.servers
-    return (
-        (len(servers.urls) or servers.num)
-        if external(config)
-        else config.parallel.world // config.rollout.tensor_parallel_size
-    )
-
-
-def external(config: Config) -> bool:
-    """Whether the engines have GPUs of their own."""
-    return config.rollout.engine == "vllm_server"
+    return find_engine(config.rollout).num_engines(config)
 
 
 @dataclass(frozen=True)
@@ -206,7 +197,8 @@ class RankMemory:
 def rank_memory(
     a: Architecture, config: Config, roles: Roles, rank: int, *, gpu_memory: float, num_micro_batches: int
 ) -> RankMemory:
-    """Every item of every phase. A vLLM engine fills its share with KV cache and sleeps between rollouts."""
+    """Every item of every phase. What an engine holds, and when, is what it declares (rollout/engine_spec.py)."""
+    spec = find_engine(config.rollout)
     p, element = config.parallel, element_bytes(config)
     own, last = rank_buffers(a, p, rank), rank == p.pipeline - 1
     gone = {"context": device.CONTEXT, "communicators": device.communicator_bytes(a, config)}
@@ -217,16 +209,15 @@ def rank_memory(
         state["critic"] = sum(trained_bytes(rank_buffers(a, p, rank, critic=True), element).values())
     reference = {"reference": own.parameters * element} if roles.reference else {}
     resident = {} if config.model.offload_reference else reference
-    engine = {} if external(config) else {"rollout weights": engine_weights(a, config)}
-    asleep = dict(engine) if config.rollout.engine == "hf" else {}
+    engine = {"rollout weights": engine_weights(a, config)} if spec.colocated else {}
+    asleep = {} if spec.sleeps else dict(engine)
     layers = [layer for chunk in stage_layers(a, p)[rank] for layer in chunk]
     scored = config.train.micro_batch_tokens * element * working_layer(a, p, layers, "none")
     score = {"activations": scored} | _head_item(a, config, last, grad=False)
     update = {"activations": activations(a, config, rank, config.model.recompute, num_micro_batches)}
     update |= _head_item(a, config, last, grad=True)
-    if not external(config):
-        embedded = config.rollout.engine == "hf"
-        cache = kv_cache(a, config) if embedded else max(0.0, engine_cache(a, config, gpu_memory))
+    if spec.colocated:
+        cache = max(0.0, engine_cache(a, config, gpu_memory)) if spec.takes_share else kv_cache(a, config)
         engine |= {"rollout work": engine_working(a, config), "KV cache": cache}
     rollout = state | resident | engine
     if config.model.offload_optimizer:
@@ -248,7 +239,7 @@ def trained_bytes(own: Buffers, element: int) -> dict[str, float]:
 
 
 def kv_cache(a: Architecture, config: Config) -> float:
-    """Of the embedded engine: every sequence of a batch at full length, and a layer's copy while it grows."""
+    """Of an engine that takes no share: every sequence of a batch at full length, and a layer's copy while it grows."""
     sequences = config.rollout.batch_size * config.longest_sequence
     return sequences * kv_bytes_per_token(a, config) * (1 + 1 / a.num_layers)
 

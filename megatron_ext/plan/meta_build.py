@@ -1,4 +1,4 @@
-"""One rank's real part of the models, of any layout and size, without its memory and without the other ranks.
+"""Build one rank's real shard of the models, of any layout and size, without its memory and the other ranks.
 
 A process group that answers for everybody stands in for the cluster, and tensors live on the meta device: Megatron
 builds what it would build on that rank. For dry runs (tools/dry_run.py); nothing here can compute.
@@ -20,12 +20,12 @@ from megatron_ext import cpu_compat
 from megatron_ext.config.schema import Config, OptimizerConfig, ParallelConfig
 from megatron_ext.methods.base import Needs
 from megatron_ext.model import groups, parallel
+from megatron_ext.model.architectures import Architecture
 from megatron_ext.model.build import Policy, build_policy, build_reference
 from megatron_ext.model.critic import build_critic
-from megatron_ext.model.hf_config import Architecture
 from megatron_ext.model.hf_weights import module_mappings, stream_names
-from megatron_ext.model.megatron_config import Fusions
-from megatron_ext.model.optimizer_state import parts, state_tensors
+from megatron_ext.model.megatron_config import ModelOptions
+from megatron_ext.model.optimizer_state import state_tensors, sub_optimizers
 from megatron_ext.model.tp_sharding import Replicated
 from megatron_ext.model.trainable import TrainableModel
 
@@ -37,7 +37,7 @@ class Shard:
     """What rank ``rank`` holds.
 
     ``held`` is in bytes: weights, gradients and optimizer of the policy, reference and critic where there is one.
-    ``whole`` counts the HF model's elements that this rank's parameters stand for, with the same parameters on the
+    ``hf_elements`` counts the HF model's elements that this rank's parameters stand for, together with those of the
     other tensor- and expert-parallel ranks. ``stream`` is what the export would yield, the same on every rank.
     """
 
@@ -45,30 +45,25 @@ class Shard:
     modules: int
     parameters: int
     held: dict[str, int]
-    whole: int
+    hf_elements: int
     stream: list[tuple[str, Shape]]
 
 
 def build_shard(config: Config, architecture: Architecture, needs: Needs, rank: int) -> Shard:
     """The shard of global rank ``rank``. Its process must not belong to a process group."""
     cpu_compat.enter()
-    options: dict[str, Any] = {
-        "dtype": getattr(torch, config.model.dtype),
-        "recompute": config.model.recompute,
-        "fusions": Fusions(**config.model.fusions.model_dump()),
-        **parallel.model_layout(config.parallel),
-    }
+    layout, options = parallel.model_layout(config.parallel), ModelOptions.from_config(config.model)
     overlap = parallel.overlap(config.parallel)
     with _as_rank(config.parallel, rank):
         reference = critic = None
         with cpu_compat.on_meta():
-            policy = build_policy(architecture, overlap=overlap, fused_head=config.model.fused_head, **options)
+            policy = build_policy(architecture, layout, options, overlap=overlap, fused_head=config.model.fused_head)
             trained = TrainableModel.build(policy, _some_schedule(config.optimizer))
             if needs.reference:
-                reference = build_reference(architecture, fused_head=config.model.fused_head, **options)
+                reference = build_reference(architecture, layout, options, fused_head=config.model.fused_head)
             if needs.value:
                 critic = TrainableModel.build(
-                    build_critic(architecture, lambda modules: None, overlap=overlap, **options),
+                    build_critic(architecture, layout, options, fill=lambda modules: None, overlap=overlap),
                     _some_schedule(config.critic),
                     section="critic",
                 )
@@ -82,12 +77,12 @@ def build_shard(config: Config, architecture: Architecture, needs: Needs, rank: 
             modules=len(policy.modules),
             parameters=sum(p.numel() for module in policy.modules for p in module.parameters()),
             held=held,
-            whole=_whole(policy),
+            hf_elements=_hf_elements(policy),
             stream=stream_names(policy),
         )
 
 
-def _whole(policy: Policy) -> int:
+def _hf_elements(policy: Policy) -> int:
     """Elements of the HF tensors behind this rank's parameters: the built sizes times the ranks that share them."""
     total, a = 0, policy.architecture
     for module in policy.modules:
@@ -97,7 +92,7 @@ def _whole(policy: Policy) -> int:
             if a.tied and mapping.megatron == "output_layer.weight":
                 continue  # a second copy of the embedding
             ranks = groups.expert().size() if mapping.expert else 1
-            if not isinstance(mapping.layout, Replicated):
+            if not isinstance(mapping.sharding, Replicated):
                 ranks *= (groups.expert_tensor() if mapping.expert else groups.tensor()).size()
             padding = 0
             if mapping.hf[0] in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -124,7 +119,7 @@ def _trained_bytes(trained: TrainableModel) -> dict[str, int]:
 
 def _optimizer_bytes(optimizer: Any) -> int:
     """fp32 copies of 16-bit weights and Adam's moments, which its first step makes."""
-    for part in parts(optimizer):
+    for part in sub_optimizers(optimizer):
         adam: torch.optim.Optimizer = part.optimizer
         for group in adam.param_groups:
             for parameter in group["params"]:

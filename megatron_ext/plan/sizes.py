@@ -1,4 +1,4 @@
-"""How large a model is, and each rank's part of it: arithmetic on ``config.json``, no torch.
+"""How large a model is, and each rank's shard of it: arithmetic on ``config.json``, no torch.
 
 Two readings of one model, independent of each other and of the built shards (tools/dry_run.py compares all three):
 
@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_ext.model.hf_config import Architecture
+from megatron_ext.model.architectures import Architecture
 
 ALIGNMENT = 64  # elements: where Megatron-Core's gradient buffers start a parameter
 BUCKET_ALIGNMENT = 128  # elements: what ends a bucket, together with the data-parallel size
@@ -74,7 +74,7 @@ def active_parameters(a: Architecture) -> int:
 
 @dataclass(frozen=True)
 class Sharding:
-    """Over how many ranks weights are cut, and over how many data-parallel ranks the optimizer's state."""
+    """Over how many ranks weights are sharded, and over how many data-parallel ranks the optimizer's state."""
 
     tensor: int = 1
     expert: int = 1
@@ -146,8 +146,8 @@ def buffers(parameters: Sequence[Parameter], s: Sharding, bucket_size: float = m
 
     A bucket is full when it has ``bucket_size`` elements or more.
 
-    Parameters stand in reverse order, each aligned; dense and expert ones apart; every bucket is cut into equal parts
-    over its data-parallel ranks, and the first part holds the least padding.
+    Parameters stand in reverse order, each aligned; dense and expert ones apart; every bucket is divided equally
+    among its data-parallel ranks, and the first one's share holds the least padding.
     """
     padded = owned = 0
     for expert, ranks in ((False, s.data), (True, s.expert_data)):

@@ -14,10 +14,11 @@ import math
 from dataclasses import dataclass
 
 from megatron_ext.config.schema import Config
-from megatron_ext.model.hf_config import Architecture
+from megatron_ext.model.architectures import Architecture
 from megatron_ext.plan import memory
 from megatron_ext.plan.memory import Roles
 from megatron_ext.plan.sizes import active_parameters, attention_widths, num_parameters
+from megatron_ext.rollout.registry import find_engine
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,11 @@ def step_seconds(a: Architecture, config: Config, roles: Roles, rates: Rates, le
 
 def repeated_share(a: Architecture, config: Config) -> float:
     """Part of the forward that backward repeats: recomputed layers, and the fused head's product."""
-    whole, output = active_parameters(a), a.vocab_size * a.hidden_size
+    active, output = active_parameters(a), a.vocab_size * a.hidden_size
     q, kv = attention_widths(a)
     attention = a.num_layers * a.hidden_size * (2 * q + 2 * kv)
-    layers = {"none": 0, "mlp": whole - output - attention, "full": whole - output}[config.model.recompute]
-    return (layers + output * config.model.fused_head) / whole
+    layers = {"none": 0, "mlp": active - output - attention, "full": active - output}[config.model.recompute]
+    return (layers + output * config.model.fused_head) / active
 
 
 def exchange_seconds(a: Architecture, config: Config, rates: Rates) -> float:
@@ -114,18 +115,18 @@ def exchange_seconds(a: Architecture, config: Config, rates: Rates) -> float:
 
 
 def rollout_seconds(a: Architecture, config: Config, rates: Rates, lengths: Lengths) -> float:
-    """The embedded engine decodes batch after batch to its longest response; vLLM replaces finished sequences."""
+    """An engine decodes batch after batch, each to its longest response, or replaces finished sequences at once."""
     r = config.rollout
     responses = r.prompts * r.samples / memory.num_engines(config)  # of one engine
     weights = memory.engine_weights(a, config)
     kv = memory.kv_bytes_per_token(a, config) / r.tensor_parallel_size * lengths.total
     speed = rates.bandwidth * rates.decode
-    if r.engine == "hf":
+    if not find_engine(r).continuous_batching:
         batches = math.ceil(responses / r.batch_size)
-        together = responses / batches
-        step = max((weights + together * kv) / speed, a.num_layers * rates.launch_s)
+        batch = responses / batches
+        step = max((weights + batch * kv) / speed, a.num_layers * rates.launch_s)
         return batches * r.max_response_tokens * step
-    together = min(responses, r.batch_size)
-    step = max((weights + together * kv) / speed, a.num_layers * rates.launch_s / 10)
-    steps = max(responses * lengths.response / together, r.max_response_tokens)
+    batch = min(responses, r.batch_size)
+    step = max((weights + batch * kv) / speed, a.num_layers * rates.launch_s / 10)
+    steps = max(responses * lengths.response / batch, r.max_response_tokens)
     return steps * step

@@ -1,4 +1,7 @@
-"""The contract of a rollout engine: sample, and take new weights with a version."""
+"""The contract of a rollout engine: sample, and take new weights with a version.
+
+What an engine declares of itself is in engine_spec.py; docs/adding-an-engine.md goes through both.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from megatron_ext.types import Sample
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn. ``temperature`` 0 means greedy."""
+    """How responses are sampled. ``temperature`` 0 means greedy."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -23,7 +26,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One response to draw. ``seed`` alone decides the randomness: the same request on the same
+    """One response to sample. ``seed`` alone decides the randomness: the same request on the same
     weights gives the same response whatever else is in the batch and whichever rank serves it."""
 
     prompt_ids: tuple[int, ...]

@@ -16,6 +16,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_ext.rollout.rewards.worker_pool import inherited
+
 MAX_BYTES = 2**30  # of memory, besides what Python and transformers take
 CPU_S, PER_PROMPT_S = 30.0, 0.01  # of computing, the start included; a usual template takes .0001 s
 WALL = 10.0  # times as long by the clock, on a busy machine
@@ -41,8 +43,6 @@ def render(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
         "prompts": list(prompts),
         "cpu_s": round(CPU_S + PER_PROMPT_S * len(prompts)),
     }
-    from megatron_ext.rollout.rewards.reward_pool import inherited  # brings torch, which the process does without
-
     command = [sys.executable, "-P", __file__]
     environment = inherited() | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:

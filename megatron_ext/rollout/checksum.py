@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megatron_ext.rollout.sampling import mix
+from megatron_ext.hashing import mix
 
 BLOCK_BYTES = 2**25  # mixed at once: bounds the memory for it
 
@@ -38,8 +38,8 @@ class Checksum:
         for start in range(0, len(data), BLOCK_BYTES):
             block = data[start : start + BLOCK_BYTES]
             words = pad(block, (0, -len(block) % 8)).clone().view(torch.int64)  # a copy begins where int64 may
-            place = torch.arange(start // 8, start // 8 + len(words), device=data.device)
-            total += mix(words ^ mix(place + seed)).sum()
+            index = torch.arange(start // 8, start // 8 + len(words), device=data.device)
+            total += mix(words ^ mix(index + seed)).sum()
         self._total += int(total)
 
     def digest(self) -> str:

@@ -1,7 +1,7 @@
 """Reproducible sampling: Gumbel noise from a counter-based hash of (seed, position, token).
 
-The largest of ``log p + Gumbel noise`` is an exact draw from p. Because the noise of a response depends on
-its own seed only, the draw does not depend on what else is in the batch or which rank serves it.
+The largest of ``log p + Gumbel noise`` is an exact sample of p. Because the noise of a response depends on
+its own seed only, the token does not depend on what else is in the batch or which rank serves it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from megatron_ext.hashing import GAMMA, mix, shift_right
+
 
 def seed_of(*parts: int) -> int:
     """A 63-bit seed from integers (run seed, step, prompt, sample): far apart for neighbours."""
@@ -18,23 +20,11 @@ def seed_of(*parts: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def mix(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64 on int64 tensors (multiplication wraps)."""
-    x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47
-    x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift (the tensor's own is arithmetic)."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
 def gumbel(seeds: Tensor, position: int, vocab_size: int) -> Tensor:
     """Standard Gumbel noise ``[B, V]`` in fp32 for token ``position`` of the responses with ``seeds [B]`` int64."""
-    row = mix(seeds + torch.tensor(position + 1, device=seeds.device) * -0x61C8864680B583EB)
-    key = mix(row[:, None] + torch.arange(1, vocab_size + 1, device=seeds.device) * -0x61C8864680B583EB)
-    uniform = (_shift(key, 11).double() + 0.5) * 2.0**-53
+    row = mix(seeds + torch.tensor(position + 1, device=seeds.device) * GAMMA)
+    key = mix(row[:, None] + torch.arange(1, vocab_size + 1, device=seeds.device) * GAMMA)
+    uniform = (shift_right(key, 11).double() + 0.5) * 2.0**-53
     return -(-uniform.log()).log().float()
 
 

@@ -31,6 +31,7 @@ from megatron_ext.config.schema import Config, RolloutConfig
 from megatron_ext.metrics.display import Watch
 from megatron_ext.model import groups, parallel
 from megatron_ext.rollout.base import Request, RolloutEngine, Sampling
+from megatron_ext.rollout.rewards.function_pool import FunctionPool
 from megatron_ext.rollout.rewards.reward_pool import RewardPool
 from megatron_ext.rollout.rewards.verify import Outcome
 from megatron_ext.rollout.sampling import seed_of
@@ -47,7 +48,7 @@ class Rollouts:
 
     config: Config
     engine: RolloutEngine
-    pool: RewardPool
+    pool: RewardPool | FunctionPool
     step: int
     watch: Watch
 
@@ -99,9 +100,9 @@ class Rollouts:
             )
         with self.watch.phase("reward", total=len(own)) as phase:
             answers = [
-                (encoded[prompt_index][0], sample.text) for (prompt_index, _), sample in zip(own, samples, strict=True)
+                (encoded[prompt_index][0], sample) for (prompt_index, _), sample in zip(own, samples, strict=True)
             ]
-            rewards = self.pool.score(answers)
+            rewards = self.pool.score_samples(answers)
             phase.advance(len(own))
             scored = {
                 index: Episode(encoded[index[0]][0], index[0], sample, reward)

@@ -33,16 +33,17 @@ from megatron_ext.metrics.alarms import Alarms
 from megatron_ext.metrics.display import Watch
 from megatron_ext.metrics.writer import MetricsWriter, sample_record, token_texts, write_config
 from megatron_ext.model import kernels, parallel
+from megatron_ext.model.architectures import Architecture, read_architecture
 from megatron_ext.model.build import build_policy, build_reference
 from megatron_ext.model.critic import build_critic
-from megatron_ext.model.hf_config import Architecture, read_architecture
 from megatron_ext.model.hf_weights import PolicyWeights
-from megatron_ext.model.megatron_config import Fusions
+from megatron_ext.model.megatron_config import ModelOptions
 from megatron_ext.model.reference import Reference
 from megatron_ext.model.trainable import TrainableModel
 from megatron_ext.rollout.base import RolloutEngine, RolloutError
 from megatron_ext.rollout.model_files import load_tokenizer
 from megatron_ext.rollout.registry import check_engine, create_engine
+from megatron_ext.rollout.rewards.function_pool import FunctionPool
 from megatron_ext.rollout.rewards.reward_pool import RewardPool
 from megatron_ext.train.collect_rollouts import EncodedProblem, Rollouts
 from megatron_ext.train.method_factory import create_method, optimizers
@@ -61,7 +62,7 @@ class Trainer:
     config: Config
     learner: Learner
     engine: RolloutEngine
-    pool: RewardPool
+    pool: RewardPool | FunctionPool
     problems: list[EncodedProblem]
     order: DataOrder
     alarms: Alarms
@@ -197,7 +198,7 @@ def train_step(run: Trainer, watch: Watch) -> tuple[dict[str, float], list[dict[
     return metrics, _samples(run, episodes, old)
 
 
-def build(config: Config, pool: RewardPool) -> Trainer:
+def build(config: Config, pool: RewardPool | FunctionPool) -> Trainer:
     """Data first (a fault stops here), then models, optimizers, the newest checkpoint's state, and the engine.
 
     The engine comes last because it takes its share of the memory that is then free.
@@ -211,28 +212,23 @@ def build(config: Config, pool: RewardPool) -> Trainer:
         architecture = read_architecture(read_hf_config(config.model.path))
     problems = _load_data(config, pool, architecture.vocab_size)
     order = data_order(config, [problem for problem, _ in problems])
-    layout: dict[str, Any] = {
-        "dtype": getattr(torch, config.model.dtype),
-        "recompute": config.model.recompute,
-        "fusions": Fusions(**config.model.fusions.model_dump()),
-        **parallel.model_layout(config.parallel),
-    }
+    layout, model_options = parallel.model_layout(config.parallel), ModelOptions.from_config(config.model)
     overlap = parallel.overlap(config.parallel)
     _tell(f"kernels: {_kernels(config, architecture)}")
     with _users_files():
         start = WeightInitializer(config.model, architecture)  # before a model of any size is built
-    policy = build_policy(architecture, overlap=overlap, fused_head=config.model.fused_head, **layout)
+    policy = build_policy(architecture, layout, model_options, overlap=overlap, fused_head=config.model.fused_head)
     with _users_files():
         start.fill(policy.modules)
     reference: Reference | None = None
     if method.needs.reference:
-        frozen = build_reference(architecture, fused_head=config.model.fused_head, **layout)
+        frozen = build_reference(architecture, layout, model_options, fused_head=config.model.fused_head)
         start.fill(frozen.modules)
         reference = Reference(frozen, device=cpu_compat.device(), offload=config.model.offload_reference)
     options = optimizers(config, method)
     actor, critic = TrainableModel.build(policy, options["optimizer"]), None
     if method.needs.value:
-        value_model = build_critic(architecture, start.fill, overlap=overlap, **layout)
+        value_model = build_critic(architecture, layout, model_options, fill=start.fill, overlap=overlap)
         critic = TrainableModel.build(value_model, options["critic"], section="critic")
     learner = Learner(config, method, actor, critic, reference)
     checkpoints = Checkpoints(
@@ -274,7 +270,7 @@ def _kernels(config: Config, architecture: Architecture) -> str:
             tensor=config.parallel.tensor,
             dtype=getattr(torch, config.model.dtype),
             longest=config.longest_sequence,
-            fusions=Fusions(**config.model.fusions.model_dump()),
+            fusions=ModelOptions.from_config(config.model).fusions,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -287,11 +283,12 @@ def _is_asked_to_stop(signals: StopSignals) -> bool:
     return bool(flag)
 
 
-def _load_data(config: Config, pool: RewardPool, vocab_size: int) -> list[EncodedProblem]:
+def _load_data(config: Config, pool: RewardPool | FunctionPool, vocab_size: int) -> list[EncodedProblem]:
     """Rank 0 reads, verifies and encodes the data and tells the others; a fault is raised on every rank."""
 
     def load() -> list[EncodedProblem]:
-        problems, lines = load_training_data(config, score=pool.score, tokenizer=_tokenizer(config, vocab_size))
+        score = None if isinstance(pool, FunctionPool) else pool.score
+        problems, lines = load_training_data(config, score=score, tokenizer=_tokenizer(config, vocab_size))
         for line in lines:
             _tell(line)
         return problems
@@ -331,11 +328,14 @@ def _users_files() -> Iterator[None]:
         raise fault from error
 
 
-def _reward_pool(config: Config) -> RewardPool:
+def _reward_pool(config: Config) -> RewardPool | FunctionPool:
     cores = len(os.sched_getaffinity(0))
     reward = config.reward
+    workers = reward.workers or min(16, max(1, cores // config.parallel.ranks_per_node))
+    if reward.function:
+        return FunctionPool(reward, workers)
     return RewardPool(
-        reward.workers or min(16, max(1, cores // config.parallel.ranks_per_node)),
+        workers,
         deadline_s=reward.deadline_s,
         max_timeout_share=reward.max_timeout_share,
         correct=reward.correct,

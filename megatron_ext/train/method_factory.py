@@ -7,13 +7,18 @@ from megatron_ext.config.aliases import find
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.schema import Config, OptimizerConfig
 from megatron_ext.methods.base import Method
+from megatron_ext.plugins import options_of_class
 
 
 def create_method(config: Config) -> Method:
     """The method that ``config.method`` names. Raises ConfigError for its options, or if it does not fit the rest."""
-    if foreign := [f"method.{key}: unknown option; here it is {ours}" for key in config.method if (ours := find(key))]:
-        raise ConfigError("\n".join(foreign))
     try:
+        known = options_of_class(methods.find(config.method.get("name")))
+        foreign = {key: ours for key in config.method if key not in known and (ours := find(key))}
+        if foreign:
+            raise ValueError(
+                "\n".join(f"method.{key}: unknown option; here it is {ours}" for key, ours in foreign.items())
+            )
         method = methods.create(config.method)
     except ValueError as error:
         raise ConfigError(str(error)) from None

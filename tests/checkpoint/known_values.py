@@ -1,4 +1,4 @@
-"""A tiny mixture of experts whose every weight and optimizer state is a formula of its place in the whole tensor.
+"""A tiny mixture of experts whose every weight and optimizer state is a formula of its position in the full tensor.
 
 ``checkpoint_of_5053ed2.tar.xz`` was written by that commit, whose optimizer was gathered by Megatron, with ``fill``
 and its ``checkpoint.save``: four ranks, two tensor-parallel, two expert-parallel, bf16.
@@ -19,7 +19,8 @@ from torch import Tensor
 from megatron_ext import cpu_compat
 from megatron_ext.config.schema import OptimizerConfig, ParallelConfig
 from megatron_ext.model import build, parallel
-from megatron_ext.model.hf_config import Architecture, Experts
+from megatron_ext.model.architectures import Architecture, Experts
+from megatron_ext.model.megatron_config import ModelLayout, ModelOptions
 from megatron_ext.model.trainable import TrainableModel
 
 ARCHITECTURE = Architecture(
@@ -46,12 +47,12 @@ STEPS = 5
 def build_trained(world: int, layout: dict[str, Any]) -> TrainableModel:
     cpu_compat.enter()
     parallel.initialize(ParallelConfig(ranks_per_node=world, **layout))
-    policy = build.build_policy(ARCHITECTURE, dtype=torch.bfloat16, **layout)
+    policy = build.build_policy(ARCHITECTURE, ModelLayout(**layout), ModelOptions(torch.bfloat16))
     return TrainableModel.build(policy, OptimizerConfig(lr=0.01))
 
 
 def known(key: str, kind: str, part: ShardedTensor) -> Tensor:
-    """What a part of the whole tensor ``key`` holds: multiples of 1/128 below 1, exact in bf16; 0 in padding rows."""
+    """What a part of the full tensor ``key`` holds: multiples of 1/128 below 1, exact in bf16; 0 in padding."""
     total = torch.tensor(zlib.crc32(f"{kind} {key}".encode()) % 1009)
     axes = [torch.arange(n) for n in (*[1] * part.prepend_axis_num, *part.local_shape)]
     grids = torch.meshgrid(*(start + axis for start, axis in zip(part.global_offset, axes, strict=True)), indexing="ij")
@@ -64,22 +65,22 @@ def known(key: str, kind: str, part: ShardedTensor) -> Tensor:
 
 
 def expected(each: TrainableModel) -> Iterator[tuple[Tensor, str, Tensor]]:
-    """(parameter, kind, its whole local tensor) by what Megatron says of its place; kind "weight" or a state's."""
+    """(parameter, kind, its full local tensor) by what Megatron says of its position; kind "weight" or a state's."""
     for module in each.model.modules:
-        places: dict[str, Any] = module.sharded_state_dict(metadata={})
-        for name, sharded in places.items():
+        sharded_tensors: dict[str, Any] = module.sharded_state_dict(metadata={})
+        for name, sharded in sharded_tensors.items():
             if "_extra_state" in name:
                 continue
             data: Any = sharded.data
             for kind in ("weight", "param", "exp_avg", "exp_avg_sq"):
-                whole = torch.empty(data.shape)
+                full = torch.empty(data.shape)
                 if isinstance(sharded, ShardedTensor):
-                    parts: list[Any] = [replace(sharded, data=whole, dtype=whole.dtype)]
+                    parts: list[Any] = [replace(sharded, data=full, dtype=full.dtype)]
                 else:
-                    parts = list(nested_values(sharded.build_fn(sharded.key, whole, sharded.replica_id, None)))
+                    parts = list(nested_values(sharded.build_fn(sharded.key, full, sharded.replica_id, None)))
                 for part in parts:
                     part.data.copy_(known(part.key, kind, part))
-                yield data, kind, whole
+                yield data, kind, full
 
 
 def held(each: TrainableModel) -> Iterator[tuple[Tensor, slice, dict[str, Tensor]]]:
@@ -95,10 +96,10 @@ def held(each: TrainableModel) -> Iterator[tuple[Tensor, slice, dict[str, Tensor
 
 def fill(each: TrainableModel) -> None:
     """Give an optimizer that has its state, and its model, the known values after ``STEPS`` steps."""
-    values = {(parameter, kind): whole for parameter, kind, whole in expected(each)}
-    for (parameter, kind), whole in values.items():
+    values = {(parameter, kind): full for parameter, kind, full in expected(each)}
+    for (parameter, kind), full in values.items():
         if kind == "weight":
-            parameter.data.copy_(whole)
+            parameter.data.copy_(full)
     for parameter, own, states in held(each):
         for kind in ("param", "exp_avg", "exp_avg_sq"):
             states[kind].data.copy_(values[parameter, kind].view(-1)[own])

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 
 from megatron_ext import cpu_compat
 from megatron_ext.checkpoint import checkpoint
-from megatron_ext.checkpoint.full_tensors import CheckpointTensors, Place
+from megatron_ext.checkpoint.full_tensors import CheckpointTensors, TensorLocation
 from megatron_ext.checkpoint.local_shards import trained_pieces
 from megatron_ext.checkpoint.manifest import CheckpointError
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.schema import OptimizerConfig, ParallelConfig
-from megatron_ext.model import build, groups, hf_config, hf_weights, parallel
+from megatron_ext.model import architectures, build, groups, hf_weights, parallel
+from megatron_ext.model.megatron_config import ModelLayout, ModelOptions
 from megatron_ext.model.trainable import TrainableModel
 from tests import gloo, tiny
 from tests.checkpoint import known_values
@@ -45,8 +46,8 @@ CASES.append(("qwen3_moe_mixed", 2, {"pipeline": 2}))
 def trained(world: int, path: str, layout: dict[str, Any]) -> TrainableModel:
     cpu_compat.enter()
     parallel.initialize(ParallelConfig(ranks_per_node=world, **layout))
-    architecture = hf_config.read_architecture(read_hf_config(path))
-    policy = build.build_policy(architecture, dtype=torch.float32, **layout)
+    architecture = architectures.read_architecture(read_hf_config(path))
+    policy = build.build_policy(architecture, ModelLayout(**layout), ModelOptions(torch.float32))
     for module in policy.modules:
         hf_weights.load_weights(module, architecture, path)
     return TrainableModel.build(policy, OptimizerConfig(lr=0.01, clip_grad=1e9))
@@ -87,11 +88,10 @@ def load(rank: int, world: int, path: str, layout: dict[str, Any], root: Path) -
 
 
 def everything(path: Path, vocab: int) -> dict[str, torch.Tensor]:
-    """Each key whole, optimizer state included, without vocabulary padding."""
+    """Each key's full tensor, optimizer state included, without vocabulary padding."""
     stored = CheckpointTensors(path)
-    found = {
-        key: stored.read(Place(key, (), (), tuple(entry.size))) for key, entry in stored.entries.items() if entry.size
-    }
+    sizes = {key: tuple(entry.size) for key, entry in stored.entries.items() if entry.size}
+    found = {key: stored.read(TensorLocation(key, (), (), size)) for key, size in sizes.items()}
     return {
         key: value[:vocab] if "embedding" in key or "output_layer" in key else value for key, value in found.items()
     }
@@ -119,9 +119,9 @@ def test_every_layout_saves_the_same_and_loads_it(
     assert found.keys() == expected.keys() and any("exp_avg_sq" in key for key in found)
     assert all(torch.equal(found[key], value) for key, value in expected.items())
     assert convert.main(["to-hf", str(tmp_path), str(tmp_path / "hf")]) == 0
-    whole = reference[kind] / "hf" / "model.safetensors"
-    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == whole.read_bytes()
-    exported = load_file(whole)
+    expected = reference[kind] / "hf" / "model.safetensors"
+    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == expected.read_bytes()
+    exported = load_file(expected)
     for resumed, alone in gloo.run(load, world, model, layout, reference[kind]):
         for weights in (resumed, alone):
             assert weights.keys() == exported.keys()
@@ -150,15 +150,15 @@ def load_alone(rank: int, world: int, path: str, layout: dict[str, Any], root: P
 def test_a_checkpoint_of_another_model_is_refused_by_name(reference: dict[str, Path]) -> None:
     stored = CheckpointTensors(reference["qwen2"] / "step_000000")
     key, size = "decoder.final_layernorm.weight", (32,)
-    fits = [Place(key, (), (), size)]
+    fits = [TensorLocation(key, (), (), size)]
     assert stored.check(fits, belongs=lambda name: name == key) == torch.float32
-    for places, belongs, message in (
-        ([Place(key, (), (), (16,))], key, f"{key}: found [32], expected [16]"),
-        ([Place("decoder.none", (), (), size)], "decoder.none", "missing tensor decoder.none"),
+    for locations, belongs, message in (
+        ([TensorLocation(key, (), (), (16,))], key, f"{key}: found [32], expected [16]"),
+        ([TensorLocation("decoder.none", (), (), size)], "decoder.none", "missing tensor decoder.none"),
         (fits, "output_layer.weight", "unexpected tensor output_layer.weight"),
     ):
         with pytest.raises(CheckpointError) as caught:
-            stored.check(places, belongs=lambda name, belongs=belongs: name == belongs)
+            stored.check(locations, belongs=lambda name, belongs=belongs: name == belongs)
         assert message in str(caught.value)
 
 
@@ -169,9 +169,9 @@ def loads_known(rank: int, world: int, layout: dict[str, Any], root: Path) -> No
             parameter.data.fill_(torch.nan)
     loaded = of(each, root, {}, layout).load()
     assert loaded is not None and loaded.step == known_values.STEPS and loaded.state["note"]
-    values = {(parameter, kind): whole for parameter, kind, whole in known_values.expected(each)}
+    values = {(parameter, kind): tensor for parameter, kind, tensor in known_values.expected(each)}
     assert all(
-        torch.equal(parameter, whole.bfloat16()) for (parameter, kind), whole in values.items() if kind == "weight"
+        torch.equal(parameter, tensor.bfloat16()) for (parameter, kind), tensor in values.items() if kind == "weight"
     )
     count = 0
     for parameter, own, states in known_values.held(each):

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from megatron_ext.checkpoint import checkpoint, manifest
 from megatron_ext.checkpoint.local_shards import groups_state, rectangles, saved_steps, set_steps, steps_taken
 from megatron_ext.checkpoint.manifest import CheckpointError
-from megatron_ext.checkpoint.storage import Chunk, places_of, read_index, tiled, write_chunks, write_index
+from megatron_ext.checkpoint.storage import Chunk, extents_of, read_index, tiled, write_chunks, write_index
 from megatron_ext.model.host_memory import HostMemory
 from tests import gloo
 from tests.checkpoint import faults
@@ -38,12 +38,12 @@ def test_a_range_is_few_rectangles_in_its_own_order(shape: tuple[int, ...]) -> N
         for stop in range(start, numbers.numel() + 1):
             found = list(rectangles(shape, start, stop))
             assert len(found) <= max(1, 2 * len(shape) - 1)
-            cut = [numbers[tuple(slice(a, a + n) for a, n in zip(*box, strict=True))].reshape(-1) for box in found]
-            assert torch.cat([torch.empty(0, dtype=torch.int64), *cut]).tolist() == list(range(start, stop))
+            boxes = [numbers[tuple(slice(a, a + n) for a, n in zip(*box, strict=True))].reshape(-1) for box in found]
+            assert torch.cat([torch.empty(0, dtype=torch.int64), *boxes]).tolist() == list(range(start, stop))
 
 
 def partition(draw: random.Random, shape: tuple[int, ...]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Boxes of a tensor sharded as Megatron does: cut along an axis over ranks, each part's range over others."""
+    """Boxes of a tensor sharded as Megatron does: divided along an axis over ranks, each part's range over others."""
     axis, ranks, data = draw.randrange(len(shape)), draw.choice([1, 2, 3]), draw.choice([1, 2, 5])
     shape = tuple(n * ranks if i == axis else n for i, n in enumerate(shape))
     boxes = []
@@ -80,15 +80,15 @@ def test_boxes_cover_a_shape_exactly_once_or_it_is_seen() -> None:
 def test_an_index_with_a_gap_or_two_opinions_is_refused(tmp_path: Path) -> None:
     chunks = [Chunk("a.weight", (4, 3), (start, 0), (2, 3), torch.float32) for start in (0, 2)]
     (tmp_path / "good").mkdir()
-    _, places = write_chunks(tmp_path / "good" / "__0_0.distcp", ((chunk, torch.ones(6)) for chunk in chunks))
-    write_index(tmp_path / "good", chunks, places)
+    _, extents = write_chunks(tmp_path / "good" / "__0_0.distcp", ((chunk, torch.ones(6)) for chunk in chunks))
+    write_index(tmp_path / "good", chunks, extents)
     assert read_index(tmp_path / "good").state_dict_metadata.keys() == {"a.weight"}
     (tmp_path / "gap").mkdir()
-    write_index(tmp_path / "gap", chunks[:1], places)
+    write_index(tmp_path / "gap", chunks[:1], extents)
     with pytest.raises(CheckpointError, match=r"gap: a.weight: its chunks do not cover \[4, 3\] exactly once"):
         read_index(tmp_path / "gap")
     with pytest.raises(CheckpointError, match="a.weight"):
-        write_index(tmp_path / "gap", [chunks[0], Chunk("a.weight", (4, 3), (2, 0), (2, 3), torch.bfloat16)], places)
+        write_index(tmp_path / "gap", [chunks[0], Chunk("a.weight", (4, 3), (2, 0), (2, 3), torch.bfloat16)], extents)
 
 
 @pytest.mark.parametrize("numel", [50, 60_000])  # through a buffer, and past it
@@ -184,8 +184,8 @@ def test_every_rank_writes_its_share_and_sends_and_reads_nothing(
     own = Counter()
     for key, entry in index.state_dict_metadata.items():
         for chunk in entry.chunks:  # pyright: ignore[reportAttributeAccessIssue]
-            place = places_of(index)[MetadataIndex(key, chunk.offsets)]
-            own[place.relative_path] += math.prod(chunk.sizes) * entry.properties.dtype.itemsize  # pyright: ignore
+            extent = extents_of(index)[MetadataIndex(key, chunk.offsets)]
+            own[extent.relative_path] += math.prod(chunk.sizes) * entry.properties.dtype.itemsize  # pyright: ignore
     assert len(own) == world
     if pipeline == 1:  # stages differ: the embedding
         assert max(own.values()) <= 1.1 * sum(own.values()) / world, own

@@ -232,7 +232,7 @@ def test_a_useless_tracker_leads_to_a_scan(tmp_path, tracker):
 def test_a_run_that_had_checkpoints_never_starts_over(tmp_path):
     assert newest_valid(tmp_path / "absent") is None and newest_valid(tmp_path) is None
     manifest.open_partial(tmp_path, 10)
-    assert newest_valid(tmp_path) is None, "the very first save was cut: there is nothing to lose"
+    assert newest_valid(tmp_path) is None, "the very first save was interrupted: there is nothing to lose"
     save(tmp_path, 10)
     shutil.rmtree(tmp_path / "step_000010")
     with pytest.raises(CheckpointError, match="names step_000010, which does not exist"):

@@ -74,6 +74,13 @@ def test_an_unknown_key(override: str, answer: str) -> None:
     assert answer in fault(override)
 
 
+def test_an_unknown_key_with_dots_in_it(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'parent = "{RECIPE}"\n"../../x" = 1\n')
+    with pytest.raises(ConfigError, match="../../x: unknown key"):
+        read_config(recipe)
+
+
 def test_a_section_of_another_stack_is_answered_key_by_key() -> None:
     found = fault("actor_rollout_ref={rollout={n=8, zzz=1}, actor={ppo_mini_batch_size=8}}")
     assert "actor_rollout_ref.rollout.n: unknown key; here it is rollout.samples\n" in found

@@ -74,6 +74,13 @@ def test_a_typo_names_the_key_and_a_near_one(recipe: Path) -> None:
     assert "optimiser: unknown key; did you mean optimizer?" in fault(recipe, "optimiser.lr=1")
 
 
+def test_a_key_with_dots_is_named(recipe: Path) -> None:
+    recipe.write_text('parent = "../base.toml"\n"../x" = 1\n[train]\n"a.b" = 1\n')
+    assert "../x: unknown key; known keys: alarms" in fault(recipe) and "train.a.b: unknown key" in fault(recipe)
+    recipe.write_text('parent = "../base.toml"\n"train.steps" = 1\n')
+    assert '"train.steps": unknown key; write it without quotes' in fault(recipe)
+
+
 def test_a_wrong_value_is_shown(recipe: Path) -> None:
     assert "optimizer.lr" in fault(recipe, "optimizer.lr=-1") and "found -1" in fault(recipe, "optimizer.lr=-1")
     assert "model.dtype" in fault(recipe, "model.dtype=float8")

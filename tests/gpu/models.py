@@ -20,11 +20,11 @@ from megatron_ext import cpu_compat
 from megatron_ext.config.schema import Config, ParallelConfig
 from megatron_ext.methods.base import Needs
 from megatron_ext.model import groups, parallel
-from megatron_ext.model.build import build_policy
+from megatron_ext.model.architectures import Architecture
+from megatron_ext.model.build import Policy, build_policy
 from megatron_ext.model.forward import forward, forward_backward
-from megatron_ext.model.hf_config import Architecture
 from megatron_ext.model.hf_weights import module_mappings
-from megatron_ext.model.megatron_config import Fusions
+from megatron_ext.model.megatron_config import ModelOptions
 from megatron_ext.model.trainable import TrainableModel
 from megatron_ext.train import packing
 from megatron_ext.types import PackedSequences, TokenStats
@@ -68,16 +68,15 @@ def first_rank_of(layout: ParallelConfig) -> Iterator[None]:
             parallel_state.destroy_model_parallel()
 
 
-def build_options(config: Config) -> dict[str, Any]:
-    """What train/loop.py hands to ``build_policy``."""
-    return {
-        "dtype": getattr(torch, config.model.dtype),
-        "fused_head": config.model.fused_head,
-        "recompute": config.model.recompute,
-        "fusions": Fusions(**config.model.fusions.model_dump()),
-        "overlap": parallel.overlap(config.parallel),
-        **parallel.model_layout(config.parallel),
-    }
+def policy_of(config: Config, architecture: Architecture) -> Policy:
+    """The policy that a run builds."""
+    return build_policy(
+        architecture,
+        parallel.model_layout(config.parallel),
+        ModelOptions.from_config(config.model),
+        overlap=parallel.overlap(config.parallel),
+        fused_head=config.model.fused_head,
+    )
 
 
 @dataclass
@@ -91,7 +90,7 @@ class Learning:
     @classmethod
     def build(cls, config: Config, architecture: Architecture, needs: Needs, weights: Mapping[str, Tensor] | None):
         """``weights`` are whole HF tensors; None draws random ones on the device."""
-        policy = build_policy(architecture, **build_options(config))
+        policy = policy_of(config, architecture)
         for module in policy.modules:
             draw(module) if weights is None else fill(module, architecture, weights)
         return cls(config, TrainableModel.build(policy, config.optimizer), needs)
@@ -148,7 +147,7 @@ def fill(module: GPTModel, architecture: Architecture, weights: Mapping[str, Ten
     parameters = dict(module.named_parameters())
     for mapping in module_mappings(module, architecture):
         group = groups.expert_tensor() if mapping.expert else groups.tensor()
-        shard = mapping.layout.shard([weights[name] for name in mapping.hf], group.rank(), group.size())
+        shard = mapping.sharding.shard([weights[name] for name in mapping.hf], group.rank(), group.size())
         parameters.pop(mapping.megatron).data.copy_(shard)
     assert not parameters, parameters.keys()
 

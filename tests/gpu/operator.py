@@ -26,7 +26,7 @@ CHECKS = (
     Check("verl's arithmetic", f"{_SPEED}verl_arithmetic", seconds=5),
     Check("speed of the statistics", f"{_SPEED}statistics", seconds=60, after=(*RIGHT, "verl's arithmetic")),
     Check("speed of the exchange", f"{_SPEED}exchange", seconds=15, after=RIGHT),
-    Check("speed with slow rows", f"{_SPEED}num_fallback", seconds=40, after=RIGHT),
+    Check("speed with the fallback", f"{_SPEED}num_fallback", seconds=40, after=RIGHT),
     Check("speed of the fused head", f"{_SPEED}fused_head", seconds=30, after=RIGHT),
     Check("compute-sanitizer", f"{_CHECKS}sanitizer", seconds=90),
 )

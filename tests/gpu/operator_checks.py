@@ -87,7 +87,7 @@ def values(here: Here) -> Iterator[Line]:
 
 
 def _laid_out(logits: Tensor, layout: str) -> Tensor:
-    """The same columns; strided: rows of a wider buffer; padded: with columns behind that must not count."""
+    """The same columns; strided: a view of a wider buffer; padded: with columns behind that must not count."""
     T, V = logits.shape
     if layout == "plain":
         return logits
@@ -99,9 +99,9 @@ def _laid_out(logits: Tensor, layout: str) -> Tensor:
 def _outputs(local: Tensor, targets: Tensor, V: int) -> tuple[dict[str, Tensor], Tensor]:
     """All outputs, and the gradient of their weighted sum, on the CPU."""
     leaf = local.detach().requires_grad_()
-    shard = VocabShard(0, local.shape[1], V)
+    shard = VocabShard.for_vocab(V, padded_size=local.shape[1])
     out = policy_stats(leaf, targets, shard, top_p=TOP_P, want=ALL, grad=DIFFERENTIABLE)
-    loss = weighted({name: out[name] for name in DIFFERENTIABLE}, out["target_in_nucleus"])
+    loss = weighted({name: out[name] for name in DIFFERENTIABLE})
     (gradient,) = torch.autograd.grad(loss, leaf)
     return {name: out[name].detach().cpu() for name in ALL}, gradient.cpu()
 
@@ -112,7 +112,7 @@ def _of_tolerance(got: Tensor, expected: Tensor) -> float:
 
 
 def edges(here: Here) -> Iterator[Line]:
-    """No rows; rows of NaN and of minus infinity, which must leave the others alone."""
+    """No tokens; tokens of NaN and of minus infinity, which must leave the others alone."""
     V = here.size(151_936, 1_003)
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype)[6:]
@@ -129,11 +129,11 @@ def edges(here: Here) -> Iterator[Line]:
         portable, portable_gradient = _outputs(bad.clone(), targets, V)
         others = slice(4, None)
         alike = [torch.equal(dirty[n][others], clean[n][others]) for n in ALL]
-        yield equal(f"{name}: other rows unchanged to the bit", all(alike), True)
+        yield equal(f"{name}: other tokens unchanged to the bit", all(alike), True)
         same = torch.equal(dirty_gradient[others], clean_gradient[others])
         yield equal(f"{name}: their gradients too", same, True)
         for n in ("logprob", "entropy", "nucleus_entropy"):
-            yield equal(f"{name}: {n} of rows with NaN is NaN", bool(dirty[n][:2].isnan().all()), True)
+            yield equal(f"{name}: {n} of tokens with NaN is NaN", bool(dirty[n][:2].isnan().all()), True)
         for n in ALL:
             assert torch.equal(dirty[n].isnan(), portable[n].isnan()), (n, dirty[n], portable[n])
         assert torch.equal(dirty_gradient.isnan(), portable_gradient.isnan()), "NaN gradients differ from the portable"
@@ -148,7 +148,7 @@ def edges(here: Here) -> Iterator[Line]:
 
 
 def large_offsets(here: Here) -> Iterator[Line]:
-    """More than 2^31 elements, with the nucleus and the backward: the last rows equal the same rows alone."""
+    """More than 2^31 elements, with the nucleus and the backward: the last tokens equal the same tokens alone."""
     T, V = here.size((16_384, 151_936), (192, 1_003))
     logits = language_tokens(T, V, here.device)
     targets = random_targets(T, V, here.device)
@@ -156,19 +156,18 @@ def large_offsets(here: Here) -> Iterator[Line]:
 
     def run(x: Tensor, y: Tensor) -> tuple[Any, Tensor]:
         leaf = x.detach().requires_grad_()
-        shard = VocabShard(0, V, V)
-        out = policy_stats(leaf, y, shard, top_p=TOP_P, want=NUCLEUS_WANT, grad=NUCLEUS_WANT)
+        out = policy_stats(leaf, y, top_p=TOP_P, want=NUCLEUS_WANT, grad=NUCLEUS_WANT)
         loss = torch.stack([out[name].sum() for name in NUCLEUS_WANT]).sum()
         return out, torch.autograd.grad(loss, leaf)[0]
 
     whole, gradient = run(logits, targets)
-    for name, row in (("first", slice(0, 1)), ("last", slice(T - 1, T))):
-        alone, own = run(logits[row].clone(), targets[row])
+    for name, token in (("first", slice(0, 1)), ("last", slice(T - 1, T))):
+        alone, own = run(logits[token].clone(), targets[token])
         for output in NUCLEUS_WANT:
-            off = ((whole[output][row] - alone[output]).abs() / alone[output].abs().clamp_min(1)).item()
-            yield limit(f"{output} of the {name} row off the row alone", off, 1e-5)
-        yield limit(f"gradient of the {name} row", _of_tolerance(gradient[row], own), 1, "of tolerance")
-        yield fact(f"gradient of the {name} row, to the bit", torch.equal(gradient[row], own))
+            off = ((whole[output][token] - alone[output]).abs() / alone[output].abs().clamp_min(1)).item()
+            yield limit(f"{output} of the {name} token off the token alone", off, 1e-5)
+        yield limit(f"gradient of the {name} token", _of_tolerance(gradient[token], own), 1, "of tolerance")
+        yield fact(f"gradient of the {name} token, to the bit", torch.equal(gradient[token], own))
     yield equal("every value is finite", bool(torch.stack([whole[n] for n in NUCLEUS_WANT]).isfinite().all()), True)
 
 
@@ -196,12 +195,11 @@ def fused_head(here: Here) -> Iterator[Line]:
 def _head_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None) -> list[Tensor]:
     """In fp64 on the CPU; ``chunk`` None multiplies first."""
     h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-    V = len(weight)
     options: Any = {"top_p": TOP_P, "want": NUCLEUS_WANT, "grad": NUCLEUS_WANT}
     if chunk is None:
-        out = policy_stats(h @ w.T, targets, VocabShard(0, V, V), **options)
+        out = policy_stats(h @ w.T, targets, **options)
     else:
-        out = linear_policy_stats(h, w, targets, VocabShard(0, V, V), chunk=chunk, **options)
+        out = linear_policy_stats(h, w, targets, chunk=chunk, **options)
     loss = torch.stack([out[name].sum() for name in NUCLEUS_WANT]).sum()
     return [x.double().cpu() for x in torch.autograd.grad(loss, (h, w))]
 
@@ -228,7 +226,7 @@ def sanitizer(here: Here) -> Iterator[Line]:
 
 
 def small_case(device: str) -> None:
-    """Every kind of row and both dtypes, off every block size."""
+    """Every kind of token and both dtypes, off every block size."""
     for dtype in (torch.float32, torch.bfloat16):
         logits, targets = language_like(6, 9_001, dtype)
         for layout in ("plain", "strided", "padded"):
@@ -243,11 +241,11 @@ def launches(here: Here) -> Iterator[Line]:
     V = here.size(151_936, 4_012)
     for world in (1, 4):
         counted: list[int] = []
-        rows = here.size((1_024, 16_384), (16, 64))
-        planned = [count("log-prob + entropy + nucleus", world, T, V, torch.bfloat16)[0].launches for T in rows]
+        sizes = here.size((1_024, 16_384), (16, 64))
+        planned = [count("log-prob + entropy + nucleus", world, T, V, torch.bfloat16)[0].launches for T in sizes]
         with echo_group(world) as group:
-            for T, without_gpu in zip(rows, planned, strict=True):
-                shard = VocabShard(0, V // world, V, group if world > 1 else None)
+            for T, without_gpu in zip(sizes, planned, strict=True):
+                shard = VocabShard.for_vocab(V, group if world > 1 else None)
                 logits = language_tokens(T, V // world, here.device).requires_grad_()
                 targets = random_targets(T, V // world, here.device)
 

@@ -63,10 +63,10 @@ def statistics(here: Here) -> Iterator[Line]:
             else:
                 yield fact(at, took, "ms")
         if tensor == 1:
-            leaf, shard = logits.detach().requires_grad_(), VocabShard(0, width, width)
+            leaf = logits.detach().requires_grad_()
 
-            def step(leaf: Tensor = leaf, shard: VocabShard = shard, y: Tensor = targets) -> Any:
-                return policy_stats(leaf, y, shard, top_p=TOP_P, want=WITH_NUCLEUS, grad=WITH_NUCLEUS)
+            def step(leaf: Tensor = leaf, y: Tensor = targets) -> Any:
+                return policy_stats(leaf, y, top_p=TOP_P, want=WITH_NUCLEUS, grad=WITH_NUCLEUS)
 
             yield target("TP 1: saved for the backward", measure.saved_bytes(step) / GB, SAVED / GB, "GB")
             yield fact("TP 1: peak of forward above the logits", measure.peak_bytes(step, here.device) / GB, "GB")
@@ -75,19 +75,18 @@ def statistics(here: Here) -> Iterator[Line]:
 
 def _works(logits: Tensor, scratch: Tensor, targets: Tensor, tensor: int) -> dict[str, Callable[[], object]]:
     """What is timed on one shard. Our backwards are in place, over ``scratch``, as in training."""
-    shard = VocabShard(0, logits.shape[1], logits.shape[1])
     leaf = logits.detach().requires_grad_()
 
     def ours(names: tuple[str, ...]) -> Callable[[], object]:
         def step() -> object:
             own = scratch.detach().requires_grad_()
-            out = policy_stats(own, targets, shard, top_p=TOP_P, want=names, grad=names, inplace_backward=True)
+            out = policy_stats(own, targets, top_p=TOP_P, want=names, grad=names, inplace_backward=True)
             return torch.autograd.grad(_total(out, names), own)
 
         return step
 
     works: dict[str, Callable[[], object]] = {
-        "forward": lambda: policy_stats(leaf, targets, shard, want=PLAIN, grad=()),
+        "forward": lambda: policy_stats(leaf, targets, want=PLAIN, grad=()),
         "forward + backward": ours(PLAIN),
         "with nucleus": ours(WITH_NUCLEUS),
         "verl's pair": lambda: _backward(peers.verl_pair(leaf, targets), leaf),
@@ -109,9 +108,9 @@ def exchange(here: Here) -> Iterator[Line]:
     T, width = here.size((8_192, 151_936 // 4), (64, 301))
     logits, targets = language_tokens(T, width, here.device), random_targets(T, width, here.device)
     with echo_group(4) as group:
-        shard = VocabShard(0, width, 4 * width, group)
+        shard = VocabShard.for_vocab(4 * width, group)
         out = policy_stats(logits[:32], targets[:32], shard, top_p=TOP_P, want=WITH_NUCLEUS, grad=())
-        own = slice(0, 8)  # the rows that rank 0 decides; the others' owners are echoes of it
+        own = slice(0, 8)  # the tokens that rank 0 decides; the others' owners are echoes of it
         found = {name: out[name][own].cpu() for name in WITH_NUCLEUS}
         assert_values(found, logits[own].repeat(1, 4).cpu(), targets[own].cpu(), 1.0, TOP_P, "inclusive")
         works: dict[str, Callable[[], object]] = {
@@ -126,23 +125,23 @@ def exchange(here: Here) -> Iterator[Line]:
 
 
 def num_fallback(here: Here) -> Iterator[Line]:
-    """Rows whose nucleus no window reaches are decided exactly: right, and at what price."""
+    """Tokens that their candidates leave unresolved are decided exactly: right, and at what price."""
     T, width = here.size((8_192, 151_936 // 4), (64, 2_048))
-    targets, shard = random_targets(T, width, here.device), VocabShard(0, width, width)
+    targets = random_targets(T, width, here.device)
     times: dict[float, float] = {}
     for share in (0.0, 0.01, 0.1, 0.3):
         logits = language_tokens(T, width, here.device, flat=share)
         spread = logits[:, :: max(1, width // 64)].float().std(-1)
         few = spread.argsort()[:4]  # the flat ones, where there are any
-        out = policy_stats(logits[few], targets[few], shard, top_p=TOP_P, want=WITH_NUCLEUS, grad=())
+        out = policy_stats(logits[few], targets[few], top_p=TOP_P, want=WITH_NUCLEUS, grad=())
         found = {name: out[name].cpu() for name in WITH_NUCLEUS}
         assert_values(found, logits[few].cpu(), targets[few].cpu(), 1.0, TOP_P, "inclusive")
 
         def work(logits: Tensor = logits) -> object:
-            return policy_stats(logits, targets, shard, top_p=TOP_P, want=WITH_NUCLEUS, grad=())
+            return policy_stats(logits, targets, top_p=TOP_P, want=WITH_NUCLEUS, grad=())
 
         times[share] = measure.medians_ms({"": work}, here.device, repeat=here.size(7, 2))[""]
-        yield fact(f"forward with {share:.0%} flat rows", times[share], "ms")
+        yield fact(f"forward with {share:.0%} flat tokens", times[share], "ms")
     yield fact("30 % over none", times[0.3] / times[0.0])
 
 
@@ -153,13 +152,13 @@ def fused_head(here: Here) -> Iterator[Line]:
     options: Any = {"generator": g, "device": here.device}
     hidden = (torch.randn(T, D, **options) / D**0.25).to(torch.bfloat16).requires_grad_()
     weight = (torch.randn(V, D, **options) / D**0.25).to(torch.bfloat16).requires_grad_()
-    targets, shard = random_targets(T, V, here.device), VocabShard(0, V, V)
+    targets = random_targets(T, V, here.device)
 
     main_grad = torch.zeros(V, D, device=here.device)
     asked: Any = {"top_p": TOP_P, "want": WITH_NUCLEUS, "grad": WITH_NUCLEUS}
 
     def fused(main_grad: Tensor | None = None) -> object:
-        out = linear_policy_stats(hidden, weight, targets, shard, main_grad=main_grad, **asked)
+        out = linear_policy_stats(hidden, weight, targets, main_grad=main_grad, **asked)
         return torch.autograd.grad(_total(out, WITH_NUCLEUS), (hidden, weight))
 
     def products() -> object:

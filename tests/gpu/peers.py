@@ -102,9 +102,9 @@ def _apply(function: Any, *arguments: Tensor) -> Tensor:
 
 
 def language_tokens(T: int, V: int, device: str, dtype: torch.dtype = torch.bfloat16, flat: float = 0.0) -> Tensor:
-    """``[T, V]`` logits made on the device: Zipf-like from nearly certain to open, and a share of flat rows.
+    """``[T, V]`` logits made on the device: Zipf-like from nearly certain to open, and a share of flat tokens.
 
-    The crossing of a flat row lies among most of its vocabulary: no window of its highest logits reaches it.
+    The cutoff token of a flat one lies among most of the vocabulary: no candidates resolve it.
     """
     g = torch.Generator(device).manual_seed(0)
     log_rank = torch.empty(V, device=device)
@@ -113,10 +113,10 @@ def language_tokens(T: int, V: int, device: str, dtype: torch.dtype = torch.bflo
     steepness[torch.randperm(T, generator=g, device=device)[: round(flat * T)]] = 0.0
     logits = torch.empty(T, V, dtype=dtype, device=device)
     for start in range(0, T, 512):
-        rows = torch.randn(len(steepness[start : start + 512]), V, generator=g, device=device)
-        part = steepness[start : start + 512, None]
-        rows = torch.where(part > 0, rows - part * log_rank.roll(start), rows * 0.1)
-        logits[start : start + 512] = rows + 16
+        part = torch.randn(len(steepness[start : start + 512]), V, generator=g, device=device)
+        steep = steepness[start : start + 512, None]
+        part = torch.where(steep > 0, part - steep * log_rank.roll(start), part * 0.1)
+        logits[start : start + 512] = part + 16
     return logits
 
 

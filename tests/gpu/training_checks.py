@@ -20,9 +20,10 @@ from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.loading import read_config
 from megatron_ext.methods.base import Needs
 from megatron_ext.model import hf_weights
+from megatron_ext.model.architectures import read_architecture
 from megatron_ext.model.build import build_reference
 from megatron_ext.model.forward import forward
-from megatron_ext.model.hf_config import read_architecture
+from megatron_ext.model.megatron_config import ModelLayout, ModelOptions
 from megatron_ext.plan import device
 from megatron_ext.plan.layout import make_plan
 from megatron_ext.plan.memory import Roles
@@ -50,7 +51,7 @@ def parity(here: Here) -> Iterator[Line]:
         pairs = models.sequences(tiny.VOCAB, [(5, 9), (1, 3), (8, 11), (2, 1)])
         architecture = read_architecture(read_hf_config(path))
         with models.one_rank():
-            policy = build_reference(architecture, dtype=torch.float32)
+            policy = build_reference(architecture, ModelLayout(), ModelOptions(torch.float32))
             for module in policy.modules:
                 hf_weights.load_weights(module, architecture, path)
             found = forward(policy, [packing.pack(pairs)], Needs(), 1.0)

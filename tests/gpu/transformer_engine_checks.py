@@ -23,11 +23,11 @@ from megatron_ext.config.loading import read_config
 from megatron_ext.config.schema import AlarmsConfig, Config
 from megatron_ext.methods.base import Needs
 from megatron_ext.model import kernels
+from megatron_ext.model.architectures import read_architecture
 from megatron_ext.model.build import build_modules
-from megatron_ext.model.hf_config import read_architecture
 from megatron_ext.model.hf_weights import module_mappings
 from megatron_ext.model.layers import have_transformer_engine
-from megatron_ext.model.megatron_config import Fusions
+from megatron_ext.model.megatron_config import Fusions, ModelLayout, ModelOptions
 from megatron_ext.train.method_factory import create_method
 from tests import tiny
 from tests.gpu import measure, models, training_checks
@@ -54,7 +54,7 @@ def names(here: Here) -> Iterator[Line]:
         _, path = tiny.hf_model(kind)
         architecture = read_architecture(read_hf_config(path))
         with models.one_rank():
-            (module,) = build_modules(architecture, dtype=torch.bfloat16)
+            (module,) = build_modules(architecture, ModelLayout(), ModelOptions(torch.bfloat16))
             found = {name: tuple(p.shape) for name, p in module.named_parameters()}
             expected = {mapping.megatron: mapping.shape for mapping in module_mappings(module, architecture)}
             others = sorted(set(module.state_dict()) - set(found))
@@ -193,7 +193,7 @@ def _built(here: Here, truth: Truth, *overrides: str) -> Found:
         (module,) = learning.trained.model.modules
         gradients: dict[str, Tensor] = {}
         for mapping in module_mappings(module, architecture):
-            parts = mapping.layout.join([learning.gradient_of(mapping.megatron).clone()])
+            parts = mapping.sharding.join([learning.gradient_of(mapping.megatron).clone()])
             gradients |= dict(zip(mapping.hf, parts, strict=True))
         return Found(logprobs, alone, gradients, peak, took)
 

@@ -12,7 +12,8 @@ from megatron_ext import cpu_compat, methods
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.schema import Config, ParallelConfig, RolloutConfig, TrainConfig
 from megatron_ext.methods.base import Needs
-from megatron_ext.model import build, hf_config, hf_weights, parallel
+from megatron_ext.model import architectures, build, hf_weights, parallel
+from megatron_ext.model.megatron_config import ModelLayout, ModelOptions
 from megatron_ext.model.trainable import TrainableModel
 from megatron_ext.train.step import Learner
 from tests import gloo, tiny
@@ -43,8 +44,8 @@ def every_method(rank: int, world: int, path: str, layout: tuple[int, int, int])
         train=TrainConfig(mini_batch_prompts=4, micro_batch_tokens=budget),
     )
     parallel.initialize(config.parallel)
-    architecture = hf_config.read_architecture(read_hf_config(path))
-    policy = build.build_policy(architecture, tensor=tensor, pipeline=1, sequence=False, dtype=torch.float32)
+    architecture = architectures.read_architecture(read_hf_config(path))
+    policy = build.build_policy(architecture, ModelLayout(tensor=tensor), ModelOptions(torch.float32))
     hf_weights.load_weights(policy.modules[0], architecture, path)
     optimizer = build.build_optimizer(policy, lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.99, eps=1e-8, clip_grad=1.0)
     scheduler = build.build_scheduler(optimizer, lr=1e-3, warmup_steps=0, weight_decay=0.1)

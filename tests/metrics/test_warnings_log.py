@@ -34,7 +34,7 @@ def test_errors_and_our_own_messages_stay_on_the_terminal(tmp_path: Path) -> Non
     code = """
 import logging, sys, warnings
 from pathlib import Path
-from megatron_ext.train import warnings_log
+from megatron_ext.metrics import warnings_log
 warnings_log.hold()
 warnings.warn("early warning")
 warnings_log.write_to(Path(sys.argv[1]))

@@ -16,10 +16,10 @@ from megatron_ext import cpu_compat
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.schema import FusionsConfig, ParallelConfig
 from megatron_ext.methods.base import Needs
-from megatron_ext.model import hf_config, hf_weights, parallel
+from megatron_ext.model import architectures, hf_weights, parallel
 from megatron_ext.model.build import build_policy
 from megatron_ext.model.forward import forward_backward
-from megatron_ext.model.megatron_config import Fusions, ModelLayout, transformer_config
+from megatron_ext.model.megatron_config import Fusions, ModelLayout, ModelOptions, transformer_config
 from megatron_ext.train import packing
 from tests import gloo, tiny
 
@@ -33,8 +33,8 @@ def gradients(rank: int, world: int, path: str, fused: bool, layout: dict[str, A
         vars_of: Any = Fusions
         vars_of.here = lambda self: self  # as where Transformer Engine is
     parallel.initialize(ParallelConfig(ranks_per_node=world, **layout))
-    architecture = hf_config.read_architecture(read_hf_config(path))
-    policy = build_policy(architecture, dtype=torch.float32, fusions=SWIGLU, **layout)
+    architecture = architectures.read_architecture(read_hf_config(path))
+    policy = build_policy(architecture, ModelLayout(**layout), ModelOptions(torch.float32, fusions=SWIGLU))
     assert policy.modules[0].config.bias_activation_fusion is fused
     for module in policy.modules:
         hf_weights.load_weights(module, architecture, path)
@@ -60,8 +60,8 @@ def test_fused_swiglu_has_the_gradients_of_the_unfused(kind: str, world: int, la
 
 def switches(rank: int, world: int) -> list[bool]:
     cpu_compat.enter()
-    architecture = hf_config.read_architecture(read_hf_config(tiny.hf_model("qwen3_moe")[1]))
-    config = transformer_config(architecture, ModelLayout(), torch.bfloat16, fusions=Fusions())
+    architecture = architectures.read_architecture(read_hf_config(tiny.hf_model("qwen3_moe")[1]))
+    config = transformer_config(architecture, ModelLayout(), ModelOptions(torch.bfloat16))
     return [
         *(config.apply_rope_fusion, config.bias_activation_fusion),
         *(config.gradient_accumulation_fusion, config.moe_permute_fusion),

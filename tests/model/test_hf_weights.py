@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_ext import cpu_compat
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.schema import ParallelConfig
-from megatron_ext.model import build, groups, hf_config, hf_weights, parallel, param_mapping, rope
+from megatron_ext.model import architectures, build, groups, hf_weights, parallel, param_mapping, rope
 from megatron_ext.model.forward import logits_of, run_pipeline, select_hidden
+from megatron_ext.model.megatron_config import ModelLayout, ModelOptions
 from megatron_ext.train import packing
 from megatron_ext.types import PackedSequences
 from tests import gloo, tiny
@@ -70,16 +71,16 @@ def in_layouts(rank: int, world: int, path: str, layouts: list[dict], sequences:
 def in_layout(world: int, path: str, layout: dict[str, Any], sequences: Sequences) -> tuple:
     parallel.initialize(ParallelConfig(ranks_per_node=world, **layout))
     try:
-        architecture = hf_config.read_architecture(read_hf_config(path))
-        policy = build.build_reference(architecture, dtype=torch.float32, **layout)
+        architecture = architectures.read_architecture(read_hf_config(path))
+        policy = build.build_reference(architecture, ModelLayout(**layout), ModelOptions(torch.float32))
         for module in policy.modules:
             hf_weights.load_weights(module, architecture, path)
         streamed = list(hf_weights.PolicyWeights(policy))
         multiple = layout.get("tensor", 1) if layout.get("sequence") else 1
-        packed = [packing.pack([sequences[i] for i in rows], multiple=multiple) for rows in bins(sequences)]
+        packed = [packing.pack([sequences[i] for i in indices], multiple=multiple) for indices in bins(sequences)]
         with torch.no_grad():
             logits = run_pipeline(
-                policy, packed, lambda output, micro_batch: whole_logits(policy, output, micro_batch), None
+                policy, packed, lambda output, micro_batch: full_logits(policy, output, micro_batch), None
             )
         return streamed, hf_weights.stream_names(policy), logits
     finally:
@@ -90,8 +91,8 @@ def bins(sequences: Sequences) -> list[list[int]]:
     return packing.split([len(prompt) + len(response) for prompt, response in sequences], 60, NUM_BINS)
 
 
-def whole_logits(policy: build.Policy, output: Tensor, micro_batch: PackedSequences) -> Tensor:
-    """``[T, V]`` of the rows that predict a response token."""
+def full_logits(policy: build.Policy, output: Tensor, micro_batch: PackedSequences) -> Tensor:
+    """``[T, V]`` of the positions that predict a response token."""
     own = logits_of(policy, select_hidden(policy, output, micro_batch))
     parts = [torch.empty_like(own) for _ in range(groups.tensor().size())]
     dist.all_gather(parts, own, group=groups.tensor())
@@ -116,7 +117,7 @@ def test_weights_return_bitwise_and_logits_match_transformers(kind: str, tied: b
             model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
             for prompt, response in sequences
         ]
-    expected = torch.cat([logits[i] for rows in bins(sequences) for i in rows])
+    expected = torch.cat([logits[i] for indices in bins(sequences) for i in indices])
     stored = load_file(path / "model.safetensors")
     for world, layouts in every_layout.items():
         for found in gloo.run(in_layouts, world, str(path), layouts, sequences):
@@ -131,7 +132,7 @@ def test_weights_return_bitwise_and_logits_match_transformers(kind: str, tied: b
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 def test_rotary_frequencies_are_those_of_transformers_to_the_bit(kind: str) -> None:
     model, path = tiny.hf_model(kind)
-    architecture = hf_config.read_architecture(read_hf_config(path))
+    architecture = architectures.read_architecture(read_hf_config(path))
     assert torch.equal(rope.frequencies(architecture, "cpu"), model.model.rotary_emb.inv_freq)
 
 
@@ -139,7 +140,7 @@ def test_every_target_model_has_the_tensors_that_transformers_has() -> None:
     folders = sorted((Path(__file__).parents[2] / "recipes" / "models").glob("*/config.json"))
     assert folders
     for file in folders:
-        architecture = hf_config.read_architecture(json.loads(file.read_text()))
+        architecture = architectures.read_architecture(json.loads(file.read_text()))
         shapes = param_mapping.hf_shapes(architecture)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(file.parent))

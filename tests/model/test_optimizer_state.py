@@ -11,7 +11,8 @@ from megatron_ext import cpu_compat
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.schema import OptimizerConfig, ParallelConfig
 from megatron_ext.model import build, parallel
-from megatron_ext.model.hf_config import read_architecture
+from megatron_ext.model.architectures import read_architecture
+from megatron_ext.model.megatron_config import ModelLayout, ModelOptions
 from megatron_ext.model.optimizer_state import state_tensors
 from megatron_ext.model.trainable import TrainableModel
 from tests import gloo
@@ -23,7 +24,7 @@ def updates(rank: int, world: int, dtype: torch.dtype, offloaded: bool) -> dict[
     cpu_compat.enter()
     parallel.initialize(ParallelConfig(ranks_per_node=world))
     torch.manual_seed(1)
-    model = build.build_policy(read_architecture(read_hf_config(BASE)), dtype=dtype)
+    model = build.build_policy(read_architecture(read_hf_config(BASE)), ModelLayout(), ModelOptions(dtype))
     for parameter in model.modules[0].parameters():
         parameter.data.normal_(std=0.02)
     each = TrainableModel.build(model, OptimizerConfig(lr=1e-3, warmup_steps=0))

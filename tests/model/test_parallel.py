@@ -21,6 +21,7 @@ from megatron_ext.methods.base import Needs
 from megatron_ext.model import groups, parallel
 from megatron_ext.model.build import build_policy
 from megatron_ext.model.forward import forward
+from megatron_ext.model.megatron_config import ModelLayout, ModelOptions
 from megatron_ext.train import packing
 from tests import gloo
 from tests.train.tiny_run import TINY, Trainer
@@ -34,7 +35,7 @@ def sequence_parallel(rank: int, world: int, seed: int | None, recompute: str = 
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
     else:
         parallel.initialize(ParallelConfig(ranks_per_node=world, tensor=world, sequence=True), seed=seed)
-    policy = build_policy(TINY, tensor=world, sequence=True, dtype=torch.float32, recompute=recompute)
+    policy = build_policy(TINY, ModelLayout(tensor=world, sequence=True), ModelOptions(torch.float32, recompute))
     for parameter in policy.modules[0].parameters():
         torch.nn.init.constant_(parameter, 0.01)
     [stats] = forward(policy, [packing.pack([([1, 2, 3], [4, 5, 6])], multiple=world)], Needs(), 1.0) or []

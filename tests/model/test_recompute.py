@@ -12,7 +12,8 @@ from megatron_ext import cpu_compat
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.schema import ParallelConfig
 from megatron_ext.methods.base import Needs
-from megatron_ext.model import build, forward, hf_config, parallel
+from megatron_ext.model import architectures, build, forward, parallel
+from megatron_ext.model.megatron_config import ModelLayout, ModelOptions
 from megatron_ext.plan.memory import RECOMPUTE, saved_per_token
 from megatron_ext.train import packing
 from megatron_ext.types import TokenStats
@@ -26,8 +27,8 @@ def gradients(rank: int, world: int, path: str, recompute: str) -> tuple[dict[st
     cpu_compat.enter()
     layout: dict[str, Any] = {"tensor": world, "sequence": world > 1}
     parallel.initialize(ParallelConfig(ranks_per_node=world, **layout))
-    architecture = hf_config.read_architecture(read_hf_config(path))
-    policy = build.build_policy(architecture, dtype=torch.float32, recompute=recompute, **layout)
+    architecture = architectures.read_architecture(read_hf_config(path))
+    policy = build.build_policy(architecture, ModelLayout(**layout), ModelOptions(torch.float32, recompute))
     generator = torch.Generator().manual_seed(rank)
     for parameter in policy.modules[0].parameters():
         parameter.data.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.2, generator=generator)
@@ -53,7 +54,7 @@ def gradients(rank: int, world: int, path: str, recompute: str) -> tuple[dict[st
 @pytest.mark.parametrize("world", [1, 2])
 def test_recomputing_changes_no_gradient_and_keeps_less(world: int) -> None:
     _, path = tiny.hf_model()
-    a = hf_config.read_architecture(read_hf_config(path))
+    a = architectures.read_architecture(read_hf_config(path))
     p = ParallelConfig(ranks_per_node=world, tensor=world, sequence=world > 1)
     runs = [gloo.run(gradients, world, str(path), mode) for mode in RECOMPUTE]
     for (plain, none), (with_mlp, mlp), (whole, full) in zip(*runs, strict=True):

@@ -1,4 +1,4 @@
-"""Everything wrong with a model directory is named; what is right is read in parts."""
+"""Everything wrong with a model directory is named; what is right is read slice by slice."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_ext.model import hf_config
+from megatron_ext.model import architectures
 from megatron_ext.model.hf_weights import open_weights
 from megatron_ext.model.safetensors_dir import INDEX, SafetensorsDir
 from tests import tiny
@@ -39,7 +39,7 @@ def write(folder: Path, weights: dict[str, Tensor]) -> None:
 
 
 def faults(folder: Path) -> str:
-    architecture = hf_config.read_architecture(json.loads((folder / "config.json").read_text()))
+    architecture = architectures.read_architecture(json.loads((folder / "config.json").read_text()))
     with pytest.raises(ValueError) as caught:
         open_weights(folder, architecture)
     return str(caught.value)
@@ -73,10 +73,13 @@ def test_every_misfit_is_named(model: Path, change: Change, messages: list[str])
 def test_a_file_at_fault_is_named(model: Path) -> None:
     content = (model / "b.safetensors").read_bytes()
     for broken, message in (
-        (content[:-100], f"b.safetensors: found {len(content) - 100} bytes, expected {len(content)}: the file is cut"),
+        (
+            content[:-100],
+            f"b.safetensors: found {len(content) - 100} bytes, expected {len(content)}: the file is truncated",
+        ),
         (content + b"0", "the file is too long"),
-        (content[:3], "b.safetensors: is cut or no safetensors file"),
-        (b"\xff" * 200, "b.safetensors: is cut or no safetensors file"),
+        (content[:3], "b.safetensors: is truncated or no safetensors file"),
+        (b"\xff" * 200, "b.safetensors: is truncated or no safetensors file"),
         (content[:8] + b"{" * (len(content) - 8), "b.safetensors: "),
     ):
         (model / "b.safetensors").write_bytes(broken)
@@ -100,11 +103,11 @@ def test_without_a_stated_dtype_all_tensors_must_agree(model: Path) -> None:
     assert "all 51 tensors: found I32, expected a floating dtype" in faults(model)
 
 
-def test_parts_of_a_tensor_are_read_from_its_file(model: Path) -> None:
+def test_slices_of_a_tensor_are_read_from_its_file(model: Path) -> None:
     stored = SafetensorsDir(model)
-    whole = (load_file(model / "a.safetensors") | load_file(model / "b.safetensors"))[OUT]
-    part = stored.part(OUT)
-    assert part.shape == (32, 64) and stored.dtype == torch.float32
-    assert torch.equal(part[:], whole)
-    assert torch.equal(part[4:9], whole[4:9])
-    assert torch.equal(part[:, 16:32], whole[:, 16:32])
+    full = (load_file(model / "a.safetensors") | load_file(model / "b.safetensors"))[OUT]
+    stored_tensor = stored.tensor(OUT)
+    assert stored_tensor.shape == (32, 64) and stored.dtype == torch.float32
+    assert torch.equal(stored_tensor[:], full)
+    assert torch.equal(stored_tensor[4:9], full[4:9])
+    assert torch.equal(stored_tensor[:, 16:32], full[:, 16:32])

@@ -13,11 +13,12 @@ import torch.distributed as dist
 from megatron_ext import cpu_compat
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.schema import ParallelConfig
-from megatron_ext.model import build, groups, hf_config, hf_weights, parallel
+from megatron_ext.model import architectures, build, groups, hf_weights, parallel
+from megatron_ext.model.megatron_config import ModelLayout, ModelOptions
 from tests import gloo, tiny
 
 LAYERS, EXPERTS = 2, 16
-NORMS = 2  # of a dense layer: whole on every rank
+NORMS = 2  # of a dense layer: replicated on every rank
 LAYOUTS: list[tuple[str, dict[str, Any], int, int]] = [  # model, layout, gathers of rank 0, broadcasts
     ("qwen2", {"tensor": 2}, LAYERS + 3, 0),
     (
@@ -25,7 +26,7 @@ LAYOUTS: list[tuple[str, dict[str, Any], int, int]] = [  # model, layout, gather
         {"tensor": 2, "sequence": True},
         LAYERS + 3,
         0,
-    ),  # and embedding, last norm, output layer; experts are whole
+    ),  # and embedding, last norm, output layer; experts are not sharded
     ("qwen3_moe", {"expert": 2}, LAYERS, 0),
     ("qwen3_moe", {"tensor": 2, "sequence": True, "expert": 2}, 2 * LAYERS + 3, 0),
     (
@@ -41,10 +42,10 @@ def counted(rank: int, world: int, path: str, layout: dict[str, Any]) -> tuple[C
     """Collectives of one stream, the largest exchange, and the largest part of a layer that travels together."""
     cpu_compat.enter()
     parallel.initialize(ParallelConfig(ranks_per_node=world, **layout))
-    architecture = hf_config.read_architecture(read_hf_config(path))
+    architecture = architectures.read_architecture(read_hf_config(path))
     experts = architecture.experts and replace(architecture.experts, num=EXPERTS)
     architecture = replace(architecture, num_layers=LAYERS, experts=experts)
-    policy = build.build_reference(architecture, dtype=torch.float32, **layout)
+    policy = build.build_reference(architecture, ModelLayout(**layout), ModelOptions(torch.float32))
     calls: Counter = Counter()
     sizes = []
 
@@ -85,10 +86,10 @@ def test_what_is_streamed_outlives_the_stream() -> None:
 def owned(rank: int, world: int, path: str) -> bool:
     cpu_compat.enter()
     parallel.initialize(ParallelConfig(ranks_per_node=1))
-    architecture = hf_config.read_architecture(read_hf_config(path))
-    policy = build.build_reference(architecture, dtype=torch.float32)
+    architecture = architectures.read_architecture(read_hf_config(path))
+    policy = build.build_reference(architecture, ModelLayout(), ModelOptions(torch.float32))
     found = list(hf_weights.PolicyWeights(policy))
     parameters = {p.untyped_storage().data_ptr() for module in policy.modules for p in module.parameters()}
     storages = [tensor.untyped_storage() for _, tensor in found]
-    whole = all(s.nbytes() == t.numel() * t.element_size() for s, (_, t) in zip(storages, found, strict=True))
-    return whole and not parameters & {storage.data_ptr() for storage in storages}
+    own_storage = all(s.nbytes() == t.numel() * t.element_size() for s, (_, t) in zip(storages, found, strict=True))
+    return own_storage and not parameters & {storage.data_ptr() for storage in storages}

@@ -1,4 +1,4 @@
-"""Rows to try the operators on, their truth in fp64, and tolerances derived from what fp32 itself loses."""
+"""Logits to try the operators on, their truth in fp64, and tolerances derived from what fp32 itself loses."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from megatron_ext.ops.policy_stats import DIFFERENTIABLE, NUCLEUS
 ALL = ("logprob", "entropy", *NUCLEUS)
 
 
-def language_like(rows: int, vocab: int, dtype=torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
+def language_like(T: int, vocab: int, dtype=torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
     """A few likely tokens over a long tail, from nearly certain to open; the likeliest or a random token as target."""
     g = torch.Generator().manual_seed(seed)
-    logits = torch.randn(rows, vocab, generator=g)
-    rank = torch.rand(rows, vocab, generator=g).argsort(-1).double() + 1
-    steepness = torch.linspace(1.0, 4.0, rows)[:, None]
-    logits = (logits - steepness * rank.log() + torch.rand(rows, 1, generator=g) * 20).float().to(dtype)
-    targets = torch.randint(vocab, (rows,), generator=g)
-    return logits, torch.where(torch.arange(rows) % 2 == 0, logits.float().argmax(-1), targets)
+    logits = torch.randn(T, vocab, generator=g)
+    rank = torch.rand(T, vocab, generator=g).argsort(-1).double() + 1
+    steepness = torch.linspace(1.0, 4.0, T)[:, None]
+    logits = (logits - steepness * rank.log() + torch.rand(T, 1, generator=g) * 20).float().to(dtype)
+    targets = torch.randint(vocab, (T,), generator=g)
+    return logits, torch.where(torch.arange(T) % 2 == 0, logits.float().argmax(-1), targets)
 
 
 def reference_stats(logits: Tensor, targets: Tensor, temperature, top_p: float, nucleus: str) -> dict[str, Tensor]:
@@ -31,7 +31,6 @@ def reference_stats(logits: Tensor, targets: Tensor, temperature, top_p: float, 
         "nucleus_mass": reference.nucleus_mass(logits, mask, temperature),
         "nucleus_size": mask.sum(-1).to(logits.dtype),
         "nucleus_logprob": reference.nucleus_logprob(logits, targets, mask, temperature),
-        "target_in_nucleus": mask.gather(-1, targets[:, None])[:, 0],
     }
 
 
@@ -41,18 +40,19 @@ def truth(logits: Tensor, targets: Tensor, temperature, *arguments, grad=()) -> 
     values = reference_stats(logits, targets, temperature, *arguments)
     gradient = None
     if grad:
-        loss = weighted({name: values[name] for name in grad}, values["target_in_nucleus"])
+        loss = weighted({name: values[name] for name in grad})
         (gradient,) = torch.autograd.grad(loss, logits)
     return {name: value.detach() for name, value in values.items()}, gradient
 
 
-def weighted(outputs: dict[str, Tensor], inside: Tensor) -> Tensor:
-    """A loss with a random upstream gradient for every row of every output; outside the nucleus there is none."""
-    loss = torch.zeros((), dtype=torch.float64, device=inside.device)
+def weighted(outputs: dict[str, Tensor]) -> Tensor:
+    """A loss with a random upstream gradient for every token of every output; none for a target outside the nucleus."""
+    loss = torch.zeros((), dtype=torch.float64)
     for name, value in outputs.items():
         g = torch.Generator().manual_seed(DIFFERENTIABLE.index(name))
-        upstream = torch.randn(len(value), generator=g, dtype=torch.float64).to(inside.device)
-        loss = loss + (upstream * torch.where(inside | (name != "nucleus_logprob"), value, 0)).sum()
+        upstream = torch.randn(len(value), generator=g, dtype=torch.float64).to(value.device)
+        outside = (value == -torch.inf) & (name == "nucleus_logprob")
+        loss = loss.to(value.device) + (upstream * torch.where(outside, 0, value)).sum()
     return loss
 
 
@@ -62,7 +62,7 @@ def assert_values(got: dict[str, Tensor], logits: Tensor, targets: Tensor, tempe
     expected = reference_stats(logits.double(), targets, scale.double(), *arguments)
     in_fp32 = reference_stats(logits.float(), targets, scale.float(), *arguments)
     for name, value in got.items():
-        if name in ("target_in_nucleus", "nucleus_size"):
+        if name == "nucleus_size":
             assert torch.equal(value.double(), expected[name].double()), name
             continue
         finite = expected[name].isfinite()
@@ -79,5 +79,6 @@ def padded_shard(logits: Tensor, rank: int, world: int, group) -> tuple[Tensor, 
     width = -(-vocab // world) + 3
     full = torch.full((len(logits), width * world), 50.0, dtype=logits.dtype)
     full[:, :vocab] = logits
-    start = rank * width
-    return full[:, start : start + width].clone(), VocabShard(start, start + width, vocab, group)
+    shard = VocabShard.for_vocab(vocab, group, padded_size=width * world)
+    assert (shard.start, shard.width) == (rank * width, width)
+    return full[:, shard.start : shard.stop].clone(), shard

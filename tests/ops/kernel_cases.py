@@ -29,8 +29,8 @@ GRADIENTS = (*[(name,) for name in DIFFERENTIABLE], DIFFERENTIABLE)
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def rows_of(V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Ordinary rows, tied ones, half and nearly all of minus infinity, all negative, flat; temperatures."""
+def logits_of(V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Ordinary tokens, tied ones, half and nearly all of minus infinity, all negative, flat; temperatures."""
     logits, targets = language_like(8, V, dtype)
     logits[0] = logits[0].float().round().to(dtype)
     logits[1, 3::2] = -torch.inf
@@ -60,9 +60,9 @@ def outcome(
             local, targets, shard, temperature=temperature, top_p=0.8, nucleus=nucleus, num_candidates=num_candidates,
             want=ALL, grad=DIFFERENTIABLE,
         )  # fmt: skip
-        result = {name: out[name].detach() for name in ALL} | {"slow": out["num_fallback"]}
+        result = {name: out[name].detach() for name in ALL} | {"fallback": out["num_fallback"]}
         for grad in GRADIENTS:
-            loss = weighted({name: out[name] for name in grad}, out["target_in_nucleus"])
+            loss = weighted({name: out[name] for name in grad})
             (gradient,) = torch.autograd.grad(loss, local, retain_graph=True)
             result["gradient of " + " + ".join(grad)] = gradient
     assert torch.equal(local.detach(), kept)
@@ -82,30 +82,30 @@ def worst_ratio(got: dict[str, Tensor], expected: dict[str, Tensor], V: int) -> 
 
 
 def compare(device: str, widths: tuple[int, ...] = (37, 1003, WIDE)) -> dict[str, float]:
-    """One rank: every dtype, rule and window, values against fp64 and gradients against the portable path."""
+    """One rank: every dtype, rule and number of candidates; values against fp64, gradients against the portable"""
     worst = {}
     for V in widths:
         for dtype in DTYPES:
-            logits, targets, temperature = rows_of(V, dtype)
+            logits, targets, temperature = logits_of(V, dtype)
             for setting in SETTINGS:
-                shard, local = VocabShard(0, V + PADDING, V), strided(logits, PADDING)
+                shard, local = VocabShard.for_vocab(V, padded_size=V + PADDING), strided(logits, PADDING)
                 moved = local.to(device), shard, targets.to(device), temperature.to(device)
                 got = outcome(kernels, *moved, *setting)
                 expected = outcome(portable, local, shard, targets, temperature, *setting)
                 assert_values({n: got[n] for n in ALL}, logits, targets, temperature, 0.8, setting[0])
                 worst[f"{V} {dtype} {setting}"] = worst_ratio(got, expected, V)
                 if dtype == torch.bfloat16 and setting[1] == 256:
-                    assert got["slow"] <= 4, got["slow"]  # what the window decides is not searched
+                    assert got["fallback"] <= 4, got["fallback"]  # what the candidates resolve is not searched
     return worst
 
 
 def on_ranks(rank: int, world: int, V: int, dtype: torch.dtype) -> list[dict[str, Tensor]]:
-    """One rank's shard of the same rows; the last rank of four holds nothing but padding."""
-    logits, targets, temperature = rows_of(V, dtype)
-    width = -(-V // min(world, 3)) + PADDING
-    full = torch.full((len(logits), width * world), 50.0, dtype=dtype)
+    """One rank's shard of the same tokens; the last rank of four holds nothing but padding."""
+    logits, targets, temperature = logits_of(V, dtype)
+    padded_size = world * (-(-V // min(world, 3)) + PADDING)
+    full = torch.full((len(logits), padded_size), 50.0, dtype=dtype)
     full[:, :V] = logits
-    shard = VocabShard(rank * width, (rank + 1) * width, V, torch.distributed.group.WORLD)
+    shard = VocabShard.for_vocab(V, torch.distributed.group.WORLD, padded_size=padded_size)
     local = full[:, shard.start : shard.stop].clone()
     return [outcome(kernels, local, shard, targets, temperature, *setting) for setting in SETTINGS]
 
@@ -116,14 +116,14 @@ def compare_ranks(V: int = 3001) -> dict[str, float]:
     gloo.run(below_a_floor, 2, timeout=300)
     for world in (2, 4):
         for dtype in DTYPES:
-            logits, targets, temperature = rows_of(V, dtype)
+            logits, targets, temperature = logits_of(V, dtype)
             ranks = gloo.run(on_ranks, world, V, dtype, timeout=300)
             for number, setting in enumerate(SETTINGS):
                 values = ranks[0][number]
-                for name in (*ALL, "slow"):
+                for name in (*ALL, "fallback"):
                     assert all(torch.equal(values[name], rank[number][name]) for rank in ranks), name
                 assert_values({n: values[n] for n in ALL}, logits, targets, temperature, 0.8, setting[0])
-                expected = outcome(portable, logits, VocabShard(0, V, V), targets, temperature, *setting)
+                expected = outcome(portable, logits, VocabShard.for_vocab(V), targets, temperature, *setting)
                 parts = [rank[number] for rank in ranks]
                 got = {n: torch.cat([part[n] for part in parts], 1) for n in values if n.startswith("gradient")}
                 worst[f"{world} ranks {dtype} {setting}"] = worst_ratio(got, expected, V)
@@ -131,12 +131,12 @@ def compare_ranks(V: int = 3001) -> dict[str, float]:
 
 
 def below_a_floor(rank: int, world: int) -> dict[str, Tensor]:
-    """The cutoff lies in rank 1's window, below what rank 0 left out of its own: 140 tokens that belong above it."""
+    """The cutoff token is a candidate of rank 1, below what rank 0 left out: 140 logits that belong above it."""
     full = torch.full((2, 10_240), -20.0, dtype=torch.bfloat16)
     full[:, 0], full[:, 31:4480:32] = 20.0, 12.0
     full[:, 6000:8000] = 11.9375 - 0.0625 * (torch.arange(2000) % 8)
     targets = torch.tensor([0, 7000])
-    shard = VocabShard(rank * 5120, (rank + 1) * 5120, 10_240, torch.distributed.group.WORLD)
+    shard = VocabShard.for_vocab(10_240, torch.distributed.group.WORLD)
     local = full[:, shard.start : shard.stop].clone()
     with mock.patch.object(backend, "decide", lambda _: kernels):
         out = policy_stats(local, targets, shard, top_p=0.8, want=ALL, grad=())
@@ -146,17 +146,15 @@ def below_a_floor(rank: int, world: int) -> dict[str, Tensor]:
 
 
 def whole_nucleus(device: str) -> None:
-    """top_p 1 and tiny, NaN rows, no rows, no nucleus."""
+    """top_p 1 and tiny, NaN, no tokens, no nucleus."""
     for dtype in DTYPES:
-        logits, targets, temperature = rows_of(300, dtype)
-        shard = VocabShard(0, 300, 300)
+        logits, targets, temperature = logits_of(300, dtype)
         moved = logits.to(device), targets.to(device)
         with mock.patch.object(backend, "decide", lambda _: kernels):
             for top_p in (1e-6, 0.999, 1.0):
                 for nucleus in ("inclusive", "exclusive"):
                     out = policy_stats(
                         *moved,
-                        shard,
                         temperature=temperature.to(device),
                         top_p=top_p,
                         nucleus=nucleus,
@@ -165,25 +163,25 @@ def whole_nucleus(device: str) -> None:
                     )
                     got = {name: out[name].cpu() for name in ALL}
                     assert_values(got, logits, targets, temperature, top_p, nucleus)
-            plain = policy_stats(*moved, shard, temperature=temperature.to(device), grad=())
+            plain = policy_stats(*moved, temperature=temperature.to(device), grad=())
             assert_values(
                 {n: plain[n].cpu() for n in ("logprob", "entropy")}, logits, targets, temperature, 0.8, "inclusive"
             )
-            clean = policy_stats(*moved, shard, top_p=0.8, want=ALL, grad=())
+            clean = policy_stats(*moved, top_p=0.8, want=ALL, grad=())
             moved[0][6, 7] = torch.nan
-            out = policy_stats(*moved, shard, top_p=0.8, want=ALL, grad=())
+            out = policy_stats(*moved, top_p=0.8, want=ALL, grad=())
             others = torch.arange(8) != 6
             for name in ("logprob", "entropy", "nucleus_entropy", "nucleus_mass"):
                 assert out[name][6].isnan(), name
                 assert torch.equal(out[name][others], clean[name][others]), name
             empty = logits[:0].to(device).requires_grad_()
-            out = policy_stats(empty, targets[:0].to(device), shard, top_p=0.8, want=ALL)
+            out = policy_stats(empty, targets[:0].to(device), top_p=0.8, want=ALL)
             (gradient,) = torch.autograd.grad(out["logprob"].sum(), empty)
             assert out["nucleus_entropy"].shape == (0,) and gradient.shape == (0, 300) and out["num_fallback"] == 0
 
 
 CASES: dict[str, Callable[[], dict[str, float] | None]] = {
-    "rows": lambda: compare("cpu"),
+    "tokens": lambda: compare("cpu"),
     "ranks": compare_ranks,
     "edges": lambda: whole_nucleus("cpu"),
 }

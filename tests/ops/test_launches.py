@@ -8,21 +8,21 @@ import torch
 from megatron_ext.ops import VocabShard, linear_policy_stats, policy_stats
 from megatron_ext.ops.kernels.launches import Launch, compiled, record, world_of
 
-ALL = ("logprob", "entropy", "nucleus_entropy", "nucleus_mass", "nucleus_size", "nucleus_logprob", "target_in_nucleus")
+ALL = ("logprob", "entropy", "nucleus_entropy", "nucleus_mass", "nucleus_size", "nucleus_logprob")
 GRAD = ("logprob", "entropy", "nucleus_entropy", "nucleus_logprob")
 V = 151_936
 
 
-def launches(rows: int, tp: int, dtype=torch.bfloat16, want=ALL, temperature: float = 0.6, **options) -> list[Launch]:
+def launches(T: int, tp: int, dtype=torch.bfloat16, want=ALL, temperature: float = 0.6, **options) -> list[Launch]:
     """Forward and backward of one call on rank 0 of ``tp``."""
     width, grad = -(-V // tp), tuple(name for name in GRAD if name in want)
     with world_of(tp) as group:
-        logits = torch.empty(rows, width, dtype=dtype, device="meta").requires_grad_()
-        targets = torch.empty(rows, dtype=torch.int64, device="meta")
-        upstream = [torch.empty(rows, device="meta") for _ in grad]
+        logits = torch.empty(T, width, dtype=dtype, device="meta").requires_grad_()
+        targets = torch.empty(T, dtype=torch.int64, device="meta")
+        upstream = [torch.empty(T, device="meta") for _ in grad]
 
         def call() -> None:
-            shard = VocabShard(0, width, V, group if tp > 1 else None)
+            shard = VocabShard.for_vocab(V, group if tp > 1 else None)
             out = policy_stats(
                 logits, targets, shard, temperature=temperature, top_p=0.8, want=want, grad=grad, **options
             )
@@ -33,8 +33,8 @@ def launches(rows: int, tp: int, dtype=torch.bfloat16, want=ALL, temperature: fl
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("tp", [1, 4])
-def test_the_number_of_launches_does_not_depend_on_the_rows_and_nothing_waits(tp, dtype):
-    few, many = (launches(rows, tp, dtype) for rows in (1024, 16_384))
+def test_the_number_of_launches_does_not_depend_on_the_tokens_and_nothing_waits(tp, dtype):
+    few, many = (launches(T, tp, dtype) for T in (1024, 16_384))
     assert [launch.name for launch in few] == [launch.name for launch in many]
     assert len(many) <= 40
     assert not [launch for launch in many if launch.kind == "host copy"]
@@ -65,7 +65,7 @@ def test_the_fused_head_waits_for_nothing_and_multiplies_a_chunk_at_a_time():
 
         def call() -> None:
             out = linear_policy_stats(
-                hidden, weight, targets, VocabShard(0, V // 4, V, group), top_p=0.8, want=ALL, grad=GRAD, chunk=1024
+                hidden, weight, targets, VocabShard.for_vocab(V, group), top_p=0.8, want=ALL, grad=GRAD, chunk=1024
             )
             torch.autograd.grad([out[name] for name in GRAD], (hidden, weight), upstream)
 
@@ -80,7 +80,7 @@ def test_the_fused_head_adds_its_weight_gradient_in_the_product():
         hidden = torch.empty(4096, 64, dtype=torch.bfloat16, device="meta").requires_grad_()
         weight = torch.empty(V // 4, 64, dtype=torch.bfloat16, device="meta").requires_grad_()
         main_grad, upstream = torch.empty(V // 4, 64, device="meta"), torch.empty(4096, device="meta")
-        targets, shard = torch.empty(4096, dtype=torch.int64, device="meta"), VocabShard(0, V // 4, V, group)
+        targets, shard = torch.empty(4096, dtype=torch.int64, device="meta"), VocabShard.for_vocab(V, group)
 
         def call() -> None:
             out = linear_policy_stats(hidden, weight, targets, shard, chunk=1024, main_grad=main_grad)

@@ -35,7 +35,7 @@ def run_linear(
         own,
         local,
         targets,
-        VocabShard(rank * width, (rank + 1) * width, V, group),
+        VocabShard.for_vocab(V, group, padded_size=width * world),
         temperature=torch.linspace(0.6, 1.5, T),
         top_p=0.8,
         want=ALL,
@@ -44,7 +44,7 @@ def run_linear(
         chunk=chunk,
         num_candidates=num_candidates,
     )
-    loss = weighted({name: out[name] for name in DIFFERENTIABLE}, out["target_in_nucleus"])
+    loss = weighted({name: out[name] for name in DIFFERENTIABLE})
     d_hidden, d_weight = torch.autograd.grad(loss, (own, local))
     return {name: out[name].detach() for name in ALL} | {"d_hidden": d_hidden, "d_weight": d_weight}
 
@@ -52,7 +52,7 @@ def run_linear(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("world", "sequence_parallel"), [(1, False), (2, False), (2, True), (4, True)])
 def test_values_and_gradients_equal_the_reference(dtype, world, sequence_parallel):
-    arguments = (dtype, sequence_parallel, 5, 4)  # chunks that do not divide the rows, windows too small for some
+    arguments = (dtype, sequence_parallel, 5, 4)  # chunks that do not divide the tokens, too few candidates for some
     ranks = gloo.run(run_linear, world, *arguments) if world > 1 else [run_linear(0, 1, *arguments)]
     hidden, weight, targets = inputs(dtype)
     # the logits are rounded to the inputs' dtype, as any output layer does: the truth starts from those
@@ -60,7 +60,7 @@ def test_values_and_gradients_equal_the_reference(dtype, world, sequence_paralle
     exact = wide_hidden @ wide_weight.T
     logits = exact + ((hidden @ weight.T).double() - exact).detach()
     expected = reference_stats(logits, targets, torch.linspace(0.6, 1.5, T).double(), 0.8, "inclusive")
-    loss = weighted({name: expected[name] for name in DIFFERENTIABLE}, expected["target_in_nucleus"])
+    loss = weighted({name: expected[name] for name in DIFFERENTIABLE})
     d_hidden, d_weight = torch.autograd.grad(loss, (wide_hidden, wide_weight))
     loss_of_dtype = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
     for name in ALL:
@@ -88,11 +88,11 @@ def test_one_chunk_or_many_are_the_same():
 
 
 def test_the_weight_gradient_is_summed_in_fp32():
-    """512 rows that each add 2^-10: a bf16 sum would stop growing at 2^-2."""
+    """512 tokens that each add 2^-10: a bf16 sum would stop growing at 2^-2."""
     hidden = torch.ones(512, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.zeros(512, dtype=torch.int64)
-    out = linear_policy_stats(hidden, weight, targets, VocabShard(0, 2, 2), want=("logprob",), chunk=1)
+    out = linear_policy_stats(hidden, weight, targets, want=("logprob",), chunk=1)
     (gradient,) = torch.autograd.grad((out["logprob"] * 2**-9).sum(), weight)
     assert gradient[:, 0].tolist() == [0.5, -0.5]
 
@@ -100,17 +100,17 @@ def test_the_weight_gradient_is_summed_in_fp32():
 def test_the_weight_gradient_is_added_to_main_grad():
     hidden, weight, targets = inputs(torch.bfloat16)
     weight.requires_grad_()
-    shard, gradients = VocabShard(0, V, V), []
+    gradients = []
     for main_grad in (None, torch.full((V, D), 3.0)):
-        out = linear_policy_stats(hidden, weight, targets, shard, chunk=5, main_grad=main_grad)
+        out = linear_policy_stats(hidden, weight, targets, chunk=5, main_grad=main_grad)
         (gradient,) = torch.autograd.grad(out["logprob"].sum(), weight)
         gradients.append(gradient)
     assert main_grad is not None and not gradients[1].any()
     torch.testing.assert_close(main_grad - 3, gradients[0].float(), rtol=2**-8, atol=2**-20)
 
 
-def test_no_logits_of_all_rows_exist(monkeypatch):
-    """The widest product is a chunk's: counted at the row work, forward and backward."""
+def test_no_logits_of_all_tokens_exist(monkeypatch):
+    """The widest product is a chunk's: counted at the passes, forward and backward."""
     from megatron_ext.ops import logit_passes
 
     seen: list[int] = []
@@ -130,9 +130,9 @@ def test_no_logits_of_all_rows_exist(monkeypatch):
 
 def test_equals_policy_stats_of_the_product():
     hidden, weight, targets = inputs(torch.float32)
-    shard, names = VocabShard(0, V, V), ("logprob", "nucleus_entropy")
-    fused = linear_policy_stats(hidden, weight, targets, shard, top_p=0.9, want=names, grad=())
-    plain = policy_stats(hidden @ weight.T, targets, shard, top_p=0.9, want=names, grad=())
+    names = ("logprob", "nucleus_entropy")
+    fused = linear_policy_stats(hidden, weight, targets, top_p=0.9, want=names, grad=())
+    plain = policy_stats(hidden @ weight.T, targets, top_p=0.9, want=names, grad=())
     for name in names:
         assert torch.equal(fused[name], plain[name])
 
@@ -140,8 +140,8 @@ def test_equals_policy_stats_of_the_product():
 def test_what_does_not_fit_is_named():
     hidden, weight, targets = inputs(torch.float32)
     with pytest.raises(ValueError, match="of one dtype"):
-        linear_policy_stats(hidden, weight.bfloat16(), targets, VocabShard(0, V, V))
+        linear_policy_stats(hidden, weight.bfloat16(), targets)
     with pytest.raises(ValueError, match=r"\[100, D\]"):
-        linear_policy_stats(hidden, weight, targets, VocabShard(0, 100, 100))
+        linear_policy_stats(hidden, weight, targets, VocabShard.for_vocab(100))
     with pytest.raises(ValueError, match=r"expected int64 \[12\]"):
-        linear_policy_stats(hidden, weight, targets[:3], VocabShard(0, V, V))
+        linear_policy_stats(hidden, weight, targets[:3])

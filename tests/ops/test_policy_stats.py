@@ -11,7 +11,7 @@ from megatron_ext.ops.policy_stats import DIFFERENTIABLE, NUCLEUS
 from tests import gloo
 from tests.ops.cases import ALL, assert_values, language_like, padded_shard, reference_stats, truth, weighted
 
-ROWS, VOCAB = 12, 101
+T, VOCAB = 12, 101
 GRADS = (*[(name,) for name in DIFFERENTIABLE], DIFFERENTIABLE)
 CASES = [
     {"nucleus": nucleus, "num_candidates": num_candidates}
@@ -26,7 +26,7 @@ def world_group(world: int):
 
 def run_cases(rank: int, world: int, dtype: torch.dtype, temperature: Tensor, spread: float = 1.0) -> list[dict]:
     """Every case with every choice of gradients: values, gradients, the second backward, the caller's tensors."""
-    logits, targets = language_like(ROWS, VOCAB, dtype)
+    logits, targets = language_like(T, VOCAB, dtype)
     logits = (logits * spread).round() if spread != 1 else logits
     local, shard = padded_shard(logits, rank, world, world_group(world))
     kept = local.clone()
@@ -36,7 +36,7 @@ def run_cases(rank: int, world: int, dtype: torch.dtype, temperature: Tensor, sp
         gradients, out = [], None
         for grad in GRADS:
             out = policy_stats(local, targets, shard, temperature=temperature, top_p=0.8, want=ALL, grad=grad, **case)
-            loss = weighted({name: out[name] for name in grad}, out["target_in_nucleus"])
+            loss = weighted({name: out[name] for name in grad})
             (gradient,) = torch.autograd.grad(loss, local, retain_graph=True)
             (again,) = torch.autograd.grad(loss, local)
             assert torch.equal(gradient, again)
@@ -44,7 +44,7 @@ def run_cases(rank: int, world: int, dtype: torch.dtype, temperature: Tensor, sp
             gradients.append(gradient)
         assert out is not None
         values = {name: out[name].detach().clone() for name in ALL}
-        results.append({"values": values, "gradients": gradients, "slow": int(out["num_fallback"])})
+        results.append({"values": values, "gradients": gradients, "fallback": int(out["num_fallback"])})
     return results
 
 
@@ -52,10 +52,10 @@ def run_cases(rank: int, world: int, dtype: torch.dtype, temperature: Tensor, sp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spread", [1.0, 0.3], ids=["distinct", "tied"])
 def test_values_and_gradients_equal_the_reference_on_every_shard(world, dtype, spread):
-    temperature = torch.linspace(1.5, 0.6, ROWS)
+    temperature = torch.linspace(1.5, 0.6, T)
     arguments = (dtype, temperature, spread)
     ranks = gloo.run(run_cases, world, *arguments) if world > 1 else [run_cases(0, 1, *arguments)]
-    logits, targets = language_like(ROWS, VOCAB, dtype)
+    logits, targets = language_like(T, VOCAB, dtype)
     logits = (logits * spread).round() if spread != 1 else logits
     for i, case in enumerate(CASES):
         rule = (0.8, case["nucleus"])
@@ -72,9 +72,9 @@ def test_values_and_gradients_equal_the_reference_on_every_shard(world, dtype, s
             error = (got[:, :VOCAB].double() - expected).abs()
             rounding = (2**-8 if dtype == torch.bfloat16 else 2**-23) * expected.abs()
             assert bool((error <= 2 * (in_fp32 - expected).abs().amax() + rounding + 1e-7).all()), (case, grad)
-    assert ranks[0][1]["slow"] > 0  # a window of 8 logits or 16 keys cannot certify the flatter rows
+    assert ranks[0][1]["fallback"] > 0  # 8 logits, or 16 counts, do not resolve the flatter tokens
     if dtype == torch.float32:
-        assert ranks[0][0]["slow"] == 0  # the default window holds every column
+        assert ranks[0][0]["fallback"] == 0  # by default every column is a candidate
 
 
 @pytest.mark.parametrize("case", CASES[1::2], ids=lambda case: "-".join(map(str, case.values())))
@@ -83,15 +83,14 @@ def test_gradcheck(case):
     logits.requires_grad_()
 
     def outputs(x: Tensor):
-        shard = VocabShard(0, 7, 7)
-        out = policy_stats(x, targets, shard, temperature=0.7, top_p=0.9, want=ALL, grad=DIFFERENTIABLE, **case)
-        nucleus_logprob = torch.where(out["target_in_nucleus"], out["nucleus_logprob"], 0)
+        out = policy_stats(x, targets, temperature=0.7, top_p=0.9, want=ALL, grad=DIFFERENTIABLE, **case)
+        nucleus_logprob = torch.where(out["nucleus_logprob"] == -torch.inf, 0, out["nucleus_logprob"])
         return out["logprob"], out["entropy"], out["nucleus_entropy"], nucleus_logprob
 
     assert torch.autograd.gradcheck(outputs, logits)
 
 
-def extreme_rows() -> tuple[Tensor, Tensor]:
+def extreme_logits() -> tuple[Tensor, Tensor]:
     logits, targets = language_like(9, 40)
     logits[0] = logits[0].round()  # ties
     logits[1] = 0.0
@@ -108,10 +107,9 @@ def extreme_rows() -> tuple[Tensor, Tensor]:
 
 
 def run_extremes(rank: int, world: int, top_p: float, dtype: torch.dtype) -> list[dict[str, Tensor]]:
-    logits, targets = extreme_rows()
-    width = 40 // world
-    local = logits.to(dtype)[:, rank * width : (rank + 1) * width].clone()
-    shard = VocabShard(rank * width, (rank + 1) * width, 40, world_group(world))
+    logits, targets = extreme_logits()
+    shard = VocabShard.for_vocab(40, world_group(world))
+    local = logits.to(dtype)[:, shard.start : shard.stop].clone()
     results = []
     for case in CASES:
         out = policy_stats(local, targets, shard, top_p=top_p, want=ALL, grad=(), **case)
@@ -123,27 +121,27 @@ def run_extremes(rank: int, world: int, top_p: float, dtype: torch.dtype) -> lis
 @pytest.mark.parametrize(("world", "dtype"), [(1, torch.float32), (1, torch.bfloat16), (4, torch.float32)])
 def test_ties_infinities_and_extremes(top_p, world, dtype):
     ranks = gloo.run(run_extremes, world, top_p, dtype) if world > 1 else [run_extremes(0, 1, top_p, dtype)]
-    logits, targets = extreme_rows()
+    logits, targets = extreme_logits()
     for i, case in enumerate(CASES):
         for rank in ranks:
             assert_values(rank[i], logits.to(dtype), targets, 1.0, top_p, case["nucleus"])
 
 
-def test_gradients_of_rows_with_infinities_are_finite():
-    logits, targets = extreme_rows()
+def test_gradients_beside_infinities_are_finite():
+    logits, targets = extreme_logits()
     targets[7] = 3
     logits.requires_grad_()
-    out = policy_stats(logits, targets, VocabShard(0, 40, 40), top_p=0.8, want=ALL, grad=DIFFERENTIABLE)
-    loss = weighted({name: out[name] for name in DIFFERENTIABLE}, out["target_in_nucleus"])
+    out = policy_stats(logits, targets, top_p=0.8, want=ALL, grad=DIFFERENTIABLE)
+    loss = weighted({name: out[name] for name in DIFFERENTIABLE})
     (gradient,) = torch.autograd.grad(loss, logits)
     assert gradient.isfinite().all() and gradient.any()
 
 
-def test_a_nan_stays_in_its_row():
+def test_a_nan_stays_with_its_token():
     logits, targets = language_like(4, 300)
-    clean = policy_stats(logits, targets, VocabShard(0, 300, 300), top_p=0.8, want=ALL, grad=())
+    clean = policy_stats(logits, targets, top_p=0.8, want=ALL, grad=())
     logits[2, 7] = torch.nan
-    out = policy_stats(logits, targets, VocabShard(0, 300, 300), top_p=0.8, want=ALL, grad=())
+    out = policy_stats(logits, targets, top_p=0.8, want=ALL, grad=())
     others = torch.tensor([0, 1, 3])
     for name in ("logprob", "entropy", "nucleus_entropy", "nucleus_mass"):
         assert out[name][2].isnan(), name
@@ -153,10 +151,10 @@ def test_a_nan_stays_in_its_row():
 def test_only_what_is_wanted_is_returned_and_only_grad_carries_a_gradient():
     logits, targets = language_like(4, 30)
     logits.requires_grad_()
-    out = policy_stats(logits, targets, VocabShard(0, 30, 30), want=("logprob", "entropy"), grad=("logprob",))
+    out = policy_stats(logits, targets, want=("logprob", "entropy"), grad=("logprob",))
     assert out["logprob"].requires_grad and not out["entropy"].requires_grad
     assert out.nucleus_entropy is None and out.num_fallback is None
-    assert policy_stats(logits, targets, VocabShard(0, 30, 30), want=("logprob",)).entropy is None
+    assert policy_stats(logits, targets, want=("logprob",)).entropy is None
     with pytest.raises(KeyError, match="name it in want"):
         out["nucleus_entropy"]
 
@@ -164,7 +162,7 @@ def test_only_what_is_wanted_is_returned_and_only_grad_carries_a_gradient():
 def run_empty_shard(rank: int, world: int) -> dict[str, Tensor]:
     """A vocabulary of 5 in shards of 4: the last ranks hold nothing but padding."""
     logits, targets = language_like(3, 5)
-    local, shard = torch.full((3, 4), 50.0), VocabShard(rank * 4, rank * 4 + 4, 5, world_group(world))
+    local, shard = torch.full((3, 4), 50.0), VocabShard.for_vocab(5, world_group(world), padded_size=16)
     local[:, : shard.real] = logits[:, shard.start : shard.start + shard.real]
     local.requires_grad_()
     stats = policy_stats(local, targets, shard, top_p=0.8, want=ALL, grad=("logprob",), num_candidates=1)
@@ -179,9 +177,9 @@ def test_shards_of_padding_only():
         assert_values(out, logits, targets, 1.0, 0.8, "inclusive")
 
 
-def test_no_rows():
+def test_no_tokens():
     logits = torch.empty(0, 30, requires_grad=True)
-    out = policy_stats(logits, torch.empty(0, dtype=torch.int64), VocabShard(0, 30, 30), top_p=0.8, want=ALL)
+    out = policy_stats(logits, torch.empty(0, dtype=torch.int64), top_p=0.8, want=ALL)
     (gradient,) = torch.autograd.grad(out["logprob"].sum(), logits)
     assert out["nucleus_entropy"].shape == (0,) and gradient.shape == (0, 30)
 
@@ -204,7 +202,7 @@ def nucleus_loss(logits: Tensor, targets: Tensor, shard: VocabShard, **options) 
     return out["logprob"].sum() + 2 * out["entropy"].sum() - 3 * out["nucleus_entropy"].sum()
 
 
-def test_the_backward_of_large_rows_in_many_blocks(monkeypatch):
+def test_the_backward_of_wide_logits_in_many_blocks(monkeypatch):
     monkeypatch.setattr("megatron_ext.ops.logit_passes.BLOCK", 1 << 14)
     monkeypatch.setattr("megatron_ext.ops.logit_passes.GROUP", 1 << 15)
     logits, targets = language_like(16, 5003)
@@ -222,7 +220,8 @@ def test_the_backward_of_large_rows_in_many_blocks(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"logits": torch.zeros(2, 9)}, r"expected \[rows, 8\]"),
+        ({"logits": torch.zeros(2, 9)}, r"expected \[T, 8\]"),
+        ({"logits": torch.zeros(9), "shard": None}, r"expected \[T, V\]"),
         ({"logits": torch.zeros(2, 8, dtype=torch.float16)}, "expected bfloat16, float32 or float64"),
         ({"targets": torch.zeros(3, dtype=torch.int64)}, r"expected int64 \[2\]"),
         ({"want": ("logprob", "entrpy")}, "entrpy"),

@@ -1,4 +1,4 @@
-"""The shipped tiny model's own logits: every output at TP 1, 2 and 4, and the share of rows the windows certify."""
+"""The shipped tiny model's own logits: every output at TP 1, 2 and 4, and the share of tokens that are resolved."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3MoeConfig
 
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.schema import Config, ParallelConfig
-from megatron_ext.model.hf_config import read_architecture
+from megatron_ext.model.architectures import read_architecture
 from megatron_ext.plan import device
 from tests import gloo
 from tests.train import whole_run
@@ -140,7 +140,7 @@ def test_a_full_size_layout_counts_every_group_once() -> None:
     """Qwen3-30B-A3B on 32 ranks: ten groups of more than two ranks, 7.2 GB of buffers by NCCL issue 964."""
     moe = read_architecture(read_hf_config(MODELS / "qwen3-30b-a3b"))
     layout = ParallelConfig(nodes=4, tensor=4, sequence=True, expert=8)
-    config = Config.model_validate({"parallel": layout, "rollout": {"engine": "vllm", "tensor": 4}})
+    config = Config.model_validate({"parallel": layout, "rollout": {"engine": "vllm", "tensor_parallel_size": 4}})
     assert device.communicators(moe, config) == {
         **{"world": 32, "optimizer": 32, "tensor": 4, "data": 8, "data with context": 8},
         **{"expert": 8, "expert tensor and model": 8, "expert data": 4, "engine": 4, "engine, PyNccl": 4},

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.schema import Config, ParallelConfig
-from megatron_ext.model.hf_config import read_architecture
+from megatron_ext.model.architectures import read_architecture
 from megatron_ext.ops.linear_policy_stats import CHUNK_BYTES
 from megatron_ext.plan import device, memory, speed
 from megatron_ext.plan.layout import Plan, make_plan, nearest_fit
@@ -40,7 +40,7 @@ def plan(found: Config, roles: Roles = Roles(), gpu_memory: float = 80e9) -> Pla
 
 def test_the_state_of_a_rank_is_weights_gradients_and_adam() -> None:
     found = plan(config(), Roles(reference=True, critic=True)).ranks[0].phases
-    quarter = 1_904_057_344  # elements of one of four tensor-parallel ranks, norms whole
+    quarter = 1_904_057_344  # elements of one of four tensor-parallel ranks, norms in full
     for phase in PHASES:
         assert found[phase]["weights"] == 2 * quarter
         assert found[phase]["gradients"] == 4 * quarter
@@ -54,9 +54,9 @@ def test_the_state_of_a_rank_is_weights_gradients_and_adam() -> None:
 def test_activations_of_a_dense_layer() -> None:
     p = ParallelConfig(nodes=1, tensor=4, sequence=True)
     D, q, kv, F = 3584, 3584, 512, 18944
-    whole = (4 * D + 3 * q + 3 * kv + 2 * 28 + 5 * F) / 4
-    assert memory.saved_per_token(SEVEN, p, 0, "none") == whole
-    assert memory.saved_per_token(SEVEN, p, 0, "mlp") == whole - (D + 5 * F) / 4
+    per_token = (4 * D + 3 * q + 3 * kv + 2 * 28 + 5 * F) / 4
+    assert memory.saved_per_token(SEVEN, p, 0, "none") == per_token
+    assert memory.saved_per_token(SEVEN, p, 0, "mlp") == per_token - (D + 5 * F) / 4
     assert memory.saved_per_token(SEVEN, p, 0, "full") == D / 4
     without = ParallelConfig(nodes=1, tensor=4)
     assert memory.saved_per_token(SEVEN, without, 0, "full") == D
@@ -88,13 +88,13 @@ def test_the_kv_cache_of_known_models() -> None:
     assert memory.kv_bytes_per_token(SEVEN, config()) == 57_344  # 28 layers x 2 x 4 x 128 x 2 bytes
     cache = memory.kv_cache(SEVEN, config())
     assert cache == pytest.approx(64 * 4096 * 57_344 * 29 / 28)
-    shared = config(rollout={"engine": "vllm", "tensor": 2})
+    shared = config(rollout={"engine": "vllm", "tensor_parallel_size": 2})
     assert memory.kv_capacity(SEVEN, shared, 4096 * 57_344 / 2 * 7.5) == 7
 
 
 def test_the_head_counts_what_is_alive_at_once() -> None:
     tokens, width, D = 16384, 152064 // 4, 3584
-    logits, exchange = 2 * tokens * width * 33 / 32, 4096 * tokens  # and a maximum for every 32 of a row
+    logits, exchange = 2 * tokens * width * 33 / 32, 4096 * tokens  # and a maximum for every 32 of a position
     assert memory.head(SEVEN, config(), grad=False) == logits + 2 * 2 * tokens * D + exchange
     unfused = memory.head(SEVEN, config(), grad=True)
     assert unfused == logits + 2 * width * D + 3 * 2 * tokens * D + exchange
@@ -137,7 +137,7 @@ def test_a_layout_that_does_not_fit_has_a_neighbour_that_does() -> None:
 
 
 def test_an_engine_needs_room_for_a_sequence() -> None:
-    asleep = config(rollout={"engine": "vllm", "tensor": 4})
+    asleep = config(rollout={"engine": "vllm", "tensor_parallel_size": 4})
     roomy = plan(asleep)
     assert roomy.fits and "rollout weights" not in roomy.worst.phases["update"]
     assert roomy.kv_sequences > 500
@@ -146,10 +146,19 @@ def test_an_engine_needs_room_for_a_sequence() -> None:
 
 
 @pytest.mark.parametrize(("eager", "graphs"), [(False, 1.5e9), (True, 0)])
-def test_an_engine_takes_its_share_of_the_total_memory(enforce_eager: bool, graphs: float) -> None:
+def test_an_engine_takes_its_share_of_the_total_memory(eager: bool, graphs: float) -> None:
     """Weights, work, graphs and cache are the share; what else is on the GPU stands beside it."""
     for share in (0.3, 0.6):
-        found = plan(config(rollout={"engine": "vllm", "tensor": 2, "memory_share": share, "eager": enforce_eager}))
+        found = plan(
+            config(
+                rollout={
+                    "engine": "vllm",
+                    "tensor_parallel_size": 2,
+                    "gpu_memory_utilization": share,
+                    "enforce_eager": eager,
+                }
+            )
+        )
         rollout = dict(found.worst.phases["rollout"])
         engine = [rollout.pop(item) for item in ("rollout weights", "rollout work", "KV cache")]
         engine.append(rollout.pop("CUDA graphs", 0))
@@ -199,6 +208,6 @@ def test_every_full_size_recipe_leaves_three_gigabytes_in_every_phase(path: Path
 
 
 def test_servers_have_gpus_of_their_own() -> None:
-    apart = plan(config(rollout={"engine": "vllm_server", "tensor": 2, "servers": {"num": 3}}))
+    apart = plan(config(rollout={"engine": "vllm_server", "tensor_parallel_size": 2, "servers": {"num": 3}}))
     assert not {"rollout weights", "KV cache"} & apart.worst.phases["rollout"].keys()
     assert apart.kv_sequences > 50 and memory.num_engines(apart.config) == 3

@@ -8,7 +8,7 @@ import pytest
 from safetensors import safe_open
 
 from megatron_ext.config.checks import read_hf_config
-from megatron_ext.model.hf_config import read_architecture
+from megatron_ext.model.architectures import read_architecture
 from megatron_ext.plan import sizes
 from megatron_ext.plan.sizes import (
     Parameter,
@@ -62,8 +62,8 @@ def test_active_parameters_are_those_of_a_token() -> None:
 
 def test_shards_of_all_ranks_make_the_model() -> None:
     a = read_architecture(read_hf_config(MODELS / "qwen3-8b-base"))
-    whole = stage_parameters(a, Sharding(), range(36), first=True, last=True)
-    assert sum(p.numel for p in whole) == num_parameters(a)
+    unsharded = stage_parameters(a, Sharding(), range(36), first=True, last=True)
+    assert sum(p.numel for p in unsharded) == num_parameters(a)
     quarter = stage_parameters(a, Sharding(tensor=4), range(36), first=True, last=True)
     norms = 36 * (2 * 4096 + 2 * 128) + 4096  # the same on every rank
     assert 4 * sum(p.numel for p in quarter) - 3 * norms == num_parameters(a)

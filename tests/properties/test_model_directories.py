@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.errors import ConfigError
-from megatron_ext.model.hf_config import read_architecture
+from megatron_ext.model.architectures import read_architecture
 from tests.properties.oddities import SPOILERS, damaged, limits, mutated, to_bytes, to_json
 from tests.tiny import hf_model
 from tools import convert, train

@@ -7,9 +7,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.rollout.rewards import reward_pool
 from megatron_ext.rollout.rewards.reward_pool import RewardPool
 from megatron_ext.rollout.rewards.verify import Outcome
+from megatron_ext.rollout.rewards.worker_pool import NO_VERDICT
 from megatron_ext.types import Problem, Reward
 
 GROUPS: list[dict[str, Any]] = tomllib.loads(Path(__file__).with_name("hostile_answers.toml").read_text())["group"]
@@ -40,7 +40,7 @@ def test_every_answer_earns_its_reward_in_its_time():
         if reward.value != group["reward"]
     ]
     assert not faults, "\n".join(faults)
-    late = [entry for entry, reward in zip(entries, scored, strict=True) if reward.outcome in reward_pool.NO_VERDICT]
+    late = [entry for entry, reward in zip(entries, scored, strict=True) if reward.outcome in NO_VERDICT]
     assert not late, f"above {DEADLINE_S} s or fatal: {late}"
     assert Outcome.TIMEOUT in {reward.outcome for reward in exploded}
     assert elapsed < 2.0 * len(bombs) + 120  # and room for new workers' imports on a busy machine

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.rollout.rewards import reward_pool, verify
+from megatron_ext.rollout.rewards import reward_pool, verify, worker_pool
 from megatron_ext.rollout.rewards.reward_pool import (
     Question,
     RewardPool,
@@ -90,22 +90,22 @@ def test_bombs_cost_themselves_and_nothing_else():
     assert elapsed < 4 * 3 + 120  # four deadlines, and room for imports on a busy machine
 
 
-def record_questions(monkeypatch: pytest.MonkeyPatch, judged: list[Question]) -> None:
-    score = reward_pool._Worker.score
+def record_questions(monkeypatch: pytest.MonkeyPatch, asked: list[Question]) -> None:
+    ask = worker_pool.Worker.ask
 
-    def record(worker: reward_pool._Worker, question: Question, deadline_s: float) -> Outcome:
-        judged.append(question)
-        return score(worker, question, deadline_s)
+    def record(worker: worker_pool.Worker, question: Question, deadline_s: float) -> str:
+        asked.append(question)
+        return ask(worker, question, deadline_s)
 
-    monkeypatch.setattr(reward_pool._Worker, "judge", record)
+    monkeypatch.setattr(worker_pool.Worker, "ask", record)
 
 
-def test_identical_answers_are_judged_once(monkeypatch: pytest.MonkeyPatch):
-    judged: list[Question] = []
-    record_questions(monkeypatch, judged)
+def test_identical_answers_are_asked_once(monkeypatch: pytest.MonkeyPatch):
+    asked: list[Question] = []
+    record_questions(monkeypatch, asked)
     with RewardPool(1, deadline_s=20) as pool:
         assert all_right(pool.score(integers(3) * 8))
-    assert len(judged) == 3 + len(reward_pool.CANARIES)
+    assert len(asked) == 3 + len(reward_pool.CANARIES)
 
 
 def test_no_worker_loads_gmpy2(pool: RewardPool):
@@ -216,17 +216,17 @@ def test_a_verifier_gone_wrong_stops_the_run(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_one_worker_gone_wrong_ends_the_batch_of_the_others(monkeypatch: pytest.MonkeyPatch):
     with RewardPool(2, deadline_s=20) as pool:
-        bad, judged = pool._workers[1], []
-        score = reward_pool._Worker.score
+        bad, asked = pool._workers[1], []
+        ask = worker_pool.Worker.ask
 
-        def record(worker: reward_pool._Worker, question: Question, deadline_s: float) -> Outcome:
-            judged.append(question)
-            return Outcome.TIMEOUT if worker is bad else score(worker, question, deadline_s)
+        def record(worker: worker_pool.Worker, question: Question, deadline_s: float) -> str:
+            asked.append(question)
+            return Outcome.TIMEOUT if worker is bad else ask(worker, question, deadline_s)
 
-        monkeypatch.setattr(reward_pool._Worker, "judge", record)
+        monkeypatch.setattr(worker_pool.Worker, "ask", record)
         with pytest.raises(VerifierError, match="found timeout"):
             pool.score(integers(500))
-    assert len(judged) < 100
+    assert len(asked) < 100
 
 
 @pytest.fixture
@@ -264,12 +264,12 @@ def test_breaker(deadly: int):
 
 @pytest.mark.usefixtures("trusted")
 def test_breaker_does_not_wait_for_the_rest(monkeypatch: pytest.MonkeyPatch):
-    judged: list[Question] = []
-    record_questions(monkeypatch, judged)
+    asked: list[Question] = []
+    record_questions(monkeypatch, asked)
     different = [(Problem(str(n), "", str(n)), r"\boxed{13}") for n in range(40)]
     with RewardPool(2, deadline_s=2, max_timeout_share=0.1) as pool, pytest.raises(VerifierError):
         pool.score(different)
-    assert len([question for question in judged if question.extracted == "13"]) <= 6  # 5 are a share above 0.1
+    assert len([question for question in asked if question.extracted == "13"]) <= 6  # 5 are a share above 0.1
 
 
 def test_workers_do_not_see_the_secrets_of_the_environment(monkeypatch: pytest.MonkeyPatch):
@@ -291,7 +291,7 @@ def test_a_closed_pool_leaves_no_process_and_says_so():
 
 def test_an_orphan_ends_itself():
     """The trainer may be killed while a worker is inside a bomb: the worker must not run for ever."""
-    worker = reward_pool._Worker(orphan_s=1)
+    worker = worker_pool.Worker(reward_pool.program(), orphan_s=1)
     try:
         worker._wait_until_ready()
         worker._stdin.write(b'["(2^{31})!", "4", "math", []]\n')

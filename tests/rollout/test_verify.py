@@ -221,7 +221,7 @@ def test_countdown_values(expression: str, target: str, numbers: tuple[int, ...]
 def test_worker_imports_neither_torch_nor_the_package_and_no_gmpy():
     code = (
         f"import runpy, sys; verify = runpy.run_path({str(Path(verify.__file__))!r}, run_name='worker')\n"
-        "assert verify['judge'](r'\\boxed{1}', '1').correct\n"
+        "assert verify['score'](r'\\boxed{1}', '1').correct\n"
         "import sympy.external.gmpy as ground\n"
         "assert ground.GROUND_TYPES == 'python', ground.GROUND_TYPES\n"
         "print([name for name in ('torch', 'megatron_ext', 'pydantic', 'gmpy2') if name in sys.modules])"

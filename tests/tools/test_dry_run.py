@@ -74,13 +74,13 @@ def test_other_layouts_of_the_experts(overrides: list[str], shards: Shards, tmp_
     assert [str(check) for check in checks if not check.right] == []
     assert len(shards.build(plan)) == plan.config.parallel.pipeline
     outside = 2 * 151936 * 2048 + 2048  # embedding, output layer, final norm
-    assert sum(shard.whole for shard in shards.build(plan)) == outside + (30_532_122_624 - outside) * 8 // 48
+    assert sum(shard.hf_elements for shard in shards.build(plan)) == outside + (30_532_122_624 - outside) * 8 // 48
 
 
 def test_a_tied_embedding_over_two_stages_and_a_padded_vocabulary(shards: Shards) -> None:
     plan, checks = inspect(read_valid(SMALL, ["parallel.pipeline=2", "parallel.tensor=2"]), shards)
     assert all(check.right for check in checks)
-    assert sum(shard.whole for shard in shards.build(plan)) == 1_543_714_304
+    assert sum(shard.hf_elements for shard in shards.build(plan)) == 1_543_714_304
     tiny = ROOT / "recipes" / "siren" / "siren-tiny-cpu.toml"
     assert all(check.right for check in inspect(read_valid(tiny), shards)[1])
 
@@ -88,7 +88,7 @@ def test_a_tied_embedding_over_two_stages_and_a_padded_vocabulary(shards: Shards
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"whole": 1_543_714_303}, "config.json gives 1,543,714,304"),
+        ({"hf_elements": 1_543_714_303}, "config.json gives 1,543,714,304"),
         ({"held": {"weights": 1}}, "weights 1 built, 3,087,"),
         ({"stream": [("model.norm.weight", (1536,))]}, "export: 338 tensors"),
     ],

@@ -176,11 +176,11 @@ def test_an_engine_that_cannot_be_is_told_with_exit_code_2(option: str, capsys: 
     [
         (
             ["--tensor-parallel-size=2"],
-            "--tensor-parallel-size: only vLLM's engine has this, found --engine hf; add --engine vllm",
+            "--tensor-parallel-size: only vllm has this, found --engine hf; add --engine vllm",
         ),
         (
             ["--tensor-parallel-size=1", "--gpu-memory-utilization=.5", "--enforce-eager"],
-            "--tensor-parallel-size, --gpu-memory-utilization, --enforce-eager: only vLLM's engine",
+            "--tensor-parallel-size, --gpu-memory-utilization, --enforce-eager: only vllm has this",
         ),
         (["--engine=vllm", "--tensor-parallel-size=2"], "MODEL: nowhere holds no config.json"),
         (["--label=a", "--label=b"], "--label: found a, b for 1 models"),

@@ -88,12 +88,13 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 FINISHED = """
 import os, signal, sys
 from megatron_ext.train.signals import StopSignals, heed_interrupts
-from tools import ranks, report, train
+from tools import ranks, train
+from tools.report import page
 def write_report(folder):
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         os.kill(os.getpid(), number)
     return "written"
-ranks.run_ranks, report.write_report = lambda *_: 0, write_report
+ranks.run_ranks, page.write_report = lambda *_: 0, write_report
 heed_interrupts()
 StopSignals()
 sys.exit(train.main(sys.argv[1:]))

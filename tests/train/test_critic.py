@@ -21,8 +21,9 @@ from megatron_ext import cpu_compat, methods
 from megatron_ext.checkpoint.checkpoint import Checkpoints
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.schema import Config, CriticConfig, OptimizerConfig, ParallelConfig, RolloutConfig, TrainConfig
-from megatron_ext.model import build, hf_config, hf_weights, parallel
+from megatron_ext.model import architectures, build, hf_weights, parallel
 from megatron_ext.model.critic import build_critic
+from megatron_ext.model.megatron_config import ModelOptions
 from megatron_ext.model.trainable import TrainableModel, TrainingError
 from megatron_ext.train import critic
 from megatron_ext.train.packing import MicroBatches
@@ -69,14 +70,15 @@ def learner_of(case: str, path: str) -> Learner:
         train=TrainConfig(mini_batch_prompts=4, micro_batch_tokens=budget, max_bad_steps=2),
     )
     parallel.initialize(config.parallel)
-    shape: dict[str, Any] = parallel.model_layout(config.parallel) | {"dtype": torch.float32}
-    architecture = hf_config.read_architecture(read_hf_config(path))
+    spread, options = parallel.model_layout(config.parallel), ModelOptions(torch.float32)
+    architecture = architectures.read_architecture(read_hf_config(path))
 
     def fill(modules: list) -> None:
         for module in modules:
             hf_weights.load_weights(module, architecture, path)
 
-    policy, value_model = build.build_policy(architecture, **shape), build_critic(architecture, fill, **shape)
+    policy = build.build_policy(architecture, spread, options)
+    value_model = build_critic(architecture, spread, options, fill=fill)
     fill(policy.modules)
     if parallel.groups.is_last_stage():
         own: Any = value_model.modules[-1].output_layer

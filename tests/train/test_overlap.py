@@ -25,8 +25,9 @@ from megatron_ext.config.schema import (
     TrainConfig,
 )
 from megatron_ext.metrics.display import Watch
-from megatron_ext.model import hf_config, hf_weights, parallel
+from megatron_ext.model import architectures, hf_weights, parallel
 from megatron_ext.model.build import Overlap, build_policy
+from megatron_ext.model.megatron_config import ModelOptions
 from megatron_ext.model.trainable import TrainableModel
 from megatron_ext.train.step import Learner
 from tests import gloo, tiny
@@ -61,10 +62,13 @@ def updates(
         alarms=AlarmsConfig(mismatch=0),  # nothing sampled these episodes
     )
     parallel.initialize(config.parallel)
-    architecture = hf_config.read_architecture(read_hf_config(path))
-    spread = parallel.model_layout(config.parallel)
+    architecture = architectures.read_architecture(read_hf_config(path))
     policy = build_policy(
-        architecture, overlap=overlap, dtype=torch.float32, fused_head=config.model.fused_head, **spread
+        architecture,
+        parallel.model_layout(config.parallel),
+        ModelOptions(torch.float32),
+        overlap=overlap,
+        fused_head=config.model.fused_head,
     )
     for module in policy.modules:
         hf_weights.load_weights(module, architecture, path)

@@ -21,7 +21,8 @@ from megatron_ext.config.schema import (
 )
 from megatron_ext.methods.base import Needs
 from megatron_ext.metrics.display import Watch
-from megatron_ext.model import build, forward, hf_config, hf_weights, parallel
+from megatron_ext.model import architectures, build, forward, hf_weights, parallel
+from megatron_ext.model.megatron_config import ModelOptions
 from megatron_ext.model.reference import Reference
 from megatron_ext.model.trainable import TrainableModel
 from megatron_ext.train.mismatch import MismatchError
@@ -58,9 +59,10 @@ def learner_of(path: str, world: int, method: dict, layout: dict, mini_batch: in
         **options,
     )
     parallel.initialize(spread)
-    architecture = hf_config.read_architecture(read_hf_config(path))
-    shape: dict[str, Any] = parallel.model_layout(spread) | {"dtype": torch.float32}
-    policy, frozen = build.build_policy(architecture, **shape), build.build_reference(architecture, **shape)
+    architecture = architectures.read_architecture(read_hf_config(path))
+    model_layout, model_options = parallel.model_layout(spread), ModelOptions(torch.float32)
+    policy = build.build_policy(architecture, model_layout, model_options)
+    frozen = build.build_reference(architecture, model_layout, model_options)
     for module in policy.modules + frozen.modules:
         hf_weights.load_weights(module, architecture, path)
     for module in frozen.modules:

@@ -26,9 +26,10 @@ from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.schema import ParallelConfig
 from megatron_ext.methods.base import Needs
 from megatron_ext.model import parallel
+from megatron_ext.model.architectures import read_architecture
 from megatron_ext.model.build import build_policy
 from megatron_ext.model.forward import forward
-from megatron_ext.model.hf_config import read_architecture
+from megatron_ext.model.megatron_config import ModelLayout, ModelOptions
 from megatron_ext.train import packing
 from tests import gloo
 
@@ -149,7 +150,7 @@ def megatron_log_probs(rank: int, world: int, source: str, path: str, sequences:
     cpu_compat.enter()
     parallel.initialize(ParallelConfig(ranks_per_node=2, tensor=2))
     architecture = read_architecture(read_hf_config(source))
-    policy = build_policy(architecture, tensor=2, pipeline=1, sequence=False, dtype=torch.float32)
+    policy = build_policy(architecture, ModelLayout(tensor=2), ModelOptions(torch.float32))
     load_model(Path(path), policy.modules)
     stats = forward(policy, [packing.pack(sequences)], Needs(entropy=True), 1.0)
     assert stats is not None and stats[0].entropy is not None

@@ -67,7 +67,7 @@ def found(folder: Path, *overrides: str) -> str:
         (edit("config.json", vocab_size=11), "expected less than config.json's vocab_size 11"),
         (edit("config.json", intermediate_size=16), "the weights do not fit"),
         (edit("config.json", intermediate_size=2**31 - 2), "the weights do not fit"),  # found before it is built
-        (shard, "the file is cut"),
+        (shard, "the file is truncated"),
         (remove("*.safetensors"), "holds neither model.safetensors nor"),
         (write("tokenizer.json", "{}"), "cannot be loaded"),
         (write("chat_template.jinja", "{% for %}"), "chat template cannot be applied to problem"),

@@ -14,8 +14,9 @@ from megatron_ext import cpu_compat
 from megatron_ext.checkpoint.checkpoint import Checkpoints, LoadedState, set_rng
 from megatron_ext.config.schema import ParallelConfig
 from megatron_ext.model import groups, parallel
+from megatron_ext.model.architectures import Architecture
 from megatron_ext.model.build import Policy, build_optimizer, build_policy, build_scheduler
-from megatron_ext.model.hf_config import Architecture
+from megatron_ext.model.megatron_config import ModelOptions
 from megatron_ext.model.param_mapping import stage_mappings
 from megatron_ext.model.trainable import TrainableModel
 
@@ -56,7 +57,7 @@ class Trainer:
         layout = ParallelConfig(ranks_per_node=world, tensor=tensor, pipeline=pipeline)
         parallel.initialize(layout)
         self.layout = {"tensor": tensor, "pipeline": pipeline, "data": layout.data}
-        self.policy: Policy = build_policy(architecture, tensor=tensor, pipeline=pipeline, sequence=False, dtype=dtype)
+        self.policy: Policy = build_policy(architecture, parallel.model_layout(layout), ModelOptions(dtype))
         self.optimizer: Any = build_optimizer(
             self.policy, lr=lr, weight_decay=0.01, beta1=0.9, beta2=0.99, eps=1e-8, clip_grad=1.0
         )
@@ -70,7 +71,7 @@ class Trainer:
             whole = [_whole(name, self.policy.architecture, seed) for name in mapping.hf]
             yield (
                 parameters[mapping.megatron],
-                mapping.layout.shard(whole, groups.tensor().rank(), groups.tensor().size()),
+                mapping.sharding.shard(whole, groups.tensor().rank(), groups.tensor().size()),
             )
 
     def fill(self, seed: int) -> Trainer:
@@ -129,7 +130,7 @@ class Trainer:
             for mapping in stage_mappings(architecture, self.policy.stages, stage):
                 for kind in ("weight", "param", "exp_avg", "exp_avg_sq"):
                     parts = [held[stage, r][kind, mapping.megatron] for r in range(groups.tensor().size())]
-                    for name, value in zip(mapping.hf, mapping.layout.join(parts), strict=True):
+                    for name, value in zip(mapping.hf, mapping.sharding.join(parts), strict=True):
                         assert torch.equal(found.setdefault(f"{kind} {name}", value), value), (kind, name)
         return found
 

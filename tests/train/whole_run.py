@@ -19,7 +19,7 @@ from typing import Any
 from megatron_ext.config.loading import load_config
 from megatron_ext.rollout.rewards.verify import VERIFIERS, extract
 from megatron_ext.train import loop
-from megatron_ext.types import Problem, Reward
+from megatron_ext.types import Problem, Reward, Sample
 from tests import gloo
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -43,6 +43,9 @@ class Judge:
 
     def score(self, answers: Sequence[tuple[Problem, str]]) -> list[Reward]:
         return [self.reward(problem, response) for problem, response in answers]
+
+    def score_samples(self, samples: Sequence[tuple[Problem, Sample]]) -> list[Reward]:
+        return self.score([(problem, sample.text) for problem, sample in samples])
 
     def reward(self, problem: Problem, response: str) -> Reward:
         boxed = extract(response)

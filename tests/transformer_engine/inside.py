@@ -36,9 +36,9 @@ from megatron_ext import cpu_compat  # noqa: E402
 from megatron_ext.checkpoint.checkpoint import Checkpoints  # noqa: E402
 from megatron_ext.config.checks import read_hf_config as read_json  # noqa: E402
 from megatron_ext.config.schema import Config, OptimizerConfig, ParallelConfig  # noqa: E402
-from megatron_ext.model import hf_config, hf_weights, kernels, layers, parallel  # noqa: E402
+from megatron_ext.model import architectures, hf_weights, kernels, layers, parallel  # noqa: E402
 from megatron_ext.model.build import Policy, build_policy  # noqa: E402
-from megatron_ext.model.megatron_config import Fusions  # noqa: E402
+from megatron_ext.model.megatron_config import Fusions, ModelOptions  # noqa: E402
 from megatron_ext.model.trainable import TrainableModel  # noqa: E402
 from tests import gloo  # noqa: E402
 from tests.train.tiny_run import TINY as ARCHITECTURE  # noqa: E402
@@ -54,9 +54,9 @@ def policy_of(world: int, path: str, layout: Mapping[str, Any]) -> Policy:
     assert layers.have_transformer_engine()
     config = ParallelConfig(ranks_per_node=world, **layout)
     parallel.initialize(config)
-    architecture = hf_config.read_architecture(read_json(path))
-    spread = parallel.model_layout(config)
-    return build_policy(architecture, overlap=parallel.overlap(config), dtype=torch.float32, fusions=fusions, **spread)
+    architecture = architectures.read_architecture(read_json(path))
+    options = ModelOptions(torch.float32, fusions=fusions)
+    return build_policy(architecture, parallel.model_layout(config), options, overlap=parallel.overlap(config))
 
 
 def names(rank: int, world: int, cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
-"""The tables between Hugging Face and Megatron are held against Transformer Engine's own source.
+"""The parameter mapping between Hugging Face and Megatron is held against Transformer Engine's own source.
 
-Megatron-Core builds its GPTModel from its Transformer Engine layer spec; names, shapes and places in a checkpoint are
-those of these modules, not of a list written here.
+Megatron-Core builds its GPTModel from its Transformer Engine layer spec; names, shapes and locations in a checkpoint
+are those of these modules, not of a list written here.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from megatron_ext.config.checks import read_hf_config
-from megatron_ext.model import hf_config
-from megatron_ext.model.hf_config import Architecture
+from megatron_ext.model import architectures
+from megatron_ext.model.architectures import Architecture
 from megatron_ext.model.param_mapping import ParamMapping, mappings
 from megatron_ext.model.tp_sharding import Vocabulary
 from tests import tiny
@@ -46,9 +46,9 @@ def found(layout: str) -> list[list[dict[str, Any]]]:
 
 
 def expected(kind: str, layout: str, rank: int) -> tuple[Architecture, list[ParamMapping], int]:
-    """The architecture, this rank's rules, and over how many ranks its tensors are cut."""
+    """The architecture, this rank's mappings, and over how many ranks its tensors are sharded."""
     world, options = LAYOUTS[layout]
-    architecture = hf_config.read_architecture(read_hf_config(directory(kind)))
+    architecture = architectures.read_architecture(read_hf_config(directory(kind)))
     experts = None
     if architecture.experts is not None and "expert" in options:
         own = architecture.experts.num // world
@@ -59,7 +59,7 @@ def expected(kind: str, layout: str, rank: int) -> tuple[Architecture, list[Para
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_parameters_are_those_of_the_tables(kind: str, layout: str) -> None:
+def test_parameters_are_those_of_the_mapping(kind: str, layout: str) -> None:
     for rank, models in enumerate(found(layout)):
         model = models[KINDS.index(kind)]
         assert "transformer_engine.pytorch.module.layernorm_linear" in model["classes"]
@@ -68,32 +68,32 @@ def test_parameters_are_those_of_the_tables(kind: str, layout: str) -> None:
         assert model["parameters"].keys() == {mapping.megatron for mapping in own}
         tensor = LAYOUTS[layout][1].get("tensor", 1)
         for mapping in own:
-            whole = padded(mapping, tensor)
-            parts = math.prod(whole) // math.prod(model["parameters"][mapping.megatron])
+            full = padded(mapping, tensor)
+            parts = math.prod(full) // math.prod(model["parameters"][mapping.megatron])
             shard = not mapping.megatron.endswith(("norm.weight", "norm_weight", "router.weight"))
             assert parts == (tensor if shard else 1), mapping.megatron
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_has_them_where_the_tables_say(kind: str, layout: str) -> None:
-    """Every tensor under the key, of the global shape and at the index of its rule; together they are the model."""
+def test_a_checkpoint_has_them_where_the_mapping_says(kind: str, layout: str) -> None:
+    """Every tensor under the key, of the global shape and at the index of its mapping; together they are the model."""
     tensor = LAYOUTS[layout][1].get("tensor", 1)
     covered: dict[tuple, set] = {}
     for rank, models in enumerate(found(layout)):
         architecture, own, _ = expected(kind, layout, rank)
-        places = {(mapping.key, mapping.index): mapping for mapping in own if not duplicate(architecture, mapping)}
+        by_location = {(mapping.key, mapping.index): mapping for mapping in own if not duplicate(architecture, mapping)}
         for key, global_shape, offset, local_shape in models[KINDS.index(kind)]["tensors"]:
             index = tuple(offset[: len(offset) - len(local_shape)])
-            mapping = places[key, index]
+            mapping = by_location[key, index]
             assert tuple(global_shape) == (*mapping.stacked, *padded(mapping, tensor)), key
             covered.setdefault((key, index), set()).add((tuple(offset), tuple(local_shape)))
-        assert all(place in covered for place in places)
+        assert all(location in covered for location in by_location)
     _, everything, _ = expected(kind, "TP 1", 0)
     sizes = {(mapping.key, mapping.index): math.prod(padded(mapping, tensor)) for mapping in everything}
     assert covered.keys() == sizes.keys()
-    for place, pieces in covered.items():
-        assert sum(math.prod(shape) for _, shape in pieces) == sizes[place], place
+    for location, pieces in covered.items():
+        assert sum(math.prod(shape) for _, shape in pieces) == sizes[location], location
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -118,7 +118,7 @@ def test_sixteen_experts_have_sixteen_extra_states() -> None:
 
 def padded(mapping: ParamMapping, tensor: int) -> tuple[int, ...]:
     """The parameter's shape in the unsharded model, its vocabulary padded as under that many ranks."""
-    if isinstance(mapping.layout, Vocabulary):
+    if isinstance(mapping.sharding, Vocabulary):
         return (-(-mapping.shape[0] // tensor) * tensor, *mapping.shape[1:])
     return mapping.shape
 

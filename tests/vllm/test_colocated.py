@@ -59,13 +59,14 @@ def rollouts(rank: int, world: int, folders: list[Path], shared: int) -> list[tu
     from megatron_ext import cpu_compat
     from megatron_ext.config.checks import read_hf_config
     from megatron_ext.config.schema import ParallelConfig
-    from megatron_ext.model import build, hf_config, hf_weights, parallel
+    from megatron_ext.model import architectures, build, hf_weights, parallel
+    from megatron_ext.model.megatron_config import ModelLayout, ModelOptions
     from megatron_ext.rollout.vllm.engine import VLLMEngine
 
     cpu_compat.enter()
     parallel.initialize(ParallelConfig(ranks_per_node=world, tensor=world))
-    architecture = hf_config.read_architecture(read_hf_config(folders[0]))
-    policy = build.build_policy(architecture, tensor=world, pipeline=1, sequence=False, dtype=torch.float32)
+    architecture = architectures.read_architecture(read_hf_config(folders[0]))
+    policy = build.build_policy(architecture, ModelLayout(tensor=world), ModelOptions(torch.float32))
     engine = VLLMEngine(folders[0], dtype="float32", max_tokens=200, tensor_parallel_size=shared, enforce_eager=True)
     KEPT.append(engine)
     mine = requests(11)[rank::world]
@@ -161,7 +162,7 @@ def test_the_model_runner_is_reported(capfd: pytest.CaptureFixture[str]) -> None
     [(modules, reported, metrics, variable)] = gloo_alone("runner")
     assert modules == ["vllm.v1.worker.cpu_model_runner"] and variable is None
     assert reported == 1 and metrics == {"vllm/model_runner": 1.0}
-    assert capfd.readouterr().out.count("rollout: vLLM draws with its model runner V1\n") == 1
+    assert capfd.readouterr().out.count("rollout: vLLM samples with its model runner V1\n") == 1
 
 
 def test_the_model_runner_is_the_configured_one() -> None:

@@ -1,6 +1,6 @@
 """Benchmarks that check before they time.
 
-    megatron-entropy bench ops [--device cpu|cuda] [--tp N] [--rows 256] [--vocab 151936 32000] [--dtype float32]
+    megatron-entropy bench ops [--device cpu|cuda] [--tp N] [--tokens 256] [--vocab 151936 32000] [--dtype float32]
     megatron-entropy bench ops --count      launches, synchronisations, bytes and compiled kernels, on any machine
     megatron-entropy bench rollout [--engines hf vllm vllm_server] [--steps 8]        (tools/bench/rollout.py)
 
@@ -14,11 +14,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from megatron_ext.rollout.registry import ENGINES
+
 from .. import module_of
 from ..arguments import command_parser
 from ..ranks import launched, run_ranks
-
-ENGINES = ["hf", "vllm", "vllm_server"]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("what", choices=["ops", "rollout"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(%(default)s)")
     parser.add_argument("--tp", type=int, default=1, help="ranks that share the vocabulary, all on this machine")
-    parser.add_argument("--rows", type=int, default=256, help="token positions (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=256, help="token positions (%(default)s)")
     parser.add_argument("--vocab", type=int, nargs="+", default=[151_936, 32_000], help="tokens of the vocabulary")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--top-p", type=float, default=0.8, help="of the nucleus (%(default)s)")
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
         "--count", action="store_true", help="of ops: count what a GPU would be asked for, time nothing"
     )
     parser.add_argument("--out", default="runs/bench", help="folder (%(default)s)")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, help="of rollout")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="of rollout")
     parser.add_argument("--steps", type=int, default=8, help="of rollout: of every run")
     parser.add_argument("--compile", action="store_true", help="of rollout: vLLM compiles")
     options = parser.parse_args(arguments)

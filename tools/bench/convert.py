@@ -25,8 +25,8 @@ from rich.table import Table
 from torch import Tensor
 
 from megatron_ext.config.checks import read_hf_config
+from megatron_ext.model.architectures import read_architecture
 from megatron_ext.model.export import write_hf
-from megatron_ext.model.hf_config import read_architecture
 from megatron_ext.model.param_mapping import Shape, hf_shapes
 from megatron_ext.model.safetensors_dir import SafetensorsDir
 
@@ -88,7 +88,7 @@ def same(left: Path, right: Path, shapes: dict[str, Shape]) -> None:
     """Raises RuntimeError naming the first tensor that differs."""
     one, other = SafetensorsDir(left), SafetensorsDir(right)
     for name in shapes:
-        if not torch.equal(one.part(name)[:].view(torch.int16), other.part(name)[:].view(torch.int16)):
+        if not torch.equal(one.tensor(name)[:].view(torch.int16), other.tensor(name)[:].view(torch.int16)):
             raise RuntimeError(f"{name} did not return bitwise")
 
 

@@ -28,11 +28,11 @@ WANTED = {
 
 @dataclass(frozen=True)
 class Count:
-    """Forward and backward of one call on one rank. Gigabytes are counted from shapes, with no row to be searched."""
+    """Forward and backward of one call on one rank. Gigabytes are counted from shapes, with no token to be searched."""
 
     outputs: str
     tp: int
-    rows: int
+    tokens: int
     columns: int
     launches: int
     collectives: int
@@ -43,13 +43,13 @@ class Count:
     sent_bytes_per_token: float
 
 
-def count(outputs: str, tp: int, rows: int, vocab: int, dtype: torch.dtype) -> tuple[Count, list[Launch]]:
-    width, want = -(-vocab // tp), WANTED[outputs]
+def count(outputs: str, tp: int, T: int, vocab: int, dtype: torch.dtype) -> tuple[Count, list[Launch]]:
+    want = WANTED[outputs]
     with world_of(tp) as group:
-        shard = VocabShard(0, width, vocab, group if tp > 1 else None)
-        logits = torch.empty(rows, width, dtype=dtype, device="meta").requires_grad_()
-        targets = torch.empty(rows, dtype=torch.int64, device="meta")
-        upstream = [torch.empty(rows, device="meta") for _ in want]
+        shard = VocabShard.for_vocab(vocab, group if tp > 1 else None)
+        logits = torch.empty(T, shard.width, dtype=dtype, device="meta").requires_grad_()
+        targets = torch.empty(T, dtype=torch.int64, device="meta")
+        upstream = [torch.empty(T, device="meta") for _ in want]
 
         def call() -> None:
             out = policy_stats(logits, targets, shard, temperature=0.6, top_p=0.8, want=want, grad=want)
@@ -60,29 +60,29 @@ def count(outputs: str, tp: int, rows: int, vocab: int, dtype: torch.dtype) -> t
     found = Count(
         outputs=outputs,
         tp=tp,
-        rows=rows,
-        columns=width,
+        tokens=T,
+        columns=shard.width,
         launches=len(launches),
         collectives=sum(launch.kind == "collective" for launch in launches),
         host_copies=sum(launch.kind == "host copy" for launch in launches),
         by_name=dict(Counter(launch.name for launch in launches)),
-        gigabytes=sum(_bytes(launch, rows, width, dtype.itemsize) for launch in launches) / 1e9,
-        floor_gigabytes=3 * rows * width * dtype.itemsize / 1e9,
-        sent_bytes_per_token=sent / rows,
+        gigabytes=sum(_bytes(launch, T, shard.width, dtype.itemsize) for launch in launches) / 1e9,
+        floor_gigabytes=3 * T * shard.width * dtype.itemsize / 1e9,
+        sent_bytes_per_token=sent / T,
     )
     return found, launches
 
 
-def _bytes(launch: Launch, rows: int, width: int, element: int) -> float:
-    """Read from and written to device memory. The window looks into at most two tiles of groups where maxima decide."""
+def _bytes(launch: Launch, T: int, width: int, element: int) -> float:
+    """Read from and written to device memory. Candidates come from at most two tiles of groups where maxima decide."""
     groups = -(-width // summary.GROUP)
     looked_at = min(width, 2 * implementation.TILE * summary.GROUP)
     tensors = {
-        "summary_kernel": width * element + (2 * groups if dict(launch.options).get("MAXIMA") else 0),
-        "window_kernel": 3 * 2 * groups + looked_at * element,
+        "summary_kernel": width * element + (2 * groups if dict(launch.options).get("WITH_MAXIMA") else 0),
+        "candidates_kernel": 3 * 2 * groups + looked_at * element,
         "gradient_kernel": 2 * width * element,
     }
-    return rows * (tensors.get(launch.name, 0) + 100)  # 100: the row's own numbers, read or written once
+    return T * (tensors.get(launch.name, 0) + 100)  # 100: the token's own numbers, read or written once
 
 
 def _sent(launch: Launch) -> int:
@@ -97,8 +97,8 @@ def run(options: argparse.Namespace) -> int:
     for vocab in options.vocab:
         for outputs in WANTED:
             for tp in WIDTHS:
-                for rows in (1024, 16_384):
-                    found, launches = count(outputs, tp, rows, vocab, torch.bfloat16)
+                for T in (1024, 16_384):
+                    found, launches = count(outputs, tp, T, vocab, torch.bfloat16)
                     counts.append(found)
                     kernels |= {launch.name: launch for launch in launches if launch.kind == "kernel"}
     found = [compiled(launch, capability) for launch in kernels.values() for capability in CAPABILITIES]
@@ -119,12 +119,12 @@ def table(counts: list[Count]) -> list[str]:
         "forward + backward, bf16; launches include the collectives; a synchronisation is a copy from the host or a "
         "number read back",
         f"{'':30}{'V':>8}{'TP':>4}{'T':>8}{'launches':>10}{'collectives':>13}{'syncs':>7}{'GB':>8}{'x floor':>9}"
-        f"{'sent B/row':>12}",
+        f"{'sent B/token':>14}",
     ]
     for c in counts:
         lines.append(
-            f"{c.outputs:30}{c.columns * c.tp:8}{c.tp:4}{c.rows:8}{c.launches:10}{c.collectives:13}{c.host_copies:7}"
-            f"{c.gigabytes:8.2f}{c.gigabytes / c.floor_gigabytes:9.2f}{c.sent_bytes_per_token:12.0f}"
+            f"{c.outputs:30}{c.columns * c.tp:8}{c.tp:4}{c.tokens:8}{c.launches:10}{c.collectives:13}{c.host_copies:7}"
+            f"{c.gigabytes:8.2f}{c.gigabytes / c.floor_gigabytes:9.2f}{c.sent_bytes_per_token:14.0f}"
         )
     return lines
 

@@ -29,7 +29,7 @@ WANT = {
     "log-prob + nucleus": ("logprob", "nucleus_entropy"),
     "log-prob + entropy + nucleus": ("logprob", "entropy", "nucleus_entropy"),
 }
-CHECKED_ROWS = 8
+CHECKED_TOKENS = 8
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Table:
     device: str
     dtype: str
     tp: int
-    rows: int
+    tokens: int
     vocab: int
     floor_ms: float
     lines: list[Line]
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
                 return 1
             bench.measure(lines)
             lines += [Line(name, False, note=why) for name, why in missing.items()]
-            table = Table(options.device, dtype, world, options.rows, vocab, bench.floor_ms(), lines)
+            table = Table(options.device, dtype, world, options.tokens, vocab, bench.floor_ms(), lines)
             tables.append(table)
             if rank == 0:
                 print(_text(table))
@@ -91,9 +91,8 @@ class _Bench:
         self, options: argparse.Namespace, vocab: int, dtype: torch.dtype, found: dict[str, Peer], rank: int, world: int
     ) -> None:
         self.options, self.vocab, self.dtype, self.world = options, vocab, dtype, world
-        width = -(-vocab // world)
-        self.shard = VocabShard(rank * width, (rank + 1) * width, vocab, dist.group.WORLD if world > 1 else None)
-        full, targets = language_like(options.rows, width * world, dtype)
+        self.shard = VocabShard.for_vocab(vocab, dist.group.WORLD if world > 1 else None)
+        full, targets = language_like(options.tokens, self.shard.width * world, dtype)
         full[:, vocab:] = -torch.inf
         self.full, self.targets = full, targets.clamp_max(vocab - 1).to(options.device)
         self.logits = full[:, self.shard.start : self.shard.stop].contiguous().to(options.device)
@@ -116,7 +115,7 @@ class _Bench:
         return lambda logits: peer(logits, self.targets, self.vocab, dist.group.WORLD)
 
     def check(self) -> tuple[list[Line], list[str]]:
-        """Every operator once, against fp64 on the first rows; what of ours is wrong, in words."""
+        """Every operator once, against fp64 on the first tokens; what of ours is wrong, in words."""
         lines, wrong = [], []
         for name in list(self.calls):
             line = Line(name, name in WANT)
@@ -131,7 +130,7 @@ class _Bench:
                 continue
             line.error, line.gradient_error = self._errors(outputs, gradient)
             if line.ours:
-                line.resolved = 1 - self.unresolved / self.options.rows if "nucleus" in name else None
+                line.resolved = 1 - self.unresolved / self.options.tokens if "nucleus" in name else None
                 limit = 2e-5, (2**-7 if self.dtype == torch.bfloat16 else 1e-4)
                 if not (line.error <= limit[0] and line.gradient_error <= limit[1]):
                     wrong.append(f"{name}: value error {line.error:.2e}, gradient error {line.gradient_error:.2e}")
@@ -141,9 +140,9 @@ class _Bench:
         return lines, sorted({text for part in every for text in part})
 
     def _errors(self, outputs: Outputs, gradient: Tensor) -> tuple[float, float]:
-        rows = slice(0, CHECKED_ROWS)
-        truth = self.full[rows, : self.vocab].double().requires_grad_()
-        targets = self.targets[rows].cpu()
+        tokens = slice(0, CHECKED_TOKENS)
+        truth = self.full[tokens, : self.vocab].double().requires_grad_()
+        targets = self.targets[tokens].cpu()
         mask = reference.nucleus_mask(truth, self.options.top_p)
         expected = {
             "logprob": reference.logprob(truth, targets),
@@ -154,8 +153,10 @@ class _Bench:
         (d_truth,) = torch.autograd.grad(loss, truth)
         own = slice(self.shard.start, self.shard.start + self.shard.real)
         d_truth = d_truth[:, own]
-        got = gradient[rows, : self.shard.real].cpu().double()
-        values = [(outputs[name][rows].detach().cpu().double() - expected[name]).abs().max().item() for name in outputs]
+        got = gradient[tokens, : self.shard.real].cpu().double()
+        values = [
+            (outputs[name][tokens].detach().cpu().double() - expected[name]).abs().max().item() for name in outputs
+        ]
         return max(values), ((got - d_truth).abs().max() / d_truth.abs().max().clamp_min(1e-3)).item()
 
     def step(self, name: str) -> tuple[Outputs, Tensor]:
@@ -188,7 +189,7 @@ class _Bench:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), _exchanged() as seen:
             outputs = self.calls[line.name](leaf)
         line.saved_bytes_per_element = sum(saved.values()) / elements
-        line.exchanged_bytes_per_token, line.collectives = sum(seen) / self.options.rows, len(seen)
+        line.exchanged_bytes_per_token, line.collectives = sum(seen) / self.options.tokens, len(seen)
         del outputs
         with _peak(self.options.device) as peak:
             self.step(line.name)
@@ -216,20 +217,20 @@ class _Bench:
         return statistics.median(copies[1:]) * 3 / 2
 
 
-def language_like(rows: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Zipf-like rows from nearly certain to open (entropy about 0 to 5 nats); every other target is the likeliest."""
+def language_like(T: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Zipf-like logits from nearly certain to open (entropy about 0 to 5 nats); every other target is the likeliest."""
     g = torch.Generator().manual_seed(0)
     order = torch.randperm(vocab, generator=g)
     log_rank = torch.empty(vocab).scatter_(0, order, torch.arange(1, vocab + 1).log())
-    logits = torch.randn(rows, vocab, generator=g)
-    shift = torch.randint(vocab, (rows,), generator=g)
-    for row in range(rows):
-        steepness = 1.3 + 2.7 * row / max(rows - 1, 1)
-        logits[row] -= steepness * log_rank.roll(int(shift[row]))
-        logits[row] += 16 - logits[row].max()
-    logits = logits[torch.randperm(rows, generator=g)].to(dtype)
-    targets = torch.randint(vocab, (rows,), generator=g)
-    return logits, torch.where(torch.arange(rows) % 2 == 0, logits.float().argmax(-1), targets)
+    logits = torch.randn(T, vocab, generator=g)
+    shift = torch.randint(vocab, (T,), generator=g)
+    for token in range(T):
+        steepness = 1.3 + 2.7 * token / max(T - 1, 1)
+        logits[token] -= steepness * log_rank.roll(int(shift[token]))
+        logits[token] += 16 - logits[token].max()
+    logits = logits[torch.randperm(T, generator=g)].to(dtype)
+    targets = torch.randint(vocab, (T,), generator=g)
+    return logits, torch.where(torch.arange(T) % 2 == 0, logits.float().argmax(-1), targets)
 
 
 @contextmanager
@@ -283,30 +284,30 @@ def _status(name: str) -> int:
 
 def _text(table: Table) -> str:
     head = (
-        f"\n{table.device}, {table.dtype}, TP {table.tp}, T={table.rows}, V={table.vocab}, forward + backward, median; "
-        f"floor (3 passes over the shard at copy speed) {table.floor_ms:.1f} ms\n"
+        f"\n{table.device}, {table.dtype}, TP {table.tp}, T={table.tokens}, V={table.vocab}, forward + backward, "
+        f"median; floor (3 passes over the shard at copy speed) {table.floor_ms:.1f} ms\n"
     )
     base = next((line for line in table.lines if line.name == "verl pair" and line.times), None)
-    rows = [
-        f"{'':30}{'ms':>8}{'x verl':>8}{'x floor':>8}{'saved':>8}{'peak':>8}{'sent':>9}{'coll':>5}{'certif':>8}"
+    text = [
+        f"{'':30}{'ms':>8}{'x verl':>8}{'x floor':>8}{'saved':>8}{'peak':>8}{'sent':>9}{'coll':>5}{'resolved':>9}"
         f"{'error':>10}{'d error':>10}"
     ]
     for line in table.lines:
         if not line.times:
-            rows.append(f"{line.name:30}  {line.note}")
+            text.append(f"{line.name:30}  {line.note}")
             continue
-        rows.append(
+        text.append(
             f"{line.name:30}{line.milliseconds:8.1f}{speedup(base, line):8.2f}"
             f"{line.milliseconds / table.floor_ms:8.2f}{line.saved_bytes_per_element:8.2f}"
             f"{line.peak_bytes_per_element:8.2f}{line.exchanged_bytes_per_token:9.0f}{line.collectives:5}"
-            f"{'' if line.resolved is None else format(line.resolved, '.3f'):>8}{line.error:10.1e}"
+            f"{'' if line.resolved is None else format(line.resolved, '.3f'):>9}{line.error:10.1e}"
             f"{line.gradient_error:10.1e}"
         )
     by_name = {line.name: line for line in table.lines}
     added = 1 / speedup(by_name["log-prob + entropy"], by_name["log-prob + entropy + nucleus"]) - 1
-    rows.append("saved, peak: bytes per element of the shard; sent: bytes per token and rank")
-    rows.append(f"the nucleus adds {added:.0%} to log-prob + entropy (median of the repetitions' ratios)")
-    return head + "\n".join(rows)
+    text.append("saved, peak: bytes per element of the shard; sent: bytes per token and rank")
+    text.append(f"the nucleus adds {added:.0%} to log-prob + entropy (median of the repetitions' ratios)")
+    return head + "\n".join(text)
 
 
 def speedup(base: Line | None, line: Line) -> float:
@@ -328,5 +329,5 @@ def _write(options: argparse.Namespace, tables: list[Table]) -> None:
 
 
 def _bars(table: Table) -> tuple[str, list[tuple[str, float, bool]]]:
-    title = f"{table.device} {table.dtype}, TP {table.tp}, {table.rows} x {table.vocab}: milliseconds"
+    title = f"{table.device} {table.dtype}, TP {table.tp}, {table.tokens} x {table.vocab}: milliseconds"
     return title, [(line.name, line.milliseconds, line.ours) for line in table.lines if line.times]

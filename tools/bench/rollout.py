@@ -107,7 +107,7 @@ def measured(folder: Path, model: Path, engine: str, length: int, options: argpa
 
 def parameters(model: Path) -> int:
     from megatron_ext.config.checks import read_hf_config
-    from megatron_ext.model.hf_config import read_architecture
+    from megatron_ext.model.architectures import read_architecture
     from megatron_ext.plan.sizes import num_parameters
 
     return num_parameters(read_architecture(read_hf_config(model)))

@@ -1,1 +1,1 @@
-"""Triton kernels of the row work: the only place of this repository that imports triton."""
+"""Triton kernels of the operators: the only place of this repository that imports triton."""

@@ -1,13 +1,14 @@
 """The operators' work on a GPU (backend.py::Implementation): launches of the kernels and the exchanges between them.
 
-The number of launches is the same for any number of rows, and nothing is read back to the host: rows that their windows
-do not decide are searched by kernels that are always launched and end at once for all other rows.
+The number of launches is the same for any number of tokens, and nothing is read back to the host: tokens that their
+candidates do not resolve are searched by kernels that are always launched and end at once for all others.
 
                              launches at TP > 1 (collectives among them)      at TP 1
     without a nucleus        summary, gather, outputs                         summary, outputs
-    with one, bf16           summary, window, all-to-all, decide, gather,     summary, window, decide,
-                             4 x (search, gather), sums, gather, outputs      4 x search, sums, outputs
-    with one, fp32           no window: 8 rounds search all rows
+    with one, bf16           summary, candidates, all-to-all, decide,         summary, candidates, decide,
+                             gather, 4 x (search, gather), sums, gather,      4 x search, sums, outputs
+                             outputs
+    with one, fp32           no candidates: 8 rounds search all tokens
     backward                 gradient
 """
 
@@ -22,10 +23,10 @@ from torch import Tensor
 
 from megatron_ext.ops.collectives import all_gather, all_to_all, group_rank, group_size
 from megatron_ext.ops.kernels import gradient, nucleus, outputs, summary
+from megatron_ext.ops.kernels.columns import AT_COLUMNS, GLOBAL_COLUMNS, SHARD_COLUMNS, STATE_COLUMNS
 from megatron_ext.ops.options import Forward, Options
 
-SUMS = 4  # fp32 a row: maximum, total, moment, target's logit
-GROUPS_AT_ONCE = 256  # maxima a window program reads at once
+GROUPS_AT_ONCE = 256  # maxima a candidates program reads at once
 TILE = 64  # groups whose columns it counts at once
 
 
@@ -66,19 +67,19 @@ def backward(
     gradient.gradient_kernel[(len(out), triton.cdiv(out.shape[1], gradient.COLUMNS))](
         logits, logits.stride(0), targets, options.shard.start, scale, scale.stride(0), numbers,
         out, out.stride(0), options.shard.real, out.shape[1], *pointers,
-        LOGPROB=present[0], ENTROPY=present[1], INSIDE=present[2], TARGET=present[3], KEEP_EQUAL=_keep_equal(options),
-        NUMBERS=numbers.shape[1], COLUMNS=gradient.COLUMNS, num_warps=gradient.WARPS,
+        OF_LOGPROB=present[0], OF_ENTROPY=present[1], OF_INSIDE=present[2], OF_TARGET=present[3],
+        KEEP_EQUAL=_keep_equal(options), NUMBERS=numbers.shape[1], COLUMNS=gradient.COLUMNS, num_warps=gradient.WARPS,
     )  # fmt: skip
 
 
 def _plain(logits: Tensor, targets: Tensor, scale: Tensor, options: Options) -> Forward:
     T, group = len(logits), options.shard.group
-    sums = torch.empty((T, SUMS), dtype=torch.float32, device=logits.device)
+    sums = torch.empty((T, SHARD_COLUMNS.value), dtype=torch.float32, device=logits.device)
     _summarise(logits, targets, scale, options, sums, None)
-    numbers, logprob, entropy = torch.empty_like(sums), *_rows(T, 2, logits)
-    outputs.outputs_kernel[(triton.cdiv(T, outputs.ROWS),)](
+    numbers, logprob, entropy = torch.empty_like(sums), *_per_token(T, 2, logits)
+    outputs.outputs_kernel[(triton.cdiv(T, outputs.TOKENS),)](
         all_gather(sums, group), scale, scale.stride(0), numbers, logprob, entropy, T,
-        WORLD=group_size(group), ROWS=outputs.ROWS, num_warps=outputs.WARPS,
+        WORLD=group_size(group), TOKENS=outputs.TOKENS, num_warps=outputs.WARPS,
     )  # fmt: skip
     return Forward({"logprob": logprob, "entropy": entropy}, (numbers,), None)
 
@@ -86,33 +87,33 @@ def _plain(logits: Tensor, targets: Tensor, scale: Tensor, options: Options) -> 
 def _summarise(
     logits: Tensor, targets: Tensor, scale: Tensor, options: Options, sums: Tensor, maxima: Tensor | None
 ) -> None:
-    """The row's sums into the first four fp32 of each row of ``sums``; the groups' maxima where there is room."""
+    """Each token's sums into the first four fp32 of ``sums``; the groups' maxima where there is room."""
     summary.summary_kernel[(len(logits),)](
         logits, logits.stride(0), targets, options.shard.start, scale, scale.stride(0), sums, sums.stride(0),
         sums if maxima is None else maxima, options.shard.real,
-        MOMENT=options.moment, MAXIMA=maxima is not None, COLUMNS=summary.COLUMNS, GROUP=summary.GROUP,
+        WITH_MOMENT=options.moment, WITH_MAXIMA=maxima is not None, COLUMNS=summary.COLUMNS, GROUP=summary.GROUP,
         num_warps=summary.WARPS,
     )  # fmt: skip
 
 
 def _decide(logits: Tensor, targets: Tensor, scale: Tensor, options: Options) -> Tensor:
-    """Sums and windows to the rows' owners, their decisions to everybody: ``numbers`` ``[T, 8]``."""
+    """Sums and candidates to the tokens' owners, their decisions to everybody: ``numbers`` ``[T, 8]``."""
     assert options.rule is not None
     T, shard, device = len(logits), options.shard, logits.device
     world, keys = group_size(shard.group), triton.next_power_of_2(2 * options.num_candidates)
     own = triton.cdiv(T, world)
-    words = torch.empty((world, own, SUMS + 1 + keys // 2), dtype=torch.int32, device=device)
-    rows = words.flatten(0, 1)
+    words = torch.empty((world, own, SHARD_COLUMNS.value + 1 + keys // 2), dtype=torch.int32, device=device)
+    sent = words.flatten(0, 1)
     maxima = torch.empty((T, triton.cdiv(shard.real, summary.GROUP)), dtype=torch.int16, device=device)
     assert maxima.shape[1] <= 32768, shard  # a group's number must fit where its maximum was
-    _summarise(logits, targets, scale, options, rows.view(torch.float32), maxima)
+    _summarise(logits, targets, scale, options, sent.view(torch.float32), maxima)
     summary.candidates_kernel[(T,)](
-        logits, logits.stride(0), scale, scale.stride(0), rows.view(torch.float32), rows.view(torch.int16),
-        rows.stride(0), maxima, shard.real, options.held_share,
+        logits, logits.stride(0), scale, scale.stride(0), sent.view(torch.float32), sent.view(torch.int16),
+        sent.stride(0), maxima, shard.real, options.held_share,
         KEYS=keys, GROUP=summary.GROUP, STEP=GROUPS_AT_ONCE, TILE=TILE, num_warps=summary.CANDIDATES_WARPS,
     )  # fmt: skip
     words = all_to_all(words, shard.group)
-    decided = torch.empty((own, 8), dtype=torch.float32, device=device)
+    decided = torch.empty((own, GLOBAL_COLUMNS.value), dtype=torch.float32, device=device)
     nucleus.decide_kernel[(own,)](
         words.view(torch.float32), words.view(torch.int16), words.stride(1), words.stride(0),
         group_rank(shard.group) * own, T, scale, scale.stride(0), decided,
@@ -123,18 +124,19 @@ def _decide(logits: Tensor, targets: Tensor, scale: Tensor, options: Options) ->
 
 
 def _undecided(logits: Tensor, targets: Tensor, scale: Tensor, options: Options) -> Tensor:
-    """``numbers`` of fp32 logits, which have no window: what the sums say, and every row left to the search."""
-    numbers = torch.full((len(logits), 8), -1.0, dtype=torch.float32, device=logits.device)
-    numbers[:, :4] = _plain(logits, targets, scale, options).saved[0]
+    """``numbers`` of fp32 logits, which have no candidates: what the sums say, and every token left to the search."""
+    numbers = torch.full((len(logits), GLOBAL_COLUMNS.value), -1.0, dtype=torch.float32, device=logits.device)
+    numbers[:, : SHARD_COLUMNS.value] = _plain(logits, targets, scale, options).saved[0]
     return numbers
 
 
 def _search(logits: Tensor, scale: Tensor, options: Options, numbers: Tensor, rounds: int) -> Tensor:
-    """Find theta of the rows whose size is -1; their sums above it from all ranks, ``[world, T, 4]`` fp64."""
+    """Find theta of the tokens whose size is -1; their sums above it from all ranks, ``[world, T, 4]`` fp64."""
     assert options.rule is not None
     T, group, top_p = len(logits), options.shard.group, options.rule.top_p
     state, bins, sums = (
-        torch.empty((T, width), dtype=torch.float64, device=logits.device) for width in (2, nucleus.BINS, 4)
+        torch.empty((T, width), dtype=torch.float64, device=logits.device)
+        for width in (STATE_COLUMNS.value, nucleus.BINS, AT_COLUMNS.value)
     )
     common = logits, logits.stride(0), scale, scale.stride(0), numbers, state
     world, gathered = group_size(group), bins
@@ -153,30 +155,29 @@ def _search(logits: Tensor, scale: Tensor, options: Options, numbers: Tensor, ro
 
 def _nucleus_outputs(gathered: Tensor, scale: Tensor, options: Options, numbers: Tensor) -> Forward:
     T = len(numbers)
-    values = dict(zip(NAMES, _rows(T, len(NAMES), numbers), strict=True))
-    hit = torch.empty(T, dtype=torch.bool, device=numbers.device)
+    values = dict(zip(NAMES, _per_token(T, len(NAMES), numbers), strict=True))
     fallback = torch.zeros((), dtype=torch.int64, device=numbers.device)
-    outputs.nucleus_outputs_kernel[(triton.cdiv(T, outputs.ROWS),)](
-        gathered, scale, scale.stride(0), numbers, fallback, *values.values(), hit.view(torch.int8), T,
-        KEEP_EQUAL=_keep_equal(options), WORLD=group_size(options.shard.group), ROWS=outputs.ROWS,
+    outputs.nucleus_outputs_kernel[(triton.cdiv(T, outputs.TOKENS),)](
+        gathered, scale, scale.stride(0), numbers, fallback, *values.values(), T,
+        KEEP_EQUAL=_keep_equal(options), WORLD=group_size(options.shard.group), TOKENS=outputs.TOKENS,
         num_warps=outputs.WARPS,
     )  # fmt: skip
-    return Forward(values | {"target_in_nucleus": hit}, (numbers,), fallback)
+    return Forward(values, (numbers,), fallback)
 
 
 NAMES = ("logprob", "entropy", "nucleus_entropy", "nucleus_mass", "nucleus_size", "nucleus_logprob")
 
 
-def _rows(T: int, count: int, like: Tensor) -> list[Tensor]:
+def _per_token(T: int, count: int, like: Tensor) -> list[Tensor]:
     return [torch.empty(T, dtype=torch.float32, device=like.device) for _ in range(count)]
 
 
 def _no_tokens(scale: Tensor, options: Options) -> Forward:
-    """Every rank of the group has the same rows, so none of them exchanges anything."""
-    values = dict(zip(NAMES, _rows(0, len(NAMES), scale), strict=True))
-    hit, fallback = values["logprob"].bool(), torch.zeros((), dtype=torch.int64, device=scale.device)
-    numbers = scale.new_empty((0, 4 if options.rule is None else 8))
-    return Forward(values | {"target_in_nucleus": hit}, (numbers,), None if options.rule is None else fallback)
+    """Every rank of the group has as many, so none of them exchanges anything."""
+    values = dict(zip(NAMES, _per_token(0, len(NAMES), scale), strict=True))
+    fallback = torch.zeros((), dtype=torch.int64, device=scale.device)
+    numbers = scale.new_empty((0, SHARD_COLUMNS.value if options.rule is None else GLOBAL_COLUMNS.value))
+    return Forward(values, (numbers,), None if options.rule is None else fallback)
 
 
 def _keep_equal(options: Options) -> bool:

@@ -1,4 +1,4 @@
-"""From the row's numbers to the operator's outputs, one program for 128 rows. ``numbers`` as in nucleus.py."""
+"""From a token's numbers to the operator's outputs, one program for 128 tokens. The buffers are those of columns.py."""
 
 from __future__ import annotations
 
@@ -6,75 +6,93 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megatron_ext.ops.kernels.columns import (
+    AT_ABOVE,
+    AT_COLUMNS,
+    AT_EQUAL,
+    AT_MASS,
+    AT_MOMENT,
+    ENTROPY,
+    GLOBAL_COLUMNS,
+    MASS,
+    MAXIMUM,
+    MOMENT,
+    NUCLEUS_ENTROPY,
+    SHARD_COLUMNS,
+    SIZE,
+    TARGET,
+    THETA,
+    TOTAL,
+)
 from megatron_ext.ops.kernels.keys import clamped
 from megatron_ext.ops.kernels.nucleus import closed
 
-ROWS = 128
+TOKENS = 128
 WARPS = 4
 
 
 @triton.jit
 def outputs_kernel(
-    gathered, scale, scale_stride, numbers, logprob, entropy, T, WORLD: tl.constexpr, ROWS: tl.constexpr,
+    gathered, scale, scale_stride, numbers, logprob, entropy, T, WORLD: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Without a nucleus: merge the shards' sums ``[WORLD, T, 4]`` into numbers ``[T, 4]``, log-prob and entropy."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    real = row < T
-    scale = tl.load(scale + row * scale_stride, mask=real, other=1.0).to(tl.float64)
-    top = tl.full((ROWS,), -float("inf"), tl.float32)
-    target = tl.full((ROWS,), -float("inf"), tl.float32)
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    real = token < T
+    scale = tl.load(scale + token * scale_stride, mask=real, other=1.0).to(tl.float64)
+    top = tl.full((TOKENS,), -float("inf"), tl.float32)
+    target = tl.full((TOKENS,), -float("inf"), tl.float32)
     for rank in range(WORLD):
-        at = gathered + (rank * T + row) * 4
-        top = tl.maximum(top, tl.load(at, mask=real, other=0.0))
-        target = tl.maximum(target, tl.load(at + 3, mask=real, other=0.0))
-    total = tl.zeros((ROWS,), tl.float64)
-    moment = tl.zeros((ROWS,), tl.float64)
+        at = gathered + (rank * T + token) * SHARD_COLUMNS
+        top = tl.maximum(top, tl.load(at + MAXIMUM, mask=real, other=0.0))
+        target = tl.maximum(target, tl.load(at + TARGET, mask=real, other=0.0))
+    total = tl.zeros((TOKENS,), tl.float64)
+    moment = tl.zeros((TOKENS,), tl.float64)
     for rank in range(WORLD):
-        at = gathered + (rank * T + row) * 4
-        shift = clamped((tl.load(at, mask=real, other=0.0) - top).to(tl.float64) * scale)
+        at = gathered + (rank * T + token) * SHARD_COLUMNS
+        shift = clamped((tl.load(at + MAXIMUM, mask=real, other=0.0) - top).to(tl.float64) * scale)
         weight = tl.exp(shift)
-        own = tl.load(at + 1, mask=real, other=1.0).to(tl.float64)
+        own = tl.load(at + TOTAL, mask=real, other=1.0).to(tl.float64)
         total += own * weight
-        moment += (tl.load(at + 2, mask=real, other=0.0).to(tl.float64) + own * shift) * weight
+        moment += (tl.load(at + MOMENT, mask=real, other=0.0).to(tl.float64) + own * shift) * weight
     value = tl.log(total) - moment / total
-    tl.store(numbers + row * 4, top, mask=real)
-    tl.store(numbers + row * 4 + 1, total.to(tl.float32), mask=real)
-    tl.store(numbers + row * 4 + 2, value.to(tl.float32), mask=real)
-    tl.store(numbers + row * 4 + 3, target, mask=real)
+    tl.store(numbers + token * SHARD_COLUMNS + MAXIMUM, top, mask=real)
+    tl.store(numbers + token * SHARD_COLUMNS + TOTAL, total.to(tl.float32), mask=real)
+    tl.store(numbers + token * SHARD_COLUMNS + ENTROPY, value.to(tl.float32), mask=real)
+    tl.store(numbers + token * SHARD_COLUMNS + TARGET, target, mask=real)
     at_target = (target - top).to(tl.float64) * scale
-    tl.store(logprob + row, (at_target - tl.log(total)).to(tl.float32), mask=real)
-    tl.store(entropy + row, value.to(tl.float32), mask=real)
+    tl.store(logprob + token, (at_target - tl.log(total)).to(tl.float32), mask=real)
+    tl.store(entropy + token, value.to(tl.float32), mask=real)
 
 
 @triton.jit
 def nucleus_outputs_kernel(
     gathered, scale, scale_stride, numbers, fallback,
-    logprob, entropy, nucleus_entropy, nucleus_mass, nucleus_size, nucleus_logprob, target_in_nucleus, T,
-    KEEP_EQUAL: tl.constexpr, WORLD: tl.constexpr, ROWS: tl.constexpr,
+    logprob, entropy, nucleus_entropy, nucleus_mass, nucleus_size, nucleus_logprob, T,
+    KEEP_EQUAL: tl.constexpr, WORLD: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """With a nucleus: complete the rows that were searched, whose sums ``[WORLD, T, 4]`` fp64 were gathered."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    real = row < T
-    scale = tl.load(scale + row * scale_stride, mask=real, other=1.0).to(tl.float64)
-    numbers += row * 8
-    top = tl.load(numbers, mask=real, other=0.0)
-    total = tl.load(numbers + 1, mask=real, other=1.0)
-    target = tl.load(numbers + 3, mask=real, other=0.0)
-    theta = tl.load(numbers + 4, mask=real, other=0.0)
-    mass = tl.load(numbers + 5, mask=real, other=1.0)
-    inside_entropy = tl.load(numbers + 6, mask=real, other=0.0)
-    size = tl.load(numbers + 7, mask=real, other=0.0)
+    """With a nucleus: complete the tokens that were searched, whose sums ``[WORLD, T, 4]`` fp64 were gathered."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    real = token < T
+    scale = tl.load(scale + token * scale_stride, mask=real, other=1.0).to(tl.float64)
+    numbers += token * GLOBAL_COLUMNS
+    top = tl.load(numbers + MAXIMUM, mask=real, other=0.0)
+    total = tl.load(numbers + TOTAL, mask=real, other=1.0)
+    target = tl.load(numbers + TARGET, mask=real, other=0.0)
+    theta = tl.load(numbers + THETA, mask=real, other=0.0)
+    mass = tl.load(numbers + MASS, mask=real, other=1.0)
+    inside_entropy = tl.load(numbers + NUCLEUS_ENTROPY, mask=real, other=0.0)
+    size = tl.load(numbers + SIZE, mask=real, other=0.0)
     searched = real & (size < 0)
-    sums = tl.zeros((ROWS,), tl.float64)
-    moment = tl.zeros((ROWS,), tl.float64)
-    above = tl.zeros((ROWS,), tl.float64)
-    equal = tl.zeros((ROWS,), tl.float64)
+    sums = tl.zeros((TOKENS,), tl.float64)
+    moment = tl.zeros((TOKENS,), tl.float64)
+    above = tl.zeros((TOKENS,), tl.float64)
+    equal = tl.zeros((TOKENS,), tl.float64)
     for rank in range(WORLD):
-        at = gathered + (rank * T + row) * 4
-        sums += tl.load(at, mask=searched, other=0.0)
-        moment += tl.load(at + 1, mask=searched, other=0.0)
-        above += tl.load(at + 2, mask=searched, other=0.0)
-        equal += tl.load(at + 3, mask=searched, other=0.0)
+        at = gathered + (rank * T + token) * AT_COLUMNS
+        sums += tl.load(at + AT_MASS, mask=searched, other=0.0)
+        moment += tl.load(at + AT_MOMENT, mask=searched, other=0.0)
+        above += tl.load(at + AT_ABOVE, mask=searched, other=0.0)
+        equal += tl.load(at + AT_EQUAL, mask=searched, other=0.0)
     if KEEP_EQUAL:
         d = clamped((theta - top).to(tl.float64) * scale)
         one = equal * tl.exp(d)
@@ -85,19 +103,18 @@ def nucleus_outputs_kernel(
     found = closed(sums, moment, above, total.to(tl.float64)).to(tl.float32)
     inside_entropy = tl.where(searched, found, inside_entropy)
     size = tl.where(searched, above.to(tl.float32), size)
-    tl.store(numbers + 5, mass, mask=real)
-    tl.store(numbers + 6, inside_entropy, mask=real)
-    tl.store(numbers + 7, size, mask=real)
+    tl.store(numbers + MASS, mass, mask=real)
+    tl.store(numbers + NUCLEUS_ENTROPY, inside_entropy, mask=real)
+    tl.store(numbers + SIZE, size, mask=real)
     tl.atomic_add(fallback, tl.sum(searched.to(tl.int64), 0))
     at_target = (target - top).to(tl.float64) * scale
     log_total = tl.log(total.to(tl.float64))
     hit = (target >= theta) & (target > -float("inf")) if KEEP_EQUAL else target > theta
-    tl.store(logprob + row, (at_target - log_total).to(tl.float32), mask=real)
-    tl.store(entropy + row, tl.load(numbers + 2, mask=real, other=0.0), mask=real)
-    tl.store(nucleus_entropy + row, inside_entropy, mask=real)
-    tl.store(nucleus_mass + row, (mass.to(tl.float64) / total.to(tl.float64)).to(tl.float32), mask=real)
-    tl.store(nucleus_size + row, size, mask=real)
+    tl.store(logprob + token, (at_target - log_total).to(tl.float32), mask=real)
+    tl.store(entropy + token, tl.load(numbers + ENTROPY, mask=real, other=0.0), mask=real)
+    tl.store(nucleus_entropy + token, inside_entropy, mask=real)
+    tl.store(nucleus_mass + token, (mass.to(tl.float64) / total.to(tl.float64)).to(tl.float32), mask=real)
+    tl.store(nucleus_size + token, size, mask=real)
     outside = -float("inf")
     inside = tl.where(hit, at_target - tl.log(mass.to(tl.float64)), outside)
-    tl.store(nucleus_logprob + row, inside.to(tl.float32), mask=real)
-    tl.store(target_in_nucleus + row, hit.to(tl.int8), mask=real)
+    tl.store(nucleus_logprob + token, inside.to(tl.float32), mask=real)

@@ -108,7 +108,7 @@ class HFEngine:
 
 
 class _Sampler(LogitsProcessor):
-    """Turns greedy decoding into an exact draw: leaves only the drawn token, and keeps its log-prob."""
+    """Turns greedy decoding into exact sampling: leaves only the sampled token, and keeps its log-prob."""
 
     def __init__(self, seeds: Tensor, sampling: Sampling) -> None:
         self.seeds = seeds

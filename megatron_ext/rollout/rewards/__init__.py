@@ -1,0 +1,1 @@
+"""Scores of responses, computed in worker processes with limits, because answers are untrusted input."""

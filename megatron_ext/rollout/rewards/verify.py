@@ -1,4 +1,4 @@
-"""Judge one answer: the last box of a response against the gold answer. No torch, no package import.
+"""Score one answer: the last box of a response against the gold answer. No torch, no package import.
 
 ``RewardPool`` (rollout/rewards/reward_pool.py) runs this file as a script, so that an answer that never returns, eats
 the memory or aborts the interpreter costs one killable process and nothing else. Nothing here times itself out:
@@ -50,7 +50,7 @@ WORKER_ENVIRONMENT = {"SYMPY_GROUND_TYPES": "python", "MPMATH_NOGMPY": "1", "OMP
 
 
 class Outcome(StrEnum):
-    """Why a response has its reward. Everything but ``CORRECT`` earns the wrong reward."""
+    """Why a response has its reward. From the verifier, everything but ``CORRECT`` earns the wrong reward."""
 
     CORRECT = "correct"
     WRONG = "wrong"
@@ -62,6 +62,16 @@ class Outcome(StrEnum):
     BAD_GOLD = "bad_gold"  # the gold answer itself cannot be read
     TIMEOUT = "timeout"  # the worker was killed at the deadline
     CRASHED = "crashed"  # the worker died of this answer, twice
+    ERROR = "error"  # a reward function of the user's own raised, or returned no finite number
+    OTHER = "other"  # a reward function of the user's own says something that is none of these
+
+
+OF_FUNCTIONS = (Outcome.ERROR, Outcome.OTHER)
+
+
+def counted(outcome: str) -> Outcome:
+    """As which a reward's outcome is counted: itself, or ``OTHER`` where a user's function has a word of its own."""
+    return Outcome(outcome) if outcome in tuple(Outcome) else Outcome.OTHER
 
 
 class Verdict(NamedTuple):

@@ -47,7 +47,7 @@ def finished_sample(
     finish_reason: str | None,
     versions: Iterable[str],
 ) -> Sample:
-    """vLLM's answer as a sample. ``versions`` are the labels of the weights it was drawn with: the oldest counts."""
+    """vLLM's answer as a sample. ``versions`` are the labels of the weights it was sampled with: the oldest counts."""
     return Sample(
         prompt_ids=request.prompt_ids,
         response_ids=tuple(response),
@@ -66,7 +66,7 @@ def version_of(label: str) -> int:
 def cpu_arguments(config: Any, *, engines: int, batch_size: int, max_tokens: int, dtype: str) -> dict[str, Any]:
     """vLLM's engine arguments on a CPU with ``engines`` of them: a KV cache for a full batch, if there is room.
 
-    Prompts are never cut: vLLM 0.32 cannot take back a seeded draw that it made for a part of a prompt there.
+    Prompts are never cut: vLLM 0.32 cannot take back a seeded sample that it took for a part of a prompt there.
     """
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * width * getattr(torch, dtype).itemsize

@@ -103,7 +103,7 @@ class VLLMEngine:
         )
         self.model_runner = 2 if self.llm.llm_engine.vllm_config.use_v2_model_runner else 1
         if not dist.is_initialized() or dist.get_rank() == 0:
-            print(f"rollout: vLLM draws with its model runner V{self.model_runner}", flush=True)
+            print(f"rollout: vLLM samples with its model runner V{self.model_runner}", flush=True)
         if self.here:
             self.llm.init_weight_transfer_engine({"init_info": {}})
 

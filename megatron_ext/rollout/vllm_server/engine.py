@@ -91,7 +91,7 @@ class ServerEngine:
             if urls:
                 token = _given_token(token_variable)
                 return _running({url.rstrip("/"): token for url in urls}, max_tokens)
-            self._check_place(devices, address)
+            self._check_devices(devices, address)
             free_ports(self.address, port, num)
             sizes: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens, "dtype": dtype}
             on_gpu = {"gpu_memory_utilization": gpu_memory_utilization}
@@ -175,8 +175,8 @@ class ServerEngine:
         if not missing:
             return RoundResult()
 
-        def take(place: int, sample: Sample) -> None:
-            samples[missing[place]] = sample
+        def take(number: int, sample: Sample) -> None:
+            samples[missing[number]] = sample
             if on_batch is not None:
                 on_batch([sample])
 
@@ -221,7 +221,7 @@ class ServerEngine:
         self.transfer.send_weights()
         return self._on_chief(self.client.end)
 
-    def _check_place(self, devices: Sequence[str], address: str) -> None:
+    def _check_devices(self, devices: Sequence[str], address: str) -> None:
         if torch.cuda.is_available() and not devices:
             raise ValueError(
                 "rollout.servers.devices: names no GPUs, but servers cannot share the trainer's; give the "

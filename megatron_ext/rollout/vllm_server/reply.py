@@ -36,7 +36,7 @@ class Choice(BaseModel, strict=True):
 
     @property
     def versions(self) -> list[str]:
-        """Labels of the weights it was drawn with."""
+        """Labels of the weights it was sampled with."""
         return [span.version for span in self.weight_versions]
 
     @property

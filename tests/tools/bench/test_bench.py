@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def bench(folder: Path, *arguments: str, code: str = "") -> subprocess.CompletedProcess:
-    options = ["ops", "--rows", "16", "--vocab", "512", "--dtype", "float32", "--repeat", "1", "--out", str(folder)]
+    options = ["ops", "--tokens", "16", "--vocab", "512", "--dtype", "float32", "--repeat", "1", "--out", str(folder)]
     run = f"{code}\nimport sys; from tools.bench.command import main; sys.exit(main({[*options, *arguments]!r}))"
     return subprocess.run(
         [sys.executable, "-c", run],
@@ -30,7 +30,7 @@ def test_the_table_is_written_with_its_plot(tmp_path):
     (table,) = json.loads((tmp_path / "ops-cpu-tp1.json").read_text())["tables"]
     lines = {line["name"]: line for line in table["lines"]}
     assert lines["log-prob + entropy + nucleus"]["milliseconds"] > 0
-    assert lines["log-prob + nucleus"]["certified"] == 1.0
+    assert lines["log-prob + nucleus"]["resolved"] == 1.0
     assert lines["gather + sort"]["error"] < 1e-4
     assert "<svg" in (tmp_path / "ops-cpu-tp1.svg").read_text()
 
@@ -47,11 +47,11 @@ def test_without_entropy_nothing_more_is_saved_and_exchanged(tmp_path):
 
 def test_a_wrong_result_prints_no_speed(tmp_path):
     broken = (
-        "import megatron_ext.ops.logit_passes as rows\n"
-        "right = rows.gradient\n"
-        "def wrong(logits, column, scale, real, row, out):\n"
-        "    right(logits, column, scale, real, row, out); out.mul_(1.001)\n"
-        "rows.gradient = wrong"
+        "import megatron_ext.ops.logit_passes as logit_passes\n"
+        "right = logit_passes.gradient\n"
+        "def wrong(logits, column, scale, real, token, out):\n"
+        "    right(logits, column, scale, real, token, out); out.mul_(1.001)\n"
+        "logit_passes.gradient = wrong"
     )
     done = bench(tmp_path, code=broken)
     assert done.returncode == 1

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.model.hf_config import Experts, Llama3Rope, read_architecture
+from megatron_ext.model.architectures import Experts, Llama3Rope, read_architecture
 from megatron_ext.model.megatron_config import ModelLayout
 
 MODELS = Path(__file__).parents[2] / "recipes" / "models"
@@ -38,7 +38,17 @@ def test_dense_layers_among_experts_are_counted_as_transformers_does() -> None:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("qwen3-8b-base", {"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported; expected one of"),
+        (
+            "qwen3-8b-base",
+            {"architectures": ["GPT2LMHeadModel"]},
+            "GPT2LMHeadModel of model_type qwen3 is not",
+        ),
+        (
+            "qwen3-8b-base",
+            {"model_type": "mixtral"},
+            r"mixtral is not .* one of Qwen2ForCausalLM \(qwen2\), Q",
+        ),
+        ("qwen3-8b-base", {"model_type": ["qwen3"]}, r"of model_type \['qwen3'\] is not supported"),
         ("qwen3-8b-base", {"attention_bias": True}, "attention_bias is True; only False is supported for Qwen3"),
         ("llama-3.1-8b", {"mlp_bias": True}, "mlp_bias is True"),
         ("llama-3.1-8b", {"pretraining_tp": 2}, "pretraining_tp is 2; only 1"),
@@ -50,7 +60,7 @@ def test_dense_layers_among_experts_are_counted_as_transformers_does() -> None:
         ("qwen3-8b-base", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
         ("llama-3.1-8b", {"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "missing low_freq_factor, high_freq"),
         ("qwen3-30b-a3b", {"num_experts_per_tok": 1}, "set norm_topk_prob to false"),
-        ("qwen3-8b-base", {"architectures": {"a": 1}}, "architecture {'a': 1} is not supported"),
+        ("qwen3-8b-base", {"architectures": {"a": 1}}, "architecture {'a': 1} of model_type qwen3 is"),
         ("qwen3-8b-base", {"rope_scaling": "llama3"}, "rope_scaling: Input should be"),
     ],
 )
@@ -63,6 +73,10 @@ def test_missing_fields_are_named() -> None:
     hf = config("qwen3-30b-a3b")
     del hf["vocab_size"], hf["moe_intermediate_size"]
     with pytest.raises(ValueError, match="vocab_size, moe_intermediate_size missing"):
+        read_architecture(hf)
+    hf = config("qwen3-30b-a3b")
+    del hf["num_experts"]
+    with pytest.raises(ValueError, match="num_experts missing"):
         read_architecture(hf)
 
 

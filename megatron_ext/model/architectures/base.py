@@ -1,17 +1,20 @@
-"""Hugging Face ``config.json`` -> ``Architecture``: dense Qwen2 / Qwen2.5, Qwen3 and Llama 3.x, and Qwen3-MoE."""
+"""What a model family is, what is read of its ``config.json``, and the reading that all families share.
+
+A family is one file beside this one that says which blocks its layers have and what of its configuration is accepted.
+No torch: a layout is planned without it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_ext.files import first_fault
 
-QWEN2, QWEN3, QWEN3_MOE, LLAMA = "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "LlamaForCausalLM"
-ARCHITECTURES = (QWEN2, QWEN3, QWEN3_MOE, LLAMA)
-_EXPECTED = {  # fields that change the mathematics, and the only value of each that is implemented
+SUPPORTED_VALUES = {  # fields that change the mathematics, and the only value of each that is implemented
     "hidden_act": "silu",
     "mlp_bias": False,
     "use_sliding_window": False,
@@ -19,12 +22,10 @@ _EXPECTED = {  # fields that change the mathematics, and the only value of each 
     "pretraining_tp": 1,
     "partial_rotary_factor": 1.0,
 }
-_NEEDED = (
+REQUIRED_FIELDS = (
     *("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"),
     *("rms_norm_eps", "max_position_embeddings"),
 )
-_NEEDED_OF_EXPERTS = ("num_experts_per_tok", "moe_intermediate_size")
-
 
 _Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
 _Few = Annotated[int, Field(ge=1, le=10_000)]  # layers, experts: what is made for each of them must end
@@ -125,23 +126,30 @@ class Architecture:
         return self.experts is not None and layer not in self.experts.dense_layers
 
 
-def read_architecture(hf: dict[str, Any]) -> Architecture:
-    """Raises ValueError for an architecture, or a field of it, that is not supported."""
-    named = hf.get("architectures") or ["none"]
-    name = named[0] if isinstance(named, list) else named
-    if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise ValueError(
-            f"config.json: architecture {name} is not supported; expected one of {', '.join(ARCHITECTURES)}"
-        )
+@dataclass(frozen=True)
+class Family:
+    """What tells one model family from the others.
+
+    Common to all: pre-norm decoder layers with RMSNorm, rotary embeddings (plain or Llama 3's), grouped-query
+    attention, and a SwiGLU MLP or a mixture of experts with a SwiGLU MLP each.
+    """
+
+    name: str  # the class in config.json's "architectures"
+    qkv_bias: bool = False  # query, key and value projections have a bias
+    qk_norm: bool = False  # RMSNorm of every query and key head
+    read_experts: Callable[[dict[str, Any]], Experts] | None = None  # None: every layer has a dense MLP
+    required_fields: tuple[str, ...] = ()  # fields that config.json must have, besides REQUIRED_FIELDS
+    supported_values: Mapping[str, Any] = field(default_factory=dict)  # as SUPPORTED_VALUES, of this family
+
+
+def read(hf: dict[str, Any], family: Family) -> Architecture:
+    """Raises ValueError for a field of ``config.json`` that is missing, of a wrong type, or not supported."""
     try:
         _Fields.model_validate(hf)
     except ValidationError as error:
         raise ValueError(f"config.json: {first_fault(error)}; take the file of the model's publisher") from None
-    _refuse(hf, name)
-    missing = [field for field in _NEEDED + (_NEEDED_OF_EXPERTS if name == QWEN3_MOE else ()) if field not in hf]
-    if name == QWEN3_MOE and not (hf.get("num_experts") or hf.get("num_local_experts")):
-        missing.append("num_experts")
-    if missing:
+    _refuse(hf, family)
+    if missing := [name for name in REQUIRED_FIELDS + family.required_fields if name not in hf]:
         raise ValueError(f"config.json: {', '.join(missing)} missing; take the file of the model's publisher")
     rope = (hf.get("rope_parameters") or {}) | (hf.get("rope_scaling") or {})
     heads, groups = hf["num_attention_heads"], hf.get("num_key_value_heads") or hf["num_attention_heads"]
@@ -152,7 +160,7 @@ def read_architecture(hf: dict[str, Any]) -> Architecture:
             "expected key-value heads that divide the others, and an even number of columns"
         )
     return Architecture(
-        name=name,
+        name=family.name,
         num_layers=hf["num_hidden_layers"],
         hidden_size=hf["hidden_size"],
         num_heads=heads,
@@ -164,22 +172,21 @@ def read_architecture(hf: dict[str, Any]) -> Architecture:
         rope_theta=hf.get("rope_theta") or rope.get("rope_theta") or 10000.0,
         max_positions=hf["max_position_embeddings"],
         tied=hf.get("tie_word_embeddings", False),
-        qkv_bias=name == QWEN2,
-        qk_norm=name in (QWEN3, QWEN3_MOE),
-        rope_scaling=_rope_scaling(rope, name),
-        experts=_experts(hf) if name == QWEN3_MOE else None,
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        rope_scaling=_rope_scaling(rope, family.name),
+        experts=family.read_experts(hf) if family.read_experts else None,
         dtype=hf.get("dtype") or hf.get("torch_dtype"),
     )
 
 
-def _refuse(hf: dict[str, Any], name: str) -> None:
-    expected: dict[str, Any] = dict(_EXPECTED)
-    if name != QWEN2:  # whose biases are not optional and sit on query, key and value only
-        expected["attention_bias"] = False
-    for field, only in expected.items():
-        found = hf.get(field)
+def _refuse(hf: dict[str, Any], family: Family) -> None:
+    for name, only in {**SUPPORTED_VALUES, **family.supported_values}.items():
+        found = hf.get(name)
         if found is not None and found != only:
-            raise ValueError(f"config.json: {field} is {repr(found)[:100]}; only {only!r} is supported for {name}")
+            raise ValueError(
+                f"config.json: {name} is {repr(found)[:100]}; only {only!r} is supported for {family.name}"
+            )
     kinds = set(hf.get("layer_types") or ()) - {"full_attention"}
     if kinds:
         raise ValueError(f"config.json: layer_types holds {sorted(kinds)[:9]}; only 'full_attention' is supported")
@@ -200,23 +207,3 @@ def _rope_scaling(rope: dict[str, Any], name: str) -> Llama3Rope | None:
     if missing:
         raise ValueError(f"config.json: rope type 'llama3' needs {', '.join(fields)}; missing {', '.join(missing)}")
     return Llama3Rope(**{field: rope[field] for field in fields})
-
-
-def _experts(hf: dict[str, Any]) -> Experts:
-    every, only = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
-    layers = range(hf["num_hidden_layers"])
-    found = Experts(
-        num=hf.get("num_experts") or hf["num_local_experts"],
-        top_k=hf["num_experts_per_tok"],
-        ffn_size=hf["moe_intermediate_size"],
-        renormalise=hf.get("norm_topk_prob", False),
-        dense_layers=tuple(i for i in layers if i in only or (i + 1) % every),
-    )
-    if found.top_k > found.num:
-        raise ValueError(f"config.json: num_experts_per_tok is {found.top_k}, expected at most num_experts {found.num}")
-    if found.top_k == 1 and found.renormalise:
-        raise ValueError(
-            "config.json: norm_topk_prob with num_experts_per_tok 1 makes every routing weight 1, which no gradient "
-            "reaches; set norm_topk_prob to false"
-        )
-    return found

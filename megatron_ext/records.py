@@ -1,0 +1,41 @@
+"""A problem, a response and its reward: what a reward function sees and returns. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem of a data file.
+
+    ``verifier`` names how a response is scored: ``math`` (equivalence of the boxed answer with
+    ``answer``) or ``countdown`` (the boxed expression also uses each of ``numbers`` exactly once).
+    Accuracy is also reported by ``kind``, such as a subject; of problems without one, by ``verifier``.
+    """
+
+    problem_id: str
+    prompt: str
+    answer: str
+    verifier: str = "math"
+    numbers: tuple[int, ...] = ()
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a policy answered. ``truncated``: it reached the limit of tokens before it ended."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A scored response. ``outcome`` says why: one of ``Outcome`` (rollout/rewards/verify.py), or a word of a reward
+    function of the user's own, which is counted as ``other``."""
+
+    value: float
+    outcome: str
+    extracted: str | None = None

@@ -1,0 +1,220 @@
+"""Processes that score responses and can be killed: what the pools of the verifier and of a user's function share.
+
+A worker is a child process that answers one question at a time over pipes. At the deadline it gets SIGKILL,
+which no C call defeats, and a fresh one takes over; the other answers are not touched. Workers are started by
+``exec``, not forked and not through ``multiprocessing``: a trainer with threads must not be forked, and
+``multiprocessing`` would import the trainer's main module, and with it torch, into every worker.
+
+What scores must not go wrong unseen: too large a share of answers without a verdict is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import select
+import subprocess
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Hashable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+from megatron_ext import heartbeat
+from megatron_ext.rollout.rewards import verify
+from megatron_ext.rollout.rewards.verify import Outcome
+
+START_S = 120.0  # to import SymPy, or to score a known answer, on a busy machine
+MIN_ANSWERS_TO_TRIP = 20
+NO_VERDICT = (Outcome.TIMEOUT, Outcome.CRASHED, Outcome.ERROR)
+INHERITED = (  # of the environment, by a worker: how to find Python and its packages, no secrets
+    *("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "PYTHONHASHSEED", "VIRTUAL_ENV"),
+    *("HOME", "TMPDIR", "LANG", "LC_ALL", "TZ"),
+)
+Question = TypeVar("Question", bound=Hashable)
+
+
+def inherited() -> dict[str, str]:
+    """The environment of a process that reads what is not trusted."""
+    return {name: os.environ[name] for name in INHERITED if name in os.environ}
+
+
+class VerifierError(RuntimeError):
+    """Rewards can no longer be trusted: the run must stop. Exit code 3."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a worker runs. Its last argument, appended, are the seconds after which an orphan ends itself."""
+
+    command: tuple[str, ...]
+    environment: dict[str, str]
+    greeting: str = ""  # what it reads first, a line
+
+
+class WorkerPool(Generic[Question]):
+    """Asks ``workers`` processes (0: one per core, at most 16).
+
+    ``deadline_s`` is for one answer. Usable from any thread, one batch at a time; a context manager, whose exit ends
+    the processes.
+    """
+
+    def __init__(self, program: Program, workers: int, *, deadline_s: float, max_timeout_share: float) -> None:
+        self.deadline_s, self.max_timeout_share = deadline_s, max_timeout_share
+        orphan_s = max(deadline_s, START_S) + 5
+        self._workers = [Worker(program, orphan_s) for _ in range(workers or min(16, len(os.sched_getaffinity(0))))]
+        self._one_batch = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        with self._one_batch:
+            while self._workers:
+                self._workers.pop().stop()
+
+    def check(self, worker: Worker) -> None:
+        """Before a worker's first question of a batch. Raises ``VerifierError``."""
+
+    def outcome(self, reply: str) -> Outcome:
+        """Of a worker's reply."""
+        raise NotImplementedError
+
+    def described(self, question: Question, reply: str) -> str:
+        """A question that got no verdict, for the error."""
+        raise NotImplementedError
+
+    def ask_all(self, copies: Counter[Question], num_answers: int) -> dict[Question, str]:
+        """The reply to each question. ``copies`` counts the answers that share one; ``num_answers`` are the batch's,
+        those that need not be asked too.
+
+        Raises ``VerifierError`` as ``check`` does, when workers cannot be started, and when more than
+        ``max_timeout_share`` of at least 20 answers got no verdict.
+        """
+        pending, replies = deque(copies), {}
+
+        def work(worker: Worker) -> None:
+            try:
+                self.check(worker)
+                while pending:
+                    try:
+                        question = pending.popleft()
+                    except IndexError:  # another thread took the last one
+                        return
+                    replies[question] = worker.ask(question, self.deadline_s)
+                    heartbeat.progress()
+                    if self.outcome(replies[question]) in NO_VERDICT:
+                        self._check_breaker(dict(replies), copies, num_answers)
+            except BaseException:
+                pending.clear()
+                raise
+
+        with self._one_batch:
+            if not self._workers:
+                raise ValueError("RewardPool: the pool is closed; score inside its with-block")
+            with ThreadPoolExecutor(len(self._workers)) as threads:
+                try:
+                    list(threads.map(work, self._workers))
+                finally:
+                    pending.clear()  # an interrupt of this thread: the others end after their current answer
+        return replies
+
+    def _check_breaker(self, replies: dict[Question, str], copies: Counter[Question], num_answers: int) -> None:
+        lost = {question: reply for question, reply in replies.items() if self.outcome(reply) in NO_VERDICT}
+        num_lost = sum(copies[question] for question in lost)
+        if num_answers >= MIN_ANSWERS_TO_TRIP and num_lost > self.max_timeout_share * num_answers:
+            question, reply = next(iter(lost.items()))
+            raise VerifierError(
+                f"reward: at least {num_lost} of {num_answers} answers got no verdict, expected at most a share of "
+                f"reward.max_timeout_share = {self.max_timeout_share}; one of them: {self.described(question, reply)}"
+            )
+
+
+class Worker:
+    """One killable process. Not thread-safe: a batch gives it to one thread.
+
+    After ``orphan_s`` seconds with one question, longer than anybody waits, the process ends itself.
+    """
+
+    def __init__(self, program: Program, orphan_s: float) -> None:
+        self._program, self._orphan_s = program, math.ceil(orphan_s)
+        self._launch()
+
+    def ask(self, question: Hashable, deadline_s: float) -> str:
+        """The reply to a question, which travels as JSON, after at most the deadline and, for a worker that died, one
+        more try on a fresh one."""
+        line = json.dumps(question).encode() + b"\n"
+        for _ in range(2):  # something else may have killed it: only the second death is the answer's fault
+            self._wait_until_ready()
+            try:
+                self._stdin.write(line)
+                return self._read_line(deadline_s)
+            except TimeoutError:
+                self._replace()
+                return Outcome.TIMEOUT
+            except (EOFError, BrokenPipeError):
+                self._replace()
+        return Outcome.CRASHED
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._stdin.close()
+        self._stdout.close()
+
+    def _replace(self) -> None:
+        self.stop()
+        self._launch()
+
+    def _launch(self) -> None:
+        self._process = subprocess.Popen(
+            [*self._program.command, str(self._orphan_s)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # the LaTeX parser complains there about every bad answer
+            bufsize=0,
+            env=inherited() | self._program.environment,
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        self._ready = False
+        if self._program.greeting:
+            with suppress(BrokenPipeError):  # it ended at once: that shows when it is not ready
+                self._stdin.write(self._program.greeting.encode() + b"\n")
+
+    def _wait_until_ready(self) -> None:
+        for _ in range(2):
+            if self._ready:
+                return
+            try:
+                self._ready = self._read_line(START_S) == verify.READY
+            except (EOFError, TimeoutError):
+                self._replace()
+        if not self._ready:
+            command = f"{' '.join(self._program.command)} 10 < /dev/null"
+            raise VerifierError(
+                f"reward: a verifier process did not start, twice; expected it to say {verify.READY!r} within "
+                f"{START_S:.0f} s. See why with: {command}"
+            )
+
+    def _read_line(self, timeout_s: float) -> str:
+        """Raises ``TimeoutError`` after ``timeout_s`` and ``EOFError`` when the process is dead."""
+        end, line = time.monotonic() + timeout_s, b""
+        poll = select.poll()
+        poll.register(self._stdout, select.POLLIN)
+        while not line.endswith(b"\n"):
+            if not poll.poll(max(0.0, end - time.monotonic()) * 1000):
+                raise TimeoutError
+            received = os.read(self._stdout.fileno(), 4096)
+            if not received:
+                raise EOFError
+            line += received
+        return line.decode().strip()

@@ -1,0 +1,56 @@
+"""What colocated vLLM declares: it takes a share of the trainer's GPUs and gives it back between rollouts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from megatron_ext.config.schema import Config
+from megatron_ext.rollout.engine_spec import EngineSpec, EngineStart, NoOptions
+from megatron_ext.rollout.vllm.version import vllm_fault
+
+if TYPE_CHECKING:
+    from megatron_ext.rollout.base import RolloutEngine
+
+KEYS = ("tensor_parallel_size", "gpu_memory_utilization", "enforce_eager", "model_runner")
+PREFILL_TOKENS = 8192  # assumed: of a prompt pass of vLLM, its max_num_batched_tokens
+
+
+def arguments(start: EngineStart) -> dict[str, Any]:
+    """What both engines of vLLM are made with."""
+    return {
+        "dtype": start.dtype,
+        "max_tokens": start.max_tokens,
+        "batch_size": start.rollout.batch_size,
+        **{key: getattr(start.rollout, key) for key in KEYS},
+    }
+
+
+def create(start: EngineStart, options: NoOptions) -> RolloutEngine:
+    del options
+    from megatron_ext.rollout.vllm.engine import VLLMEngine
+
+    return VLLMEngine(start.model_path, **arguments(start))
+
+
+def faults(config: Config) -> list[str]:
+    shared, ranks = config.rollout.tensor_parallel_size, config.parallel.ranks_per_node
+    if ranks % shared == 0:
+        return []
+    return [
+        f"rollout.tensor_parallel_size: {shared} ranks cannot share an engine: parallel.ranks_per_node is {ranks}; "
+        f"{config.rollout.engine} takes a divisor of the ranks of a node"
+    ]
+
+
+SPEC = EngineSpec(
+    create=create,
+    keys=KEYS,
+    missing_package=vllm_fault,
+    faults=faults,
+    sleeps=True,
+    takes_share=True,
+    continuous_batching=True,
+    prefill_tokens=PREFILL_TOKENS,
+    cuda_graphs=True,
+    communicators=("engine", "engine, PyNccl"),
+)
