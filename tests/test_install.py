@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from email import message_from_bytes
@@ -148,8 +149,10 @@ def console(python: Path, folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def installed_files(python: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in python.parents[1].rglob("*")}
+def installed_files(python: Path) -> set[tuple[Path, int]]:
+    """With their times; byte code aside, which the workers that score write."""
+    files = [path for path in python.parents[1].rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    return {(path, path.stat().st_mtime_ns) for path in files}
 
 
 def test_the_wheel_is_one_package_with_the_tools_and_the_recipes(wheel: Path) -> None:
@@ -209,7 +212,7 @@ def test_a_shipped_recipe_trains_and_is_evaluated_far_from_a_checkout(everything
 
 def test_a_recipe_of_ones_own_inherits_a_shipped_one(everything: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text('parent = "recipes/siren/siren-tiny-cpu.toml"\nname = "mine"\n')
-    found = json.loads(console(everything, tmp_path, "train", "mine.toml", "--print-config"))
+    found = tomllib.loads(console(everything, tmp_path, "train", "mine.toml", "--print-config"))
     assert found["name"] == "mine" and found["method"]["name"] == "siren"
     assert Path(found["data"]["train"]).is_file() and "site-packages" in found["data"]["train"]
 
