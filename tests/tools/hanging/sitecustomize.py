@@ -66,7 +66,8 @@ def in_the_update(loop: Any) -> None:
             WAYS[os.environ["HANG"]]()
         return real_update(learner, *arguments)
 
-    loop.train_step, Learner.update = train_step, update
+    loop.train_step = train_step
+    Learner.update = update  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def alone_in_a_collective(loop: Any) -> None:
@@ -83,6 +84,7 @@ def alone_in_a_collective(loop: Any) -> None:
         return real(trainer, watch)
 
     loop.train_step = train_step
+    Learner.update = update  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def slow_to_score(loop: Any) -> None:
@@ -95,7 +97,7 @@ def slow_to_score(loop: Any) -> None:
         print("slow to score", flush=True)
         return real(pool, answers)
 
-    RewardPool.score = score
+    RewardPool.score = score  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def shorter(heartbeat: Any) -> None:
