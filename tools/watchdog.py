@@ -1,4 +1,4 @@
-"""Which rank of this node hangs, judged by what the ranks tell (megatron_ext/heartbeat.py).
+"""Which rank of this node hangs, by what the ranks tell (megatron_ext/heartbeat.py).
 
 A rank hangs when it has not answered for STOPPED_S while it is stopped (SIGSTOP), for its own ``silence_s`` otherwise;
 or when it has worked for its ``deadline_s`` without a sign of progress. The time that it waits for other ranks is not

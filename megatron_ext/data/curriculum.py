@@ -46,9 +46,9 @@ def fingerprint(problems: Sequence[Problem]) -> str:
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 
 
-def stage_of(place: int, num_problems: int, num_stages: int) -> int:
-    """The stage of the problem at ``place`` in ascending order: stages of equal size, up to one problem."""
-    return place * num_stages // num_problems
+def stage_of(rank: int, num_problems: int, num_stages: int) -> int:
+    """The stage of the problem at ``rank`` (from 0) in ascending order: stages of equal size, up to one problem."""
+    return rank * num_stages // num_problems
 
 
 def read_stages(path: str | Path, problems: Sequence[Problem]) -> list[list[int]]:

@@ -1,16 +1,16 @@
 """Problems to train on: load and check a JSON Lines file, encode prompts.
 
-A row has ``prompt``, ``answer`` and optionally ``id``, ``verifier``, ``numbers``, ``kind``; other keys are ignored.
-Rows are left out, and reported by row and field, for one of two reasons:
+A line is a problem: ``prompt``, ``answer`` and optionally ``id``, ``verifier``, ``numbers``, ``kind``; other keys are
+ignored. Problems are left out, and reported by line and field, for one of two reasons:
 
-- a fault. Rows with one may be a small share of the file (``max_left_out``): above it something is wrong with all of
-  it, and the run stops. A gold answer that the verifier cannot read, or does not accept as an answer to itself, stops
-  the run at once unless such golds are to count like other faults (``skip_unparsable_gold``). Under a reward function
-  of the user's own a gold answer is whatever that reads, and is not checked.
+- a fault. Problems with one may be a small share of the file (``max_left_out``): above it something is wrong with the
+  whole file, and the run stops. A gold answer that the verifier cannot read, or does not accept as an answer to
+  itself, stops the run at once unless such golds are to count like other faults (``skip_unparsable_gold``). Under a
+  reward function of the user's own a gold answer is whatever that reads, and is not checked.
 - a repeated prompt with the same answer, or a prompt longer than the recipe wants: nothing is wrong with these, and
   their number is not limited.
 
-Under ``strict`` both stop the run. An id that several rows have is made one of its own for each, and counted.
+Under ``strict`` both stop the run. An id that several problems have is made one of its own for each, and counted.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ FaultKind = (
     Literal["not_json", "missing", "wrong_type", "empty", "invalid", "conflicting", "unparsable_gold"]
     | Literal["duplicate", "overlong_prompt"]
 )
-HARMLESS = ("duplicate", "overlong_prompt")  # nothing is wrong with the row
+HARMLESS = ("duplicate", "overlong_prompt")  # nothing is wrong with the problem
 MAX_LEFT_OUT = DataConfig().max_left_out
 Score = Callable[[Sequence[tuple[Problem, str]]], list[Reward]]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with one row. ``where`` is ``row 17`` (counted from 1) or ``problem <id>``."""
+    """What is wrong with one problem. ``where`` is ``line 17`` (counted from 1) or ``problem <id>``."""
 
     where: str
     field: str
@@ -58,12 +58,12 @@ class Fault:
 
 @dataclass(frozen=True)
 class DataReport:
-    """How many rows were read and kept, and why the others were not."""
+    """How many problems were read and kept, and why the others were not."""
 
-    num_rows: int
+    num_read: int
     num_kept: int
     faults: tuple[Fault, ...]
-    num_renamed: int = 0  # rows whose id another one had
+    num_renamed: int = 0  # problems whose id another one had
 
     @property
     def counts(self) -> dict[str, int]:
@@ -72,9 +72,9 @@ class DataReport:
     def summary(self) -> str:
         """A line with the counts and one for each of the first faults of every kind."""
         counts = ", ".join(f"{kind} {count}" for kind, count in sorted(self.counts.items()))
-        lines = [f"{self.num_kept} of {self.num_rows} rows kept" + (f"; left out: {counts}" if counts else "")]
+        lines = [f"{self.num_kept} of {self.num_read} problems kept" + (f"; left out: {counts}" if counts else "")]
         if self.num_renamed:
-            lines[0] += f"; {self.num_renamed} with the id of another row, which now end in @ and the row's number"
+            lines[0] += f"; {self.num_renamed} with the id of another problem, which now end in @ and the line's number"
         for kind in self.counts:
             lines += _listed([fault for fault in self.faults if fault.kind == kind])
         return "\n".join(lines)
@@ -88,41 +88,41 @@ def load_problems(
     max_left_out: float = MAX_LEFT_OUT,
     skip_unparsable_gold: bool = False,
 ) -> tuple[list[Problem], DataReport]:
-    """The problems of a JSON Lines file and a report on the rows left out.
+    """The problems of a JSON Lines file and a report on those left out.
 
     ``score`` scores ``(problem, response)`` pairs, for example ``RewardPool.score``; every gold answer is scored
     against itself (None: it is not). Raises ``ConfigError`` for a file that cannot be read, for an unparsable gold
-    answer unless ``skip_unparsable_gold``, for faults in more than the share ``max_left_out`` of the rows, for any when
-    ``strict``, and when no row is left.
+    answer unless ``skip_unparsable_gold``, for faults in more than the share ``max_left_out`` of the problems, for any
+    when ``strict``, and when no problem is left.
     """
-    rows = _read_rows(Path(path))
-    problems, faults = _check_rows(rows)
+    lines = _read_lines(Path(path))
+    problems, faults = _check_lines(lines)
     bad_gold = {} if score is None else _check_gold(problems, score)
     faults += bad_gold.values()
-    kept, num_renamed = _with_own_ids({row: problem for row, problem in problems.items() if row not in bad_gold})
-    report = DataReport(len(rows), len(kept), tuple(faults), num_renamed)
+    kept, num_renamed = _with_own_ids({line: problem for line, problem in problems.items() if line not in bad_gold})
+    report = DataReport(len(lines), len(kept), tuple(faults), num_renamed)
     if strict and faults:
         raise ConfigError(
-            f"data.train: {path} has {len(faults)} faults in {len(rows)} rows and data.strict is on; "
-            "correct or remove the rows, or set data.strict = false to leave them out\n" + "\n".join(_listed(faults))
+            f"data.train: {path} has {len(faults)} faults in {len(lines)} problems and data.strict is on; "
+            "correct or remove the lines, or set data.strict = false to leave them out\n" + "\n".join(_listed(faults))
         )
     if bad_gold and not skip_unparsable_gold:
         raise ConfigError(
             f"data.train: {path} has {len(bad_gold)} gold answers that are not right when scored against themselves; "
-            "every response to them would be scored wrong. Correct or remove the rows, or choose to leave them out\n"
+            "every response to them would be scored wrong. Correct or remove the lines, or choose to leave them out\n"
             + "\n".join(_listed(list(bad_gold.values())))
         )
     if not kept:
         raise ConfigError(
-            f"data.train: no usable row in {path}: {len(rows)} rows, 0 kept; expected one JSON object a line, "
-            f"like {SCHEMA}. Write such rows or point data.train to another file\n" + "\n".join(_listed(faults))
+            f"data.train: no usable problem in {path}: {len(lines)} read, 0 kept; expected one JSON object a line, "
+            f"like {SCHEMA}. Write such lines or point data.train to another file\n" + "\n".join(_listed(faults))
         )
     num_faulty = sum(fault.kind not in HARMLESS for fault in faults)
-    if num_faulty > max_left_out * len(rows):
+    if num_faulty > max_left_out * len(lines):
         raise ConfigError(
-            f"data.train: {num_faulty} of the {len(rows)} rows in {path} have a fault, more than the share "
+            f"data.train: {num_faulty} of the {len(lines)} problems in {path} have a fault, more than the share "
             f"data.max_left_out = {max_left_out:g} that may be left out. Correct or remove them, or raise "
-            f"data.max_left_out to at least {math.ceil(num_faulty / len(rows) * 1e4) / 1e4:g}\n{report.summary()}"
+            f"data.max_left_out to at least {math.ceil(num_faulty / len(lines) * 1e4) / 1e4:g}\n{report.summary()}"
         )
     return kept, report
 
@@ -175,7 +175,7 @@ def encode_problems(
         raise ConfigError(
             f"data.max_prompt_tokens: {len(faults)} of {len(problems)} prompts are too long, {len(kept)} are left; "
             f"the longest has {max(len(ids) for _, ids in encoded)} tokens. Raise data.max_prompt_tokens or remove "
-            "the rows\n" + "\n".join(_listed(faults))
+            "the problems\n" + "\n".join(_listed(faults))
         )
     return kept, DataReport(len(problems), len(kept), faults)
 
@@ -185,7 +185,7 @@ def load_training_data(
 ) -> tuple[list[tuple[Problem, tuple[int, ...]]], list[str]]:
     """What a run trains on, checked and encoded, and what to tell its user. Raises ``ConfigError`` as the parts do."""
     data = config.data
-    problems, rows = load_problems(
+    problems, read = load_problems(
         data.train,
         score=score,
         strict=data.strict,
@@ -200,13 +200,13 @@ def load_training_data(
         strict=data.strict,
     )
     return encoded, [
-        f"data: {data.train}: {rows.summary()}",
+        f"data: {data.train}: {read.summary()}",
         f"data: prompts of at most {data.max_prompt_tokens} tokens: {prompts.summary()}",
     ]
 
 
-def _read_rows(path: Path) -> dict[int, str]:
-    """``row number -> line`` of the lines that are not blank."""
+def _read_lines(path: Path) -> dict[int, str]:
+    """``line number -> line`` of the lines that are not blank."""
     try:
         texts = (line.decode("utf-8" if number else "utf-8-sig") for number, line in enumerate(read_lines(path)))
         return {number: text for number, text in enumerate(texts, 1) if text.strip()}
@@ -218,13 +218,13 @@ def _read_rows(path: Path) -> dict[int, str]:
         raise ConfigError(f"data.train: {path} is not UTF-8: {error}; write it again as UTF-8") from None
 
 
-def _check_rows(rows: dict[int, str]) -> tuple[dict[int, Problem], list[Fault]]:
-    """``row number -> problem`` of the rows without a fault. Of equal prompts the first stays."""
+def _check_lines(lines: dict[int, str]) -> tuple[dict[int, Problem], list[Fault]]:
+    """``line number -> problem`` of the lines without a fault. Of equal prompts the first stays."""
     problems: dict[int, Problem] = {}
     faults: list[Fault] = []
     first_with: dict[str, int] = {}
-    for number, line in rows.items():
-        checked = _check_row(f"row {number}", line)
+    for number, line in lines.items():
+        checked = _check_line(f"line {number}", line)
         if isinstance(checked, Fault):
             faults.append(checked)
             continue
@@ -232,11 +232,11 @@ def _check_rows(rows: dict[int, str]) -> tuple[dict[int, Problem], list[Fault]]:
         if first == number:
             problems[number] = checked
             continue
-        where = f"row {number}"
+        where = f"line {number}"
         if checked.answer == problems[first].answer:
-            faults.append(Fault(where, "prompt", "duplicate", f"the prompt of row {first}, with the same answer"))
+            faults.append(Fault(where, "prompt", "duplicate", f"the prompt of line {first}, with the same answer"))
         else:
-            faults.append(Fault(where, "answer", "conflicting", f"not the answer of row {first} to the same prompt"))
+            faults.append(Fault(where, "answer", "conflicting", f"not the answer of line {first} to the same prompt"))
     return problems, faults
 
 
@@ -244,27 +244,27 @@ def _with_own_ids(problems: dict[int, Problem]) -> tuple[list[Problem], int]:
     """The problems, each with an id that no other has, and how many got a new one: the first with an id keeps it."""
     own: dict[str, Problem] = {}
     num_renamed = 0
-    for row, problem in problems.items():
+    for line, problem in problems.items():
         name = problem.problem_id
         num_renamed += name in own
         while name in own:
-            name += f"@{row}"
+            name += f"@{line}"
         own[name] = replace(problem, problem_id=name)
     return list(own.values()), num_renamed
 
 
-def _check_row(where: str, line: str) -> Problem | Fault:
+def _check_line(where: str, line: str) -> Problem | Fault:
     try:
-        row = json.loads(line)
+        record = json.loads(line)
     except (ValueError, RecursionError) as error:  # also numbers and nesting beyond what Python reads
         return Fault(where, "(all)", "not_json", f"not JSON: {error}; found {line.strip()[:60]!r}")
-    if not isinstance(row, dict):
-        return _wrong_type(where, "(all)", f"a JSON object like {SCHEMA}", row)
+    if not isinstance(record, dict):
+        return _wrong_type(where, "(all)", f"a JSON object like {SCHEMA}", record)
     for field in ("prompt", "answer"):
-        if row.get(field) is None:
-            return Fault(where, field, "missing", f"missing; the row has {sorted(row)}")
-    prompt, answer, numbers = row["prompt"], row["answer"], row.get("numbers") or []
-    problem_id, verifier, kind = row.get("id"), row.get("verifier", "math"), row.get("kind") or ""
+        if record.get(field) is None:
+            return Fault(where, field, "missing", f"missing; the line has {sorted(record)}")
+    prompt, answer, numbers = record["prompt"], record["answer"], record.get("numbers") or []
+    problem_id, verifier, kind = record.get("id"), record.get("verifier", "math"), record.get("kind") or ""
     if not isinstance(prompt, str):
         return _wrong_type(where, "prompt", "a string", prompt)
     if not isinstance(answer, str) and not _is_int(answer):
@@ -273,7 +273,7 @@ def _check_row(where: str, line: str) -> Problem | Fault:
         if not text.strip():
             return Fault(where, field, "empty", "empty")
     for field in ("prompt", "answer", "id", "kind"):
-        if re.search("[\ud800-\udfff]", text := str(row.get(field))):
+        if re.search("[\ud800-\udfff]", text := str(record.get(field))):
             return Fault(where, field, "invalid", f"holds half of a surrogate pair, which is no text: {text[:60]!a}")
     if not isinstance(problem_id, str | None) and not _is_int(problem_id):
         return _wrong_type(where, "id", "a string", problem_id)
@@ -288,22 +288,22 @@ def _check_row(where: str, line: str) -> Problem | Fault:
             return Fault(where, "numbers", "missing", "missing; countdown needs the numbers to use")
         if not re.fullmatch(r"-?[0-9]+", str(answer).strip()):
             return Fault(where, "answer", "invalid", f"expected an integer target of countdown, found {answer!r}")
-    name = where.removeprefix("row ") if problem_id is None else str(problem_id)
+    name = where.removeprefix("line ") if problem_id is None else str(problem_id)
     return Problem(name, prompt, str(answer).strip(), verifier, tuple(numbers), kind)
 
 
 def _check_gold(problems: dict[int, Problem], score: Score) -> dict[int, Fault]:
-    """``row number -> fault`` of the gold answers that are not right as a response. Countdown targets are integers."""
-    asked = {row: problem for row, problem in problems.items() if problem.verifier == "math"}
+    """``line number -> fault`` of the gold answers that are not right as a response. Countdown targets are integers."""
+    asked = {line: problem for line, problem in problems.items() if problem.verifier == "math"}
     rewards = score([(problem, rf"\boxed{{{problem.answer}}}") for problem in asked.values()])
     return {
-        row: Fault(
-            f"row {row}",
+        line: Fault(
+            f"line {line}",
             "answer",
             "unparsable_gold",
             f"gold {problem.answer[:100]!r} scored against itself is {reward.outcome}, expected correct",
         )
-        for (row, problem), reward in zip(asked.items(), rewards, strict=True)
+        for (line, problem), reward in zip(asked.items(), rewards, strict=True)
         if reward.outcome != Outcome.CORRECT
     }
 

@@ -255,11 +255,11 @@ def quantile_by_sequence(value: Tensor, sequence: Tensor, mask: Tensor, q: float
     value = value[order]
     count = torch.bincount(sequence, minlength=num_sequences)
     start = count.cumsum(0) - count
-    place = q * (count - 1).clamp(min=0).double()
-    low = place.floor().long()
+    index = q * (count - 1).clamp(min=0).double()
+    low = index.floor().long()
     high = (low + 1).minimum((count - 1).clamp(min=0))
     if not len(value):
         return value.new_zeros(num_sequences)
-    at = lambda index: value[(start + index).clamp(max=len(value) - 1)]  # noqa: E731
-    quantile = torch.lerp(at(low).double(), at(high).double(), place - low).to(value.dtype)
+    at = lambda rank: value[(start + rank).clamp(max=len(value) - 1)]  # noqa: E731
+    quantile = torch.lerp(at(low).double(), at(high).double(), index - low).to(value.dtype)
     return torch.where(count > 0, quantile, 0.0)

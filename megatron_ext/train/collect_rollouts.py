@@ -8,9 +8,9 @@ To train, the whole groups of each mini-batch (the next ``train.mini_batch_promp
 every data-parallel rank, and so that the one with the most tokens, for which all others wait, has few (``deal``). A
 step's loss is a sum over tokens with weights fixed before, so who trains on which changes rounding only.
 
-Dynamic sampling (DAPO, arXiv 2503.14476): a group whose rewards are all equal has no advantage. It is dropped, and
-further prompts are drawn until ``rollout.prompts`` groups are left, in at most ``rollout.max_generations`` rounds. The
-first draws ``rollout.oversample`` times the prompts, a later one as many as the share of useful groups so far makes
+Dynamic sampling (DAPO, arXiv 2503.14476): a group whose rewards are all equal has no advantage. It is dropped, and the
+next prompts are sampled until ``rollout.prompts`` groups are left, in at most ``rollout.max_generations`` rounds. The
+first takes ``rollout.oversample`` times the prompts, a later one as many as the share of useful groups so far makes
 necessary. The step trains on the first useful groups in order of prompt index, so the choice depends on seeds and
 rewards alone, not on the layout; those beyond the last one needed are lost, with their prompts. When the rounds are
 used up, the step's first dropped groups fill the gap (DAPO's code ends the run there): they add tokens without an
@@ -66,7 +66,7 @@ class Rollouts:
             verdicts = share_verdicts(episodes)
             generations = 1
             while verdicts.count("useful") < rollout.prompts and generations < rollout.max_generations:
-                more = self.generate(next_problems(num_to_draw(verdicts, rollout.prompts)), first=len(verdicts))
+                more = self.generate(next_problems(num_to_take(verdicts, rollout.prompts)), first=len(verdicts))
                 episodes |= more
                 verdicts += share_verdicts(more)
                 generations += 1
@@ -128,7 +128,7 @@ def share_verdicts(own: dict[int, list[Episode]]) -> list[Verdict]:
     return [everyone[prompt_index] for prompt_index in sorted(everyone)]
 
 
-def num_to_draw(verdicts: Sequence[Verdict], wanted: int) -> int:
+def num_to_take(verdicts: Sequence[Verdict], wanted: int) -> int:
     """How many prompts should give the missing useful groups at the share so far, at most ``wanted``."""
     useful = verdicts.count("useful")
     return min(wanted, -(-(wanted - useful) * len(verdicts) // useful)) if useful else wanted

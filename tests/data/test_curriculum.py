@@ -22,8 +22,8 @@ ASCENDING = [3, 0, 4, 2, 1]
 def records(**changed: Any) -> list[dict[str, Any]]:
     header = {"format": FORMAT, "problems_sha256": fingerprint(PROBLEMS), "num_problems": 5, "stages": 2}
     rows = [
-        {"row": row, "id": f"p{row}", "stage": stage_of(place, 5, 2), "entropy": place / 10, "clusters": []}
-        for place, row in enumerate(ASCENDING)
+        {"row": row, "id": f"p{row}", "stage": stage_of(rank, 5, 2), "entropy": rank / 10, "clusters": []}
+        for rank, row in enumerate(ASCENDING)
     ]
     return [header | changed, *rows]
 

@@ -1,4 +1,4 @@
-"""Data files: every fault is named by row and field, prompts are encoded, golds are judged."""
+"""Data files: every fault is named by line and field, prompts are encoded, golds are scored."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def trusting(answers: Sequence[tuple[Problem, str]]) -> list[Reward]:
     return [Reward(1.0, "correct") for _ in answers]
 
 
-def write(folder: Path, *rows: Any) -> Path:
+def write(folder: Path, *records: Any) -> Path:
     """A JSON Lines file; a string is written as it is."""
     path = folder / "train.jsonl"
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text("".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records))
     return path
 
 
-def test_rows_become_problems(tmp_path: Path, pool: RewardPool):
+def test_lines_become_problems(tmp_path: Path, pool: RewardPool):
     path = write(
         tmp_path,
         {"prompt": "a", "answer": r"\frac{1}{2}", "id": "first", "source": "ignored"},
@@ -51,19 +51,19 @@ def test_rows_become_problems(tmp_path: Path, pool: RewardPool):
         Problem("7", "b", "12", kind="algebra"),
         Problem("4", "c", "9", "countdown", (3, 2, 1)),
     ]
-    assert (report.num_rows, report.num_kept, report.counts) == (3, 3, {})
-    assert report.summary() == "3 of 3 rows kept"
+    assert (report.num_read, report.num_kept, report.counts) == (3, 3, {})
+    assert report.summary() == "3 of 3 problems kept"
 
 
 @pytest.mark.parametrize(
-    ("row", "field", "kind", "words"),
+    ("record", "field", "kind", "words"),
     [
         ("{'prompt': 1}", "(all)", "not_json", "not JSON"),
         ("[" * 100_000, "(all)", "not_json", "not JSON"),
         ('{"prompt": "p", "answer": ' + "9" * 5000 + "}", "(all)", "not_json", "not JSON"),
         (["a", "b"], "(all)", "wrong_type", "found list"),
-        ({"answer": "4"}, "prompt", "missing", "the row has ['answer']"),
-        ({"prompt": "p"}, "answer", "missing", "the row has ['prompt']"),
+        ({"answer": "4"}, "prompt", "missing", "the line has ['answer']"),
+        ({"prompt": "p"}, "answer", "missing", "the line has ['prompt']"),
         ({"prompt": "p", "answer": None}, "answer", "missing", "missing"),
         ({"prompt": "p\ud800", "answer": "4"}, "prompt", "invalid", "half of a surrogate pair"),
         ({"prompt": [{"role": "user", "content": "p"}], "answer": "4"}, "prompt", "wrong_type", "found list"),
@@ -82,55 +82,57 @@ def test_rows_become_problems(tmp_path: Path, pool: RewardPool):
         ({"prompt": "p", "answer": "4", "verifier": "countdown", "numbers": [-1, 5]}, "numbers", "wrong_type", "-1"),
         ({"prompt": "p", "answer": "4/1", "verifier": "countdown", "numbers": [4, 1]}, "answer", "invalid", "'4/1'"),
         ({"prompt": "p", "answer": "4.0", "verifier": "countdown", "numbers": [4, 1]}, "answer", "invalid", "'4.0'"),
-        (GOOD, "prompt", "duplicate", "the prompt of row 1, with the same answer"),
-        (GOOD | {"answer": "5"}, "answer", "conflicting", "not the answer of row 1 to the same prompt"),
+        (GOOD, "prompt", "duplicate", "the prompt of line 1, with the same answer"),
+        (GOOD | {"answer": "5"}, "answer", "conflicting", "not the answer of line 1 to the same prompt"),
     ],
 )
-def test_faults_are_left_out_and_named(tmp_path: Path, row: Any, field: str, kind: str, words: str):
-    path = write(tmp_path, GOOD, row, {"prompt": "What is 3+3?", "answer": "6"})
+def test_faults_are_left_out_and_named(tmp_path: Path, record: Any, field: str, kind: str, words: str):
+    path = write(tmp_path, GOOD, record, {"prompt": "What is 3+3?", "answer": "6"})
     problems, report = load_problems(path, score=trusting, max_left_out=1 / 3)
     assert [problem.answer for problem in problems] == ["4", "6"]
-    assert (report.num_rows, report.num_kept, report.counts) == (3, 2, {kind: 1})
+    assert (report.num_read, report.num_kept, report.counts) == (3, 2, {kind: 1})
     (fault,) = report.faults
-    assert (fault.where, fault.field) == ("row 2", field)
+    assert (fault.where, fault.field) == ("line 2", field)
     assert words in fault.message
     assert str(fault) in report.summary() and f"left out: {kind} 1" in report.summary()
-    with pytest.raises(ConfigError, match="1 faults in 3 rows and data.strict is on") as caught:
+    with pytest.raises(ConfigError, match="1 faults in 3 problems and data.strict is on") as caught:
         load_problems(path, score=trusting, strict=True)
     assert str(fault) in str(caught.value)
 
 
-def test_a_hundred_copies_of_every_row(tmp_path: Path):
-    rows = [{"prompt": f"What is {n}+1?", "answer": str(n + 1)} for n in range(30)]
-    problems, report = load_problems(write(tmp_path, *rows * 100), score=trusting)
+def test_a_hundred_copies_of_every_line(tmp_path: Path):
+    records = [{"prompt": f"What is {n}+1?", "answer": str(n + 1)} for n in range(30)]
+    problems, report = load_problems(write(tmp_path, *records * 100), score=trusting)
     assert [problem.answer for problem in problems] == [str(n + 1) for n in range(30)]
     assert report.counts == {"duplicate": 2970}
     assert len(report.summary().splitlines()) == 7 and "and 2965 more" in report.summary()
 
 
-def test_a_misspelt_verifier_in_most_rows_stops_the_run(tmp_path: Path):
-    rows = [{"prompt": f"What is {n}+1?", "answer": str(n + 1), "verifier": "math"} for n in range(300)]
-    bad = [row | {"verifier": "maths"} if n < 237 else row for n, row in enumerate(rows)]
-    path = write(tmp_path, *bad, {"prompt": "p"}, rows[299])  # the last one only repeats
+def test_a_misspelt_verifier_in_most_lines_stops_the_run(tmp_path: Path):
+    records = [{"prompt": f"What is {n}+1?", "answer": str(n + 1), "verifier": "math"} for n in range(300)]
+    bad = [record | {"verifier": "maths"} if n < 237 else record for n, record in enumerate(records)]
+    path = write(tmp_path, *bad, {"prompt": "p"}, records[299])  # the last one only repeats
     with pytest.raises(ConfigError) as caught:
         load_problems(path, score=trusting)
     message = str(caught.value)
-    assert "238 of the 302 rows" in message and "data.max_left_out = 0.01" in message and "at least 0.7881" in message
-    assert "63 of 302 rows kept; left out: duplicate 1, invalid 237, missing 1" in message
-    assert "row 1, field verifier: expected one of math, countdown, found 'maths'" in message
-    assert "row 301, field answer: missing" in message and "and 232 more" in message
+    assert (
+        "238 of the 302 problems" in message and "data.max_left_out = 0.01" in message and "at least 0.7881" in message
+    )
+    assert "63 of 302 problems kept; left out: duplicate 1, invalid 237, missing 1" in message
+    assert "line 1, field verifier: expected one of math, countdown, found 'maths'" in message
+    assert "line 301, field answer: missing" in message and "and 232 more" in message
     assert len(load_problems(path, score=trusting, max_left_out=0.7881)[0]) == 63
     with pytest.raises(ConfigError):
         load_problems(path, score=trusting, max_left_out=0.788)
 
 
 def test_every_problem_has_an_id_of_its_own(tmp_path: Path):
-    rows = [{"prompt": f"What is {n}+1?", "answer": str(n + 1)} for n in range(6)]
+    records = [{"prompt": f"What is {n}+1?", "answer": str(n + 1)} for n in range(6)]
     ids = [{"id": "a"}, {"id": "a@3"}, {"id": "a"}, {}, {"id": 4}, {"id": "a"}]
-    path = write(tmp_path, *({**row, **own} for row, own in zip(rows, ids, strict=True)))
+    path = write(tmp_path, *({**record, **own} for record, own in zip(records, ids, strict=True)))
     problems, report = load_problems(path, score=trusting, strict=True)
     assert [problem.problem_id for problem in problems] == ["a", "a@3", "a@3@3", "4", "4@5", "a@6"]
-    assert report.num_renamed == 3 and "; 3 with the id of another row" in report.summary()
+    assert report.num_renamed == 3 and "; 3 with the id of another problem" in report.summary()
 
 
 def test_an_unparsable_gold_answer_stops_the_run(tmp_path: Path, pool: RewardPool):
@@ -145,14 +147,14 @@ def test_an_unparsable_gold_answer_stops_the_run(tmp_path: Path, pool: RewardPoo
     with pytest.raises(ConfigError) as caught:
         load_problems(path, score=pool.score)
     message = str(caught.value)
-    assert "4 gold answers" in message and "remove the rows" in message
-    assert "row 2, field answer: gold '@@' scored against itself is bad_gold" in message
-    assert r"row 3, field answer: gold '\\frac{1}{2' scored against itself is no_answer" in message
-    assert "row 4, field answer: gold '1=2' scored against itself is contradiction" in message
-    assert "row 5, field answer: gold 'xxx" in message and "is too_long" in message
+    assert "4 gold answers" in message and "remove the lines" in message
+    assert "line 2, field answer: gold '@@' scored against itself is bad_gold" in message
+    assert r"line 3, field answer: gold '\\frac{1}{2' scored against itself is no_answer" in message
+    assert "line 4, field answer: gold '1=2' scored against itself is contradiction" in message
+    assert "line 5, field answer: gold 'xxx" in message and "is too_long" in message
     assert len(message) < 1500
 
-    with pytest.raises(ConfigError, match="4 of the 5 rows .* have a fault"):
+    with pytest.raises(ConfigError, match="4 of the 5 problems .* have a fault"):
         load_problems(path, score=pool.score, skip_unparsable_gold=True)
     problems, report = load_problems(path, score=pool.score, skip_unparsable_gold=True, max_left_out=0.8)
     assert [problem.answer for problem in problems] == ["4"]
@@ -168,18 +170,18 @@ def test_golds_in_every_dress_are_right_against_themselves(tmp_path: Path, pool:
 
 
 def test_thousands_of_integer_golds_are_checked_once_each(tmp_path: Path, pool: RewardPool):
-    """AIME golds are integers below 1000: equal ones are judged once, so the whole file takes seconds."""
-    rows = [{"prompt": f"problem {n}", "answer": str(n % 1000)} for n in range(5000)]
-    problems, report = load_problems(write(tmp_path, *rows), score=pool.score, strict=True)
+    """AIME golds are integers below 1000: equal ones are scored once, so the whole file takes seconds."""
+    records = [{"prompt": f"problem {n}", "answer": str(n % 1000)} for n in range(5000)]
+    problems, report = load_problems(write(tmp_path, *records), score=pool.score, strict=True)
     assert len(problems) == 5000 and not report.faults
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "0 rows, 0 kept"),
-        (b"\n \n", "0 rows, 0 kept"),
-        (b'{"question": "p", "answer": "4"}\n', r"1 rows, 0 kept(.|\n)*row 1, field prompt: missing"),
+        (b"", "0 read, 0 kept"),
+        (b"\n \n", "0 read, 0 kept"),
+        (b'{"question": "p", "answer": "4"}\n', r"1 read, 0 kept(.|\n)*line 1, field prompt: missing"),
         (b'{"prompt": "\xff", "answer": "4"}\n', "not UTF-8"),
     ],
 )
@@ -234,7 +236,7 @@ def test_overlong_prompts_are_left_out_and_named():
     problems = [Problem("short", "What is 2?", "2"), Problem("long", "What is 2+2+2?", "6")]
     kept, report = encode_problems(tokenizer(), problems, max_prompt_tokens=5)
     assert kept == [(problems[0], (1, 5, 6, 7, 9))]
-    assert (report.num_rows, report.num_kept, report.counts) == (2, 1, {"overlong_prompt": 1})
+    assert (report.num_read, report.num_kept, report.counts) == (2, 1, {"overlong_prompt": 1})
     assert "problem long, field prompt: 9 tokens, expected at most data.max_prompt_tokens = 5" in report.summary()
     with pytest.raises(ConfigError, match=r"1 of 2 prompts are too long, 1 are left; the longest has 9 tokens"):
         encode_problems(tokenizer(), problems, max_prompt_tokens=5, strict=True)

@@ -145,7 +145,7 @@ def test_the_gradient_is_the_formulas(
     assert found.methods[0].state_dict() == pytest.approx({"h_anchor": float(first)})
 
 
-def test_the_nucleus_rules_differ_by_the_crossing_token() -> None:
+def test_the_nucleus_rules_differ_by_the_cutoff_token() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.9, 0.06, 0.03, 0.01]], dtype=torch.float64).log()
     two = -(0.625 * torch.tensor(0.625).log() + 0.375 * torch.tensor(0.375).log())
     assert nucleus_entropy(logits, 0.79, "inclusive").tolist() == pytest.approx([float(two), 0.0])

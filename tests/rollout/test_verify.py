@@ -115,7 +115,7 @@ TABLE = [
 
 
 def test_table_belongs_to_the_installed_version():
-    assert version("math-verify") == "0.9.0", "judge the table again and say so here"
+    assert version("math-verify") == "0.9.0", "score the table again and say so here"
 
 
 @pytest.mark.parametrize(("gold", "answer", "outcome"), TABLE)

@@ -2,7 +2,7 @@
 
     make soak MINUTES=20 SEED=7                 python -m tests.soak --minutes 20 --seed 7
 
-Ranks, launcher and reward workers are struck while they start, load, sync, draw, judge, train, write and publish a
+Ranks, launcher and reward workers are struck while they start, load, sync, sample, score, train, write and publish a
 checkpoint, and end (strikes.py). After each strike: the exit code and the words are those that README promises, no
 process, lock or shared memory is left, the checkpoint that ``latest`` names is whole, every step so far is the
 uninterrupted run's. When a run is done: its weights, optimizer, method's and other state, metrics and samples are those

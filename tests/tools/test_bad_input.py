@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.whole_run import RECIPES, Judge
+from tests.train.whole_run import RECIPES, ExactRewards
 from tools import ranks, train
 
 
@@ -16,7 +16,7 @@ def nothing_heavy(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("ranks were started")
 
     monkeypatch.setattr(ranks, "run_ranks", refuse)
-    monkeypatch.setattr("megatron_ext.rollout.rewards.reward_pool.RewardPool", Judge)
+    monkeypatch.setattr("megatron_ext.rollout.rewards.reward_pool.RewardPool", ExactRewards)
 
 
 def recipe(method: str) -> str:

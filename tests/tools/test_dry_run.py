@@ -113,7 +113,7 @@ def test_what_is_not_here_is_named_and_is_no_fault(capsys: pytest.CaptureFixture
     assert "weights: not found here, to be prepared with hf download Qwen/Qwen2.5-Math-7B --local-dir " in text
     assert re.search(r"data.train: \S+dapo-math-17k.jsonl not found here, to be prepared from BytedTsinghua-SIA", text)
     assert re.search(r"data.curriculum: \S+ not found here, to be prepared with megatron-entropy semantic", text)
-    assert "stand in for it: prompts of at most 1024 tokens: 32 of 32 rows kept" in text
+    assert "stand in for it: prompts of at most 1024 tokens: 32 of 32 problems kept" in text
     assert "all shards together have 7,615,616,512 parameters, config.json gives 7,615,616,512" in text
     assert "2 updates of 1024 responses" in text and "the reference" in text
 

@@ -45,9 +45,9 @@ class FakePool:
         self.asked: list[tuple[str, str]] = []
 
     def score(self, answers: Sequence[tuple[Problem, str]]) -> list[Reward]:
-        return [self.judge(problem, text) for problem, text in answers]
+        return [self.reward(problem, text) for problem, text in answers]
 
-    def judge(self, problem: Problem, text: str) -> Reward:
+    def reward(self, problem: Problem, text: str) -> Reward:
         if text.startswith("A="):
             text = text.removeprefix("A=")
         elif text.startswith(r"\boxed{"):

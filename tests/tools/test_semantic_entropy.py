@@ -12,7 +12,7 @@ import pytest
 
 from megatron_ext.data.curriculum import read_stages
 from megatron_ext.types import Problem, Reward, Sample
-from tests.train.whole_run import RECIPES, Judge
+from tests.train.whole_run import RECIPES, ExactRewards
 from tools import semantic_entropy as tool
 from tools.semantic_entropy import cluster_shares, entropy, log_weight, measured
 
@@ -34,7 +34,7 @@ def test_weights_shares_and_entropy_by_hand() -> None:
     assert entropy([1.0, 0.0]) == 0.0 and math.copysign(1, entropy([1.0])) == 1
 
 
-class Equivalence(Judge):
+class Equivalence(ExactRewards):
     """Asked whether an answer equals a key, knows one pair."""
 
     def score(self, answers: Sequence[tuple[Problem, str]]) -> list[Reward]:
@@ -61,8 +61,8 @@ def test_equivalent_answers_and_those_without_one_are_clusters() -> None:
 
 @pytest.fixture
 def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Eleven problems in batches of two, judged without verifier processes."""
-    monkeypatch.setattr("megatron_ext.rollout.rewards.reward_pool.RewardPool", Judge)
+    """Eleven problems in batches of two, scored without verifier processes."""
+    monkeypatch.setattr("megatron_ext.rollout.rewards.reward_pool.RewardPool", ExactRewards)
     lines = (RECIPES / "tiny/data/train.jsonl").read_text().splitlines(keepends=True)[:11]
     (tmp_path / "train.jsonl").write_text("".join(lines))
     settings = [f'data.train="{tmp_path}/train.jsonl"', "rollout.batch_size=10"]

@@ -18,7 +18,7 @@ from megatron_ext.data.sampler import DataOrder
 from megatron_ext.metrics.display import Watch
 from megatron_ext.model import hf_weights, parallel
 from megatron_ext.rollout.base import Request, Sampling
-from megatron_ext.train.collect_rollouts import Rollouts, choose, deal, imbalance, num_to_draw, num_tokens, verdict_of
+from megatron_ext.train.collect_rollouts import Rollouts, choose, deal, imbalance, num_to_take, num_tokens, verdict_of
 from megatron_ext.types import Episode, Problem, Reward, Sample
 from tests import gloo, tiny
 from tests.train.test_invariance import gathered_gradients, worst
@@ -47,8 +47,8 @@ class Pool:
     def __init__(self, everything: float | None) -> None:
         self.everything = everything
 
-    def score(self, answers: Sequence[tuple[Problem, str]]) -> list[Reward]:
-        return [self.reward(int(problem.problem_id), int(text)) for problem, text in answers]
+    def score_samples(self, samples: Sequence[tuple[Problem, Sample]]) -> list[Reward]:
+        return [self.reward(int(problem.problem_id), int(sample.text)) for problem, sample in samples]
 
     def reward(self, number: int, seed: int) -> Reward:
         value = (1.0, 0.0, float(seed % 2))[number % 3] if self.everything is None else self.everything
@@ -144,8 +144,8 @@ def test_oversampling_draws_more_at_first_and_trains_on_as_many(one_rank: Any) -
 def test_without_it_every_prompt_of_the_step_trains(layout: tuple) -> None:
     mini_batches, metrics, _ = trained(layout, dynamic=False)
     assert metrics == {} and trained(LAYOUTS[0], dynamic=False)[0] == mini_batches
-    drawn = [e[1] for mini_batch in mini_batches for e in mini_batch][::SAMPLES]
-    assert drawn == [str(i) for i in DataOrder([range(NUM_PROBLEMS)], seed=11).take(2 * PROMPTS, step=0)]
+    taken = [e[1] for mini_batch in mini_batches for e in mini_batch][::SAMPLES]
+    assert taken == [str(i) for i in DataOrder([range(NUM_PROBLEMS)], seed=11).take(2 * PROMPTS, step=0)]
 
 
 @pytest.mark.parametrize(("everything", "name"), [(1.0, "all_right"), (0.0, "all_wrong")])
@@ -175,9 +175,9 @@ def test_a_gap_is_filled_and_useful_groups_come_first() -> None:
 
 def test_a_round_draws_what_the_share_so_far_makes_necessary() -> None:
     few: Any = ["useful", "wrong", "wrong", "right"]
-    assert num_to_draw(few, 4) == 4  # 3 missing at 1/4: 12, at most a whole batch
-    assert num_to_draw(few[:2] * 2, 3) == 2  # 1 missing at 1/2
-    assert num_to_draw(few[1:], 4) == 4
+    assert num_to_take(few, 4) == 4  # 3 missing at 1/4: 12, at most a whole batch
+    assert num_to_take(few[:2] * 2, 3) == 2  # 1 missing at 1/2
+    assert num_to_take(few[1:], 4) == 4
 
 
 def test_the_longest_groups_are_dealt_first_and_move_only_for_balance() -> None:

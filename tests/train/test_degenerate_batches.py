@@ -77,14 +77,14 @@ def reference(episodes: list[Episode]) -> dict[str, Tensor]:
     """Dr.GRPO where the policy has not moved yet, response by response in fp64: those without a reward are not there,
     those without a token count in their group's mean alone."""
     model = copy.deepcopy(tiny.hf_model()[0]).double()
-    judged = [each for each in episodes if not math.isnan(each.reward.value)]
-    trained = [each for each in judged if each.sample.response_ids]
+    scored = [each for each in episodes if not math.isnan(each.reward.value)]
+    trained = [each for each in scored if each.sample.response_ids]
     loss = torch.zeros((), dtype=torch.float64)
     for episode in trained:
         prompt, response = episode.sample.prompt_ids, torch.tensor(episode.sample.response_ids)
         logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
         logprob = logits.log_softmax(-1).gather(1, response[:, None]).sum()
-        group = [each.reward.value for each in judged if each.group == episode.group]
+        group = [each.reward.value for each in scored if each.group == episode.group]
         loss = loss - (episode.reward.value - sum(group) / len(group)) * logprob / LONGEST / len(trained)
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -276,8 +276,8 @@ def test_a_fault_that_every_rank_finds_is_said_once(tmp_path: Path) -> None:
         (["train.step=3"], None, "train.step: unknown key; did you mean steps?"),
         (["parallel.tensor=3", "parallel.ranks_per_node=3"], None, "3 does not divide the model's 4 attention heads"),
         (["method.cof=1"], None, "method.cof: siren has no such option; did you mean coef?"),
-        ([], [], "no usable row"),
-        ([], [{"prompt": "1 2 3 > 6?", "answer": "\\frac{1}{"}], "row 1, field answer"),
+        ([], [], "no usable problem"),
+        ([], [{"prompt": "1 2 3 > 6?", "answer": "\\frac{1}{"}], "line 1, field answer"),
     ],
 )
 def test_bad_input_exits_2_and_says_what_to_do(

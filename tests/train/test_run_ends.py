@@ -23,7 +23,7 @@ RECIPE = "siren/siren-tiny-cpu.toml"
 ONE_UPDATE = ("train.mini_batch_prompts=4", "checkpoint.keep=9")
 PHASES: dict[str, tuple[Any, str]] = {
     "rollout": (HFEngine, "generate"),
-    "reward": (whole_run.Judge, "score"),
+    "reward": (whole_run.ExactRewards, "score"),
     "update": (Learner, "update"),
     "save": (checkpoint.Checkpoints, "save"),
     "write": (checkpoint, "write_chunks"),

@@ -1,6 +1,6 @@
 """Whole runs of the training loop in forked ranks of this process: under a second each, nothing to start.
 
-The tiny model and 64 of its problems, real rollouts and updates; the answers are judged here, by exact arithmetic,
+The tiny model and 64 of its problems, real rollouts and updates; the answers are scored here, by exact arithmetic,
 without the pool of verifier processes. What a run leaves behind is compared by ``metrics`` and ``contents``.
 """
 
@@ -29,13 +29,13 @@ SMALL = (
 )
 
 
-class Judge:
+class ExactRewards:
     """In the place of the reward pool: countdowns exactly, everything else is its gold answer or wrong."""
 
     def __init__(self, *_: Any, correct: float = 1.0, wrong: float = 0.0, **__: Any) -> None:
         self.correct, self.wrong = correct, wrong
 
-    def __enter__(self) -> Judge:
+    def __enter__(self) -> ExactRewards:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -81,7 +81,7 @@ def _rank(rank: int, world: int, folder: Path, recipe: str, overrides: Sequence[
     os.environ["HF_HUB_OFFLINE"] = "1"
     module: Any = loop
     before: Any = setup
-    before.RewardPool = Judge
+    before.RewardPool = ExactRewards
     real = loop.train_step
 
     def train_step(trainer: loop.Trainer, watch: Any) -> Any:

@@ -203,7 +203,7 @@ def measure(
     seed: int = 0,
     batch_size: int = 400,
 ) -> Measurement:
-    """Sample ``samples`` responses to each problem and judge them exactly."""
+    """Sample ``samples`` responses to each problem and score them exactly."""
     torch.manual_seed(seed)
     model.eval()
     asked = [problem for problem in problems for _ in range(samples)]

@@ -18,7 +18,7 @@ from megatron_ext.data.dataset import load_training_data
 from megatron_ext.rollout.model_files import load_tokenizer
 from megatron_ext.types import Problem
 from tests.properties.oddities import SPOILERS, TEXTS, VALUES, damaged, limits, mutated, to_bytes, to_json
-from tests.train.whole_run import Judge
+from tests.train.whole_run import ExactRewards
 
 TINY = Path(__file__).parents[2] / "recipes" / "tiny"
 ROWS = [json.loads(line) for line in (TINY / "data" / "train.jsonl").read_text().splitlines()[:6]]
@@ -36,7 +36,7 @@ def load(path: Path, *, max_left_out: float = 1.0, **data: bool | float | str) -
     config = read_config(TINY / "tiny-cpu.toml", overrides)
     with limits():
         try:
-            problems, lines = load_training_data(config, score=Judge().score, tokenizer=TOKENIZER)
+            problems, lines = load_training_data(config, score=ExactRewards().score, tokenizer=TOKENIZER)
         except ConfigError as error:
             assert str(error).startswith("data.") and len(str(error)) < LONGEST_MESSAGE
             return []
