@@ -84,7 +84,6 @@ def alone_in_a_collective(loop: Any) -> None:
         return real(trainer, watch)
 
     loop.train_step = train_step
-    Learner.update = update  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def slow_to_score(loop: Any) -> None:
