@@ -30,7 +30,6 @@ from megatron_ext.plan.memory import PHASES, RECOMPUTE, Roles
 from megatron_ext.plan.speed import RATES, Lengths, Rates, default_lengths
 
 from .arguments import add_recipe, command_parser, number, output_file
-from .plan_chart import memory_chart
 
 FITS, DOES_NOT_FIT, CONFIGURATION = 0, 1, 2
 GB = 1e9
@@ -51,7 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     plan = make_plan(config, roles, rates=rates, gpu_memory=total, lengths=lengths)
     nearest = None if plan.fits else nearest_fit(plan, rates=rates, lengths=lengths)
     if options.svg:
-        options.svg.write_text(memory_chart(plan))
+        from .plan_chart import memory_chart  # matplotlib takes as long to import as the plan to make
+
+        memory_chart(plan).savefig(options.svg, format="svg")
     if options.json:
         found = {"nearest_fit": nearest[0] if nearest else None, "rates": vars(rates), "lengths": vars(lengths)}
         print(json.dumps(plan.as_dict() | found, indent=2))

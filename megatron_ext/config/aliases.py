@@ -7,7 +7,7 @@ one that fits counts. What follows our key says where its meaning differs.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -250,11 +250,19 @@ def with_new_names(config: dict[str, Any]) -> dict[str, Any]:
         section, _, key = old.partition(".")
         if key in config.get(section, {}):
             config[section][new.partition(".")[2]] = config[section].pop(key)
-    for option, names in RENAMED_VALUES.items():
-        value = config.get("method", {}).get(option)
-        if value in names:
-            config["method"][option] = names[value]
+    for option, _, value in renamed_values(config.get("method", {})):
+        config["method"][option] = value
     return config
+
+
+def renamed_values(method: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Of a method's options: name, the value's name of before, and its name now."""
+    return [
+        (option, old, new)
+        for option, names in RENAMED_VALUES.items()
+        for old, new in names.items()
+        if method.get(option) == old
+    ]
 
 
 def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_ext import methods
-from megatron_ext.config.aliases import find
+from megatron_ext.config.aliases import find, renamed_values
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.schema import Config, OptimizerConfig
 from megatron_ext.methods.base import Method
@@ -19,6 +19,8 @@ def create_method(config: Config) -> Method:
             raise ValueError(
                 "\n".join(f"method.{key}: unknown option; here it is {ours}" for key, ours in foreign.items())
             )
+        if renamed := renamed_values(config.method):
+            raise ValueError("\n".join(f"method.{key}: {old!r} is called {new!r} now" for key, old, new in renamed))
         method = methods.create(config.method)
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -105,6 +105,7 @@ class Learner:
             metrics |= self.describe(known_old(whole, old.logprob), old, episodes) | values | prepared.report
             metrics |= self.apply()
             phase.advance(tokens=len(whole.mask))
+        self.policy.finish_param_sync()
         return metrics, old
 
     @property

@@ -58,6 +58,7 @@ def test_every_answer_is_a_key_of_ours_and_no_key_of_ours_is_asked_for() -> None
         ("method.kl_loss_coef=0", "method.kl_loss_coef: unknown option; here it is method.beta"),
         ("method.clip_ratio_low=0.1", "method.clip_ratio_low: unknown option; here it is method.clip_low"),
         ("rollout.memory_share=0.4", "rollout.memory_share: unknown key; here it is rollout.gpu_memory_utilization"),
+        ('method={name="siren", nucleus="reach"}', "method.nucleus: 'reach' is called 'inclusive' now"),
         ("rollout.tensor=2", "here it is rollout.tensor_parallel_size"),
         ("rollout.eager=true", "here it is rollout.enforce_eager"),
         ("rollout.max_completion_length=9", "here it is rollout.max_response_tokens"),

@@ -8,7 +8,12 @@ from xml.etree import ElementTree
 
 import pytest
 
+from megatron_ext.plan.device import TOTAL_BYTES
+from megatron_ext.plan.layout import make_plan
+from megatron_ext.plan.memory import PHASES
+from megatron_ext.plan.speed import RATES
 from tools import plan
+from tools.plan_chart import memory_chart
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SIREN = str(RECIPES / "siren" / "siren-qwen2.5-math-7b-2n8g.toml")
@@ -49,16 +54,21 @@ def test_no_layout_at_all_is_said(capsys: pytest.CaptureFixture) -> None:
     assert "no layout on these GPUs fits" in capsys.readouterr().out
 
 
-def test_a_chart(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_chart(tmp_path: Path) -> None:
+    """Its file is SVG with a bar for each item and phase; the bars of a phase stand end to end up to its total."""
     assert plan.main([SIREN, "--svg", str(tmp_path / "memory.svg")]) == 0
-    picture = ElementTree.parse(tmp_path / "memory.svg").getroot()
-    bars = [e for e in picture.iter("{http://www.w3.org/2000/svg}rect") if len(e)]
-    titles = [str(e[0].text) for e in bars]
-    assert titles.count("weights: 3.8 GB") == 3 and any(title.startswith("KV cache") for title in titles)
-    # the bars of a phase stand end to end
-    update = [e for e in bars if e.get("y") == bars[-1].get("y")]
-    for left, right in zip(update, update[1:], strict=False):
-        assert float(left.get("x", 0)) + float(left.get("width", 0)) == pytest.approx(float(right.get("x", 0)), abs=0.2)
+    assert ElementTree.parse(tmp_path / "memory.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    config = plan.read_valid(SIREN, [])
+    made = make_plan(config, plan.method_roles(config), rates=RATES["h100"], gpu_memory=TOTAL_BYTES["h100"])
+    [axes] = memory_chart(made).axes
+    bars = {container.get_label(): list(container) for container in axes.containers}
+    assert [f"{bar.get_width():.1f}" for bar in bars["weights"]] == ["3.8"] * 3 and any("KV" in name for name in bars)
+    for number, phase in enumerate(PHASES):
+        end = 0.0
+        for each in bars.values():
+            assert each[number].get_x() == pytest.approx(end)
+            end += each[number].get_width()
+        assert end == pytest.approx(made.worst.total(phase) / 1e9)
 
 
 def test_bad_input_is_a_configuration_error(capsys: pytest.CaptureFixture) -> None:

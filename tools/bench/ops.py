@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from megatron_ext.ops import VocabShard, policy_stats, reference
 
 from .peers import Outputs, Peer, peers, start_group
-from .plot import bars
 
 WANT = {
     "log-prob": ("logprob",),
@@ -324,10 +324,20 @@ def _write(options: argparse.Namespace, tables: list[Table]) -> None:
     hardware = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
     facts = {"hardware": hardware, "threads": torch.get_num_threads(), "torch": torch.__version__}
     (folder / f"{name}.json").write_text(json.dumps(facts | {"tables": [asdict(table) for table in tables]}, indent=1))
-    (folder / f"{name}.svg").write_text(bars([_bars(table) for table in tables]))
+    chart(tables).savefig(folder / f"{name}.svg")
     print(f"\n{folder / name}.json and .svg written")
 
 
-def _bars(table: Table) -> tuple[str, list[tuple[str, float, bool]]]:
-    title = f"{table.device} {table.dtype}, TP {table.tp}, {table.tokens} x {table.vocab}: milliseconds"
-    return title, [(line.name, line.milliseconds, line.ours) for line in table.lines if line.times]
+def chart(tables: list[Table]) -> Figure:
+    """Milliseconds as bars, one chart a table: ours dark, peers light."""
+    timed = [[line for line in table.lines if line.times] for table in tables]
+    figure = Figure(figsize=(9, 1 + sum(0.7 + 0.3 * len(lines) for lines in timed)), layout="constrained")
+    rows = figure.subplots(len(tables), squeeze=False, height_ratios=[0.7 + 0.3 * len(lines) for lines in timed])
+    for axes, table, lines in zip(rows[:, 0], tables, timed, strict=True):
+        colors = ["#1f4e79" if line.ours else "#b8c4d0" for line in lines]
+        bars = axes.barh([line.name for line in lines], [line.milliseconds for line in lines], color=colors)
+        axes.bar_label(bars, fmt="{:.3g}", padding=4)
+        axes.set_title(f"{table.device} {table.dtype}, TP {table.tp}, {table.tokens} x {table.vocab}: milliseconds")
+        axes.margins(x=0.12)
+        axes.invert_yaxis()
+    return figure
