@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NotRequired, get_type_hints
 
-KEYS = (("method", "name"), ("rollout", "engine"), ("reward", "function"))
+KEYS = (("method", "name"), ("rollout", "engine"), ("reward", "function"), ("model", "family"))
 FORMS = "package.module:Name or path/to/file.py:Name"
 
 

@@ -82,7 +82,7 @@ def to_hf(checkpoint: Path, out: Path, *, source: Path | None, shard_bytes: int)
     Raises CheckpointError for a damaged, absent or unfitting one, ConfigError for a missing model.
     """
     from megatron_ext.checkpoint.full_tensors import CheckpointTensors
-    from megatron_ext.model.architectures import read_architecture
+    from megatron_ext.model.architectures import find_family, read_architecture
     from megatron_ext.model.export import write_hf
     from megatron_ext.model.param_mapping import full_mappings, hf_shapes
 
@@ -91,7 +91,8 @@ def to_hf(checkpoint: Path, out: Path, *, source: Path | None, shard_bytes: int)
     print(f"convert: checking the files of {checkpoint}", file=sys.stderr)
     path, found = find(checkpoint)
     source = source or Path(found.config["model"]["path"])
-    architecture = read_architecture(read_hf_config(source))
+    family = find_family(found.config["model"].get("family", ""))  # a checkpoint may be older than the key
+    architecture = read_architecture(read_hf_config(source), family)
     tensors = CheckpointTensors(path)
     mappings = [(mapping, _location(mapping)) for mapping in full_mappings(architecture)]
     dtype = tensors.check([location for _, location in mappings], belongs=_is_policy)

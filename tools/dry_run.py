@@ -29,7 +29,7 @@ from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.schema import Config
 from megatron_ext.config.shipped import RECIPES, outside
-from megatron_ext.model.architectures import Architecture, read_architecture
+from megatron_ext.model.architectures import Architecture, find_family, read_architecture
 from megatron_ext.plan.device import TOTAL_BYTES
 from megatron_ext.plan.layout import Plan, make_plan
 from megatron_ext.plan.memory import num_engines
@@ -243,7 +243,7 @@ def build_shards(config: Config) -> list[Any]:
         from megatron_ext.train.method_factory import create_method
 
         p, needs = config.parallel, create_method(config).needs
-        architecture = read_architecture(read_hf_config(config.model.path))
+        architecture = read_architecture(read_hf_config(config.model.path), find_family(config.model.family))
         ranks = range(0, p.world, p.world // p.pipeline)
         return [build_shard(config, architecture, needs, rank) for rank in ranks]
 

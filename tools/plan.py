@@ -23,6 +23,7 @@ from megatron_ext.config.checks import layout_faults
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.loading import read_config
 from megatron_ext.config.schema import Config
+from megatron_ext.model.architectures import find_family
 from megatron_ext.plan.device import MARGIN, TOTAL_BYTES
 from megatron_ext.plan.layout import Plan, make_plan, nearest_fit
 from megatron_ext.plan.memory import PHASES, RECOMPUTE, Roles
@@ -40,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = read_valid(options.recipe, options.overrides)
         roles = method_roles(config)
         lengths = _lengths(options, config)
+        find_family(config.model.family)
     except ConfigError as error:
         print(f"configuration error\n{error}", file=sys.stderr)
         return CONFIGURATION

@@ -76,7 +76,7 @@ def _run(options: argparse.Namespace) -> int:
         _set_allocator(config)
         if options.dry_run and ranks.local_rank() > 0:
             return 0  # one rank of every node tries it
-    complete = _check_method(config)
+    complete = _check_own_code(config)
     if options.print_config:
         print(to_toml(redact(complete)))
         return 0
@@ -132,10 +132,12 @@ def _set_allocator(config: Config) -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
-def _check_method(config: Config) -> dict[str, Any]:
-    """The configuration with the method's own defaults filled in; its options are checked here."""
+def _check_own_code(config: Config) -> dict[str, Any]:
+    """The configuration with the method's own defaults filled in; its options and ``model.family`` are checked here."""
+    from megatron_ext.model.architectures import find_family
     from megatron_ext.train.method_factory import create_method  # brings torch: only when needed
 
+    find_family(config.model.family)
     method = create_method(config)
     options = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
     return config.model_dump() | {"method": {"name": config.method.get("name"), **options}}

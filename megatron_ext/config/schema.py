@@ -47,6 +47,10 @@ class ModelConfig(Section):
 
     path: str = Field(default="", description="directory with config.json, safetensors files and the tokenizer")
     hub: str = Field(default="", description="the model's id on the Hugging Face Hub, for messages and model cards")
+    family: str = Field(
+        default="",
+        description="a model family of your own, package.module:NAME or path/to/file.py:NAME; empty: by config.json",
+    )
     weights: str = Field(
         default="",
         description="start from this checkpoint (a step_* directory of any layout) instead of path's safetensors",

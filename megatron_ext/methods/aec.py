@@ -1,12 +1,14 @@
 """AEC: adaptive entropy control of Skywork-OR1 (arXiv 2505.22312, section on MAGIC).
 
+A constant entropy coefficient is hard to choose: what holds one run's entropy lets another's collapse or explode.
+AEC raises the coefficient step by step while entropy is below a target, lowers it otherwise, and applies it only below.
+
     L       = L_GRPO - c_k I_k agg_t(H_t)                          I_k = [e_k < target]
     c_{k+1} = clip(c_k + delta if e_k < target else c_k - delta,  0, c_max)
 
 e_k is the token-mean entropy of step k's whole batch under the policy that sampled it, over all ranks. H_t is the
 full-vocabulary entropy of the current policy, with gradient; ``agg`` is the policy loss's aggregation, token-mean
-as in the paper. The coefficient moves once per step, and only c_k with e_k < target is ever applied: the control
-pushes up, never down. c_{k+1} and what was applied are in the checkpoint.
+as in the paper. The coefficient moves once per step. c_{k+1} and what was applied are in the checkpoint.
 
 Differs from the authors' code, which measures e_k as -mean(logp_old) of the sampled tokens:
 ``measure = "logprob"`` (equal in expectation, noisier).
@@ -34,21 +36,15 @@ class AEC(GRPO):
     c_0: float = 0.0
     measure: Literal["entropy", "logprob"] = "entropy"
     metrics_glossary: ClassVar[tuple[Metric, ...]] = (
-        Metric(
-            name="aec/entropy", section="Entropy", title="Controlled entropy", unit="nats per token",
+        Metric(name="aec/entropy", section="Entropy", title="Controlled entropy", unit="nats per token",
             meaning="e_k: the entropy that is compared with the target",
             good="near target",
-            low="raise c_max or delta",
-        ),
-        Metric(
-            name="aec/applied", section="Entropy", title="Coefficient", unit="coefficient",
-            meaning="c_k I_k: the entropy bonus's coefficient in this step; 0 while e_k is above the target",
-        ),
-        Metric(
-            name="aec/next", section="Entropy", title="Coefficient", unit="coefficient",
+            low="raise c_max or delta"),
+        Metric(name="aec/applied", section="Entropy", title="Coefficient", unit="coefficient",
+            meaning="c_k I_k: the entropy bonus's coefficient in this step; 0 while e_k is above the target"),
+        Metric(name="aec/next", section="Entropy", title="Coefficient", unit="coefficient",
             meaning="c_{k+1}: the coefficient of the next step",
-            high="at c_max the control can push no further: raise c_max",
-        ),
+            high="at c_max the control can push no further: raise c_max"),
     )  # fmt: skip
     c: float = field(default=0.0, init=False)  # c_{k+1}
     applied: float = field(default=0.0, init=False)  # c_k I_k

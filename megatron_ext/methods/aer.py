@@ -1,5 +1,8 @@
 """AER: adaptive entropy regularisation (arXiv 2510.10959, section 4).
 
+A fixed entropy coefficient is too weak for one task and too strong for another, and it makes the policy explore where
+a problem is solved already. AER gives the bonus to difficult problems, and adapts its strength to hold a target.
+
     L         = L_GRPO - mean_i [ lambda(q_i) (1/|o_i|) sum_t H_t ]
     lambda(q) = alpha max(0, rho - g) / (rho + 1e-8) + alpha [rho == 0 and g == 0]     C1, g = accuracy of q's group
     H*        = tau H_0                                                                C2
@@ -49,21 +52,15 @@ class AER(GRPO):
     allocate: bool = True
     adapt: bool = True
     metrics_glossary: ClassVar[tuple[Metric, ...]] = (
-        Metric(
-            name="aer/entropy", section="Entropy", title="Controlled entropy", unit="nats per token",
+        Metric(name="aer/entropy", section="Entropy", title="Controlled entropy", unit="nats per token",
             meaning="H: the entropy that is compared with the target",
             good="near aer/target",
-            low="raise eta",
-        ),
-        Metric(
-            name="aer/target", section="Entropy", title="Controlled entropy", unit="nats per token",
-            meaning="H* = tau H_0",
-        ),
-        Metric(
-            name="aer/alpha", section="Entropy", title="Coefficient", unit="coefficient",
+            low="raise eta"),
+        Metric(name="aer/target", section="Entropy", title="Controlled entropy", unit="nats per token",
+            meaning="H* = tau H_0"),
+        Metric(name="aer/alpha", section="Entropy", title="Coefficient", unit="coefficient",
             meaning="alpha: the entropy bonus's coefficient in this step",
-            high="from about 0.1 on entropy explodes in the paper: lower eta or tau",
-        ),
+            high="from about 0.1 on entropy explodes in the paper: lower eta or tau"),
     )  # fmt: skip
     alpha: float = field(default=0.0, init=False)  # in force
     next_alpha: float = field(default=0.0, init=False)

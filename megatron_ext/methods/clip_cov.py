@@ -1,5 +1,8 @@
 """Clip-Cov: stop the gradient of a few tokens of high covariance (arXiv 2505.22617, section 4).
 
+Entropy falls most by few tokens: those that are both likely and of high advantage (a high covariance) are pushed up
+again and again. Clip-Cov takes some of these tokens out of the update, and leaves all others as they are.
+
     Cov_t = (logp_t - mean logp)(A_t - mean A)             means over all N valid tokens
     E     = tokens with w_low < Cov_t < w_high that the clip range does not already clip
     C     = max(int(r N), 1) tokens sampled from E at random
@@ -37,11 +40,9 @@ class ClipCov(Selective):
     w_high: float = 5.0
     seed: int = 0
     metrics_glossary: ClassVar[tuple[Metric, ...]] = (
-        Metric(
-            name="clip_cov/stopped", section="Entropy", title="Selected tokens", unit="share of tokens",
+        Metric(name="clip_cov/stopped", section="Entropy", title="Selected tokens", unit="share of tokens",
             meaning="tokens whose gradient is stopped",
-            good="near r, where enough tokens lie between w_low and w_high",
-        ),
+            good="near r, where enough tokens lie between w_low and w_high"),
     )  # fmt: skip
     updates: int = field(default=0, init=False)
 

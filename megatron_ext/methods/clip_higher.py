@@ -1,8 +1,10 @@
 """Clip-Higher, and overlong shaping: the parts of DAPO that live in the loss (arXiv 2503.14476).
 
+A clip range with equal bounds lets a likely token grow a lot and an unlikely one hardly at all, so entropy collapses.
+A wider upper bound leaves unlikely tokens with a positive advantage room to grow; with equal bounds this is GRPO.
+
     L = (1/N) sum_t max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)),  clip_low .2 < clip_high .28
 
-The wider upper bound lets unlikely tokens with a positive advantage grow; with equal bounds this is GRPO.
 N counts the tokens of the mini-batch over all ranks (token-mean). DAPO's rewards are +-1.
 
 Overlong shaping (an option: set ``overlong_max``, Lmax, to the longest response, 20480 in the paper) lowers the
@@ -38,12 +40,10 @@ class ClipHigher(GRPO):
     overlong_max: int | None = None
     overlong_buffer: int = 4096
     metrics_glossary: ClassVar[tuple[Metric, ...]] = (
-        Metric(
-            name="overlong/share", section="Responses", title="Overlong", unit="share of responses",
+        Metric(name="overlong/share", section="Responses", title="Overlong", unit="share of responses",
             meaning="responses that overlong shaping penalises",
             good="falls",
-            high="responses grow into the limit: see response/truncated",
-        ),
+            high="responses grow into the limit: see response/truncated"),
     )  # fmt: skip
 
     def __post_init__(self) -> None:

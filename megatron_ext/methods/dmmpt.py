@@ -1,5 +1,8 @@
 """DMMPT: dynamic masking of well-mastered positive tokens (UloRL, arXiv 2507.19766).
 
+Correct responses consist largely of tokens that the policy already predicts with near certainty; training on them
+again only lowers entropy. DMMPT leaves these tokens out where entropy is low, and trains on everything else.
+
     mastered_t = R_i is correct  and  pi(o_t) >= tau  and  H(o_i) < sigma
     L          = (1/N) sum_{t not mastered} max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
 
@@ -32,10 +35,8 @@ class DMMPT(Selective):
     sigma: float = 0.2  # nats
     switch: Literal["response", "batch"] = "response"
     metrics_glossary: ClassVar[tuple[Metric, ...]] = (
-        Metric(
-            name="dmmpt/mastered", section="Entropy", title="Selected tokens", unit="share of tokens",
-            meaning="well-mastered positive tokens, which are masked",
-        ),
+        Metric(name="dmmpt/mastered", section="Entropy", title="Selected tokens", unit="share of tokens",
+            meaning="well-mastered positive tokens, which are masked"),
     )  # fmt: skip
 
     def __post_init__(self) -> None:

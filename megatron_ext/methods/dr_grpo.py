@@ -1,5 +1,8 @@
 """Dr.GRPO: GRPO without its two normalisations (arXiv 2503.20783; eq. 4 of SIREN, arXiv 2509.25133).
 
+GRPO divides by a response's length, which makes long wrong answers cheap per token, and by the group's standard
+deviation, which favours problems that are nearly always or nearly never solved. Dr.GRPO leaves both divisions out.
+
     A_i = R_i - mean(R of the group)
     L   = mean_i (1/C) sum_t max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)),  C = max_response_tokens
 

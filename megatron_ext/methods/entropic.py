@@ -1,12 +1,14 @@
 """EntroPIC: entropy stabilisation with proportional-integral control (arXiv 2511.15248, section 4).
 
+In long runs entropy drifts: learning from right samples lowers it, from wrong ones raises it, and a fixed loss
+balances the two by chance. EntroPIC weighs one against the other by a controller that holds entropy at a target.
+
     alpha = clip( k_p (H - target) + k_i sum_k (H_k - target), -1, 1 )          the sum includes the present H
     full:              L = (1/N) sum_t (1 + alpha sgn A_t) l_t                  l = the clipped loss of GRPO
     high_probability:  L = (1/N) sum_t [ l_t - alpha r_t |A_t| [pi(o_t) > threshold] ]
 
-Entropy below the target makes alpha negative: negative samples weigh more, entropy rises. The second form is the
-first one restricted to likely tokens, with r unclipped: -(1 +- alpha) A = -A - alpha |A|. The paper uses this form.
-(Its appendix D.7 describes the sign the other way round.)
+Entropy below the target makes alpha negative: negative samples weigh more, entropy rises. The paper uses the second
+form, the first one on likely tokens with r unclipped. (Its appendix D.7 describes the sign the other way round.)
 
 Scope. H is the token-mean entropy of the current policy over the mini-batch on all ranks: one alpha and one step of
 the integral per mini-batch. Anti-windup: while the output is clipped the integral does not follow an error that
@@ -58,21 +60,14 @@ class EntroPIC(GRPO):
     normaliser: Literal["all", "high"] = "all"
     scope: Scope = "mini_batch"
     metrics_glossary: ClassVar[tuple[Metric, ...]] = (
-        Metric(
-            name="entropic/entropy", section="Entropy", title="Controlled entropy", unit="nats per token",
-            meaning="H: the entropy that is compared with the target, mean over updates",
-            good="near target",
-        ),
-        Metric(
-            name="entropic/alpha", section="Entropy", title="Coefficient", unit="coefficient",
+        Metric(name="entropic/entropy", section="Entropy", title="Controlled entropy", unit="nats per token",
+            meaning="H: the entropy that is compared with the target, mean over updates", good="near target"),
+        Metric(name="entropic/alpha", section="Entropy", title="Coefficient", unit="coefficient",
             meaning="alpha: the controller's output, from -1 to 1; below 0 it raises entropy",
             low="at -1 the control can push no further: change threshold or target",
-            high="at 1 the control can push no further: change threshold or target",
-        ),
-        Metric(
-            name="entropic/integral", section="Entropy", title="Integral", unit="nats",
-            meaning="sum of the errors H - target so far",
-        ),
+            high="at 1 the control can push no further: change threshold or target"),
+        Metric(name="entropic/integral", section="Entropy", title="Integral", unit="nats",
+            meaning="sum of the errors H - target so far"),
     )  # fmt: skip
     integral: float = field(default=0.0, init=False)
     alpha: float = field(default=0.0, init=False)

@@ -1,5 +1,8 @@
 """Entropy advantage: reasoning with exploration (arXiv 2506.14758, section 3).
 
+Tokens of high entropy go along with exploratory reasoning (pivotal words, self-checks, rare behaviour), but the
+advantage of a response does not tell them apart. This adds a small, bounded share of each token's entropy to it.
+
     psi_t = min(alpha * sg(H_t), |A_t| / kappa)
     A'_t  = A_t + psi_t
     L     = (1/N) sum_t max(-A' r, -A' clip(r, 1 - clip_low, 1 + clip_high)),  clip .2 / .28, no KL

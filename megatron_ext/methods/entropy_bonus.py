@@ -1,9 +1,12 @@
 """The naive entropy bonus ("w/ En" and "naive" in the papers' comparisons; eq. 2 of SIREN, arXiv 2509.25133).
 
+Reinforcement learning lowers the policy's entropy until it samples the same answers again and again. The bonus rewards
+entropy itself, on every token and with one constant coefficient.
+
     L = L_GRPO - coef * agg_t(H_t)
 
 with ``agg`` the aggregation of the policy loss and H_t the full-vocabulary entropy of the current policy, with
-gradient. A constant coefficient holds nothing: .001 hardly matters in SIREN's setting and .005 explodes by step 40.
+gradient. The coefficient is hard to choose: .001 hardly matters in SIREN's setting and .005 explodes by step 40.
 SIREN compares on Dr.GRPO: ``aggregation = "seq-mean-token-sum-norm"``, ``normalise = false``, ``clip_high = .28``.
 
 There is no statistic. The authors' codes average each micro-batch over its own tokens, which weighs the tokens of

@@ -1,5 +1,8 @@
 """Forking tokens, the 80/20 rule: learn from high-entropy tokens only (arXiv 2506.01939; "w/ Mask" elsewhere).
 
+Most tokens of a response only complete what has been begun; a few of high entropy decide where the reasoning goes.
+Updates on the many others add little, so only these forking tokens are trained.
+
     S = the rho N tokens of highest entropy,  N = all tokens
     L = (1/|S|) sum_{t in S} max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
 

@@ -1,5 +1,8 @@
 """GRPO: group-relative policy optimisation (arXiv 2402.03300; eq. 3 of SIREN, arXiv 2509.25133).
 
+A reward alone does not say whether a response is better than was to be expected, and a critic that says it is another
+model to train. GRPO samples several responses to each problem and compares each with the others.
+
     A_i = (R_i - mean(R of the group)) / (std(R of the group) + 1e-6),  std with ddof 1
     r_t = exp(logp_t - logp_old_t)
     L   = mean_i mean_t [ max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) + beta * k3 ]
@@ -37,28 +40,20 @@ class GRPO(Method):
     dual_clip: float | None = None
     group_relative: ClassVar[bool] = True
     metrics_glossary: ClassVar[tuple[Metric, ...]] = (
-        Metric(
-            name="loss/policy", section="Update", title="Loss", unit="loss",
-            meaning="the method's policy loss, without regularisers",
-        ),
-        Metric(
-            name="clip/low", section="Update", title="Clipped tokens", unit="share of tokens",
+        Metric(name="loss/policy", section="Update", title="Loss", unit="loss",
+            meaning="the method's policy loss, without regularisers"),
+        Metric(name="clip/low", section="Update", title="Clipped tokens", unit="share of tokens",
             meaning="tokens of negative advantage whose probability ratio is below 1 - clip_low",
             good="a few percent at most",
-            high="the policy moves far in one step: lower optimizer.lr or the number of updates per step",
-        ),
-        Metric(
-            name="clip/high", section="Update", title="Clipped tokens", unit="share of tokens", short="clipped",
+            high="the policy moves far in one step: lower optimizer.lr or the number of updates per step"),
+        Metric(name="clip/high", section="Update", title="Clipped tokens", unit="share of tokens", short="clipped",
             meaning="tokens of positive advantage whose probability ratio is above 1 + clip_high",
             good="a few percent at most",
-            high="as clip/low",
-        ),
-        Metric(
-            name="kl/old", section="Update", title="KL", unit="nats per token",
+            high="as clip/low"),
+        Metric(name="kl/old", section="Update", title="KL", unit="nats per token",
             meaning="KL of the updated policy to the one that sampled (k3 estimate)",
             good="small; 0 where a step has one update",
-            high="the policy moves far in one step: lower optimizer.lr or the number of updates per step",
-        ),
+            high="the policy moves far in one step: lower optimizer.lr or the number of updates per step"),
     )  # fmt: skip
 
     def __post_init__(self) -> None:

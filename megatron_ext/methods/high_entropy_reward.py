@@ -1,5 +1,8 @@
 """An entropy bonus on high-entropy tokens only ("w/ High_En", a baseline of SENT, arXiv 2512.04359).
 
+A bonus on every token also makes tokens uncertain that should be certain, such as grammar and arithmetic. This one
+rewards entropy only where the policy is undecided already.
+
     S = the rho N tokens of highest entropy,  N = all tokens
     L = L_GRPO - coef * (1/|S|) sum_{t in S} H_t
 

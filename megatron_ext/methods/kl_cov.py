@@ -1,5 +1,8 @@
 """KL-Cov: a penalty on the tokens of highest covariance (arXiv 2505.22617, section 4).
 
+Entropy falls most by few tokens: those that are both likely and of high advantage (a high covariance) are pushed up
+again and again. KL-Cov lets them learn, but holds them near the policy before the step by a penalty.
+
     Cov_t = (logp_t - mean logp)(A_t - mean A)             means over all N valid tokens
     K     = the max(int(k N), 1) tokens of highest Cov
     L     = (1/N) [ sum_t -A r_t  +  kl_coef * sum_{t in K} |logp_t - logp_old_t| ]

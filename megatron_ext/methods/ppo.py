@@ -1,5 +1,8 @@
 """PPO with a critic, as the paper of entropy advantage runs it (arXiv 1707.06347, 1506.02438; arXiv 2506.14758).
 
+A group's mean says how good a response is as a whole, but not where in it things went well, and it needs several
+responses to each problem. PPO trains a critic that predicts the reward at every token, and compares with that.
+
     delta_t = r_t + gamma V_{t+1} - V_t,  r = R_i on the last token of response i and 0 before,  V = 0 after the last
     A_t     = delta_t + gamma lam A_{t+1}                                      (GAE; lam = gamma = 1: A_t = R_i - V_t)
     G_t     = A_t + V_t                                                        (the return, what V learns)
@@ -38,31 +41,18 @@ class PPO(ClipHigher):
     critic_only_steps: int = 10
     group_relative: ClassVar[bool] = False
     metrics_glossary: ClassVar[tuple[Metric, ...]] = (
-        Metric(
-            name="critic/value", section="Critic", title="Value", unit="reward",
-            meaning="mean value that the critic predicts",
-            good="near critic/return",
-        ),
-        Metric(
-            name="critic/return", section="Critic", title="Value", unit="reward",
-            meaning="mean return that the critic learns",
-        ),
-        Metric(
-            name="critic/explained_variance", section="Critic", title="Explained variance", unit="share of variance",
+        Metric(name="critic/value", section="Critic", title="Value", unit="reward",
+            meaning="mean value that the critic predicts", good="near critic/return"),
+        Metric(name="critic/return", section="Critic", title="Value", unit="reward",
+            meaning="mean return that the critic learns"),
+        Metric(name="critic/explained_variance", section="Critic", title="Explained variance", unit="share of variance",
             meaning="how much of the returns' variance the critic explains; missing where all returns are equal",
             good="above 0 and rising",
-            low="0: the critic is no better than a constant; raise critic.lr or critic_only_steps",
-        ),
-        Metric(
-            name="critic/clipped", section="Critic", title="Clipped values", unit="share of tokens",
-            meaning="values that moved further than value_clip in one step",
-            good="small",
-            high="lower critic.lr",
-        ),
-        Metric(
-            name="loss/value", section="Update", title="Loss", unit="loss",
-            meaning="the critic's loss",
-        ),
+            low="0: the critic is no better than a constant; raise critic.lr or critic_only_steps"),
+        Metric(name="critic/clipped", section="Critic", title="Clipped values", unit="share of tokens",
+            meaning="values that moved further than value_clip in one step", good="small", high="lower critic.lr"),
+        Metric(name="loss/value", section="Update", title="Loss", unit="loss",
+            meaning="the critic's loss"),
     )  # fmt: skip
     step: int = field(default=0, init=False)  # steps begun
 

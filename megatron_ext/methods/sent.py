@@ -1,5 +1,8 @@
 """SENT, the token part: KL on low-entropy tokens, stronger where covariance is high (arXiv 2512.04359, section IV-B).
 
+Problems that are too uncertain for the policy, met too early, and updates that make certain tokens more certain still
+let entropy collapse. SENT orders problems from certain to uncertain, and holds low-entropy tokens near a reference.
+
     T_low  = the low_ratio N tokens of lowest entropy, N = all tokens         "80 %" and "0.0002" are ratios, although
     Cov_t  = (logp_t - mean logp)(A_t - mean A), means over T_low             the paper writes them as thresholds
     T_high = the max(int(cov_ratio |T_low|), 1) tokens of highest Cov in T_low

@@ -1,5 +1,8 @@
 """SIREN: selective entropy regularisation (arXiv 2509.25133, section 3).
 
+Over a large vocabulary and long responses a plain bonus spreads probability onto meaningless tokens, and entropy
+explodes. SIREN counts entropy only among likely tokens and at its peaks, and holds it at the initial policy's value.
+
 With H^p_t the entropy of the policy renormalised inside its nucleus of mass ``p`` (the top-p mask):
 
     Q_i    = tau-quantile (linear interpolation) of H^p over the tokens of response i
@@ -59,28 +62,20 @@ class SIREN(DrGRPO, Selective):
     peak_mask: bool = True
     anchor: bool = True
     metrics_glossary: ClassVar[tuple[Metric, ...]] = (
-        Metric(
-            name="siren/hbar", section="Entropy", title="Peak entropy", unit="nats per token",
+        Metric(name="siren/hbar", section="Entropy", title="Peak entropy", unit="nats per token",
             meaning="Hbar: mean entropy of the selected tokens, over the step's batch before its first update",
             good="near siren/anchor",
             low="raise coef, or lower optimizer.lr",
-            high="raise coef",
-        ),
-        Metric(
-            name="siren/anchor", section="Entropy", title="Peak entropy", unit="nats per token",
-            meaning="H_anchor: Hbar of the initial policy",
-        ),
-        Metric(
-            name="siren/selected_share", section="Entropy", title="Selected tokens", unit="share of tokens",
+            high="raise coef"),
+        Metric(name="siren/anchor", section="Entropy", title="Peak entropy", unit="nats per token",
+            meaning="H_anchor: Hbar of the initial policy"),
+        Metric(name="siren/selected_share", section="Entropy", title="Selected tokens", unit="share of tokens",
             short="selected",
             meaning="tokens that the peak-entropy mask selects",
             good="near 1 - tau",
-            low="most quantiles are 0 and few tokens are above one: see entropy/nucleus",
-        ),
-        Metric(
-            name="loss/siren", section="Update", title="Loss", unit="loss",
-            meaning="the added term, coef (Hbar - H_anchor)^2",
-        ),
+            low="most quantiles are 0 and few tokens are above one: see entropy/nucleus"),
+        Metric(name="loss/siren", section="Update", title="Loss", unit="loss",
+            meaning="the added term, coef (Hbar - H_anchor)^2"),
     )  # fmt: skip
     h_anchor: float | None = field(default=None, init=False)
 

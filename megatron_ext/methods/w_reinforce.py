@@ -1,5 +1,8 @@
 """NSR, PSR and W-REINFORCE: learning from wrong, from correct, or from weighted responses (arXiv 2506.01347).
 
+Rewarding correct responses concentrates the policy on few of them, and it solves fewer problems in many tries.
+Punishing wrong ones moves probability to the other answers it holds plausible: NSR does only that, W-REINFORCE mostly.
+
     A_i = positive  if R_i > 0 (correct)        L = (1/N_kept) sum_{t kept} max(-A r, -A clip(r, 1 -+ .2))
          -negative  otherwise (wrong)           kept: tokens of responses with A_i != 0
 
@@ -33,12 +36,10 @@ class WReinforce(GRPO):
     negative: float = 1.0
     group_relative: ClassVar[bool] = False
     metrics_glossary: ClassVar[tuple[Metric, ...]] = (
-        Metric(
-            name="reinforce/kept_share", section="Learning", title="Kept tokens", unit="share of tokens",
+        Metric(name="reinforce/kept_share", section="Learning", title="Kept tokens", unit="share of tokens",
             meaning="tokens of the responses that train",
             good="far from 0",
-            low="almost all responses are of the kind that is left out",
-        ),
+            low="almost all responses are of the kind that is left out"),
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_ext.config.checks import layout_faults, read_hf_config
 from megatron_ext.config.schema import Config
-from megatron_ext.model.architectures import Architecture, read_architecture
+from megatron_ext.model.architectures import Architecture, find_family, read_architecture
 from megatron_ext.plan import device, memory, speed
 from megatron_ext.plan.memory import RankMemory, Roles
 from megatron_ext.plan.sizes import active_parameters, num_parameters
@@ -108,7 +108,7 @@ class Plan:
 
 def make_plan(config: Config, roles: Roles, *, rates: Rates, gpu_memory: float, lengths: Lengths | None = None) -> Plan:
     """The plan of a configuration whose layout is valid (config/schema.py::layout_faults)."""
-    a = read_architecture(read_hf_config(config.model.path))
+    a = read_architecture(read_hf_config(config.model.path), find_family(config.model.family))
     lengths = lengths or speed.default_lengths(config)
     per_rank = config.train.mini_batch_prompts * config.rollout.samples // config.parallel.data
     micro_batches = math.ceil(per_rank / (config.train.micro_batch_tokens // config.longest_sequence))

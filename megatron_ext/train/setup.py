@@ -19,7 +19,7 @@ from megatron_ext.config.schema import Config
 from megatron_ext.data.curriculum import data_order
 from megatron_ext.metrics.alarms import Alarms
 from megatron_ext.model import kernels
-from megatron_ext.model.architectures import Architecture, read_architecture
+from megatron_ext.model.architectures import Architecture, find_family, read_architecture
 from megatron_ext.model.megatron_config import ModelOptions
 from megatron_ext.rollout.registry import check_engine, create_engine
 from megatron_ext.rollout.rewards.function_pool import FunctionPool
@@ -38,7 +38,7 @@ def build(config: Config, pool: RewardPool | FunctionPool) -> Trainer:
     check_engine(config.rollout)
     method = create_method(config)
     with users_files():
-        architecture = read_architecture(read_hf_config(config.model.path))
+        architecture = read_architecture(read_hf_config(config.model.path), find_family(config.model.family))
     problems = load_problems(config, pool, vocab_size=architecture.vocab_size)
     order = data_order(config, [problem for problem, _ in problems])
     tell(f"kernels: {_kernels(config, architecture)}")

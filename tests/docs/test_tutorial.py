@@ -23,13 +23,13 @@ BLOCKS = blocks(PAGE.read_text(), "bash")
 MINUTES = 4  # on two cores that have nothing else to do
 PRELUDE = 'set -euo pipefail\nsbatch() { DRY_RUN=1 bash "$@"; }\n'
 SHOWN = {  # part of a command -> what its output must hold
-    "tools.quickstart": "held-out problems, 8 responses each",
-    "tools.methods": "| `siren` |",
+    "megatron-entropy quickstart": "held-out problems, 8 responses each",
+    "megatron-entropy methods": "| `siren` |",
     "--print-config": "tau",
     "name=aer\n": "aer 2/2",
     "ls runs/quickstart": "report.html",
     "metrics.jsonl": '"entropy/full"',
-    "compare_runs": "method.name",
+    "megatron-entropy compare": "method.name",
     "--gpu a100": "does not fit",
     "2n8g.toml --dry-run": "7,615,616,512",
     "DRY_RUN=1": "srun --nodes=2",

@@ -110,7 +110,7 @@ def test_code_in_a_file_beside_the_recipe(folder: Path) -> None:
 
 
 def test_nothing_else_in_a_recipe_is_imported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all keys that hold text, three are KEYS; whatever the others say, no module of the folder is loaded."""
+    """Of all keys that hold text, four are KEYS; whatever the others say, no module of the folder is loaded."""
     monkeypatch.syspath_prepend(folder)
     (folder / "trap.py").write_text("raise SystemExit('imported')\n")
     texts = [key for key in keys(Config) if isinstance(_value(key), str)]

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_ext.config.errors import ConfigError
 from megatron_ext.model.architectures.base import Architecture, Experts, Family, Llama3Rope, read
 from megatron_ext.model.architectures.llama import LLAMA
 from megatron_ext.model.architectures.qwen2 import QWEN2
 from megatron_ext.model.architectures.qwen3 import QWEN3
 from megatron_ext.model.architectures.qwen3_moe import QWEN3_MOE
+from megatron_ext.plugins import load
 
-__all__ = ["FAMILIES", "Architecture", "Experts", "Family", "Llama3Rope", "read_architecture"]
+__all__ = ["FAMILIES", "Architecture", "Experts", "Family", "Llama3Rope", "find_family", "read_architecture"]
 
 FAMILIES = {  # by config.json's model_type
     "qwen2": QWEN2,
@@ -21,6 +23,22 @@ FAMILIES = {  # by config.json's model_type
     "qwen3_moe": QWEN3_MOE,
     "llama": LLAMA,
 }
+
+
+def find_family(name: str) -> Family | None:
+    """The family of the user's own that ``model.family`` names; None where it is empty. Raises ConfigError."""
+    if not name:
+        return None
+    try:
+        family = load(name, key="model.family")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if not isinstance(family, Family):
+        raise ConfigError(
+            f"model.family: {name} is {family!r}, expected a megatron_ext.model.architectures.base.Family; see "
+            "docs/adding-a-model.md"
+        )
+    return family
 
 
 def read_architecture(hf: dict[str, Any], family: Family | None = None) -> Architecture:
