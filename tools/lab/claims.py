@@ -1,22 +1,28 @@
 """What the papers say about entropy, and whether it shows in the lab: decided by a rule from the runs, never by hand.
 
-A rule is asked once per seed (runs of one seed see the same problems in the same order) and a claim *shows* when it
-holds in every seed, shows *in some* when in one at least, and otherwise *does not show*. "Late" means the last third
-of the steps. Entropy is the mean of a step's response tokens over the whole vocabulary, in nats.
+``recipes/lab/claims.toml`` lists the claims; RULES has what decides them, by the names used there. A rule is asked once
+per seed (runs of one seed see the same problems in the same order) and a claim *shows* when it holds in every seed,
+shows *in some* when in one at least, and otherwise *does not show*. "Late" means the last third of the steps. Entropy
+is the mean of a step's response tokens over the whole vocabulary, in nats.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.shipped import find
 
 from ..tiny.tabular import Curve
 from .results import Result, Results
 
-ENTROPY, AVG = "entropy/full", "avg@"
-COLLAPSE = 0.6  # of the first step's entropy: 40 % below it
-HOLDS = {"siren": 0.2, "aer": 0.2, "entropic": 0.1}  # distance to the target that still counts as held
+CLAIMS = Path("recipes/lab/claims.toml")
+ENTROPY = "entropy/full"
 
 
 @dataclass(frozen=True)
@@ -37,169 +43,94 @@ class Claim:
         return ("shows" if all(self.holds) else "in some" if any(self.holds) else "does not show") + count
 
 
-def claims(results: Results, table: dict[str, Curve]) -> list[Claim]:
-    """Every claim, in the order of the page."""
-    found = [
-        *_collapse(results),
-        *_held(results),
-        *_entropic(results),
-        *_tabular(table),
-        *_comparisons(results),
-        *_kept(results),
-    ]
-    return found
+@dataclass(frozen=True)
+class Criterion:
+    """In words, per seed, and what was measured; the functions take one Result for each of the claim's runs."""
+
+    said: str
+    holds: Callable[..., list[bool]]
+    measured: Callable[..., str]
 
 
-def _collapse(results: Results) -> list[Claim]:
-    def fallen(run: Result) -> list[float]:
+def claims(results: Results, table: Mapping[str, Curve]) -> list[Claim]:
+    """Every claim of the list, in its order. Raises ConfigError for a faulty list."""
+    path = find(CLAIMS)
+    return [_decided(entry, results, table, path) for entry in tomllib.loads(path.read_text())["claim"]]
+
+
+def _decided(entry: Mapping[str, Any], results: Results, table: Mapping[str, Curve], path: Path) -> Claim:
+    parameters = dict(entry)
+    try:
+        paper, text, rule = (parameters.pop(key) for key in ("paper", "text", "rule"))
+        if rule == TABLE_RULE:
+            return table_error(paper, text, table, **parameters)
+        runs = parameters.pop("runs")
+        test = RULES[rule](runs, **parameters)
+    except (KeyError, TypeError) as error:
+        known = ", ".join([*RULES, TABLE_RULE])
+        raise ConfigError(
+            f"{path}: claim {entry.get('text')!r}: {error}; expected paper, text, a rule of {known}, its runs "
+            "(or settings of the exact table) and the rule's parameters"
+        ) from None
+    if missing := [name for name in runs if name not in results]:
+        return Claim(paper, text, test.said, f"needs {', '.join(missing)}", ())
+    common = set.intersection(*({seed.number for seed in results[name].seeds} for name in runs))
+    if not common:
+        return Claim(paper, text, test.said, f"no seed of {' and '.join(runs)} together", ())
+    found = [results[name].only(common) for name in runs]
+    return Claim(paper, text, test.said, test.measured(*found), tuple(test.holds(*found)))
+
+
+# --- one run ---
+
+
+def collapses(runs: Sequence[str], *, at_most: float) -> Criterion:
+    """Late entropy as a share of the first step's."""
+
+    def shares(run: Result) -> list[float]:
         return [late / first for late, first in zip(run.late(ENTROPY), run.first(ENTROPY), strict=True)]
 
-    def alarm(run: Result) -> list[float]:
-        return run.late("alarm/entropy_high") or [0.0] * len(run.seeds)
-
-    return [
-        _claim(
-            results, "SIREN, AER, EntroPIC", "GRPO's entropy collapses", ["grpo"],
-            f"late entropy at most {COLLAPSE:.0%} of the first step's",
-            lambda run: [value <= COLLAPSE for value in fallen(run)],
-            lambda run: f"late / first {_spread(fallen(run))}",
-        ),
-        _claim(
-            results, "SIREN, AER", "a constant bonus that is large enough explodes, and the alarm says so",
-            ["entropy_bonus_large"], "late entropy above the first step's, alarm entropy_high lasting at the end",
-            lambda run: [late > first and lasting > 0.99 for late, first, lasting in zip(
-                run.late(ENTROPY), run.first(ENTROPY), alarm(run), strict=True)],
-            lambda run: f"late entropy {_spread(run.late(ENTROPY))}, late reward {_spread(run.late('reward/mean'))}",
-        ),
-    ]  # fmt: skip
+    return Criterion(
+        f"late entropy at most {at_most:.0%} of the first step's",
+        lambda run: [value <= at_most for value in shares(run)],
+        lambda run: f"late / first {_spread(shares(run))}",
+    )
 
 
-def _held(results: Results) -> list[Claim]:
-    found = []
-    for method, paper, anchor in (
-        ("siren", "SIREN", "keeps its peak entropy at the anchor"),
-        ("aer", "AER", "keeps the entropy at tau H_0"),
-    ):
-        found.append(
-            _claim(
-                results, paper, f"{method} {anchor}", [method],
-                f"late mean within {HOLDS[method]:.0%} of it",
-                lambda run, method=method: [abs(value) <= HOLDS[method] for value in run.distance],
-                lambda run: f"distance {_percent(run.distance)}",
-            )
-        )  # fmt: skip
-    return found
+def explodes(runs: Sequence[str], *, alarm: str) -> Criterion:
+    """Late entropy above the first step's, with an alarm that lasts."""
+
+    def lasting(run: Result) -> list[float]:
+        return run.late(f"alarm/{alarm}") or [0.0] * len(run.seeds)
+
+    return Criterion(
+        f"late entropy above the first step's, alarm {alarm} lasting at the end",
+        lambda run: [
+            late > first and on > 0.99
+            for late, first, on in zip(run.late(ENTROPY), run.first(ENTROPY), lasting(run), strict=True)
+        ],
+        lambda run: f"late entropy {_spread(run.late(ENTROPY))}, late reward {_spread(run.late('reward/mean'))}",
+    )
 
 
-ENTROPIC = "EntroPIC"
+def holds_target(runs: Sequence[str], *, within: float) -> Criterion:
+    """What the method's controller measures, against its target."""
+
+    def measured(run: Result) -> str:
+        distance = f"distance {_percent(run.distance)}"
+        if not run.saturated:
+            return distance
+        return f"{distance}, output at its bound in {statistics.fmean(run.saturated):.0%} of late steps"
+
+    return Criterion(
+        f"late mean of what it controls within {within:.0%} of the target",
+        lambda run: [abs(value) <= within for value in run.distance],
+        measured,
+    )
 
 
-def pi_run(place: str, start: str) -> str:
-    """The plan's name of PI control ``on`` or ``off`` policy, from a start ``above`` or ``below`` the target."""
-    return "entropic" if (place, start) == ("off", "above") else f"entropic_pi_{place}_{start}"
-
-
-def _entropic(results: Results) -> list[Claim]:
-    found = []
-    for place in ("on", "off"):
-        for start in ("above", "below"):
-            found.append(
-                _claim(
-                    results, ENTROPIC, f"PI control holds its target {place}-policy, from {start}",
-                    [pi_run(place, start)], f"late entropy within {HOLDS['entropic']:.0%} of the target",
-                    lambda run: [abs(value) <= HOLDS["entropic"] for value in run.distance],
-                    _distance_and_output,
-                )
-            )  # fmt: skip
-    for place in ("on", "off"):
-        for start in ("above", "below"):
-            found.append(_integral(results, place, start))
-    for name, text in (
-        ("entropic_paper", "the paper's threshold .95 holds it too"),
-        ("entropic_full", "the full form holds it too"),
-    ):
-        found.append(
-            _claim(
-                results, ENTROPIC, text, [name], f"late entropy within {HOLDS['entropic']:.0%} of the target",
-                lambda run: [abs(value) <= HOLDS["entropic"] for value in run.distance], _distance_and_output,
-            )
-        )  # fmt: skip
-    return found
-
-
-def _integral(results: Results, place: str, start: str) -> Claim:
-    text = {
-        "on": f"on-policy P control alone holds the target, from {start}",
-        "off": f"off-policy P control alone leaves an error that the integral removes, from {start}",
-    }[place]
-    limit = HOLDS["entropic"]
-
-    def rule(p: Result, pi: Result) -> list[bool]:
-        if place == "on":
-            return [abs(value) <= limit for value in p.distance]
-        return [abs(a) > limit >= abs(b) for a, b in zip(p.distance, pi.distance, strict=True)]
-
-    said = {"on": f"P: late entropy within {limit:.0%} of the target", "off": f"P further than {limit:.0%}, PI within"}
-    return _claim(
-        results, ENTROPIC, text, [f"entropic_p_{place}_{start}", pi_run(place, start)], said[place], rule,
-        lambda p, pi: f"P {_percent(p.distance)}, PI {_percent(pi.distance)}",
-    )  # fmt: skip
-
-
-def _tabular(table: dict[str, Curve]) -> list[Claim]:
-    """The theorems on the exact table: one run each, so one verdict."""
-
-    def error(name: str) -> float:
-        return table[name].error / table[name].setting.target
-
-    def one(text: str, rule: str, names: Sequence[str], holds: Callable[[float], bool]) -> Claim:
-        errors = [error(name) for name in names]
-        return Claim(
-            "EntroPIC, exact table", text, rule, ", ".join(f"{e:+.1%}" for e in errors), (all(map(holds, errors)),)
-        )
-
-    starts = ("above", "below")
-    on, off = ([f"P, {place}, from {start}" for start in starts] for place in ("on-policy", "off-policy"))
-    pi = [f"PI, off-policy, from {start}" for start in starts]
-    return [
-        one("P converges on-policy", "error at the end below 1 %, both starts", on, lambda e: abs(e) < 0.01),
-        one("P leaves a steady error off-policy", "above 5 %, both starts", off, lambda e: abs(e) > 0.05),
-        one("PI removes it", "below 1 %, both starts", pi, lambda e: abs(e) < 0.01),
-        one("the full form holds its target", "below 10 %", ["PI, on-policy, full form"], lambda e: abs(e) < 0.1),
-    ]
-
-
-def _comparisons(results: Results) -> list[Claim]:
-    """One run's value above another's, seed by seed."""
-    found = []
-    for paper, text, metric, more, less in (
-        ("DAPO", "a higher clip bound and its company keep more entropy than GRPO", ENTROPY, "clip_higher", "grpo"),
-        ("Clip-Cov", "leaving out tokens of high covariance keeps more entropy than GRPO", ENTROPY, "clip_cov", "grpo"),
-        ("KL-Cov", "a penalty on tokens of high covariance keeps more entropy than GRPO", ENTROPY, "kl_cov", "grpo"),
-        ("NSR", "negative samples keep more entropy than positive ones", ENTROPY, "nsr", "psr"),
-        ("NSR", "negative samples alone answer better than GRPO", AVG, "nsr", "grpo"),
-        ("Ent-Adv", "the entropy term in the advantage answers better than GRPO", AVG, "entropy_advantage", "grpo"),
-        ("80/20", "the 20 % of highest entropy suffice to answer better than GRPO", AVG, "forking_tokens", "grpo"),
-        ("SENT", "KL on low-entropy tokens keeps more entropy than GRPO", ENTROPY, "sent_no_curriculum", "grpo"),
-        ("SENT", "the curriculum answers better than SENT without it", AVG, "sent", "sent_no_curriculum"),
-    ):  # fmt: skip
-        said = "held-out avg@k" if metric == AVG else "late entropy"
-        found.append(
-            _claim(
-                results, paper, text, [more, less], f"{said} above that of {less}",
-                lambda a, b, metric=metric: [x > y for x, y in zip(_value(a, metric), _value(b, metric), strict=True)],
-                lambda a, b, metric=metric: f"{_spread(_value(a, metric))} against {_spread(_value(b, metric))}",
-            )
-        )  # fmt: skip
-    return [*found, _second_stage(results)]
-
-
-def _value(run: Result, metric: str) -> list[float]:
-    return run.evaluated(next(n for n in run.metrics if n.startswith(AVG))) if metric == AVG else run.late(metric)
-
-
-def _second_stage(results: Results) -> Claim:
-    """SENT's curriculum: uncertain problems come last, and bring entropy back."""
+def second_stage_above(runs: Sequence[str]) -> Criterion:
+    """A curriculum of two stages: uncertain problems come last."""
 
     def stages(run: Result) -> list[tuple[float, float]]:
         pairs = []
@@ -209,59 +140,104 @@ def _second_stage(results: Results) -> Claim:
             pairs.append((statistics.fmean(first[len(first) * 2 // 3 :]), statistics.fmean(second or [0.0])))
         return pairs
 
-    return _claim(
-        results, "SENT", "the second stage, of uncertain problems, brings entropy back", ["sent"],
+    return Criterion(
         "mean entropy of the second stage above that of the first stage's last third",
         lambda run: [second > first for first, second in stages(run)],
         lambda run: f"{_spread([b for _, b in stages(run)])} after {_spread([a for a, _ in stages(run)])}",
-    )  # fmt: skip
+    )
 
 
-def _kept(results: Results) -> list[Claim]:
-    """pass@k at the largest k, on held-out problems."""
-    found = []
-    for name, paper in (("siren", "SIREN"), ("aer", "AER"), ("entropic", "EntroPIC"), ("entropy_advantage", "Ent-Adv")):
-        found.append(
-            _claim(
-                results, paper, f"{name} ends with a higher pass@k than GRPO", [name, "grpo"],
-                "pass@k on the held-out problems, at the largest k, above GRPO's",
-                lambda a, b: [x > y for x, y in zip(_pass(a), _pass(b), strict=True)],
-                lambda a, b: f"pass@{_largest(a)} {_percent(_pass(a), '.1%')} against {_percent(_pass(b), '.1%')}",
-            )
-        )  # fmt: skip
-    return found
+# --- one run beside another, seed by seed ---
 
 
-def _largest(run: Result) -> int:
-    return max(run.seeds[0].evaluation["decoding"]["ks"])
+def first_holds_target(runs: Sequence[str], *, labels: Sequence[str], within: float) -> Criterion:
+    return Criterion(
+        f"{labels[0]}: late entropy within {within:.0%} of the target",
+        lambda first, _: [abs(value) <= within for value in first.distance],
+        lambda first, second: _distances(labels, first, second),
+    )
 
 
-def _pass(run: Result) -> list[float]:
-    return run.evaluated(f"pass@{_largest(run)}")
+def only_second_holds_target(runs: Sequence[str], *, labels: Sequence[str], within: float) -> Criterion:
+    return Criterion(
+        f"{labels[0]} further than {within:.0%}, {labels[1]} within",
+        lambda first, second: [abs(a) > within >= abs(b) for a, b in zip(first.distance, second.distance, strict=True)],
+        lambda first, second: _distances(labels, first, second),
+    )
 
 
-def _claim(
-    results: Results,
+def _distances(labels: Sequence[str], *results: Result) -> str:
+    return ", ".join(f"{label} {_percent(run.distance)}" for label, run in zip(labels, results, strict=True))
+
+
+def late_entropy_above(runs: Sequence[str]) -> Criterion:
+    return _above(f"late entropy above that of {runs[1]}", lambda run: run.late(ENTROPY))
+
+
+def avg_at_k_above(runs: Sequence[str]) -> Criterion:
+    def held_out(run: Result) -> list[float]:
+        return run.evaluated(next(name for name in run.metrics if name.startswith("avg@")))
+
+    return _above(f"held-out avg@k above that of {runs[1]}", held_out)
+
+
+def _above(said: str, value: Callable[[Result], list[float]]) -> Criterion:
+    return Criterion(
+        said,
+        lambda a, b: [x > y for x, y in zip(value(a), value(b), strict=True)],
+        lambda a, b: f"{_spread(value(a))} against {_spread(value(b))}",
+    )
+
+
+def pass_at_k_above(runs: Sequence[str]) -> Criterion:
+    def largest(run: Result) -> int:
+        return max(run.seeds[0].evaluation["decoding"]["ks"])
+
+    def passed(run: Result) -> list[float]:
+        return run.evaluated(f"pass@{largest(run)}")
+
+    return Criterion(
+        f"pass@k on the held-out problems, at the largest k, above that of {runs[1]}",
+        lambda a, b: [x > y for x, y in zip(passed(a), passed(b), strict=True)],
+        lambda a, b: f"pass@{largest(a)} {_percent(passed(a), '.1%')} against {_percent(passed(b), '.1%')}",
+    )
+
+
+RULES: dict[str, Callable[..., Criterion]] = {
+    rule.__name__: rule
+    for rule in (
+        *(collapses, explodes, holds_target, first_holds_target, only_second_holds_target),
+        *(late_entropy_above, avg_at_k_above, pass_at_k_above, second_stage_above),
+    )
+}
+
+
+# --- the exact table ---
+
+TABLE_RULE = "table_error"
+
+
+def table_error(
     paper: str,
     text: str,
-    runs: Sequence[str],
-    rule: str,
-    holds: Callable[..., list[bool]],
-    measured: Callable[..., str],
+    table: Mapping[str, Curve],
+    *,
+    settings: Sequence[str],
+    below: float | None = None,
+    above: float | None = None,
 ) -> Claim:
-    if any(name not in results for name in runs):
-        return Claim(paper, text, rule, f"needs {', '.join(n for n in runs if n not in results)}", ())
-    common = set.intersection(*({seed.number for seed in results[name].seeds} for name in runs))
-    if not common:
-        return Claim(paper, text, rule, f"no seed of {' and '.join(runs)} together", ())
-    found = [results[name].only(common) for name in runs]
-    return Claim(paper, text, rule, measured(*found), tuple(holds(*found)))
+    """The relative error at the end, ``below`` or ``above`` a limit. Each setting is one run: one verdict for all."""
+    errors = [table[name].error / table[name].setting.target for name in settings]
+    if below is not None:
+        said, holds = f"error at the end below {below:.0%}", all(abs(error) < below for error in errors)
+    else:
+        assert above is not None
+        said, holds = f"error at the end above {above:.0%}", all(abs(error) > above for error in errors)
+    starts = ", both starts" if len(settings) == 2 else ""
+    return Claim(paper, text, said + starts, ", ".join(f"{error:+.1%}" for error in errors), (holds,))
 
 
-def _distance_and_output(run: Result) -> str:
-    return (
-        f"distance {_percent(run.distance)}, output at its bound in {statistics.fmean(run.saturated):.0%} of late steps"
-    )
+# --- numbers ---
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -14,12 +14,10 @@ from pathlib import Path
 from ..charts import Figures, Series
 from ..report.page import page
 from ..tiny.tabular import SETTINGS, Curve, simulate
-from .claims import Claim, claims, pi_run
+from .claims import Claim, claims
 from .plan import LabPlan
 from .results import Result, Results, load, seconds, spread, where_entropy_is
 
-BASELINE = "grpo"
-ENTROPIC = "entropic"  # the family with figures of its own
 TABLE_POINTS = 200  # of a tabular curve's steps
 
 
@@ -32,10 +30,10 @@ def write(plan: LabPlan, folder: Path, out: Path) -> tuple[Path, Path]:
     body = [
         f'<h1>The lab</h1><p class="sub">{escape(summary(plan, results))}</p>',
         "<h2>Claims</h2>", claims_table(decided),
-        "<h2>Methods</h2>", html_table(method_rows(results)), f'<p class="sub">{escape(TABLE_NOTE)}</p>',
-        *(family_figures(plan, results, name, figures) for name in plan.families if name != ENTROPIC),
-        controllers(results, figures),
-        entropic(results, folder, figures),
+        "<h2>Methods</h2>", html_table(method_rows(results)), f'<p class="sub">{escape(table_note(plan))}</p>',
+        *(family_figures(plan, results, name, figures) for name in plan.families if name != plan.details.family),
+        controllers(plan, results, figures),
+        details(plan, results, folder, figures),
         tabular(table, figures),
         "<h2>Settings</h2>", settings_table(plan),
     ]  # fmt: skip
@@ -65,9 +63,13 @@ def summary(plan: LabPlan, results: Results) -> str:
 TABLE_NOTE = (
     "Mean ± standard deviation over seeds. Entropy, reward (the share of right answers) and length: mean over the last "
     "third of the steps. Target: distance of the late mean from the method's own target. avg, maj, pass: held-out "
-    "problems after training. Time: median seconds of a step per prompt, relative to grpo's of the same lab. Alarm: "
-    "what lasted in most late steps of a seed."
+    "problems after training. Time: median seconds of a step per prompt, relative to {baseline}'s of the same lab. "
+    "Alarm: what lasted in most late steps of a seed."
 )
+
+
+def table_note(plan: LabPlan) -> str:
+    return TABLE_NOTE.format(baseline=plan.baseline)
 
 
 def method_rows(results: Results) -> list[list[str]]:
@@ -82,7 +84,7 @@ def method_rows(results: Results) -> list[list[str]]:
         rows.append(
             ["untrained", "", "", "", "", f"{results.base['response']['length']['mean']:.1f}", *measured, "", ""]
         )
-    baseline = statistics.fmean(seconds(results[BASELINE])) if BASELINE in results else math.nan
+    baseline = statistics.fmean(seconds(results[results.baseline])) if results.baseline in results else math.nan
     for result in every:
         rows.append(
             [
@@ -168,7 +170,7 @@ def as_markdown(plan: LabPlan, results: Results, decided: Sequence[Claim]) -> st
             "# The lab", "", summary(plan, results), "",
             "Made by `megatron-entropy lab`; the figures are in [index.html](index.html).", "",
             "## Claims", "", *markdown_table(rows), "",
-            "## Methods", "", *markdown_table(method_rows(results)), "", TABLE_NOTE, "",
+            "## Methods", "", *markdown_table(method_rows(results)), "", table_note(plan), "",
         ]
     )  # fmt: skip
 
@@ -187,12 +189,15 @@ def family_figures(plan: LabPlan, results: Results, name: str, figures: Figures)
     if not members:
         return ""
     shown = members
-    if BASELINE in results and BASELINE not in [result.run.name for result in members]:
-        shown = [*members, results[BASELINE]]
+    if plan.baseline in results and plan.baseline not in [result.run.name for result in members]:
+        shown = [*members, results[plan.baseline]]
     longest = max((result.steps for result in shown), key=len)
 
+    def color(result: Result, number: int) -> int:
+        return 7 if result.run.name == plan.baseline else number % 7  # the baseline is grey everywhere
+
     def series(key: str) -> list[Series]:
-        return [padded(result.series(key, _color(result, i)), len(longest)) for i, result in enumerate(shown)]
+        return [padded(result.series(key, color(result, i)), len(longest)) for i, result in enumerate(shown)]
 
     parts = [
         figures.add(title, note, longest, series(key), percent=percent)
@@ -204,7 +209,7 @@ def family_figures(plan: LabPlan, results: Results, name: str, figures: Figures)
     ]
     ks = [int(k) for k in shown[0].seeds[0].evaluation["decoding"]["ks"]]
     curves = [
-        Series(result.run.name, [statistics.fmean(result.evaluated(f"pass@{k}")) for k in ks], _color(result, i))
+        Series(result.run.name, [statistics.fmean(result.evaluated(f"pass@{k}")) for k in ks], color(result, i))
         for i, result in enumerate(shown)
     ]
     if results.base is not None:
@@ -214,11 +219,12 @@ def family_figures(plan: LabPlan, results: Results, name: str, figures: Figures)
     return f'<h2>{escape(plan.families[name])}</h2><div class="charts">{"".join(parts)}</div>'
 
 
-def controllers(results: Results, figures: Figures) -> str:
-    """Each controlled run against its target, and its output."""
+def controllers(plan: LabPlan, results: Results, figures: Figures) -> str:
+    """Each controlled run against its target, and its output; not those that have figures in the details."""
+    elsewhere = {name for _, runs in plan.details.figures for name in runs.values()}
     parts = []
     for result in results.runs.values():
-        if result.targets is None or result.method == "entropic" or result.run.name not in (result.method,):
+        if result.targets is None or result.run.name in elsewhere or result.run.name != result.method:
             continue
         parts.append(against_target(result, figures, result.run.name, result.measured))
         output = None if result.controller is None else result.controller.output
@@ -234,26 +240,22 @@ def against_target(result: Result, figures: Figures, title: str, key: str) -> st
     return figures.add(title, key, result.steps, [result.series(key, 0, "measured"), target])
 
 
-def entropic(results: Results, folder: Path, figures: Figures) -> str:
-    """EntroPIC: P beside PI, on- and off-policy, from above and below; where it holds beside where it does not."""
+def details(plan: LabPlan, results: Results, folder: Path, figures: Figures) -> str:
+    """One method's runs side by side, as the plan puts them, and at which tokens their entropy is."""
     parts = []
-    for place in ("off", "on"):
-        for start in ("above", "below"):
-            named = {"PI": pi_run(place, start), "P": f"entropic_p_{place}_{start}"}
-            found = {name: results[run] for name, run in named.items() if run in results}
-            parts.append(_together(f"{place}-policy, from {start}", found, figures))
-    regimes = {"threshold .4": "entropic", "threshold .95": "entropic_paper", "full form": "entropic_full"}
-    found = {name: results[run] for name, run in regimes.items() if run in results}
-    parts.append(_together("where it holds and where it does not (off-policy, from above)", found, figures))
+    for title, runs in plan.details.figures:
+        found = {label: results[run] for label, run in runs.items() if run in results}
+        parts.append(_together(title, found, figures))
     rows = [["run", "p <= .5: tokens", "entropy", "p <= .95: tokens", "entropy", "p > .95: tokens", "entropy"]]
-    for name in (BASELINE, "entropic", "entropic_paper", "entropic_full"):
+    for name in plan.details.tokens:
         if name in results:
             shares = where_entropy_is(results[name], folder)
             rows.append([name, *(f"{share:.0%}" for pair in shares for share in pair)])
     if not any(parts):
         return ""
     return (
-        f'<h2>EntroPIC</h2><div class="charts">{"".join(parts)}</div><h2>Which tokens hold the entropy</h2>'
+        f'<h2>{escape(plan.details.title)}</h2><div class="charts">{"".join(parts)}</div>'
+        "<h2>Which tokens hold the entropy</h2>"
         f'{html_table(rows)}<p class="sub">Sampled tokens of the last third by the probability they were drawn with: '
         "their share, and the share of the entropy at their positions.</p>"
     )
@@ -305,8 +307,3 @@ def padded(line: Series, length: int) -> Series:
     missing = [None] * (length - len(line.values))
     band = None if line.band is None else ([*line.band[0], *missing], [*line.band[1], *missing])
     return Series(line.name, [*line.values, *missing], line.color, line.dashed, band)
-
-
-def _color(result: Result, number: int) -> int:
-    """The baseline is grey everywhere."""
-    return 7 if result.run.name == BASELINE else number % 7

@@ -41,8 +41,20 @@ class LabRun:
 
 
 @dataclass(frozen=True)
+class Details:
+    """A section of the page that puts one method's runs side by side, instead of its family's figures."""
+
+    title: str = ""
+    family: str = ""
+    figures: tuple[tuple[str, dict[str, str]], ...] = ()  # title, label -> run
+    tokens: tuple[str, ...] = ()  # runs of which it says where their entropy is
+
+
+@dataclass(frozen=True)
 class LabPlan:
     runs: tuple[LabRun, ...]
+    baseline: str  # the run that every family is compared with
+    details: Details
     families: dict[str, str]  # key -> title, in the order of the page
     set: tuple[str, ...]
     evaluate: tuple[str, ...]  # options of evaluate; the data first
@@ -81,7 +93,7 @@ def load_plan(path: Path) -> LabPlan:
     if not path.is_file():
         raise ConfigError(f"--plan: no such file: {path}")
     content = tomllib.loads(path.read_text())
-    unknown = content.keys() - {"seeds", "set", "evaluate", "families", "run"}
+    unknown = content.keys() - {"seeds", "set", "evaluate", "baseline", "families", "details", "run"}
     if unknown:
         raise ConfigError(f"{path}: unknown keys {', '.join(sorted(unknown))}")
     runs = list[LabRun]()
@@ -95,8 +107,27 @@ def load_plan(path: Path) -> LabPlan:
     for run in runs:
         if names.count(run.name) > 1 or (run.start and run.start not in names) or run.family not in content["families"]:
             raise ConfigError(f"{path}: run {run.name}: its name must be unique, its start a run, its family listed")
+    if content.get("baseline") not in names:
+        raise ConfigError(f"{path}: baseline: expected the name of a run, found {content.get('baseline')!r}")
+    section = content.get("details")
+    details = (
+        Details()
+        if section is None
+        else Details(
+            section["title"],
+            section["family"],
+            tuple((figure["title"], figure["runs"]) for figure in section["figure"]),
+            tuple(section["tokens"]),
+        )
+    )
     return LabPlan(
-        tuple(runs), content["families"], tuple(content["set"]), tuple(content["evaluate"]), int(content["seeds"])
+        tuple(runs),
+        content["baseline"],
+        details,
+        content["families"],
+        tuple(content["set"]),
+        tuple(content["evaluate"]),
+        int(content["seeds"]),
     )
 
 

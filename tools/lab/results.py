@@ -128,6 +128,7 @@ class Results:
 
     base: Mapping[str, Any] | None  # the untrained model's evaluation
     runs: Mapping[str, Result]
+    baseline: str
 
     def family(self, name: str) -> list[Result]:
         return [result for result in self.runs.values() if result.run.family == name]
@@ -151,7 +152,7 @@ def load(plan: LabPlan, folder: Path) -> Results:
             config, _ = configuration(plan, run, 0, folder)
             method = methods.create(config.method)
             runs[run.name] = Result(run, config.method["name"], method.controller, config.rollout.prompts, seeds)
-    return Results(_evaluation(folder / BASE), runs)
+    return Results(_evaluation(folder / BASE), runs, plan.baseline)
 
 
 def _seed(number: int, folder: Path) -> Seed | None:

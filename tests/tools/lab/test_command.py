@@ -112,7 +112,7 @@ def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
 def write_plan(folder: Path, *, runs: str, steps: int = 3) -> Path:
     path = folder / "plan.toml"
     path.write_text(
-        "seeds = 2\n"
+        'seeds = 2\nbaseline = "grpo"\n'
         f'set = ["parallel.ranks_per_node=1", "parallel.tensor=1", "train.steps={steps}", "log.trackers=[]", '
         '"rollout.prompts=4", "train.mini_batch_prompts=4", "rollout.samples=2", "checkpoint.every=1"]\n'
         'evaluate = ["--data=recipes/tiny/data/eval.jsonl", "--samples=2", "--limit=3", "--max-response-tokens=16", '
