@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,8 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Mistral with the tiny model's tokenizer, the guide's family, and a recipe that names both."""
     path = tmp_path_factory.mktemp("family")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
     config = MistralConfig(vocab_size=64, max_position_embeddings=256, sliding_window=None, **sizes, **heads)
     MistralForCausalLM(config).save_pretrained(path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
