@@ -407,10 +407,10 @@ def test_a_killed_trainer_leaves_no_server_behind(deaf: bool, tmp_path: Path) ->
     tree += "time.sleep(1000)"
     trainer = f"""
 import os, pathlib, signal, time
-from megatron_ext.rollout import servers
-servers.GRACE_S = 0.5
+from megatron_ext.rollout.vllm_server import fleet
+fleet.GRACE_S = 0.5
 log = pathlib.Path({str(tmp_path)!r}) / "log"
-process = servers.ServerProcess("", [{sys.executable!r}, "-c", {tree!r}], {{}}, log)
+process = fleet.ServerProcess("", [{sys.executable!r}, "-c", {tree!r}], {{}}, log)
 process.start()
 while "up" not in log.read_text():
     time.sleep(0.02)
