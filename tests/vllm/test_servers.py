@@ -90,7 +90,7 @@ def requests(count: int, seed: int = 5) -> list[Request]:
 
 
 def new_engine(log_dir: Path, **options: Any) -> ServerEngine:
-    common: dict[str, Any] = {"dtype": "float32", "max_tokens": MAX_TOKENS, "batch_size": 64, "eager": True}
+    common: dict[str, Any] = {"dtype": "float32", "max_tokens": MAX_TOKENS, "batch_size": 64, "enforce_eager": True}
     return ServerEngine(BASE, log_dir=log_dir, **(common | options))
 
 
