@@ -266,7 +266,7 @@ def test_a_fault_that_every_rank_finds_is_said_once(tmp_path: Path) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": ["GPT2LMHeadModel"]}))
     code, output = finish(tmp_path, f'model.path="{tmp_path}/model"')
     assert code == 2, output
-    assert output.count("configuration error") == output.count("architecture GPT2LMHeadModel of model_type qwen2 is not supported") == 1, output
+    assert output.count("configuration error") == output.count("model_type qwen2 is not supported") == 1, output
     assert "Traceback" not in output and not run_folder(tmp_path).exists()
 
 
