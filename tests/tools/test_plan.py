@@ -62,7 +62,7 @@ def test_a_chart(tmp_path: Path) -> None:
     made = make_plan(config, plan.method_roles(config), rates=RATES["h100"], gpu_memory=TOTAL_BYTES["h100"])
     [axes] = memory_chart(made).axes
     bars = {container.get_label(): list(container) for container in axes.containers}
-    assert [f"{bar.get_width():.1f}" for bar in bars["weights"]] == ["3.8"] * 3 and any("KV" in name for name in bars)
+    assert [f"{bar.get_width():.1f}" for bar in bars["weights"]] == ["3.8"] * 3 and any("KV" in name for name in bars)  # pyright: ignore[reportOperatorIssue]
     for number, phase in enumerate(PHASES):
         end = 0.0
         for each in bars.values():
