@@ -41,10 +41,12 @@ def find_engine(rollout: RolloutConfig) -> EngineSpec:
     return spec
 
 
-def check_engine(rollout: RolloutConfig) -> None:
-    """Raise ConfigError where the engine's package is missing or is of a version that cannot be driven."""
-    if fault := find_engine(rollout).missing_package():
+def check_engine(rollout: RolloutConfig) -> EngineSpec:
+    """``find_engine``; raises ConfigError also where the engine's package is missing or cannot be driven."""
+    spec = find_engine(rollout)
+    if fault := spec.missing_package():
         raise ConfigError(f"rollout.engine: {rollout.engine}: {fault}")
+    return spec
 
 
 def create_engine(
@@ -54,8 +56,7 @@ def create_engine(
 
     ``log_dir`` takes the output of servers that are started.
     """
-    check_engine(rollout)
-    spec = find_engine(rollout)
+    spec = check_engine(rollout)
     start = EngineStart(
         model_path=model_path, rollout=rollout, dtype=dtype, max_prompt_tokens=max_prompt_tokens, log_dir=log_dir
     )
