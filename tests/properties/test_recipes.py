@@ -44,7 +44,8 @@ def is_section(field: FieldInfo) -> bool:
 FIELDS = dict(fields())
 SECTIONS = ["", *(f"{name}." for name, field in FIELDS.items() if is_section(field))]
 OPTIONS = ("method.name", "method.coef", "method.target", "method.clip_low")
-BOUND = ("data.", "rollout.", "parallel.", "model.", "train.", "method")  # files and sizes that must fit one another
+# files, code of one's own, and sizes that must fit one another
+BOUND = ("data.", "rollout.", "parallel.", "model.", "train.", "method", "reward.function", "reward.options")
 FALLING = (".min_lr", ".decay_steps")  # belong to some schedules of the learning rate alone
 
 

@@ -185,6 +185,7 @@ def _parse(answer: str) -> Any | None:
     display = re.fullmatch(r"\\\[(.*)\\\]|\$\$(.*)\$\$", inner, re.DOTALL)  # math-verify reads $ and \( inside a box
     if display:
         inner = display[1] or display[2] or ""
+    inner = re.sub(r"(?<=\d)(?:\{,\}|\\,)(?=\d{3}(?!\d))", "", inner)  # behind x= math-verify takes 1{,}000 for a list
     only_the_box = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
     if re.search(r"(?<![a-zA-Z\\])[a-zA-Z]{1,2}$", inner) and not inner.endswith(SHORT_UNITS):
         no_units = replace(only_the_box.normalization_config, units=False)  # 4t is no 4 (tons)
