@@ -54,14 +54,13 @@ class Candidate:
 
     where: str
     problem: Problem
-    level: str
     num_tokens: int | None = None
 
     def line(self) -> str:
         """As it is written."""
         p = self.problem
         record = {"id": p.problem_id, "prompt": p.prompt, "answer": p.answer, "verifier": p.verifier}
-        rest = {"numbers": list(p.numbers), "kind": p.kind, "level": self.level}
+        rest = {"numbers": list(p.numbers), "kind": p.kind, "level": p.level}
         return json.dumps(record | {key: value for key, value in rest.items() if value}, ensure_ascii=False) + "\n"
 
 
@@ -153,10 +152,7 @@ class _Reader:
         problem = check_record(where, fields)
         if isinstance(problem, Fault):
             return problem.kind, f"field {problem.field}: {problem.message}"
-        level = fields.get("level", "")
-        if not isinstance(level, str):
-            return "wrong_type", f"field level: expected a string, found {str(level)[:60]!r}"
-        return Candidate(where, problem, level, self._count_tokens(problem.prompt))
+        return Candidate(where, problem, self._count_tokens(problem.prompt))
 
     def _unwanted(self, candidate: Candidate) -> Reason | None:
         problem, options, tokens = candidate.problem, self.options, candidate.num_tokens
