@@ -231,6 +231,12 @@ def num_valid(batch: RolloutBatch) -> int:
     return int((sequence_lengths(batch.sequence, batch.mask, len(batch.reward)) > 0).sum())
 
 
+def shares(batch: RolloutBatch) -> Tensor:
+    """Each token's part of this rank's sequences, ``[T]`` fp64: those of one sequence are equal, all add up to 1."""
+    length = sequence_lengths(batch.sequence, batch.mask, len(batch.reward)).clamp(min=1).double()
+    return batch.mask / batch.token(length * max(num_valid(batch), 1))
+
+
 def group_statistics(reward_B: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, standard deviation (ddof 1) and size of each sequence's group, ``[B]`` each.
 

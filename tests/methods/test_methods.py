@@ -73,7 +73,7 @@ def test_a_page_names_its_paper_and_is_a_page(name: str) -> None:
     module = inspect.getmodule(METHODS[name])
     assert module is not None and module.__doc__ is not None
     assert re.search(r"arXiv \d{4}\.\d{5}", module.__doc__), f"{name}: cite its paper in {module.__file__}'s docstring"
-    assert len(inspect.getsource(module).splitlines()) <= 140
+    assert len(inspect.getsource(module).splitlines()) <= 150
 
 
 def test_every_method_is_tested_and_has_a_recipe_of_its_own() -> None:
