@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_ext import methods
 from megatron_ext.methods.base import OneRank
 from megatron_ext.methods.entropic import EntroPIC
 from megatron_ext.types import Batch, TokenStats
@@ -162,7 +163,8 @@ def test_the_engines_importance_weighs_both_forms_alike() -> None:
     batch, stats = eight_responses((0.7,) * 8)
     weighed = replace(batch, importance=torch.linspace(0.5, 1.5, 15), advantage=torch.linspace(-1, 1, 15))
     losses = []
-    for options in ({"form": "full"}, {"form": "high_probability", "threshold": 0.0}):
-        method = EntroPIC(target=0.5, clip_low=9.0, clip_high=99.0, **options)
+    for form in ("full", "high_probability"):
+        options = {"name": "entropic", "target": 0.5, "clip_low": 9.0, "clip_high": 99.0, "threshold": 0.0}
+        method = methods.create(options | {"form": form})
         losses.append(method.loss(weighed, stats, method.prepare(weighed, stats, OneRank())))
     assert torch.allclose(losses[0], losses[1]) and losses[0].abs().max() > 0.01
