@@ -40,7 +40,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 def read_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """``load_config`` without the rules between fields."""
-    merged = _read_chain(find_recipe(path))
+    merged, _ = _read_chain(find_recipe(path))
     for override in overrides or []:
         _apply_override(merged, override)
     given = [override.partition("=")[0] for override in overrides or []]
@@ -55,8 +55,11 @@ def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
     return _merge(Config().model_dump(), with_new_names(config))
 
 
-def _read_chain(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The recipe ``path`` over its parents. ``children``: the recipes that led here."""
+def _read_chain(path: Path, children: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The recipe ``path`` over its parents, and the options of any method: those that it states before a method's name.
+
+    ``children``: the recipes that led here.
+    """
     own = _read_recipe(path)
     if path.resolve() in children:
         raise ConfigError(f"recipe: {path} is its own parent; a chain of parents ends with a recipe that names none")
@@ -74,12 +77,20 @@ def _read_chain(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     _resolve_code(own, path.parent)
     parent = own.pop("parent", None)
     if parent is None:
-        return own
+        return own, _common_options(own, {})
     if not isinstance(parent, str):
         raise ConfigError(f"recipe: {path}: parent is {parent!r}, expected the path of one recipe")
     above = path.parent / parent
     above = above if os.path.exists(above) else shipped(parent) or above
-    return _merge(_read_chain(above, (*children, path.resolve())), own)
+    base, common = _read_chain(above, (*children, path.resolve()))
+    merged = _merge(base, own, common)
+    return merged, _common_options(merged, common)
+
+
+def _common_options(merged: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:
+    """The ``[method]`` of a chain that names no method yet; once it does, what its parents had ``common``."""
+    method = merged.get("method")
+    return method if isinstance(method, dict) and "name" not in method else common
 
 
 def _resolve_code(own: dict[str, Any], folder: Path) -> None:
@@ -106,13 +117,15 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         raise ConfigError(f"recipe: {path} cannot be read: {error}; expected a TOML file in UTF-8") from None
 
 
-def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """``own`` over ``base``, section by section. Another method's options are never inherited."""
+def _merge(base: dict[str, Any], own: dict[str, Any], common: dict[str, Any] | None = None) -> dict[str, Any]:
+    """``own`` over ``base``, section by section. Of another method only the ``common`` options are inherited."""
     merged = dict(base)
     for key, value in own.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        replaced = both and key == "method" and value.get("name", base[key].get("name")) != base[key].get("name")
-        merged[key] = _merge(base[key], value) if both and not replaced else value
+        if both and key == "method" and value.get("name", base[key].get("name")) != base[key].get("name"):
+            merged[key] = {**(common or {}), **value}
+        else:
+            merged[key] = _merge(base[key], value) if both else value
     return merged
 
 
