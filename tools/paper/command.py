@@ -27,7 +27,7 @@ from ..arguments import command_parser, output_file
 from .differences import ABSENT, Compared, common, compare
 from .readme import readme
 from .results import Cell, Result, cells, write
-from .rows import PROGRAM, TINY_SUITE, Plan, plans, suite_sets
+from .rows import PROGRAM, TINY_SUITE, Plan, analysis, plans, suite_sets
 from .tables import Paper, PaperTable, papers, read_paper
 
 CELL_WIDTH = 16
@@ -98,7 +98,7 @@ def _rows(table: PaperTable, made: Sequence[Plan], console: Console) -> None:
                 told.add(command)
                 say(console, f"    {command}")
     if table.analysis:
-        say(console, f"  then: {PROGRAM} {table.analysis}")
+        say(console, f"  then: {analysis(table, made)}")
 
 
 def _result(result: Result, console: Console) -> None:

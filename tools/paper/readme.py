@@ -63,7 +63,8 @@ def _table(paper: Paper, table: PaperTable) -> Iterator[str]:
         suite = paper.name if table.suite == "suite.toml" else f"recipes/papers/{paper.name}/{table.suite}"
         yield f"Evaluation: `{PROGRAM} evaluate MODEL --suite {suite} --out DIR`."
     if table.analysis:
-        yield f"Figure: `{PROGRAM} {table.analysis}`."
+        places = {"runs": "RUN ...", "models": "MODEL ...", "samples": "DIR/samples ..."}
+        yield f"Figure: `{PROGRAM} {table.analysis.format(**places)}`."
     if table.columns:
         yield f"Table: `{PROGRAM} paper {paper.name} --table {shlex.quote(table.name)}`."
 

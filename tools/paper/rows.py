@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """A row and its steps, in their order. ``evaluation``: the suite's result; None where the row has none."""
+    """A row and its steps, in their order; the suite's result, the run's folder and the model, where it has them."""
 
     row: Row
     steps: tuple[Step, ...]
-    evaluation: Path | None
+    evaluation: Path | None = None
     run: Path | None = None
+    model: Path | None = None
 
     @property
     def next_step(self) -> Step | None:
@@ -55,7 +56,7 @@ def plans(paper: Paper, table: PaperTable, *, tiny: bool = False) -> list[Plan]:
 
 def _plan(paper: Paper, table: PaperTable, row: Row, tiny: bool) -> Plan:
     if not (row.recipe or row.model):
-        return Plan(row, (), None)
+        return Plan(row, ())
     suite = (TINY_SUITE if tiny else paper.folder / table.suite) if table.suite else None
     if row.recipe:
         folder, steps = _tiny_run(row) if tiny else _run(row)
@@ -66,7 +67,7 @@ def _plan(paper: Paper, table: PaperTable, row: Row, tiny: bool) -> Plan:
         results = Path("runs") / (TINY_FOLDER if tiny else "") / (f"{paper.name}-base" if tiny else row.model)
         run, steps = None, [_weights(model, row.hub or hub_of(paper, row.model))]
     if suite is None:
-        return Plan(row, tuple(steps), None, run)
+        return Plan(row, tuple(steps), run=run, model=model)
     out = results / f"{suite_name(suite)}.json"
     named = shlex.quote(str(_here(suite)) if suite.stem != "suite" else suite_name(suite))
     engine = "" if tiny else " --engine vllm"
@@ -80,14 +81,31 @@ def _plan(paper: Paper, table: PaperTable, row: Row, tiny: bool) -> Plan:
 
 
 def run_name(row: Row) -> str:
-    """The run of a row: its recipe's, and what is overridden."""
-    parts = []
-    for override in row.set:
-        key, _, value = override.partition("=")
-        if key != "model.hub":
-            shown = Path(value).stem if "/" in value else value
-            parts.append(key.rpartition(".")[2] + re.sub(r"[^A-Za-z0-9.-]+", "", shown))
-    return "-".join([row.recipe, *parts])
+    """The run of a row: its recipe's, and in short what is overridden."""
+    return "-".join([row.recipe, *(part for override in row.set if (part := _short(row, *override.split("=", 1))))])
+
+
+def _short(row: Row, key: str, value: str) -> str:
+    name = key.rpartition(".")[2]
+    if name == "hub" or value == "[]":
+        return ""
+    if value in ("", "false"):
+        return f"no_{name}"
+    if name == "curriculum":
+        return f"curriculum{row.stages or ''}"
+    return Path(value).name.removesuffix(".jsonl") if "/" in value else f"{name}{value}"
+
+
+def analysis(table: PaperTable, made: Sequence[Plan]) -> str:
+    """The command that draws the table's figure, with what its rows are made of; empty if there is none."""
+    runs = [_quoted(plan.run) for plan in made if plan.run]
+    results = [plan.evaluation.parent for plan in made if plan.evaluation]
+    samples = [_quoted(results / "samples") for results in results]
+    models = [_quoted(plan.model) for plan in made if plan.model]
+    if not table.analysis or len(runs) == 1 and table.analysis.startswith("compare"):
+        return f"{PROGRAM} report {runs[0]}" if table.analysis else ""
+    parts = {"runs": " ".join(runs), "samples": " ".join(samples), "models": " ".join(models)}
+    return f"{PROGRAM} {table.analysis.format(**parts)}"
 
 
 def row_config(row: Row) -> Config:
@@ -115,7 +133,8 @@ def _run(row: Row) -> tuple[Path, list[Step]]:
     steps = [*_data(Path(config.data.train), config.data.hub), _weights(Path(config.model.path), config.model.hub)]
     if config.data.curriculum:
         there = Path(config.data.curriculum).is_file()
-        sort = shlex.join([PROGRAM, "semantic-entropy", row.recipe, "--out", config.data.curriculum])
+        sort = f"{PROGRAM} semantic-entropy {row.recipe} --out {_quoted(Path(config.data.curriculum))}"
+        sort += f" --stages {row.stages}" if row.stages else ""
         steps.append(Step("curriculum", there, "yes" if there else "no", (sort,)))
     return folder, [*steps, _trained(folder, config.train.steps, train)]
 

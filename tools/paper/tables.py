@@ -7,11 +7,11 @@
     [[missing]] what, why                  what nobody can make again
     [[table]]   name, title, suite, columns, rows, analysis, note
         columns = [["AIME24 Maj@32", "aime24", "maj@32"], ...]   head, set and metric; set "mean" averages the others
-        rows    = [{ label, group, recipe or model, set, hub, published, why }, ...]
+        rows    = [{ label, group, recipe or model, set, hub, stages, published, why }, ...]
 
 A row has a recipe with overrides ``set``, or a ``model`` (a folder of recipes/models) that is evaluated as it is, or
 neither where ``why`` says that it cannot be made. ``published`` holds the paper's figures in the order of the columns,
-nan where the paper has none.
+nan where the paper has none. ``stages``: of a curriculum with another number of them than the default.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Row(_Table):
     set: tuple[str, ...] = ()
     hub: str = ""
     published: tuple[float, ...] = ()
+    stages: int = 0
     why: str = ""
 
     @model_validator(mode="after")
