@@ -31,7 +31,7 @@ from rich.progress import Progress
 
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.errors import ConfigError
-from megatron_ext.config.schema import DataConfig, RolloutConfig
+from megatron_ext.config.schema import DataConfig, PromptConfig, RolloutConfig
 from megatron_ext.config.shipped import find
 from megatron_ext.files import LARGE_BYTES, read_json
 from megatron_ext.metrics.eval_stats import CONFIDENCE, bootstrap, majority, per_problem
@@ -152,7 +152,7 @@ def evaluate(
             engine.tokenizer,
             problems[: settings.limit],
             max_prompt_tokens=settings.max_prompt_tokens,
-            prompt_suffix=settings.prompt_suffix,
+            prompt=PromptConfig(suffix=settings.prompt_suffix),
         )
         if report.faults:
             console.print(report.summary(), markup=False, highlight=False)
@@ -397,7 +397,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser("evaluate", __doc__)
     add = parser.add_argument
     add("models", type=find, metavar="MODEL", nargs="+", help="directory with config.json, safetensors and tokenizer")
-    add("--data", type=find, required=True, help="JSON Lines: prompt, answer [, id, verifier, numbers, kind]")
+    add("--data", type=find, required=True, help="JSON Lines: prompt, answer [, id, verifier, numbers, kind, level]")
     add("--samples", type=int, default=default.samples, help="responses per problem (%(default)s)")
     add("--k", dest="ks", type=whole_numbers, default=(), help="pass@k to report, such as 1,2,4 (powers of two)")
     add("--temperature", type=float, default=default.temperature, help="0 is greedy (%(default)s)")
