@@ -30,6 +30,7 @@ COMMANDS = {  # name: module, what it does
     "convert": ("convert", "turn a run's checkpoint into a Hugging Face model, and back"),
     "report": ("report", "write a run's page: curves, evaluations, tokens"),
     "compare": ("compare_runs", "compare runs, in a table, on a page or bit by bit"),
+    "paper": ("paper", "say what makes each row of a paper's tables, and set our numbers beside the published ones"),
     "recipes": ("recipes", "list the shipped recipes"),
     "methods": ("methods", "list the methods with their options and papers"),
     "plan": ("plan", "say whether a recipe fits on its GPUs, and how long a step takes"),
