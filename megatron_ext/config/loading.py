@@ -30,8 +30,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a recipe, its parents and ``key=value`` overrides (dotted keys, TOML values), and check them.
 
     A recipe that is no file may be a shipped one (``shipped.py``). Relative paths in ``model.path``, ``data.train``,
-    ``data.curriculum`` and ``validation.data`` are tried from the current directory first, then from the file that states them, then among what
-    ships; data that is nowhere is expected in the second place. So are those of the user's own code (plugins.py).
+    ``data.curriculum`` and ``validation.data`` are tried from the current directory first, then from the file that
+    states them, then among what ships; data that is nowhere is expected in the second place. So are those of the user's
+    own code (plugins.py).
     """
     config = read_config(path, overrides)
     check_layout(config)

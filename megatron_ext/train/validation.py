@@ -5,8 +5,9 @@ the response's number, so they are the same at every step, and those of ``megatr
 same problems; no random number is drawn. The engine gets the weights again before the next step's rollout, so what it
 keeps of the validated prompts is gone by then.
 
-The problems are sampled in parts: of a training step's responses, or of what the engine decodes at once if that is more.
-Before each part the run asks whether it is to stop; then the validation is given up, and made anew when the run goes on.
+The problems are sampled in parts: as many responses as a training step has, or as the engine decodes at once if those
+are more. Before each part the run asks whether it is to stop; then the validation is given up, and made anew when the
+run goes on.
 """
 
 from __future__ import annotations
