@@ -19,6 +19,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from megatron_ext.methods.base import Needs, Prepared, Reducer, num_selected
 from megatron_ext.methods.clip_higher import ClipHigher
 from megatron_ext.methods.selection import Selective, count_of, token_keys, top_k
@@ -43,3 +45,6 @@ class ForkingTokens(ClipHigher, Selective):
         count = count_of(self.rho, num_selected(batch.mask, reduce))
         selected = top_k(stats.entropy, batch.mask, count, token_keys(batch), reduce)
         return Prepared({"weight": selected * (self.share(batch) / count)})
+
+    def selections(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> dict[str, Tensor]:
+        return {"forking": self.chosen(batch, stats, reduce, "weight")}

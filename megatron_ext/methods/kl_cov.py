@@ -43,6 +43,9 @@ class KLCov(Selective):
         count = count_of(self.k, num_selected(batch.mask, reduce))
         return Prepared({"penalised": top_k(cov, batch.mask, count, token_keys(batch), reduce)})
 
+    def selections(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> dict[str, Tensor]:
+        return {"penalised": self.chosen(batch, stats, reduce, "penalised")}
+
     def policy_loss(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         log_r = log_ratio(stats.logprob, batch.old_logprob)
         penalty = torch.where(prepared.token["penalised"], self.kl_coef * log_r.abs(), 0.0)
