@@ -146,8 +146,8 @@ def file_faults(config: Config) -> list[str]:
     validation = config.validation
     if validation.every and validation.data and not os.path.isfile(validation.data):
         faults.append(
-            f"validation.data: no such file: {validation.data}; {_remedy(validation.data)}give a path from here or from "
-            "the recipe, or set validation.every = 0"
+            f"validation.data: no such file: {validation.data}; {_remedy(validation.data)}give a path from here or "
+            "from the recipe, or set validation.every = 0"
         )
     if data.curriculum and not os.path.isfile(data.curriculum):
         faults.append(
