@@ -32,6 +32,7 @@ from megatron_ext.checkpoint.best import best_of
 from megatron_ext.checkpoint.manifest import BEST, CheckpointError, Manifest
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.loading import with_defaults
 from megatron_ext.config.schema import Config, ParallelConfig
 
 from .arguments import command_parser
@@ -115,6 +116,7 @@ def to_hf(checkpoint: Path, out: Path, *, source: Path | None, shard_bytes: int)
             dtype=dtype,
             source=source,
             card=model_card(path, found, source=source),
+            chat_template=with_defaults(found.config)["prompt"]["template"],
             shard_bytes=shard_bytes,
         )
 
