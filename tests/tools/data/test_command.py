@@ -241,7 +241,7 @@ def test_columns_of_any_schema_are_mapped(run: Run, tmp_path: Path) -> None:
             "x.jsonl",
             b'{"problem": "a", "answer": "1"}\n',
             ["--against", "aime24.jsonl"],
-            "--against: cannot read aime24.jsonl: No such file or directory; fetch and prepare it with\n  hf download Hugging",
+            "--against: cannot read aime24.jsonl: No such file or directory; fetch and prepare it with\n  hf ",
         ),
     ],
 )
