@@ -20,9 +20,9 @@ from .figures import Result
 from .inputs import kind_of, labels_of
 
 MEANING = (
-    "entropy: mean over a step's tokens of the policy that sampled, in nats; accuracy: the metric named, of the "
-    "same step. fit: least squares of accuracy = b - a exp(entropy) over the run's steps, with its R2. Curves are moving "
-    "averages over the given number of steps; the numbers are not smoothed."
+    "entropy: mean over a step's tokens, of the policy that sampled, in nats; accuracy: the metric named, of the same "
+    "step. fit: least squares of accuracy = b - a exp(entropy) over the run's steps, with its R2. Curves are moving "
+    "averages; the numbers are not smoothed."
 )
 ENTROPY = "entropy/full"
 ACCURACY = ("validation/avg", "reward/outcome/correct", "reward/mean")  # the first that a run has

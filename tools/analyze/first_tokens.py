@@ -92,7 +92,7 @@ def _of_model(label: str, path: Any, options: argparse.Namespace, console: Conso
     problems = read_problems(options.data)
     scorer = load(path, options.temperature, options.dtype)
     keys = list(problems.by_set)[: options.limit]
-    encoded = prompt_ids(scorer, [SampleRow(set=name, id=number, text="") for name, number in keys], problems)
+    encoded = prompt_ids(scorer, [SampleRow(set=name, id=number, text="") for name, number in keys], problems, {})
     total, nats = np.zeros(scorer.vocab_size), 0.0
     with ToolProgress(console) as progress:
         task = progress.add_task("first tokens", total=len(encoded))
