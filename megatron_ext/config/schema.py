@@ -103,6 +103,11 @@ class DataConfig(Section):
     stage_starts: list[Positive] = Field(
         default=[], description="first step of each curriculum stage after the first; empty: equal shares of the run"
     )
+    stage_restart: bool = Field(
+        default=False,
+        description="each curriculum stage after the first starts like a run of its own from the present policy: "
+        "Adam's moments and step count anew, the reference a copy; the learning rate's schedule and the method's state go on",
+    )
 
 
 class ServersConfig(Section):

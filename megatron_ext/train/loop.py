@@ -74,6 +74,7 @@ def train(trainer: Trainer, signals: StopSignals, writer: MetricsWriter | None, 
 
 def train_step(trainer: Trainer, watch: Watch) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """One rollout step: sync, sample, score, update."""
+    trainer.begin_stage()
     with watch.phase("sync"):
         trainer.sync()
     rollouts = Rollouts(trainer.config, trainer.engine, trainer.pool, trainer.step, watch)
