@@ -31,7 +31,7 @@ from rich.progress import Progress
 
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.errors import ConfigError
-from megatron_ext.config.schema import DataConfig, RolloutConfig
+from megatron_ext.config.schema import DataConfig, PromptConfig, RolloutConfig
 from megatron_ext.config.shipped import find
 from megatron_ext.files import LARGE_BYTES, read_json
 from megatron_ext.metrics.eval_stats import CONFIDENCE, bootstrap, majority, per_problem
@@ -152,7 +152,7 @@ def evaluate(
             engine.tokenizer,
             problems[: settings.limit],
             max_prompt_tokens=settings.max_prompt_tokens,
-            prompt_suffix=settings.prompt_suffix,
+            prompt=PromptConfig(suffix=settings.prompt_suffix),
         )
         if report.faults:
             console.print(report.summary(), markup=False, highlight=False)
@@ -239,12 +239,16 @@ def summary(rows: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, Any]
     return {"metrics": {name: found[name] for name in columns}, "response": {name: found[name] for name in response}}
 
 
-def equivalent_answers(pool: Pool, votes: Sequence[Sequence[str | None]]) -> list[set[tuple[str, str]]]:
+def equivalent_answers(
+    pool: Pool, votes: Sequence[Sequence[str | None]], answer_format: str = "boxed"
+) -> list[set[tuple[str, str]]]:
     """For each problem the pairs ``(key, answer)`` that the clustering of evaluation.clusters finds equal.
 
     The verifier lives in killable processes, so it is asked in rounds, all problems at once: everything still
-    alone against the earliest of them. Plain integer arithmetic is compared here, exactly.
+    alone against the earliest of them. Plain integer arithmetic is compared here, exactly. ``answer_format`` is
+    the pool's.
     """
+    from megatron_ext.rollout.rewards.verify import as_response
     from megatron_ext.types import Problem
 
     equal: list[set[tuple[str, str]]] = [set() for _ in votes]
@@ -261,7 +265,7 @@ def equivalent_answers(pool: Pool, votes: Sequence[Sequence[str | None]]) -> lis
                     asked.append((row, key, other))
                 elif values[0] == values[1]:
                     equal[row].add((key, other))
-        questions = [(Problem("", "", key), rf"\boxed{{{other}}}") for _, key, other in asked]
+        questions = [(Problem("", "", key), as_response(other, answer_format)) for _, key, other in asked]
         for (row, key, other), reward in zip(asked, pool.score(questions) if questions else [], strict=True):
             if reward.outcome == "correct":
                 equal[row].add((key, other))
@@ -397,7 +401,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser("evaluate", __doc__)
     add = parser.add_argument
     add("models", type=find, metavar="MODEL", nargs="+", help="directory with config.json, safetensors and tokenizer")
-    add("--data", type=find, required=True, help="JSON Lines: prompt, answer [, id, verifier, numbers, kind]")
+    add("--data", type=find, required=True, help="JSON Lines: prompt, answer [, id, verifier, numbers, kind, level]")
     add("--samples", type=int, default=default.samples, help="responses per problem (%(default)s)")
     add("--k", dest="ks", type=whole_numbers, default=(), help="pass@k to report, such as 1,2,4 (powers of two)")
     add("--temperature", type=float, default=default.temperature, help="0 is greedy (%(default)s)")

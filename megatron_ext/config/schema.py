@@ -77,11 +77,12 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The training problems, and what happens to those that cannot be used."""
 
-    train: str = Field(default="", description="JSON Lines file; keys: prompt, answer [, id, verifier, numbers, kind]")
+    train: str = Field(
+        default="", description="JSON Lines file; keys: prompt, answer [, id, verifier, numbers, kind, level]"
+    )
     hub: str = Field(
         default="", description="where the data come from, for messages: ids on the Hugging Face Hub, or a sentence"
     )
-    prompt_suffix: str = Field(default="", description="text appended to every prompt")
     max_prompt_tokens: Positive = Field(default=1024, description="longest prompt, in tokens; longer ones are left out")
     max_left_out: float = Field(
         default=0.01,
@@ -107,6 +108,22 @@ class DataConfig(Section):
         default=False,
         description="each curriculum stage after the first starts like a run of its own from the present policy: "
         "Adam's moments and step count anew, the reference a copy; the learning rate's schedule and the method's state go on",
+    )
+
+
+class PromptConfig(Section):
+    """What the model reads, in training as in evaluation: a turn of the system, then prefix + problem + suffix."""
+
+    system: str = Field(
+        default="", description="a system turn; of a model without a chat template, text and an empty line before"
+    )
+    prefix: str = Field(default="", description="text before every problem, in the user's turn")
+    suffix: str = Field(default="", description="text after every problem, in the user's turn")
+    template: str = Field(
+        default="", description="Jinja file of a chat template instead of the tokenizer's; a run keeps its text"
+    )
+    answer_format: Literal["boxed", "answer_line"] = Field(
+        default="boxed", description=r"where the answer stands: the last \boxed{}, or the last line that begins Answer:"
     )
 
 
@@ -293,6 +310,28 @@ class CheckpointConfig(Section):
     )
 
 
+class ValidationConfig(Section):
+    """Validation during training, with the run's prompt, engine and reward: before the first step and on the way."""
+
+    every: NonNegative = Field(
+        default=0,
+        description="steps between validations; one more comes before training and one after the last step; 0: off",
+    )
+    data: str = Field(default="", description="JSON Lines file of problems, with the keys of data.train")
+    samples: Positive = Field(default=1, description="responses per problem")
+    temperature: float = Field(default=1.0, ge=0, le=100, description="sampling temperature; 0: greedy")
+    top_p: Fraction = Field(default=1.0, description="nucleus sampling mass; 1 samples from the whole vocabulary")
+    max_response_tokens: NonNegative = Field(
+        default=0, description="longest response, in tokens; 0: rollout.max_response_tokens"
+    )
+    metric: Literal["avg", "pass", "maj"] = Field(
+        default="avg", description="what the best step has most of: avg@samples, pass@samples or maj@samples"
+    )
+    keep_best: bool = Field(
+        default=True, description="keep the checkpoint of the best validated step beside the checkpoint.keep newest"
+    )
+
+
 class LogConfig(Section):
     """What a run records and where."""
 
@@ -343,6 +382,7 @@ class Config(Section):
     name: str = Field(default="run", description="the run's folder below log.dir; a slash makes subfolders")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    prompt: PromptConfig = PromptConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     method: dict[str, Any] = Field(
@@ -353,6 +393,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
     log: LogConfig = LogConfig()
     alarms: AlarmsConfig = AlarmsConfig()
 
@@ -379,6 +420,11 @@ class Config(Section):
     @property
     def longest_sequence(self) -> int:
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens
+
+    @property
+    def max_validation_tokens(self) -> int:
+        """The longest response of a validation, in tokens; 0 where there is none."""
+        return (self.validation.max_response_tokens or self.rollout.max_response_tokens) * bool(self.validation.every)
 
     @property
     def updates_per_step(self) -> int:

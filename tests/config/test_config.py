@@ -83,6 +83,20 @@ def test_another_method_does_not_inherit_options(recipe: Path) -> None:
     assert load_config(recipe).method == {"name": "grpo", "beta": 0.1}
 
 
+def test_every_method_inherits_the_options_stated_before_a_method_is_named(recipe: Path) -> None:
+    """Common to a paper's methods; another method drops the first one's own options and keeps the common ones."""
+    base = BASE.replace('name = "siren"\ncoef = 0.01', "normalise = false\nclip_high = 0.28")
+    (recipe.parents[1] / "base.toml").write_text(base)
+    recipe.write_text('parent = "../base.toml"\n[method]\nname = "siren"\ncoef = 0.1\nclip_high = 0.3\n')
+    own = {"name": "siren", "coef": 0.1, "normalise": False, "clip_high": 0.3}
+    assert load_config(recipe).method == own
+    child = recipe.with_name("child.toml")
+    child.write_text('parent = "recipe.toml"\n[method]\ntau = 0.5\n')
+    assert load_config(child).method == own | {"tau": 0.5}
+    child.write_text('parent = "recipe.toml"\n[method]\nname = "grpo"\n')
+    assert load_config(child).method == {"name": "grpo", "normalise": False, "clip_high": 0.28}
+
+
 def test_a_typo_names_the_key_and_a_near_one(recipe: Path) -> None:
     assert "train.micro_batch_token: unknown key; did you mean micro_batch_tokens?" in fault(
         recipe, "train.micro_batch_token=1"
