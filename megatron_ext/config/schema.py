@@ -106,8 +106,8 @@ class DataConfig(Section):
     )
     stage_restart: bool = Field(
         default=False,
-        description="each curriculum stage after the first starts like a run of its own from the present policy: "
-        "Adam's moments and step count anew, the reference a copy; the learning rate's schedule and the method's state go on",
+        description="each curriculum stage after the first starts like a run of its own: Adam's moments and steps are "
+        "zero, the reference is the present policy; the learning-rate schedule and the method's state go on",
     )
 
 
