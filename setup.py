@@ -11,6 +11,6 @@ setup(
     ],
     package_dir={"megatron_ext.tools": "tools", "megatron_ext.recipes": "recipes"},
     package_data={  # of models/ the configurations: weights that were put there are not shipped
-        "megatron_ext.recipes": ["*.md", "*/*.md", "**/*.toml", "models/*/config.json", "tiny/**/*"]
+        "megatron_ext.recipes": ["*.md", "*/*.md", "**/*.toml", "prompts/*", "models/*/config.json", "tiny/**/*"]
     },
 )

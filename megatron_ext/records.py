@@ -11,7 +11,8 @@ class Problem:
 
     ``verifier`` names how a response is scored: ``math`` (equivalence of the boxed answer with
     ``answer``) or ``countdown`` (the boxed expression also uses each of ``numbers`` exactly once).
-    Accuracy is also reported by ``kind``, such as a subject; of problems without one, by ``verifier``.
+    Accuracy is also reported by ``kind``, such as a subject; of problems without one, by ``verifier``. ``level`` is a
+    problem's difficulty, such as MATH's 1 to 5.
     """
 
     problem_id: str
@@ -20,6 +21,7 @@ class Problem:
     verifier: str = "math"
     numbers: tuple[int, ...] = ()
     kind: str = ""
+    level: str = ""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from yaml import YAMLError
 
 from megatron_ext.checkpoint.manifest import Manifest
+from megatron_ext.config.loading import with_defaults
 from megatron_ext.config.redact import redact
 from megatron_ext.model.export import LICENSES
 
@@ -54,7 +55,7 @@ def model_card(checkpoint: Path, found: Manifest, *, source: Path) -> str:
         f"- data: `{config['data']['train']}`",
         f"- rollouts: {rollout['prompts']} prompts x {rollout['samples']} responses a step, temperature "
         f"{rollout['temperature']}, at most {rollout['max_response_tokens']} tokens",
-        f"- after every prompt: `{json.dumps(config['data']['prompt_suffix'])}`",
+        f"- prompt: `{json.dumps(with_defaults(config)['prompt'])}`",
         f"- learning rate: {config['optimizer']['lr']}",
         f"- trained with: {', '.join(f'{name} {value}' for name, value in found.versions.items())}",
         *_evaluation(checkpoint.parent.parent / "evaluation.json"),

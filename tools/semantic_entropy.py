@@ -234,7 +234,7 @@ def make(config: Config, options: argparse.Namespace, console: Console) -> Path:
             "num_problems": len(problems),
             "stages": options.stages,
             "model": Path(config.model.path).name,
-            "prompt_suffix": config.data.prompt_suffix,
+            "prompt": config.prompt.model_dump(),
             "samples": options.samples,
             "weight": options.weight,
             "temperature": 1.0,

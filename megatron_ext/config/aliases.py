@@ -51,6 +51,8 @@ ALIASES = {
     "rollout_max_prompt_len": "data.max_prompt_tokens",
     "max_input_seq_length": "data.max_prompt_tokens",
     "filter_overlong_prompts": "data.max_prompt_tokens (longer prompts are left out)",
+    "system_prompt": "prompt.system",
+    "custom_chat_template": "prompt.template (a Jinja file)",
     # rollouts
     "rollout.name": "rollout.engine",
     "use_vllm": "rollout.engine",
@@ -208,6 +210,7 @@ ALIASES = {
 
 
 RENAMED = {  # our own keys of before
+    "data.prompt_suffix": "prompt.suffix",
     "rollout.tensor": "rollout.tensor_parallel_size",
     "rollout.memory_share": "rollout.gpu_memory_utilization",
     "rollout.eager": "rollout.enforce_eager",
@@ -248,8 +251,9 @@ def with_new_names(config: dict[str, Any]) -> dict[str, Any]:
     config = {name: dict(value) if isinstance(value, dict) else value for name, value in config.items()}
     for old, new in RENAMED.items():
         section, _, key = old.partition(".")
+        now, _, name = new.partition(".")
         if key in config.get(section, {}):
-            config[section][new.partition(".")[2]] = config[section].pop(key)
+            config.setdefault(now, {})[name] = config[section].pop(key)
     for option, _, value in renamed_values(config.get("method", {})):
         config["method"][option] = value
     return config

@@ -8,6 +8,7 @@ without building a model. Every fault is a ``ConfigError`` that says what, found
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,23 @@ from megatron_ext.config.aliases import unknown_keys, with_new_names
 from megatron_ext.config.checks import check_layout
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.redact import redact
-from megatron_ext.config.schema import Config
+from megatron_ext.config.schema import Config, PromptConfig
 from megatron_ext.config.shipped import expected_at, find_recipe, shipped
 from megatron_ext.files import read_small
 from megatron_ext.plugins import KEYS
 
-_PATHS = (("model", "path"), ("model", "weights"), ("data", "train"), ("data", "curriculum"))
+_PATHS = (
+    *(("model", "path"), ("model", "weights"), ("data", "train"), ("data", "curriculum")),
+    ("prompt", "template"),
+)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a recipe, its parents and ``key=value`` overrides (dotted keys, TOML values), and check them.
 
-    A recipe that is no file may be a shipped one (``shipped.py``). Relative paths in ``model.path``, ``data.train`` and
-    ``data.curriculum`` are tried from the current directory first, then from the file that states them, then among what
-    ships; data that is nowhere is expected in the second place. So are those of the user's own code (plugins.py).
+    A recipe that is no file may be a shipped one (``shipped.py``). Relative paths in ``model.path``, ``data.train``,
+    ``data.curriculum`` and ``prompt.template`` are tried from the current directory first, then from the file that
+    states them, then among what ships; data that is nowhere is expected in the second place. So are those of the user's own code (plugins.py).
     """
     config = read_config(path, overrides)
     check_layout(config)
@@ -45,9 +49,32 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         _apply_override(merged, override)
     given = [override.partition("=")[0] for override in overrides or []]
     try:
-        return Config.model_validate(merged)
+        config = Config.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(_readable(error, path, given)) from None
+    return config.model_copy(update={"prompt": with_template_text(config.prompt)})
+
+
+def with_template_text(prompt: PromptConfig) -> PromptConfig:
+    """The prompt with the text of its template in place of the file's path, so that it is whole wherever it is kept.
+
+    A template that is no path (it holds a brace or a line break) stays. Raises ConfigError for a file that cannot be
+    read.
+    """
+    template = prompt.template
+    if not template or re.search(r"[{\n]", template):
+        return prompt
+    try:
+        text = read_small(Path(template)).decode()
+    except FileNotFoundError:
+        raise ConfigError(
+            f"prompt.template: no such file: {template}; give a Jinja file, by a path from here or from the recipe"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"prompt.template: {template} cannot be read: {error}; expected Jinja in UTF-8") from None
+    if not re.search(r"[{\n]", text):
+        raise ConfigError(f"prompt.template: {template} is no chat template: it has no expression {{{{ ... }}}}")
+    return prompt.model_copy(update={"template": text})
 
 
 def with_defaults(config: dict[str, Any]) -> dict[str, Any]:

@@ -77,11 +77,12 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The training problems, and what happens to those that cannot be used."""
 
-    train: str = Field(default="", description="JSON Lines file; keys: prompt, answer [, id, verifier, numbers, kind]")
+    train: str = Field(
+        default="", description="JSON Lines file; keys: prompt, answer [, id, verifier, numbers, kind, level]"
+    )
     hub: str = Field(
         default="", description="where the data come from, for messages: ids on the Hugging Face Hub, or a sentence"
     )
-    prompt_suffix: str = Field(default="", description="text appended to every prompt")
     max_prompt_tokens: Positive = Field(default=1024, description="longest prompt, in tokens; longer ones are left out")
     max_left_out: float = Field(
         default=0.01,
@@ -102,6 +103,22 @@ class DataConfig(Section):
     )
     stage_starts: list[Positive] = Field(
         default=[], description="first step of each curriculum stage after the first; empty: equal shares of the run"
+    )
+
+
+class PromptConfig(Section):
+    """What the model reads, in training as in evaluation: a turn of the system, then prefix + problem + suffix."""
+
+    system: str = Field(
+        default="", description="a system turn; of a model without a chat template, text and an empty line before"
+    )
+    prefix: str = Field(default="", description="text before every problem, in the user's turn")
+    suffix: str = Field(default="", description="text after every problem, in the user's turn")
+    template: str = Field(
+        default="", description="Jinja file of a chat template instead of the tokenizer's; a run keeps its text"
+    )
+    answer_format: Literal["boxed", "answer_line"] = Field(
+        default="boxed", description=r"where the answer stands: the last \boxed{}, or the last line that begins Answer:"
     )
 
 
@@ -328,6 +345,7 @@ class Config(Section):
     name: str = Field(default="run", description="the run's folder below log.dir; a slash makes subfolders")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    prompt: PromptConfig = PromptConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     method: dict[str, Any] = Field(

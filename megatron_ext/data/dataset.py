@@ -1,7 +1,7 @@
 """Problems to train on: load and check a JSON Lines file, encode prompts.
 
-A line is a problem: ``prompt``, ``answer`` and optionally ``id``, ``verifier``, ``numbers``, ``kind``; other keys are
-ignored. Problems are left out, and reported by line and field, for one of two reasons:
+A line is a problem: ``prompt``, ``answer`` and optionally ``id``, ``verifier``, ``numbers``, ``kind``, ``level``; other
+keys are ignored. Problems are left out, and reported by line and field, for one of two reasons:
 
 - a fault. Problems with one may be a small share of the file (``max_left_out``): above it something is wrong with the
   whole file, and the run stops. A gold answer that the verifier cannot read, or does not accept as an answer to
@@ -19,15 +19,15 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_ext.config.errors import ConfigError
-from megatron_ext.config.schema import Config, DataConfig
+from megatron_ext.config.schema import Config, DataConfig, PromptConfig
+from megatron_ext.data.prompts import NO_PROMPT, encode_prompts
 from megatron_ext.files import read_lines
-from megatron_ext.rollout.chat_template import TemplateError, render
 from megatron_ext.rollout.rewards.verify import VERIFIERS, Outcome
 from megatron_ext.types import Problem, Reward
 
@@ -127,43 +127,19 @@ def load_problems(
     return kept, report
 
 
-def encode_prompts(
-    tokenizer: Any, problems: Sequence[Problem], prompt_suffix: str = ""
-) -> Iterator[tuple[Problem, tuple[int, ...]]]:
-    """The problems with the token ids of their prompts.
-
-    A user turn of the chat template and the opening of the answer, else plain text. Raises ``ConfigError`` when the
-    template does not take one of them.
-    """
-    texts = [problem.prompt + prompt_suffix for problem in problems]
-    if not getattr(tokenizer, "chat_template", None):
-        for problem, text in zip(problems, texts, strict=True):
-            yield problem, tuple(tokenizer.encode(text))
-        return
-    try:
-        rendered = render(tokenizer, texts)
-    except TemplateError as error:
-        raise ConfigError(
-            f"model.path: the model's chat template cannot be applied to problem "
-            f"{problems[error.prompt].problem_id}: {error}; take the model's own tokenizer files"
-        ) from error
-    for problem, text in zip(problems, rendered, strict=True):
-        yield problem, tuple(tokenizer.encode(text, add_special_tokens=False))
-
-
 def encode_problems(
     tokenizer: Any,
     problems: Sequence[Problem],
     *,
     max_prompt_tokens: int,
-    prompt_suffix: str = "",
+    prompt: PromptConfig = NO_PROMPT,
     strict: bool = False,
 ) -> tuple[list[tuple[Problem, tuple[int, ...]]], DataReport]:
     """The problems with their prompt ids, and a report on those whose prompt exceeds ``max_prompt_tokens``.
 
     Raises ``ConfigError`` for an overlong prompt when ``strict``, and when no problem is left.
     """
-    encoded = list(encode_prompts(tokenizer, problems, prompt_suffix))
+    encoded = list(encode_prompts(tokenizer, problems, prompt))
     kept = [(problem, ids) for problem, ids in encoded if len(ids) <= max_prompt_tokens]
     expected = f"tokens, expected at most data.max_prompt_tokens = {max_prompt_tokens}"
     faults = tuple(
@@ -196,7 +172,7 @@ def load_training_data(
         tokenizer,
         problems,
         max_prompt_tokens=data.max_prompt_tokens,
-        prompt_suffix=data.prompt_suffix,
+        prompt=config.prompt,
         strict=data.strict,
     )
     return encoded, [
@@ -265,6 +241,7 @@ def _check_line(where: str, line: str) -> Problem | Fault:
             return Fault(where, field, "missing", f"missing; the line has {sorted(record)}")
     prompt, answer, numbers = record["prompt"], record["answer"], record.get("numbers") or []
     problem_id, verifier, kind = record.get("id"), record.get("verifier", "math"), record.get("kind") or ""
+    level = str(record["level"]) if _is_int(record.get("level")) else record.get("level") or ""
     if not isinstance(prompt, str):
         return _wrong_type(where, "prompt", "a string", prompt)
     if not isinstance(answer, str) and not _is_int(answer):
@@ -272,7 +249,7 @@ def _check_line(where: str, line: str) -> Problem | Fault:
     for field, text in (("prompt", prompt), ("answer", str(answer))):
         if not text.strip():
             return Fault(where, field, "empty", "empty")
-    for field in ("prompt", "answer", "id", "kind"):
+    for field in ("prompt", "answer", "id", "kind", "level"):
         if re.search("[\ud800-\udfff]", text := str(record.get(field))):
             return Fault(where, field, "invalid", f"holds half of a surrogate pair, which is no text: {text[:60]!a}")
     if not isinstance(problem_id, str | None) and not _is_int(problem_id):
@@ -283,13 +260,15 @@ def _check_line(where: str, line: str) -> Problem | Fault:
         return _wrong_type(where, "numbers", "a list of integers, none negative", numbers)
     if not isinstance(kind, str):
         return _wrong_type(where, "kind", "a string, by which accuracy is reported", kind)
+    if not isinstance(level, str):
+        return _wrong_type(where, "level", "a string, the problem's difficulty", level)
     if verifier == "countdown":
         if not numbers:
             return Fault(where, "numbers", "missing", "missing; countdown needs the numbers to use")
         if not re.fullmatch(r"-?[0-9]+", str(answer).strip()):
             return Fault(where, "answer", "invalid", f"expected an integer target of countdown, found {answer!r}")
     name = where.removeprefix("line ") if problem_id is None else str(problem_id)
-    return Problem(name, prompt, str(answer).strip(), verifier, tuple(numbers), kind)
+    return Problem(name, prompt, str(answer).strip(), verifier, tuple(numbers), kind, level)
 
 
 def _check_gold(problems: dict[int, Problem], score: Score) -> dict[int, Fault]:

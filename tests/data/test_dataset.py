@@ -12,7 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from megatron_ext.config.errors import ConfigError
-from megatron_ext.data.dataset import encode_problems, encode_prompts, load_problems
+from megatron_ext.config.schema import PromptConfig
+from megatron_ext.data.dataset import encode_problems, load_problems
+from megatron_ext.data.prompts import encode_prompts
 from megatron_ext.rollout.rewards.reward_pool import RewardPool
 from megatron_ext.types import Problem, Reward
 
@@ -218,7 +220,7 @@ def tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
 
 
 def test_prompt_without_a_chat_template_is_plain_text():
-    [(_, ids)] = encode_prompts(tokenizer(), [Problem("0", "What is 2+2?", "4")], " Box it.")
+    [(_, ids)] = encode_prompts(tokenizer(), [Problem("0", "What is 2+2?", "4")], PromptConfig(suffix=" Box it."))
     assert [VOCABULARY[i] for i in ids] == ["<s>", "What", "is", "2", "+", "2", "?", "Box", "it", "."]
 
 
@@ -227,7 +229,7 @@ def test_prompt_with_a_chat_template_is_a_turn_and_the_opening_of_the_answer():
         "{% for turn in messages %}{{ turn.role }} : {{ turn.content }} {% endfor %}"
         "{% if add_generation_prompt %}bot :{% endif %}"
     )
-    [(_, ids)] = encode_prompts(tokenizer(template), [Problem("0", "What is 2?", "4")], " Box it.")
+    [(_, ids)] = encode_prompts(tokenizer(template), [Problem("0", "What is 2?", "4")], PromptConfig(suffix=" Box it."))
     assert isinstance(ids, tuple)
     assert [VOCABULARY[i] for i in ids] == ["user", ":", "What", "is", "2", "?", "Box", "it", ".", "bot", ":"]
 
