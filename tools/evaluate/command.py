@@ -22,6 +22,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
@@ -36,7 +37,7 @@ from megatron_ext.config.shipped import find
 from megatron_ext.rollout.registry import ENGINES, find_engine
 
 from ..arguments import command_parser, output_file, whole_number, whole_numbers
-from .model import ModelEvaluation, evaluate
+from .model import ModelEvaluation, evaluate, open_pools
 from .problem_set import SetPlan, load_set
 from .prompt import FLAGS, ChosenPrompt, choose_prompt
 from .results import load_evaluations, save_evaluation, write_json
@@ -133,10 +134,9 @@ def _run(
     console: Console,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """``label -> set -> evaluation``."""
-    from megatron_ext.rollout.rewards.reward_pool import RewardPool
-
-    with RewardPool(workers) as pool:
-        sets = [load_set(SetPlan(each.name, each.data, each.settings), pool, console) for each in suite.sets]
+    with ExitStack() as stack:
+        pools = open_pools(stack, workers, prompts)
+        sets = [load_set(SetPlan(each.name, each.data, each.settings), pools["boxed"], console) for each in suite.sets]
         ready = {
             label: ModelEvaluation(
                 model,
@@ -151,7 +151,7 @@ def _run(
         found = {}
         for label, evaluation in ready.items():
             console.print(f"{label}: {evaluation.model}", markup=False, highlight=False)
-            found[label] = evaluation.run(pool)
+            found[label] = evaluation.run(pools)
     return found
 
 

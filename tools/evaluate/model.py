@@ -6,7 +6,8 @@ Everything that can be refused is refused by ``ModelEvaluation(...)``; ``run`` l
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -61,11 +62,12 @@ class ModelEvaluation:
             for each, (problems, _, lengths) in zip(sets, encoded, strict=True)
         ]
 
-    def run(self, pool: Pool, scorer: Pool | None = None) -> dict[str, dict[str, Any]]:
-        """``set -> evaluation``, plain JSON. ``scorer``: a pool for the prompt's answer format, if that is another.
+    def run(self, pools: Mapping[str, Pool]) -> dict[str, dict[str, Any]]:
+        """``set -> evaluation``, plain JSON. ``pools``: by answer format, that of the prompt and ``boxed``.
 
         Raises VerifierError when rewards cannot be trusted.
         """
+        scorer = pools[self.prompt.prompt.answer_format]
         todo = [len(each.todo()) for each in self.sets]
         for each, left in zip(self.sets, todo, strict=True):
             if there := len(each.encoded) * each.settings.samples - left:
@@ -76,12 +78,12 @@ class ModelEvaluation:
             start, num_tokens = time.perf_counter(), 0
             if engine is not None:
                 with ToolProgress(self.console) as progress:
-                    num_tokens = each.sample(engine, scorer or pool, progress, self._at_once())
+                    num_tokens = each.sample(engine, scorer, progress, self._at_once())
             seconds = time.perf_counter() - start
             each.samples.close()
             found[each.name] = {
                 **self._about(problem_set, each, missing),
-                **each.result(pool),
+                **each.result(pools["boxed"]),
                 "time": {"rollout_s": seconds, "rollout_tokens_per_s": num_tokens / max(seconds, 1e-9)},
             }
         if engine is not None:
@@ -187,13 +189,12 @@ def evaluate(
     ``workers`` score (0: one per core). Progress goes to ``console`` (None: silent). Raises ConfigError for a missing
     model or file, faulty data and an engine that is not installed, VerifierError when rewards cannot be trusted.
     """
-    from megatron_ext.rollout.rewards.reward_pool import RewardPool
-
     read_hf_config(model)
     console, plan = console or Console(quiet=True), SetPlan(Path(data).stem, Path(data), settings)
     prompt = prompt or choose_prompt(Path(model))
-    with RewardPool(workers, answer_format=prompt.prompt.answer_format) as pool:
-        problem_set = load_set(plan, pool, console)
+    with ExitStack() as stack:
+        pools = open_pools(stack, workers, [prompt])
+        problem_set = load_set(plan, pools["boxed"], console)
         evaluation = ModelEvaluation(
             Path(model),
             [problem_set],
@@ -202,7 +203,15 @@ def evaluate(
             samples_dir=None,
             console=console,
         )
-        return evaluation.run(pool)[plan.name]
+        return evaluation.run(pools)[plan.name]
+
+
+def open_pools(stack: ExitStack, workers: int, prompts: Sequence[ChosenPrompt]) -> dict[str, Pool]:
+    """A pool for each answer format of the prompts, and for boxed answers, in which golds and votes are compared."""
+    from megatron_ext.rollout.rewards.reward_pool import RewardPool
+
+    formats = dict.fromkeys(["boxed", *(each.prompt.answer_format for each in prompts)])
+    return {name: stack.enter_context(RewardPool(workers, answer_format=name)) for name in formats}
 
 
 def _tokenizer(model: Path) -> Any:

@@ -15,8 +15,6 @@ from typing import Any
 from megatron_ext.config.loading import read_config, with_template_text
 from megatron_ext.config.schema import PromptConfig
 
-from ..model_card import read_prompt
-
 FLAGS = {name: f"--{name.replace('_', '-')}" for name in PromptConfig.model_fields}
 NONE = "none: the problem as it is"
 
@@ -53,6 +51,8 @@ def choose_prompt(
 
     Raises ConfigError for a recipe, a template or a card that cannot be read.
     """
+    from ..model_card import read_prompt
+
     own = read_prompt(model)
     others = [] if recipe is None else [(f"recipe {recipe}", read_config(recipe).prompt)]
     others += [] if suite[1] is None else [(f"suite {suite[0]}", with_template_text(suite[1]))]

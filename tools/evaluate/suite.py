@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,22 +145,22 @@ def _set(path: Path, own: _Set, defaults: _Table, overrides: Mapping[str, Any], 
     where = f"--suite: {path}: set {own.name}"
     found = {key: getattr(own, key) if getattr(own, key) is not None else getattr(defaults, key) for key in SAMPLED}
     found = {key: value for key, value in found.items() if value is not None}
-    stated = found.get("samples", Settings().samples)
+    stated, default = found.get("samples", Settings().samples), Settings().samples
     found |= overrides
-    samples = found.get("samples", Settings().samples)
+    samples, ks = found.get("samples", default), found.pop("ks", ())
+    if own.ks is None or samples != stated:  # those of all sets, as far as this one's samples go
+        ks = [k for k in ks if k <= samples]
+    try:
+        settings = Settings(**found, ks=tuple(ks), **common)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
     metrics = own.metric if own.metric is not None else defaults.metric
-    asked = [metrics] if isinstance(metrics, str) else list(metrics or [f"avg@{stated}"])
+    asked = [metrics] if isinstance(metrics, str) else [f"avg@{stated}"] if metrics is None else metrics
     shown = tuple(_metric(where, metric, stated, samples) for metric in asked)
     if not shown:
         raise ConfigError(f"{where}: metric: expected at least one")
-    ks = [int(metric.removeprefix("pass@")) for metric in shown if metric.startswith("pass@")]
-    if own.ks is None or samples != stated:  # those of all sets, as far as this one's samples go
-        found["ks"] = [k for k in found.get("ks", ()) if k <= samples]
-    found["ks"] = sorted({*(found["ks"] or Settings(samples=samples).reported_ks()), *ks})
-    try:
-        settings = Settings(**{**found, "ks": tuple(found["ks"])}, **common)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
+    columns = [int(metric.removeprefix("pass@")) for metric in shown if metric.startswith("pass@")]
+    settings = replace(settings, ks=tuple(sorted({*settings.reported_ks(), *columns})))
     return SuiteSet(own.name, own.title or own.name, _data(path, own.data), settings, shown)
 
 

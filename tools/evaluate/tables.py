@@ -155,7 +155,7 @@ def _labelled(title: str, first: str, labels: Sequence[str] | Mapping[str, Any])
 
 def _cell(value: Mapping[str, float], form: str, between: str = "\n") -> str:
     mean, low, high = (form.format(100 * value[end]) for end in ("mean", "low", "high"))
-    return f"{mean}{between}({low} .. {high})"
+    return f"{mean}{between}{low}..{high}"
 
 
 def _length(side: Mapping[str, Any]) -> str:

@@ -26,12 +26,16 @@ def winners(pool: Pool, votes: Sequence[Sequence[str | None]]) -> list[int | Non
     ]
 
 
-def equivalent_answers(pool: Pool, votes: Sequence[Sequence[str | None]]) -> list[set[tuple[str, str]]]:
-    """For each problem the pairs ``(key, answer)`` that the clustering of evaluation.clusters finds equal.
+def equivalent_answers(
+    pool: Pool, votes: Sequence[Sequence[str | None]], answer_format: str = "boxed"
+) -> list[set[tuple[str, str]]]:
+    """For each problem the pairs ``(key, answer)`` that the clustering of eval_stats.clusters finds equal.
 
+    ``answer_format`` is the pool's.
     The verifier lives in killable processes, so it is asked in rounds, all problems at once: everything still
     alone against the earliest of them. Plain integer arithmetic is compared here, exactly.
     """
+    from megatron_ext.rollout.rewards.verify import as_response
     from megatron_ext.types import Problem
 
     equal: list[set[tuple[str, str]]] = [set() for _ in votes]
@@ -48,7 +52,7 @@ def equivalent_answers(pool: Pool, votes: Sequence[Sequence[str | None]]) -> lis
                     asked.append((row, key, other))
                 elif values[0] == values[1]:
                     equal[row].add((key, other))
-        questions = [(Problem("", "", key), rf"\boxed{{{other}}}") for _, key, other in asked]
+        questions = [(Problem("", "", key), as_response(other, answer_format)) for _, key, other in asked]
         for (row, key, other), reward in zip(asked, pool.score(questions) if questions else [], strict=True):
             if reward.outcome == "correct":
                 equal[row].add((key, other))
