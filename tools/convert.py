@@ -30,6 +30,7 @@ from megatron_ext.checkpoint import manifest
 from megatron_ext.checkpoint.manifest import CheckpointError, Manifest
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.loading import with_defaults
 from megatron_ext.config.schema import Config, ParallelConfig
 
 from .arguments import command_parser
@@ -111,6 +112,7 @@ def to_hf(checkpoint: Path, out: Path, *, source: Path | None, shard_bytes: int)
             dtype=dtype,
             source=source,
             card=model_card(path, found, source=source),
+            chat_template=with_defaults(found.config)["prompt"]["template"],
             shard_bytes=shard_bytes,
         )
 

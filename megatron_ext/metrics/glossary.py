@@ -31,7 +31,7 @@ METRICS = (
         name="reward/outcome/<outcome>", section=LEARNING, title="Outcomes", unit=OF_RESPONSES, adds_up=True,
         meaning="responses by outcome: correct, or what is wrong with the answer",
         good="correct rises; timeout, crashed and bad_gold stay at 0",
-        high="no_answer: the prompt does not ask for a boxed answer, or responses are truncated (response/truncated). "
+        high="no_answer: the prompt asks for no answer, or not in its answer_format, or responses are truncated. "
         "timeout: raise reward.deadline_s or lower reward.workers. bad_gold: correct the data",
     ),
     Metric(

@@ -82,6 +82,7 @@ def reward_pool(config: Config) -> RewardPool | FunctionPool:
         max_timeout_share=reward.max_timeout_share,
         correct=reward.correct,
         wrong=reward.wrong,
+        answer_format=config.prompt.answer_format,
     )
 
 
