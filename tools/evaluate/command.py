@@ -51,7 +51,7 @@ OTHER_NAMES = {
     "data.train": "--data",
     "data.max_prompt_tokens": "--max-prompt-tokens",
     "data.max_left_out": "--max-left-out",
-    "prompt.": "--",
+    "prompt.template": "--template",
     "model.path": "MODEL",
     "rollout.": "--",
 }

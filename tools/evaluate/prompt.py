@@ -51,7 +51,7 @@ def choose_prompt(
 
     Raises ConfigError for a recipe, a template or a card that cannot be read.
     """
-    from ..model_card import read_prompt
+    from megatron_ext.data.prompts import read_prompt
 
     own = read_prompt(model)
     others = [] if recipe is None else [(f"recipe {recipe}", read_config(recipe).prompt)]
