@@ -99,11 +99,7 @@ def load_problems(
     """
     lines = _read_lines(Path(path))
     problems, faults = _check_lines(lines)
-<<<<<<< HEAD
-    bad_gold = {} if score is None else _check_gold(problems, score, answer_format)
-=======
-    bad_gold = {} if score is None else check_gold(problems, score)
->>>>>>> main
+    bad_gold = {} if score is None else check_gold(problems, score, answer_format)
     faults += bad_gold.values()
     kept, num_renamed = _with_own_ids({line: problem for line, problem in problems.items() if line not in bad_gold})
     report = DataReport(len(lines), len(kept), tuple(faults), num_renamed)
@@ -285,11 +281,7 @@ def check_record(where: str, record: dict[str, Any]) -> Problem | Fault:
     return Problem(name, prompt, str(answer).strip(), verifier, tuple(numbers), kind, level)
 
 
-<<<<<<< HEAD
-def _check_gold(problems: dict[int, Problem], score: Score, answer_format: str) -> dict[int, Fault]:
-=======
-def check_gold(problems: dict[int, Problem], score: Score) -> dict[int, Fault]:
->>>>>>> main
+def check_gold(problems: dict[int, Problem], score: Score, answer_format: str = "boxed") -> dict[int, Fault]:
     """``line number -> fault`` of the gold answers that are not right as a response. Countdown targets are integers."""
     asked = {line: problem for line, problem in problems.items() if problem.verifier != "countdown"}
     rewards = score([(problem, as_response(problem.answer, answer_format)) for problem in asked.values()])
