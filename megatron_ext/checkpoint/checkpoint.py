@@ -334,9 +334,9 @@ def _check_schedules(saved: dict[str, Any], trained: Mapping[str, TrainableModel
         if end is not None and not differing:
             old, new = (steps - 1 for steps in end)
             lines.append(
-                f"{each.section}.decay_steps: this run's learning rate falls over {old} optimizer steps, now it would "
-                f"over {new} (it follows train.steps where it is 0); set {each.section}.decay_steps={old}: further "
-                "steps are done at min_lr"
+                f"{each.section}.decay_steps: this run's learning rate falls over {old} {each.options.counted}, now it "
+                f"would over {new} (it follows train.steps where it is 0); set {each.section}.decay_steps={old}: "
+                "further steps are done at min_lr"
             )
     if lines:
         raise CheckpointError("\n".join(["schedule", *lines, "resume with the saved values, or start a new run"]))

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 _PROMPTS = "(counted in prompts, not in responses)"
 _TOKENS = "(a budget of tokens, not a number of sequences)"
 _STEPS = "(counted in rollout steps)"
+_BY_ROLLOUT = '(verl counts training steps: with optimizer.step_unit = "rollout")'
 _ZERO = "(0 switches it off)"
 _DEEPEST = 8  # of an unknown section, which may be nested without end
 _TRACKERS = '(a list: ["tensorboard"], or [] for none)'
@@ -123,7 +124,7 @@ ALIASES = {
     "optim.lr": "optimizer.lr",
     "learning_rate": "optimizer.lr",
     "actor_learning_rate": "optimizer.lr",
-    "lr_warmup_steps": "optimizer.warmup_steps",
+    "lr_warmup_steps": f"optimizer.warmup_steps {_BY_ROLLOUT}",
     "lr_warmup_iters": "optimizer.warmup_steps",
     "lr_warmup_ratio": "optimizer.warmup_steps (a number of optimizer steps)",
     "warmup_ratio": "optimizer.warmup_steps (a number of optimizer steps)",

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.parallel_checks import model_faults, nearest_divisor
+from megatron_ext.config.public_sets import how_to_make
 from megatron_ext.config.schema import Config, OptimizerConfig
 from megatron_ext.files import read_json
 from megatron_ext.rollout.registry import find_engine
@@ -117,7 +118,9 @@ def file_faults(config: Config) -> list[str]:
             'or start from the safetensors of model.path with model.weights = ""'
         )
     if data.train and not os.path.isfile(data.train):
-        faults.append(f"data.train: no such file: {data.train}; give a path from here or from the recipe")
+        commands = how_to_make(data.train)
+        remedy = f"fetch and prepare it with\n{commands}\nor " if commands else ""
+        faults.append(f"data.train: no such file: {data.train}; {remedy}give a path from here or from the recipe")
     if data.curriculum and not os.path.isfile(data.curriculum):
         faults.append(
             f"data.curriculum: no such file: {data.curriculum}; make it from the initial policy with\n"

@@ -45,7 +45,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 def read_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """``load_config`` without the rules between fields."""
-    merged = _read_chain(find_recipe(path))
+    merged = _merge_chain(_read_chain(find_recipe(path)))
     for override in overrides or []:
         _apply_override(merged, override)
     given = [override.partition("=")[0] for override in overrides or []]
@@ -83,8 +83,31 @@ def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
     return _merge(Config().model_dump(), with_new_names(config))
 
 
-def _read_chain(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The recipe ``path`` over its parents. ``children``: the recipes that led here."""
+def _merge_chain(chain: list[dict[str, Any]]) -> dict[str, Any]:
+    """Each recipe of a chain over those before it. Another method's options are never inherited.
+
+    Those of a ``[method]`` above the first one with a name are no method's own: every method below has them.
+    """
+    merged: dict[str, Any] = {}
+    common: dict[str, Any] = {}
+    for own in chain:
+        before, after = _method(merged), _method(own)
+        merged = _merge(merged, own)
+        if "name" not in _method(merged):
+            common = _method(merged)
+        elif after.get("name", before.get("name")) != before.get("name"):
+            merged["method"] = common | after
+    return merged
+
+
+def _method(config: dict[str, Any]) -> dict[str, Any]:
+    """The method's table; the schema says what is wrong with one that is none."""
+    method = config.get("method")
+    return method if isinstance(method, dict) else {}
+
+
+def _read_chain(path: Path, children: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
+    """The recipe ``path`` after its parents, the uppermost first. ``children``: the recipes that led here."""
     own = _read_recipe(path)
     if path.resolve() in children:
         raise ConfigError(f"recipe: {path} is its own parent; a chain of parents ends with a recipe that names none")
@@ -102,12 +125,12 @@ def _read_chain(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     _resolve_code(own, path.parent)
     parent = own.pop("parent", None)
     if parent is None:
-        return own
+        return [own]
     if not isinstance(parent, str):
         raise ConfigError(f"recipe: {path}: parent is {parent!r}, expected the path of one recipe")
     above = path.parent / parent
     above = above if os.path.exists(above) else shipped(parent) or above
-    return _merge(_read_chain(above, (*children, path.resolve())), own)
+    return [*_read_chain(above, (*children, path.resolve())), own]
 
 
 def _resolve_code(own: dict[str, Any], folder: Path) -> None:
@@ -135,12 +158,11 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """``own`` over ``base``, section by section. Another method's options are never inherited."""
+    """``own`` over ``base``, section by section."""
     merged = dict(base)
     for key, value in own.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        replaced = both and key == "method" and value.get("name", base[key].get("name")) != base[key].get("name")
-        merged[key] = _merge(base[key], value) if both and not replaced else value
+        merged[key] = _merge(base[key], value) if both else value
     return merged
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.public_sets import how_to_make
 from megatron_ext.config.schema import Config, DataConfig, PromptConfig
 from megatron_ext.data.prompts import NO_PROMPT, encode_prompts
 from megatron_ext.files import read_lines
@@ -98,7 +99,7 @@ def load_problems(
     """
     lines = _read_lines(Path(path))
     problems, faults = _check_lines(lines)
-    bad_gold = {} if score is None else _check_gold(problems, score, answer_format)
+    bad_gold = {} if score is None else check_gold(problems, score, answer_format)
     faults += bad_gold.values()
     kept, num_renamed = _with_own_ids({line: problem for line, problem in problems.items() if line not in bad_gold})
     report = DataReport(len(lines), len(kept), tuple(faults), num_renamed)
@@ -189,8 +190,10 @@ def _read_lines(path: Path) -> dict[int, str]:
         texts = (line.decode("utf-8" if number else "utf-8-sig") for number, line in enumerate(read_lines(path)))
         return {number: text for number, text in enumerate(texts, 1) if text.strip()}
     except OSError as error:
+        commands = how_to_make(path) if isinstance(error, FileNotFoundError) else ""
+        remedy = f"fetch and prepare it with\n{commands}\nor " if commands else ""
         raise ConfigError(
-            f"data.train: cannot read {path}: {error.strerror}; give an existing JSON Lines file"
+            f"data.train: cannot read {path}: {error.strerror}; {remedy}give an existing JSON Lines file"
         ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"data.train: {path} is not UTF-8: {error}; write it again as UTF-8") from None
@@ -238,6 +241,11 @@ def _check_line(where: str, line: str) -> Problem | Fault:
         return Fault(where, "(all)", "not_json", f"not JSON: {error}; found {line.strip()[:60]!r}")
     if not isinstance(record, dict):
         return _wrong_type(where, "(all)", f"a JSON object like {SCHEMA}", record)
+    return check_record(where, record)
+
+
+def check_record(where: str, record: dict[str, Any]) -> Problem | Fault:
+    """The problem of a row, or what is wrong with it at ``where``."""
     for field in ("prompt", "answer"):
         if record.get(field) is None:
             return Fault(where, field, "missing", f"missing; the line has {sorted(record)}")
@@ -273,7 +281,7 @@ def _check_line(where: str, line: str) -> Problem | Fault:
     return Problem(name, prompt, str(answer).strip(), verifier, tuple(numbers), kind, level)
 
 
-def _check_gold(problems: dict[int, Problem], score: Score, answer_format: str) -> dict[int, Fault]:
+def check_gold(problems: dict[int, Problem], score: Score, answer_format: str = "boxed") -> dict[int, Fault]:
     """``line number -> fault`` of the gold answers that are not right as a response. Countdown targets are integers."""
     asked = {line: problem for line, problem in problems.items() if problem.verifier != "countdown"}
     rewards = score([(problem, as_response(problem.answer, answer_format)) for problem in asked.values()])

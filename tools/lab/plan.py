@@ -1,8 +1,9 @@
 """What the lab runs: ``recipes/lab/lab.toml`` and every method that it does not mention, as commands of the tools.
 
 A run is a recipe with overrides, once per seed. It trains, exports and evaluates with the ordinary commands, so
-each of its lines can be typed by hand. ``start = "other"`` begins from the model that run ``other`` left (seed 0)
-instead of the recipe's. ``like = "other"`` takes the recipe and the overrides of a run above it.
+each of its lines can be typed by hand. ``start = "other"`` begins from the model that run ``other`` left with the same
+seed instead of the recipe's. ``like = "other"`` takes the recipe and the overrides of a run above it.
+``first_seed = 100`` counts the run's seeds from there: it sees other problems and samples than the rest of the plan.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class LabRun:
     start: str | None = None
     family: str = ""
     note: str = ""
+    first_seed: int = 0  # train.seed of the run's seed 0
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def recipe_of(method: str) -> Path:
 
 def _run(path: Path, entry: dict[str, Any], earlier: Sequence[LabRun]) -> LabRun:
     """``like`` names an earlier run, whose recipe and overrides come first; ``method`` whose recipe it is."""
-    unknown = entry.keys() - {"name", "method", "like", "set", "start", "family", "note"}
+    unknown = entry.keys() - {"name", "method", "like", "set", "start", "family", "note", "first_seed"}
     if unknown or not {"name", "family"} <= entry.keys():
         raise ConfigError(f"{path}: run {entry.get('name')}: expected name and family, unknown keys {sorted(unknown)}")
     model = LabRun(entry["name"], recipe_of(entry.get("method", entry["name"])))
@@ -152,12 +154,13 @@ def _run(path: Path, entry: dict[str, Any], earlier: Sequence[LabRun]) -> LabRun
         start=entry.get("start"),
         family=entry["family"],
         note=entry.get("note", ""),
+        first_seed=entry.get("first_seed", 0),
     )
 
 
 def configuration(plan: LabPlan, run: LabRun, seed: int, folder: Path) -> tuple[Config, Command]:
     """The checked configuration of a run with a seed, and the command that trains it."""
-    overrides = [*plan.set, *run.set, f"train.seed={seed}"]
+    overrides = [*plan.set, *run.set, f"train.seed={run.first_seed + seed}"]
     if plan.steps is not None:
         overrides.append(f"train.steps={plan.steps}")
     name = job_name(run.name, seed)
@@ -168,7 +171,7 @@ def configuration(plan: LabPlan, run: LabRun, seed: int, folder: Path) -> tuple[
     except ValueError as error:
         raise ConfigError(f"run {run.name}: {error}") from None
     if run.start:
-        overrides.append(f"model.path={toml_string(model_folder(folder, run.start))}")
+        overrides.append(f"model.path={toml_string(model_folder(folder, run.start, seed))}")
     return config, ("train", str(run.recipe), *overrides)
 
 
@@ -185,7 +188,7 @@ def jobs(plan: LabPlan, folder: Path) -> list[Job]:
             config, train = configuration(plan, run, seed, folder)
             own = folder / job_name(run.name, seed)
             export = ("convert", "to-hf", str(own), str(own / "hf"))
-            needs = job_name(run.start, 0) if run.start else None
+            needs = job_name(run.start, seed) if run.start else None
             commands = (train, export, _evaluate(plan, str(own / "hf"), own))
             found.append(Job(own.name, own, commands, config.train.steps, needs))
             check_made_so(own, config)
@@ -216,8 +219,8 @@ def job_name(run: str, seed: int) -> str:
     return f"{run}-s{seed}"
 
 
-def model_folder(folder: Path, start: str) -> Path:
-    return folder / job_name(start, 0) / "hf"
+def model_folder(folder: Path, start: str, seed: int) -> Path:
+    return folder / job_name(start, seed) / "hf"
 
 
 def toml_string(value: object) -> str:

@@ -32,6 +32,7 @@ from megatron_ext.metrics.writer import METRICS
 
 from .. import module_of
 from ..ranks import free_port
+from . import provenance
 from .plan import Command, Job
 
 LOG = "log.txt"
@@ -123,6 +124,7 @@ def start(job: Job, number: int) -> Running:
     """Fork a child that does command ``number`` of the job, or the one behind an export that exists."""
     number = max([number, *(i + 1 for i, command in enumerate(job.commands) if _done(command))])
     job.folder.mkdir(parents=True, exist_ok=True)
+    provenance.leave(job.folder)
     tool, *arguments = job.commands[number]
     environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

@@ -61,11 +61,13 @@ name = "again"
 like = "aer"
 set = ["method.eta=0.2"]
 start = "grpo"
+first_seed = 50
 family = "one"
 """
     plan = load_plan(write_plan(tmp_path, runs=runs)).select(["again"])
     assert [run.name for run in plan.runs] == ["again", "grpo"]
     base, model, again, *others = jobs(plan, tmp_path / "runs")
+    assert "train.seed=0" in model.commands[0] and "train.seed=50" in again.commands[0]
     assert (base.name, model.name, again.name, again.needs) == ("base", "grpo-s0", "again-s0", "grpo-s0")
     train, export, evaluate = again.commands
     assert train[1] == "recipes/aer/aer-tiny-cpu.toml"
@@ -73,7 +75,7 @@ family = "one"
     assert overrides[:3] == ["method.tau=0.5", "method.eta=0.1", "method.eta=0.2"]
     assert overrides[3] == f'model.path="{tmp_path}/runs/grpo-s0/hf"'
     assert export[-1] == evaluate[1] == f"{tmp_path}/runs/again-s0/hf"
-    assert others[1].needs == "grpo-s0"  # every seed starts from the same model
+    assert others[1].needs == "grpo-s1"  # every seed starts from a model of its own
 
 
 @pytest.mark.parametrize(
