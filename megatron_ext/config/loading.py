@@ -26,7 +26,7 @@ from megatron_ext.plugins import KEYS
 
 _PATHS = (
     *(("model", "path"), ("model", "weights"), ("data", "train"), ("data", "curriculum")),
-    ("prompt", "template"),
+    *(("prompt", "template"), ("validation", "data")),
 )
 
 
@@ -34,9 +34,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a recipe, its parents and ``key=value`` overrides (dotted keys, TOML values), and check them.
 
     A recipe that is no file may be a shipped one (``shipped.py``). Relative paths in ``model.path``, ``data.train``,
-    ``data.curriculum`` and ``prompt.template`` are tried from the current directory first, then from the file that
-    states them, then among what ships; data that is nowhere is expected in the second place. So are those of the user's
-    own code (plugins.py).
+    ``data.curriculum``, ``prompt.template`` and ``validation.data`` are tried from the current directory first, then
+    from the file that states them, then among what ships; data that is nowhere is expected in the second place. So are
+    those of the user's own code (plugins.py).
     """
     config = read_config(path, overrides)
     check_layout(config)
@@ -117,7 +117,8 @@ def _read_chain(path: Path, children: tuple[Path, ...] = ()) -> list[dict[str, A
             continue  # the schema says what is wrong with it
         if not value or os.path.exists(value):
             continue
-        beside, made_later = os.path.normpath(path.parent / value), name == "data"  # by a tool, where the recipe says
+        beside = os.path.normpath(path.parent / value)
+        made_later = name in ("data", "validation")  # by a tool, where the recipe says
         if not os.path.exists(beside) and (found := shipped(value)):
             section[key] = str(found)
         elif made_later or os.path.exists(beside):

@@ -305,6 +305,28 @@ class CheckpointConfig(Section):
     )
 
 
+class ValidationConfig(Section):
+    """Validation during training, with the run's prompt, engine and reward: before the first step and on the way."""
+
+    every: NonNegative = Field(
+        default=0,
+        description="steps between validations; one more comes before training and one after the last step; 0: off",
+    )
+    data: str = Field(default="", description="JSON Lines file of problems, with the keys of data.train")
+    samples: Positive = Field(default=1, description="responses per problem")
+    temperature: float = Field(default=1.0, ge=0, le=100, description="sampling temperature; 0: greedy")
+    top_p: Fraction = Field(default=1.0, description="nucleus sampling mass; 1 samples from the whole vocabulary")
+    max_response_tokens: NonNegative = Field(
+        default=0, description="longest response, in tokens; 0: rollout.max_response_tokens"
+    )
+    metric: Literal["avg", "pass", "maj"] = Field(
+        default="avg", description="what the best step has most of: avg@samples, pass@samples or maj@samples"
+    )
+    keep_best: bool = Field(
+        default=True, description="keep the checkpoint of the best validated step beside the checkpoint.keep newest"
+    )
+
+
 class LogConfig(Section):
     """What a run records and where."""
 
@@ -366,6 +388,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
     log: LogConfig = LogConfig()
     alarms: AlarmsConfig = AlarmsConfig()
 
@@ -392,6 +415,11 @@ class Config(Section):
     @property
     def longest_sequence(self) -> int:
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens
+
+    @property
+    def max_validation_tokens(self) -> int:
+        """The longest response of a validation, in tokens; 0 where there is none."""
+        return (self.validation.max_response_tokens or self.rollout.max_response_tokens) * bool(self.validation.every)
 
     @property
     def updates_per_step(self) -> int:

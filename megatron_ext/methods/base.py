@@ -165,6 +165,13 @@ class Method:
         """
         return Prepared()
 
+    def selections(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> dict[str, Tensor]:
+        """The tokens of a mini-batch that the method treats apart under the policy of ``stats``: name -> ``[T]`` bool.
+
+        For analyses; the trainer does not ask. There are none where all tokens are treated alike.
+        """
+        return {}
+
     def loss(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         """Loss per token ``[T]``, already weighted: the mini-batch's loss is its sum."""
         raise NotImplementedError

@@ -62,3 +62,7 @@ class ForkingTokens(ClipHigher, Selective):
             return top_k(entropy, batch.mask, count, token_keys(batch), reduce)
         quantile = quantile_by_sequence(entropy, batch.sequence, batch.mask, 1 - self.rho, len(batch.reward))
         return batch.mask & (entropy > batch.token(quantile))
+
+    def selections(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> dict[str, Tensor]:
+        assert stats.entropy is not None
+        return {"forking": self.forking(batch, stats.entropy, reduce)}

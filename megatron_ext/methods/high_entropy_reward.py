@@ -45,6 +45,9 @@ class HighEntropyReward(Selective):
         selected = top_k(stats.entropy, batch.mask, count, token_keys(batch), reduce)
         return Prepared({"bonus": selected * (self.coef * self.share(batch) / count)})
 
+    def selections(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> dict[str, Tensor]:
+        return {"high entropy": self.chosen(batch, stats, reduce, "bonus")}
+
     def regulariser(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         assert stats.entropy is not None
         return -prepared.token["bonus"] * stats.entropy

@@ -50,6 +50,9 @@ class KLCov(Selective):
         count = count_of(self.k, num_selected(batch.mask, reduce))
         return Prepared({"penalised": top_k(cov, batch.mask, count, token_keys(batch), reduce)})
 
+    def selections(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> dict[str, Tensor]:
+        return {"penalised": self.chosen(batch, stats, reduce, "penalised")}
+
     def policy_loss(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         log_r = log_ratio(stats.logprob, batch.old_logprob)
         distance = log_r.abs() if self.kl == "abs" else k3(batch.old_logprob, stats.logprob)

@@ -21,7 +21,7 @@ FREE = (  # keys a resumed run may change one by one, besides whole sections
     *("reward.workers", "reward.deadline_s", "reward.max_timeout_share"),
 )
 FREE_SECTIONS = (
-    *("parallel.", "checkpoint.", "log.", "alarms.", "rollout.servers.", "model.fusions."),
+    *("parallel.", "checkpoint.", "validation.", "log.", "alarms.", "rollout.servers.", "model.fusions."),
     *("data.train", "data.curriculum", "data.hub", "model.path", "model.hub", "model.weights"),
 )
 

@@ -53,7 +53,7 @@ def test_every_aggregation_is_over_the_tokens_kept(select_from: str, aggregation
         kept = {i: [t for t in case.tokens_of(i) if t in chosen] for i in case.valid}
     sums = torch.stack([per_token[kept[i]].sum() for i in case.valid])
     counts = torch.tensor([len(kept[i]) for i in case.valid])
-    assert 0 < counts.max() and counts.sum() < len(case.tokens)
+    assert counts.max() > 0 and counts.sum() < len(case.tokens)
     loss = {
         "token-mean": sums.sum() / counts.sum(),
         "seq-mean-token-mean": (sums / counts.clamp(min=1)).mean(),
