@@ -11,4 +11,4 @@
 #SBATCH --open-mode=append
 # AER on Qwen3-30B-A3B, a mixture of experts.
 project="${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}"
-exec bash "$project/slurm/train.sh" "$0" recipes/aer/aer-qwen3-30b-a3b-4n8g.toml "$@"
+exec bash "$project/slurm/train.sh" "$0" recipes/aer/aer-qwen3-30b-a3b-base-4n8g.toml "$@"

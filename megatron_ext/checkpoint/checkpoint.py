@@ -31,6 +31,7 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_ext.checkpoint import best as best_checkpoint
 from megatron_ext.checkpoint import local_shards, manifest
 from megatron_ext.checkpoint.collectives import (
     checkpoint_fault,
@@ -56,6 +57,7 @@ from megatron_ext.checkpoint.storage import (
     write_index,
 )
 from megatron_ext.model import parallel
+from megatron_ext.model.build import Policy
 from megatron_ext.model.host_memory import HostMemory
 from megatron_ext.model.trainable import TrainableModel
 
@@ -101,6 +103,7 @@ class _Pending:
     step: int
     folder: Path
     written: Future[Written]
+    best: int | None
 
 
 class Checkpoints:
@@ -113,7 +116,7 @@ class Checkpoints:
     one piece at a time.
 
     ``trained`` is the policy, under that name, and the other models that train; the names of their tensors start with
-    theirs. ``config`` is JSON-like.
+    theirs. So do those of ``frozen`` models, whose weights alone are saved. ``config`` is JSON-like.
     """
 
     def __init__(
@@ -125,8 +128,10 @@ class Checkpoints:
         layout: dict[str, Any],
         keep: int,
         asynchronous: bool,
+        frozen: Mapping[str, Policy] | None = None,
     ):
         self.root, self.trained, self.config, self.keep = root, trained, config, keep
+        self.frozen = frozen or {}
         self.layout: dict[str, Any] = json.loads(json.dumps(layout))  # as a manifest gives it back: no tuples
         self.step: int | None = None  # of the last save or load
         self._memory = HostMemory() if asynchronous else None
@@ -139,8 +144,8 @@ class Checkpoints:
         """Whether a checkpoint waits to be published; the same on all ranks."""
         return self._pending is not None
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Begin the checkpoint of ``step``; the one before is published first.
+    def save(self, step: int, state: dict[str, Any], *, best: int | None = None) -> None:
+        """Begin the checkpoint of ``step``; the one before is published first. That of step ``best`` stays.
 
         ``state`` holds plain Python values and tensors, the same on all ranks (rank 0's is stored). Random states are
         added here, per rank. Models and optimizers may lie in device or host memory.
@@ -150,8 +155,7 @@ class Checkpoints:
         partial = on_rank_0(lambda: manifest.open_partial(self.root, step), checkpoint_fault("opening a checkpoint"))
         with _removed_on_failure(partial):
             with on_all_ranks("collecting model and optimizer"):
-                pieces = [each for name, model in self.trained.items() for each in trained_pieces(name, model)]
-                pieces = [each for each in pieces if each.stored]
+                pieces = [each for each in self._pieces() if each.stored]
             steps = {name: local_shards.steps_taken(model) for name, model in self.trained.items()}
             everyone = gather_on_rank_0((_rng(), steps))
             with on_all_ranks("copying model, optimizer and state"):
@@ -164,7 +168,7 @@ class Checkpoints:
         written = self._thread.submit(_write, partial, pieces, contents)
         if self._memory is None:
             wait([written])
-        self._pending, self.step = _Pending(step, partial, written), step
+        self._pending, self.step = _Pending(step, partial, written, best), step
 
     def publish(self, *, wait: bool) -> Published | None:
         """Commit the checkpoint that was saved last, and remove old ones, if all ranks have written theirs.
@@ -184,10 +188,19 @@ class Checkpoints:
         with_shared_hashing(
             "removing old checkpoints",
             lambda hash_files: manifest.retain(
-                self.root, step=pending.step, keep=self.keep, trusted=self._trusted, hash_files=hash_files
+                self.root,
+                step=pending.step,
+                keep=self.keep,
+                trusted=self._trusted,
+                hash_files=hash_files,
+                best=pending.best,
             ),
         )
         return published
+
+    def mark_best(self, step: int | None) -> None:
+        """Have ``best`` name the checkpoint of ``step``, which is committed. Raises CheckpointError on all ranks."""
+        on_rank_0(lambda: best_checkpoint.mark(self.root, step), checkpoint_fault("marking the best checkpoint"))
 
     def load(self, *, check: Callable[[Manifest], None] = lambda _: None) -> LoadedState | None:
         """Fill models, optimizers and schedules from the newest valid checkpoint, unless ``check`` raises for it.
@@ -207,7 +220,7 @@ class Checkpoints:
             payload = torch.load(path / _STATE, map_location="cpu", weights_only=True)
             common = torch.load(path / _COMMON, map_location="cpu", weights_only=True)
             _check_schedules(payload["scheduler"], self.trained)
-            pieces = [each for name, model in self.trained.items() for each in trained_pieces(name, model)]
+            pieces = self._pieces()
         with on_all_ranks(f"fitting {path.name} to this model"):
             _check_fit(index, pieces, wanted=_keys_of_all(pieces))
         with on_all_ranks(f"loading {path.name}"):
@@ -231,6 +244,12 @@ class Checkpoints:
             self._trusted[path.name] = manifest.stamp(path)
         return LoadedState(self.step, payload["state"], path, found.manifest, tuple(refused), rng)
 
+    def _pieces(self) -> list[Piece]:
+        """All that this rank has of what is saved."""
+        trained = [each for name, model in self.trained.items() for each in trained_pieces(name, model)]
+        frozen = [each for name, model in self.frozen.items() for each in module_pieces(model.modules, f"{name}.")]
+        return trained + frozen
+
     def _commit(self, pending: _Pending, parts: Sequence[Written]) -> Published:
         """On rank 0: index, check and seal what all ranks wrote."""
         folder = pending.folder
@@ -240,6 +259,7 @@ class Checkpoints:
         files[INDEX] = write_index(folder, chunks, extents)
         read_index(folder)  # what could not be read is not published
         path = manifest.publish(folder, step=pending.step, files=files, layout=self.layout, config=self.config)
+        best_checkpoint.mark(self.root, pending.best)
         self._trusted[path.name] = manifest.stamp(path)
         return Published(path, max(part.seconds for part in parts))
 
@@ -334,9 +354,9 @@ def _check_schedules(saved: dict[str, Any], trained: Mapping[str, TrainableModel
         if end is not None and not differing:
             old, new = (steps - 1 for steps in end)
             lines.append(
-                f"{each.section}.decay_steps: this run's learning rate falls over {old} optimizer steps, now it would "
-                f"over {new} (it follows train.steps where it is 0); set {each.section}.decay_steps={old}: further "
-                "steps are done at min_lr"
+                f"{each.section}.decay_steps: this run's learning rate falls over {old} {each.options.counted}, now it "
+                f"would over {new} (it follows train.steps where it is 0); set {each.section}.decay_steps={old}: "
+                "further steps are done at min_lr"
             )
     if lines:
         raise CheckpointError("\n".join(["schedule", *lines, "resume with the saved values, or start a new run"]))

@@ -8,6 +8,7 @@ without building a model. Every fault is a ``ConfigError`` that says what, found
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,24 @@ from megatron_ext.config.aliases import unknown_keys, with_new_names
 from megatron_ext.config.checks import check_layout
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.redact import redact
-from megatron_ext.config.schema import Config
+from megatron_ext.config.schema import Config, PromptConfig
 from megatron_ext.config.shipped import expected_at, find_recipe, shipped
 from megatron_ext.files import read_small
 from megatron_ext.plugins import KEYS
 
-_PATHS = (("model", "path"), ("model", "weights"), ("data", "train"), ("data", "curriculum"))
+_PATHS = (
+    *(("model", "path"), ("model", "weights"), ("data", "train"), ("data", "curriculum")),
+    *(("prompt", "template"), ("validation", "data")),
+)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a recipe, its parents and ``key=value`` overrides (dotted keys, TOML values), and check them.
 
-    A recipe that is no file may be a shipped one (``shipped.py``). Relative paths in ``model.path``, ``data.train`` and
-    ``data.curriculum`` are tried from the current directory first, then from the file that states them, then among what
-    ships; data that is nowhere is expected in the second place. So are those of the user's own code (plugins.py).
+    A recipe that is no file may be a shipped one (``shipped.py``). Relative paths in ``model.path``, ``data.train``,
+    ``data.curriculum``, ``prompt.template`` and ``validation.data`` are tried from the current directory first, then
+    from the file that states them, then among what ships; data that is nowhere is expected in the second place. So are
+    those of the user's own code (plugins.py).
     """
     config = read_config(path, overrides)
     check_layout(config)
@@ -40,14 +45,37 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 def read_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """``load_config`` without the rules between fields."""
-    merged = _read_chain(find_recipe(path))
+    merged = _merge_chain(_read_chain(find_recipe(path)))
     for override in overrides or []:
         _apply_override(merged, override)
     given = [override.partition("=")[0] for override in overrides or []]
     try:
-        return Config.model_validate(merged)
+        config = Config.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(_readable(error, path, given)) from None
+    return config.model_copy(update={"prompt": with_template_text(config.prompt)})
+
+
+def with_template_text(prompt: PromptConfig) -> PromptConfig:
+    """The prompt with the text of its template in place of the file's path, so that it is whole wherever it is kept.
+
+    A template that is no path (it holds a brace or a line break) stays. Raises ConfigError for a file that cannot be
+    read.
+    """
+    template = prompt.template
+    if not template or re.search(r"[{\n]", template):
+        return prompt
+    try:
+        text = read_small(Path(template)).decode()
+    except FileNotFoundError:
+        raise ConfigError(
+            f"prompt.template: no such file: {template}; give a Jinja file, by a path from here or from the recipe"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"prompt.template: {template} cannot be read: {error}; expected Jinja in UTF-8") from None
+    if not re.search(r"[{\n]", text):
+        raise ConfigError(f"prompt.template: {template} is no chat template: it has no expression {{{{ ... }}}}")
+    return prompt.model_copy(update={"template": text})
 
 
 def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
@@ -55,8 +83,31 @@ def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
     return _merge(Config().model_dump(), with_new_names(config))
 
 
-def _read_chain(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The recipe ``path`` over its parents. ``children``: the recipes that led here."""
+def _merge_chain(chain: list[dict[str, Any]]) -> dict[str, Any]:
+    """Each recipe of a chain over those before it. Another method's options are never inherited.
+
+    Those of a ``[method]`` above the first one with a name are no method's own: every method below has them.
+    """
+    merged: dict[str, Any] = {}
+    common: dict[str, Any] = {}
+    for own in chain:
+        before, after = _method(merged), _method(own)
+        merged = _merge(merged, own)
+        if "name" not in _method(merged):
+            common = _method(merged)
+        elif after.get("name", before.get("name")) != before.get("name"):
+            merged["method"] = common | after
+    return merged
+
+
+def _method(config: dict[str, Any]) -> dict[str, Any]:
+    """The method's table; the schema says what is wrong with one that is none."""
+    method = config.get("method")
+    return method if isinstance(method, dict) else {}
+
+
+def _read_chain(path: Path, children: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
+    """The recipe ``path`` after its parents, the uppermost first. ``children``: the recipes that led here."""
     own = _read_recipe(path)
     if path.resolve() in children:
         raise ConfigError(f"recipe: {path} is its own parent; a chain of parents ends with a recipe that names none")
@@ -66,7 +117,8 @@ def _read_chain(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
             continue  # the schema says what is wrong with it
         if not value or os.path.exists(value):
             continue
-        beside, made_later = os.path.normpath(path.parent / value), name == "data"  # by a tool, where the recipe says
+        beside = os.path.normpath(path.parent / value)
+        made_later = name in ("data", "validation")  # by a tool, where the recipe says
         if not os.path.exists(beside) and (found := shipped(value)):
             section[key] = str(found)
         elif made_later or os.path.exists(beside):
@@ -74,12 +126,12 @@ def _read_chain(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     _resolve_code(own, path.parent)
     parent = own.pop("parent", None)
     if parent is None:
-        return own
+        return [own]
     if not isinstance(parent, str):
         raise ConfigError(f"recipe: {path}: parent is {parent!r}, expected the path of one recipe")
     above = path.parent / parent
     above = above if os.path.exists(above) else shipped(parent) or above
-    return _merge(_read_chain(above, (*children, path.resolve())), own)
+    return [*_read_chain(above, (*children, path.resolve())), own]
 
 
 def _resolve_code(own: dict[str, Any], folder: Path) -> None:
@@ -107,12 +159,11 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """``own`` over ``base``, section by section. Another method's options are never inherited."""
+    """``own`` over ``base``, section by section."""
     merged = dict(base)
     for key, value in own.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        replaced = both and key == "method" and value.get("name", base[key].get("name")) != base[key].get("name")
-        merged[key] = _merge(base[key], value) if both and not replaced else value
+        merged[key] = _merge(base[key], value) if both else value
     return merged
 
 

@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parents[1]
 IS_INSTALLED = (PACKAGE / "recipes").is_dir()
 ROOT = PACKAGE if IS_INSTALLED else PACKAGE.parent
 RECIPES = ROOT / "recipes"
+NO_RECIPES = ("suite", "tables")  # what to evaluate, and where a paper says so: how the names of such files begin
 
 
 def shipped(path: str | Path) -> Path | None:
@@ -57,7 +58,8 @@ def find_recipe(name: str | Path) -> Path:
 
 def names() -> list[str]:
     """Every shipped recipe as its path below ``recipes/``."""
-    return sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.toml"))
+    files = (path for path in RECIPES.rglob("*.toml") if not path.stem.startswith(NO_RECIPES))
+    return sorted(path.relative_to(RECIPES).as_posix() for path in files)
 
 
 def expected_at(path: str) -> str:

@@ -1,7 +1,7 @@
 """Problems to train on: load and check a JSON Lines file, encode prompts.
 
-A line is a problem: ``prompt``, ``answer`` and optionally ``id``, ``verifier``, ``numbers``, ``kind``; other keys are
-ignored. Problems are left out, and reported by line and field, for one of two reasons:
+A line is a problem: ``prompt``, ``answer`` and optionally ``id``, ``verifier``, ``numbers``, ``kind``, ``level``; other
+keys are ignored. Problems are left out, and reported by line and field, for one of two reasons:
 
 - a fault. Problems with one may be a small share of the file (``max_left_out``): above it something is wrong with the
   whole file, and the run stops. A gold answer that the verifier cannot read, or does not accept as an answer to
@@ -19,16 +19,17 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_ext.config.errors import ConfigError
-from megatron_ext.config.schema import Config, DataConfig
+from megatron_ext.config.public_sets import how_to_make
+from megatron_ext.config.schema import Config, DataConfig, PromptConfig
+from megatron_ext.data.prompts import NO_PROMPT, encode_prompts
 from megatron_ext.files import read_lines
-from megatron_ext.rollout.chat_template import TemplateError, render
-from megatron_ext.rollout.rewards.verify import VERIFIERS, Outcome
+from megatron_ext.rollout.rewards.verify import VERIFIERS, Outcome, as_response
 from megatron_ext.types import Problem, Reward
 
 SCHEMA = '{"prompt": "What is 2+2?", "answer": "4"}'
@@ -87,17 +88,18 @@ def load_problems(
     strict: bool = False,
     max_left_out: float = MAX_LEFT_OUT,
     skip_unparsable_gold: bool = False,
+    answer_format: str = "boxed",
 ) -> tuple[list[Problem], DataReport]:
     """The problems of a JSON Lines file and a report on those left out.
 
     ``score`` scores ``(problem, response)`` pairs, for example ``RewardPool.score``; every gold answer is scored
-    against itself (None: it is not). Raises ``ConfigError`` for a file that cannot be read, for an unparsable gold
-    answer unless ``skip_unparsable_gold``, for faults in more than the share ``max_left_out`` of the problems, for any
-    when ``strict``, and when no problem is left.
+    against itself (None: it is not), in a response of ``answer_format``, which is that of ``score``. Raises
+    ``ConfigError`` for a file that cannot be read, for an unparsable gold answer unless ``skip_unparsable_gold``, for
+    faults in more than the share ``max_left_out``, for any when ``strict``, and when no problem is left.
     """
     lines = _read_lines(Path(path))
     problems, faults = _check_lines(lines)
-    bad_gold = {} if score is None else _check_gold(problems, score)
+    bad_gold = {} if score is None else check_gold(problems, score, answer_format)
     faults += bad_gold.values()
     kept, num_renamed = _with_own_ids({line: problem for line, problem in problems.items() if line not in bad_gold})
     report = DataReport(len(lines), len(kept), tuple(faults), num_renamed)
@@ -127,43 +129,19 @@ def load_problems(
     return kept, report
 
 
-def encode_prompts(
-    tokenizer: Any, problems: Sequence[Problem], prompt_suffix: str = ""
-) -> Iterator[tuple[Problem, tuple[int, ...]]]:
-    """The problems with the token ids of their prompts.
-
-    A user turn of the chat template and the opening of the answer, else plain text. Raises ``ConfigError`` when the
-    template does not take one of them.
-    """
-    texts = [problem.prompt + prompt_suffix for problem in problems]
-    if not getattr(tokenizer, "chat_template", None):
-        for problem, text in zip(problems, texts, strict=True):
-            yield problem, tuple(tokenizer.encode(text))
-        return
-    try:
-        rendered = render(tokenizer, texts)
-    except TemplateError as error:
-        raise ConfigError(
-            f"model.path: the model's chat template cannot be applied to problem "
-            f"{problems[error.prompt].problem_id}: {error}; take the model's own tokenizer files"
-        ) from error
-    for problem, text in zip(problems, rendered, strict=True):
-        yield problem, tuple(tokenizer.encode(text, add_special_tokens=False))
-
-
 def encode_problems(
     tokenizer: Any,
     problems: Sequence[Problem],
     *,
     max_prompt_tokens: int,
-    prompt_suffix: str = "",
+    prompt: PromptConfig = NO_PROMPT,
     strict: bool = False,
 ) -> tuple[list[tuple[Problem, tuple[int, ...]]], DataReport]:
     """The problems with their prompt ids, and a report on those whose prompt exceeds ``max_prompt_tokens``.
 
     Raises ``ConfigError`` for an overlong prompt when ``strict``, and when no problem is left.
     """
-    encoded = list(encode_prompts(tokenizer, problems, prompt_suffix))
+    encoded = list(encode_prompts(tokenizer, problems, prompt))
     kept = [(problem, ids) for problem, ids in encoded if len(ids) <= max_prompt_tokens]
     expected = f"tokens, expected at most data.max_prompt_tokens = {max_prompt_tokens}"
     faults = tuple(
@@ -191,12 +169,13 @@ def load_training_data(
         strict=data.strict,
         max_left_out=data.max_left_out,
         skip_unparsable_gold=data.skip_unparsable_gold,
+        answer_format=config.prompt.answer_format,
     )
     encoded, prompts = encode_problems(
         tokenizer,
         problems,
         max_prompt_tokens=data.max_prompt_tokens,
-        prompt_suffix=data.prompt_suffix,
+        prompt=config.prompt,
         strict=data.strict,
     )
     return encoded, [
@@ -211,8 +190,10 @@ def _read_lines(path: Path) -> dict[int, str]:
         texts = (line.decode("utf-8" if number else "utf-8-sig") for number, line in enumerate(read_lines(path)))
         return {number: text for number, text in enumerate(texts, 1) if text.strip()}
     except OSError as error:
+        commands = how_to_make(path) if isinstance(error, FileNotFoundError) else ""
+        remedy = f"fetch and prepare it with\n{commands}\nor " if commands else ""
         raise ConfigError(
-            f"data.train: cannot read {path}: {error.strerror}; give an existing JSON Lines file"
+            f"data.train: cannot read {path}: {error.strerror}; {remedy}give an existing JSON Lines file"
         ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"data.train: {path} is not UTF-8: {error}; write it again as UTF-8") from None
@@ -260,11 +241,17 @@ def _check_line(where: str, line: str) -> Problem | Fault:
         return Fault(where, "(all)", "not_json", f"not JSON: {error}; found {line.strip()[:60]!r}")
     if not isinstance(record, dict):
         return _wrong_type(where, "(all)", f"a JSON object like {SCHEMA}", record)
+    return check_record(where, record)
+
+
+def check_record(where: str, record: dict[str, Any]) -> Problem | Fault:
+    """The problem of a row, or what is wrong with it at ``where``."""
     for field in ("prompt", "answer"):
         if record.get(field) is None:
             return Fault(where, field, "missing", f"missing; the line has {sorted(record)}")
     prompt, answer, numbers = record["prompt"], record["answer"], record.get("numbers") or []
     problem_id, verifier, kind = record.get("id"), record.get("verifier", "math"), record.get("kind") or ""
+    level = str(record["level"]) if _is_int(record.get("level")) else record.get("level") or ""
     if not isinstance(prompt, str):
         return _wrong_type(where, "prompt", "a string", prompt)
     if not isinstance(answer, str) and not _is_int(answer):
@@ -272,7 +259,7 @@ def _check_line(where: str, line: str) -> Problem | Fault:
     for field, text in (("prompt", prompt), ("answer", str(answer))):
         if not text.strip():
             return Fault(where, field, "empty", "empty")
-    for field in ("prompt", "answer", "id", "kind"):
+    for field in ("prompt", "answer", "id", "kind", "level"):
         if re.search("[\ud800-\udfff]", text := str(record.get(field))):
             return Fault(where, field, "invalid", f"holds half of a surrogate pair, which is no text: {text[:60]!a}")
     if not isinstance(problem_id, str | None) and not _is_int(problem_id):
@@ -283,19 +270,21 @@ def _check_line(where: str, line: str) -> Problem | Fault:
         return _wrong_type(where, "numbers", "a list of integers, none negative", numbers)
     if not isinstance(kind, str):
         return _wrong_type(where, "kind", "a string, by which accuracy is reported", kind)
+    if not isinstance(level, str):
+        return _wrong_type(where, "level", "a string, the problem's difficulty", level)
     if verifier == "countdown":
         if not numbers:
             return Fault(where, "numbers", "missing", "missing; countdown needs the numbers to use")
         if not re.fullmatch(r"-?[0-9]+", str(answer).strip()):
             return Fault(where, "answer", "invalid", f"expected an integer target of countdown, found {answer!r}")
     name = where.removeprefix("line ") if problem_id is None else str(problem_id)
-    return Problem(name, prompt, str(answer).strip(), verifier, tuple(numbers), kind)
+    return Problem(name, prompt, str(answer).strip(), verifier, tuple(numbers), kind, level)
 
 
-def _check_gold(problems: dict[int, Problem], score: Score) -> dict[int, Fault]:
+def check_gold(problems: dict[int, Problem], score: Score, answer_format: str = "boxed") -> dict[int, Fault]:
     """``line number -> fault`` of the gold answers that are not right as a response. Countdown targets are integers."""
-    asked = {line: problem for line, problem in problems.items() if problem.verifier == "math"}
-    rewards = score([(problem, rf"\boxed{{{problem.answer}}}") for problem in asked.values()])
+    asked = {line: problem for line, problem in problems.items() if problem.verifier != "countdown"}
+    rewards = score([(problem, as_response(problem.answer, answer_format)) for problem in asked.values()])
     return {
         line: Fault(
             f"line {line}",

@@ -10,7 +10,10 @@ let entropy collapse. SENT orders problems from certain to uncertain, and holds 
     L      = L_GRPO + mean_i mean_t b_t KL_t(pi || ref)                       KL_t: GRPO's k3 estimate
 
 Entropy and logp are the current policy's, full vocabulary, constants of the selection. The curriculum by semantic
-entropy, SENT's other part, is the order of the data: ``data.curriculum``, made by tools/semantic_entropy.py.
+entropy, SENT's other part, is the order of the data: ``data.curriculum``, made by tools/semantic_entropy.py. Figure 5
+has its second stage from step 200 on (``data.stage_starts``), which for 5 epochs is later than half of the steps. In
+the authors' scripts that stage is a run of its own from the first one's model: ``data.stage_restart`` gives it a new
+optimizer, and the model that it starts from as its reference.
 
 Scope. T_low, T_high and the means are over the whole mini-batch on all ranks, ties by the token's key
 (selection.py); ``scope = "micro_batch"``: over each micro-batch, as in the authors' code.
@@ -58,6 +61,17 @@ class SENT(Selective):
         return replace(super().needs, entropy=True, reference=self.variant == "paper" or self.beta > 0)
 
     def select(self, batch: Batch, stats: TokenStats, prepared: Prepared, reduce: Reducer) -> Prepared:
+        _, gentle, high = self.tiers(batch, stats, prepared, reduce)
+        return Prepared({"coefficient": torch.where(high, self.beta_high, self.beta_low * gentle)})
+
+    def selections(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> dict[str, Tensor]:
+        low, _, high = self.tiers(batch, stats, Prepared(), reduce)
+        return {"low entropy": low, "high covariance": high}
+
+    def tiers(
+        self, batch: Batch, stats: TokenStats, prepared: Prepared, reduce: Reducer
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """T_low, the tokens that beta_low is for, and T_high: ``[T]`` bool each."""
         assert stats.entropy is not None
         key, num_tokens = token_keys(batch), num_selected(batch.mask, reduce)
         num_low = count_of(self.low_ratio, num_tokens)
@@ -69,7 +83,7 @@ class SENT(Selective):
             num_high = count_of(self.low_ratio * self.cov_ratio, num_tokens)
             gentle = top_k(-cov, low, num_high, key, reduce)
         high = top_k(cov, low, num_high, key, reduce)
-        return Prepared({"coefficient": torch.where(high, self.beta_high, self.beta_low * gentle)})
+        return low, gentle, high
 
     def policy_loss(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         if self.variant == "paper":

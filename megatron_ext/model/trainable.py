@@ -14,7 +14,7 @@ from megatron_ext.config.schema import OptimizerConfig
 from megatron_ext.methods.base import Reducer
 from megatron_ext.model import parallel
 from megatron_ext.model.build import Decay, Policy, build_optimizer, build_scheduler
-from megatron_ext.model.optimizer_state import OptimizerState
+from megatron_ext.model.optimizer_state import OptimizerState, reset
 from megatron_ext.types import Batch
 
 
@@ -24,16 +24,18 @@ class TrainingError(RuntimeError):
 
 @dataclass
 class TrainableModel:
-    """A model with its AdamW and its schedule. ``section`` names the options of both in the recipe."""
+    """A model with its AdamW and its schedule, which go by ``options``, named ``section`` in the recipe."""
 
     model: Policy
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     section: str = "optimizer"
+    options: OptimizerConfig = OptimizerConfig()
     bad_steps: int = 0  # updates in a row without a finite gradient
 
     def __post_init__(self) -> None:
         self._state = OptimizerState(self.optimizer)
+        self._updated = False  # since the training step began
 
     @classmethod
     def build(cls, model: Policy, options: OptimizerConfig, section: str = "optimizer") -> TrainableModel:
@@ -54,7 +56,7 @@ class TrainableModel:
         scheduler = build_scheduler(
             optimizer, lr=o.lr, warmup_steps=o.warmup_steps, weight_decay=o.weight_decay, decay=decay
         )
-        return cls(model, optimizer, scheduler, section)
+        return cls(model, optimizer, scheduler, section, options)
 
     def offload(self) -> None:
         """Free the gradients and move the optimizer's state to host memory, until ``restore``."""
@@ -66,6 +68,10 @@ class TrainableModel:
         self._state.restore()
         for chunk in self.model.chunks:
             chunk.restore_grad_buffers()
+
+    def restart(self) -> None:
+        """Forget the optimizer's moments and steps, also at rest; weights and schedule stay."""
+        reset(self.optimizer)
 
     def zero_grad(self) -> None:
         for chunk in self.model.chunks:
@@ -83,8 +89,9 @@ class TrainableModel:
         lr = self.optimizer.param_groups[0]["lr"]
         if math.isfinite(norm):
             self.optimizer.step()
-            self.scheduler.step(1)
-            self.bad_steps = 0
+            if self.options.step_unit == "update":
+                self.scheduler.step(1)
+            self._updated, self.bad_steps = True, 0
             return norm, lr
         self.bad_steps += 1
         if self.bad_steps >= max_bad_steps:
@@ -93,6 +100,13 @@ class TrainableModel:
                 f"the last checkpoint is intact: lower {self.section}.lr, or inspect metrics.jsonl"
             )
         return math.nan, lr
+
+    def end_step(self) -> None:
+        """A training step is over: its weights are gathered, and a schedule that counts such steps goes on."""
+        self.model.finish_param_sync()
+        if self.options.step_unit == "rollout" and self._updated:
+            self.scheduler.step(1)
+        self._updated = False
 
 
 def totals(sums: list[dict[str, Tensor]], batch: Batch, reduce: Reducer) -> dict[str, float]:

@@ -32,13 +32,15 @@ class TemplateError(ValueError):
         self.prompt = prompt
 
 
-def render(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+def render(tokenizer: Any, prompts: Sequence[str], *, system: str = "", template: str = "") -> list[str]:
     """Each prompt as the turn of a user, and the opening of the answer, in the template of a transformers tokenizer.
 
-    Raises TemplateError where the template raises, does not end, or takes or gives too much.
+    ``system`` is a turn before it, ``template`` takes the place of the tokenizer's. Raises TemplateError where the
+    template raises, does not end, leaves the system out, or takes or gives too much.
     """
     work = {
-        "template": tokenizer.get_chat_template(),
+        "template": template or tokenizer.get_chat_template(),
+        "system": system,
         "special": tokenizer.special_tokens_map,
         "prompts": list(prompts),
         "cpu_s": round(CPU_S + PER_PROMPT_S * len(prompts)),
@@ -78,15 +80,19 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CPU, (work["cpu_s"], work["cpu_s"] + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    system = [{"role": "system", "content": work["system"]}] if work["system"] else []
     for prompt in work["prompts"]:
-        turns = [{"role": "user", "content": prompt}]
+        turns = [*system, {"role": "user", "content": prompt}]
         try:
             [text], _ = render_jinja_template(
                 [turns], chat_template=work["template"], add_generation_prompt=True, **work["special"]
             )
-            most = SPARE_CHARACTERS + GROWTH * len(prompt)
+            given = len(work["system"]) + len(prompt)
+            most = SPARE_CHARACTERS + GROWTH * given
             if len(text) > most:
-                raise ValueError(f"a prompt of {len(prompt)} characters becomes {len(text)}, expected at most {most}")
+                raise ValueError(f"a prompt of {given} characters becomes {len(text)}, expected at most {most}")
+            if work["system"].strip() not in text:
+                raise ValueError("it leaves out the system turn")
             reply = json.dumps(text)
         except Exception as error:  # the template may raise anything
             reply = json.dumps({"error": f"{type(error).__name__}: {str(error)[:1000]}"})

@@ -21,7 +21,7 @@ SECRET = "hunter2hunter2hunter2"
 LEAKING = {
     "data.hub": f"https://user:{SECRET}@host/data?x=1&token={SECRET}",
     "model.hub": f"s3://bucket/model?X-Amz-Credential={SECRET}&X-Amz-Signature={SECRET}",
-    "data.prompt_suffix": f" hf_{SECRET}",
+    "prompt.suffix": f" hf_{SECRET}",
 }
 
 
@@ -75,10 +75,10 @@ def test_a_message_holds_no_secret(override: str, capsys: pytest.CaptureFixture[
 
 
 def test_a_manifest_without_secrets_resumes_the_run_that_has_them() -> None:
-    config: dict[str, Any] = {"data": {"prompt_suffix": LEAKING["data.prompt_suffix"], "stages": (1, 2)}, "seed": 1}
+    config: dict[str, Any] = {"prompt": {"suffix": LEAKING["prompt.suffix"], "stages": (1, 2)}, "seed": 1}
     assert differing_keys(redact(config), config) == {}
-    changed = differing_keys(redact(config), {**config, "data": {"prompt_suffix": f"x hf_{SECRET}", "stages": (1, 2)}})
-    assert changed == {"data.prompt_suffix": (" ***", "x ***")}
+    changed = differing_keys(redact(config), {**config, "prompt": {"suffix": f"x hf_{SECRET}", "stages": (1, 2)}})
+    assert changed == {"prompt.suffix": (" ***", "x ***")}
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from megatron_ext.config import shipped
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.loading import read_config
 from megatron_ext.config.schema import Config
@@ -26,7 +27,7 @@ from tools import ranks, train
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TINY = str(RECIPES / "tiny" / "tiny-cpu.toml")
-FILES = sorted(path for path in RECIPES.rglob("*.toml") if "lab" not in path.parts)
+FILES = [RECIPES / name for name in shipped.names() if not name.startswith("lab/")]
 
 
 def fields(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

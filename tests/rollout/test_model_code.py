@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from megatron_ext.config.errors import ConfigError
-from megatron_ext.data.dataset import encode_prompts
+from megatron_ext.data.prompts import encode_prompts
 from megatron_ext.rollout.hf.engine import HFEngine
 from megatron_ext.rollout.model_files import load_config, load_tokenizer
 from megatron_ext.types import Problem

@@ -18,7 +18,7 @@ from tools.dry_run import Shards, full_size_recipes, inspect
 from tools.plan import read_valid
 
 ROOT = Path(__file__).parents[2]
-MOE = ROOT / "recipes" / "aer" / "aer-qwen3-30b-a3b-4n8g.toml"
+MOE = ROOT / "recipes" / "aer" / "aer-qwen3-30b-a3b-base-4n8g.toml"
 SMALL = ROOT / "recipes" / "siren" / "siren-qwen2.5-math-1.5b-1n8g.toml"
 
 

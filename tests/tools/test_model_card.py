@@ -40,14 +40,15 @@ def test_the_card_says_what_the_weights_are(tmp_path: Path) -> None:
     metric = {"pass@1": {"mean": 0.5, "low": 0.25, "high": 0.75}}
     evaluations = {"before": {"metrics": metric, "problems": []}, "after": {"metrics": {}, "problems": []}}
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluations))
-    data = {"hub": "Org/Data", "prompt_suffix": "\nThink: `x`."}
-    card = read(model_card(checkpoint(tmp_path), manifest(data=data), source=tmp_path))
+    data, prompt = {"hub": "Org/Data"}, {"suffix": "\nThink: `x`."}
+    card = read(model_card(checkpoint(tmp_path), manifest(data=data, prompt=prompt), source=tmp_path))
     assert card.data.to_dict() == {
         "base_model": "Org/Base",
         "datasets": ["Org/Data"],
         "library_name": "transformers",
         "license": "unknown",
         "pipeline_tag": "text-generation",
+        "prompt": Config.model_validate({"prompt": prompt}).prompt.model_dump(),
         "tags": ["reinforcement-learning", "siren"],
     }
     for text in (
