@@ -26,7 +26,7 @@ from megatron_ext.config.shipped import find
 from ..tiny.tabular import Curve
 from .intervals import CONFIDENCE, Effect, holm
 from .results import Result, Results
-from .rules import RULES, Rule
+from .rules import RULES, Criterion
 from .store import UNTRAINED
 
 CLAIMS = Path("recipes/lab/claims.toml")
@@ -113,7 +113,7 @@ def _decided(entry: Mapping[str, Any], results: Results, table: Mapping[str, Cur
 
 
 def _measured(
-    claim: Claim, rule: Rule, names: Sequence[str], margin: float, options: Mapping[str, Any], results: Results
+    claim: Claim, rule: Criterion, names: Sequence[str], margin: float, options: Mapping[str, Any], results: Results
 ) -> Claim:
     if missing := [name for name in names if name not in results and not (rule.untrained and name == UNTRAINED)]:
         return replace(claim, measured=f"needs {', '.join(missing)}")
@@ -156,14 +156,14 @@ def _corrected(decided: Sequence[Claim]) -> list[Claim]:
     return [replace(claim, survives=adjusted.get(i, 1.0) < 1 - CONFIDENCE) for i, claim in enumerate(decided)]
 
 
-def effect_text(rule: Rule, effect: Effect) -> str:
+def effect_text(rule: Criterion, effect: Effect) -> str:
     style, unit, scale = FORMATS[rule.unit]
     low, high = (style.format(scale * value) for value in effect.interval)
     interval = ", one seed" if len(effect.seeds) == 1 else f" [{low}, {high}]"
     return f"{style.format(scale * effect.mean)} {unit}{interval}"
 
 
-def margin_text(rule: Rule, margin: float) -> str:
+def margin_text(rule: Criterion, margin: float) -> str:
     _, unit, scale = FORMATS[rule.unit]
     size = f"{scale * margin:g}"
     return f"{size} {unit.removesuffix('s')}" if size == "1" else f"{size} {unit}"

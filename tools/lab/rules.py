@@ -27,7 +27,7 @@ Unit = Literal["nats", "points", "percent"]
 
 
 @dataclass(frozen=True)
-class Rule:
+class Criterion:
     """``said`` in words, of the names {0} and {1}, {margin} and the rule's options. ``measure`` and ``shown`` take the
     runs' results with equal seeds, and the options. ``within``: the claim is that the effect is small. ``untrained``:
     the second run may be the untrained model. ``null``: applies to two runs of one method without a controller."""
@@ -206,34 +206,34 @@ def _share(values: Sequence[float]) -> str:
 
 
 RULES = {
-    "late_entropy": Rule(
+    "late_entropy": Criterion(
         "late entropy of {0} above {1}'s, whatever their accuracy", "nats", 2, late_entropy, _late_shown, null=True
     ),
-    "entropy_at_equal_reward": Rule(
+    "entropy_at_equal_reward": Criterion(
         "entropy of {0} above {1}'s where both give equally many right answers in training",
         "nats", 2, entropy_at_equal_reward, _equal_shown, null=True,
     ),
-    "kept_entropy": Rule(
+    "kept_entropy": Criterion(
         "late / first entropy of {0} above {1}'s", "points", 2, kept_entropy, _kept_shown, null=True
     ),
-    "second_stage": Rule(
+    "second_stage": Criterion(
         "entropy of {0} rises more from the end of the first stage to the second than {1}'s in the same steps",
         "nats", 2, second_stage, _stage_shown, null=True,
     ),
-    "rises": Rule(
+    "rises": Criterion(
         "late entropy of {0} above the first step's, with alarm {alarm} at the end", "nats", 1, rises, _rises_shown
     ),
-    "holds_target": Rule(
+    "holds_target": Criterion(
         "late mean of what {0} controls within {margin} of the target", "percent", 1, holds_target, _target_shown,
         within=True,
     ),
-    "closer_to_target": Rule(
+    "closer_to_target": Criterion(
         "late mean of {0} closer to the target than {1}'s", "percent", 2, closer_to_target, _target_shown
     ),
-    "avg_at_k": Rule(
+    "avg_at_k": Criterion(
         "held-out avg@16 of {0} above {1}'s", "points", 2, avg_at_k, _avg_shown, untrained=True, null=True
     ),
-    "pass_at_k": Rule(
+    "pass_at_k": Criterion(
         "held-out pass@{k} of {0} above {1}'s", "points", 2, pass_at_k, _pass_shown, untrained=True, null=True
     ),
 }  # fmt: skip
