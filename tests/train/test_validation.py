@@ -211,10 +211,15 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 MEASURED = (0.1, 0.3, 0.2, 0.6, 0.2)
 KILLED = ("train.steps=4", "checkpoint.every=2", "checkpoint.keep=1")
-BEFORE_A_SAVE = {("save", 3): die}  # step 3 is the best, nothing else is due
+DEATHS = {
+    "in the first validation": {("validate", 0): die},
+    "in a validation": {("validate", 3): die},
+    "before the best is saved": {("save", 3): die},  # nothing else is due
+    "before the next save": {("save", 4): die},
+}
 
 
-@pytest.mark.parametrize("hooks", [{("validate", 3): die}, BEFORE_A_SAVE, {("save", 4): die}, {("validate", 1): die}])
+@pytest.mark.parametrize("hooks", DEATHS.values(), ids=DEATHS)
 def test_a_killed_run_goes_on_to_the_same_end(hooks: dict, uninterrupted: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="died without a report"):
         train(tmp_path, *options(*KILLED), values=MEASURED, hooks=hooks)

@@ -228,7 +228,9 @@ def test_validated_steps_are_joined_by_a_line(tmp_path: Path):
     figures = Figures()
     curves(read_metrics(tmp_path), read_glossary(tmp_path), figures)
     shown = {
-        name: (chart["steps"], row) for chart in figures.data for name, row in zip(chart["names"], chart["values"])
+        name: (chart["steps"], row)
+        for chart in figures.data
+        for name, row in zip(chart["names"], chart["values"], strict=True)
     }
     assert shown["validation/avg"] == ([0, 3, 6], [0.05, 0.3, 0.6])
     assert shown["validation/avg/a"] == ([3, 6], [0.5, 0.5])
