@@ -21,6 +21,7 @@ PROGRAM = "megatron-entropy"
 TINY_FOLDER = "tiny"  # of runs, of the suite and of the base model
 TINY_SUITE = RECIPES / TINY_FOLDER / "suite.toml"
 TINY_STEPS = 2
+TINY_CHANGES = ("rollout.prompts=8", "parallel.ranks_per_node=1", "parallel.tensor=1")  # seconds, in one process
 TINY_RECIPE = "{method}-tiny-cpu"
 
 
@@ -146,7 +147,7 @@ def _tiny_run(row: Row) -> tuple[Path, list[Step]]:
     own = [f"method.{key}={_toml(value)}" for key, value in full.method.items() if key != "name"]
     own += ["data.curriculum="] if "data.curriculum=" in row.set else []
     name = f"{TINY_FOLDER}/{run_name(row)}"
-    changes = [*own, f"train.steps={TINY_STEPS}", f"name={name}"]
+    changes = [*own, *TINY_CHANGES, f"train.steps={TINY_STEPS}", f"name={name}"]
     config = read_config(recipe, changes)
     folder = Path(config.log.dir) / name
     train = shlex.join([PROGRAM, "train", recipe, *changes])
