@@ -10,7 +10,9 @@ setup(
         "megatron_ext.recipes",
     ],
     package_dir={"megatron_ext.tools": "tools", "megatron_ext.recipes": "recipes"},
-    package_data={  # of models/ the configurations: weights that were put there are not shipped
-        "megatron_ext.recipes": ["*.md", "*/*.md", "**/*.toml", "prompts/*", "models/*/config.json", "tiny/**/*"]
+    package_data={
+        "megatron_ext.config": ["*.toml"],
+        # of models/ the configurations: weights that were put there are not shipped
+        "megatron_ext.recipes": ["*.md", "*/*.md", "**/*.toml", "prompts/*.jinja", "models/*/config.json", "tiny/**/*"],
     },
 )

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Problem:
     """One problem of a data file.
 
-    ``verifier`` names how a response is scored: ``math`` (equivalence of the boxed answer with
-    ``answer``) or ``countdown`` (the boxed expression also uses each of ``numbers`` exactly once).
+    ``verifier`` names how a response's answer is scored: ``math`` (equivalence with ``answer``), ``countdown`` (an
+    expression that also uses each of ``numbers`` exactly once) or ``choice`` (the letter of an option).
     Accuracy is also reported by ``kind``, such as a subject; of problems without one, by ``verifier``. ``level`` is a
     problem's difficulty, such as MATH's 1 to 5.
     """

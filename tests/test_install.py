@@ -162,6 +162,7 @@ def test_the_wheel_is_one_package_with_the_tools_and_the_recipes(wheel: Path) ->
     tools = {f"megatron_ext/{path.relative_to(ROOT)}" for path in (ROOT / "tools").rglob("*.py")}
     recipes = {path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.toml")}
     recipes |= {path.relative_to(ROOT) for path in (ROOT / "recipes" / "models").glob("*/config.json")}
+    recipes |= {path.relative_to(ROOT) for path in (ROOT / "recipes" / "prompts").glob("*.jinja")}
     recipes |= {path.relative_to(ROOT) for path in (ROOT / "recipes" / "tiny").rglob("*") if path.is_file()}
     recipes |= {path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("README.md")}
     assert len(recipes) > 100 and Path("recipes/tiny/base/model.safetensors") in recipes

@@ -26,6 +26,7 @@ COMMANDS = {  # name: module, what it does
     "quickstart": ("quickstart", "the whole way on a laptop: train a tiny model, evaluate it before and after, export"),
     "train": ("train", "train a recipe, or go on with its run; --dry-run checks all that needs no GPU"),
     "evaluate": ("evaluate", "evaluate Hugging Face models on problems with known answers"),
+    "data": ("data", "turn a local copy of a data set into problem rows, with filters and a manifest"),
     "convert": ("convert", "turn a run's checkpoint into a Hugging Face model, and back"),
     "report": ("report", "write a run's page: curves, evaluations, tokens"),
     "compare": ("compare_runs", "compare runs, in a table, on a page or bit by bit"),

@@ -4,7 +4,8 @@
     megatron-entropy compare RUN_A RUN_B [RUN_C ...] --bitwise
 
 All are compared with the first. ``--bitwise`` compares every metric of every step except clock readings and names the
-first that differs. Exit codes: 0 done (with ``--bitwise``: all equal), 1 not equal, 2 a folder holds no run.
+first that differs; what only one of two runs validated is left out. Exit codes: 0 done (with ``--bitwise``: all equal),
+1 not equal, 2 a folder holds no run.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from .report.page import ends, flatten, page
 Records = Sequence[Mapping[str, Any]]
 COMPARED = (
     "reward/mean",
+    "validation/avg",
     "entropy/full",
     "entropy/nucleus",
     "response/length",
@@ -44,16 +46,20 @@ COMPARED = (
     "time/step_s",
 )
 ABSENT = "(not set)"
+VALIDATION = "validation/"
 NAMES = "ABCDEFGH"  # of the runs, in a table's columns; a page has as many colours
 assert len(NAMES) == NUM_COLORS
 
 
 def first_difference(a: Records, b: Records, name: str = "B") -> str | None:
-    """Where the steps of ``name`` first differ from A's, in words, or None. Clock readings are left out.
+    """Where the steps of ``name`` first differ from A's, in words, or None. Clock readings are left out, and what
+    was validated where only one of them was.
 
     Numbers are equal when their text is: 0.0 and -0.0 differ, 1 and 1.0 differ. NaN and infinity are both
     recorded as null and equal.
     """
+    if is_validated(a) != is_validated(b):
+        a, b = without_validation(a), without_validation(b)
     for one, two in zip(a, b, strict=False):
         if one["step"] != two["step"]:
             return f"step {one['step']} in A stands where {name} has step {two['step']}"
@@ -68,6 +74,16 @@ def first_difference(a: Records, b: Records, name: str = "B") -> str | None:
         longer, rest = ("A", a[len(b) :]) if len(a) > len(b) else (name, b[len(a) :])
         return f"step {rest[0]['step']} is only in {longer}"
     return None
+
+
+def is_validated(records: Records) -> bool:
+    return any(key.startswith(VALIDATION) for record in records for key in record)
+
+
+def without_validation(records: Records) -> Records:
+    """The steps without what was validated; there is none before training."""
+    steps = [record for record in records if record["step"]]
+    return [{key: value for key, value in each.items() if not key.startswith(VALIDATION)} for each in steps]
 
 
 def config_differences(*configs: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -142,9 +158,13 @@ def overlay(runs: Sequence[Path]) -> str:
     names, loaded = NAMES[: len(runs)], [load_metrics(run) for run in runs]
     steps = sorted({record["step"] for records in loaded for record in records})
     by_step = [{record["step"]: record for record in records} for records in loaded]
-    keys = [key for key in dict.fromkeys(key for records in loaded for key in records[0]) if key != "step"]
+    keys = list(dict.fromkeys(key for records in loaded for each in records[:2] for key in each))
+    keys.remove("step")
     figures, drawn, glossary = Figures(), [], read_glossary(runs[0])
+    every_step = steps
     for key in keys:
+        validated = key.startswith(VALIDATION)  # not in every step: a line joins those where it was
+        steps = [step for step in every_step if not validated or any(key in found.get(step, {}) for found in by_step)]
         values = [[found.get(step, {}).get(key) for step in steps] for found in by_step]
         series = [Series(name, line, number) for number, (name, line) in enumerate(zip(names, values, strict=True))]
         metric = glossary.find(key)

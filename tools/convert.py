@@ -2,6 +2,7 @@
 
     megatron-entropy convert to-hf runs/siren-tiny-cpu OUT            the newest valid checkpoint of a run
     megatron-entropy convert to-hf runs/siren-tiny-cpu/checkpoints/step_000040 OUT --max-shard-size 2GB
+    megatron-entropy convert to-hf runs/siren-tiny-cpu OUT --best     the best validated one; RUN/checkpoints/best too
     megatron-entropy convert from-hf MODEL OUT                        weights only, to start runs of any layout from:
                                                                      model.weights=OUT/step_000000
 
@@ -27,9 +28,11 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from megatron_ext.checkpoint import manifest
-from megatron_ext.checkpoint.manifest import CheckpointError, Manifest
+from megatron_ext.checkpoint.best import best_of
+from megatron_ext.checkpoint.manifest import BEST, CheckpointError, Manifest
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.loading import with_defaults
 from megatron_ext.config.schema import Config, ParallelConfig
 
 from .arguments import command_parser
@@ -50,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     to_hf_parser = commands.add_parser("to-hf", help="checkpoint -> Hugging Face directory")
     to_hf_parser.add_argument("checkpoint", type=Path, help="a step_* directory, or a run (its newest valid one)")
     to_hf_parser.add_argument("out", type=Path)
+    to_hf_parser.add_argument("--best", action="store_true", help="of a run: its best validated checkpoint")
     to_hf_parser.add_argument("--model", type=Path, help="where config and tokenizer come from (default: the run's)")
     to_hf_parser.add_argument(
         "--max-shard-size", type=num_bytes, default="4GIB", help="of a safetensors file: 500MB, 4GiB (the default)"
@@ -63,7 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _refuse_to_overwrite(options.out)
         if options.command == "to-hf":
-            size = to_hf(options.checkpoint, options.out, source=options.model, shard_bytes=options.max_shard_size)
+            checkpoint = options.checkpoint / "checkpoints" / BEST if options.best else options.checkpoint
+            size = to_hf(checkpoint, options.out, source=options.model, shard_bytes=options.max_shard_size)
         else:
             size = from_hf(options.model, options.out)
     except (ConfigError, CheckpointError, ValueError, OSError) as error:
@@ -111,6 +116,7 @@ def to_hf(checkpoint: Path, out: Path, *, source: Path | None, shard_bytes: int)
             dtype=dtype,
             source=source,
             card=model_card(path, found, source=source),
+            chat_template=with_defaults(found.config)["prompt"]["template"],
             shard_bytes=shard_bytes,
         )
 
@@ -162,7 +168,12 @@ def _is_policy(key: str) -> bool:
 
 
 def find(checkpoint: Path) -> tuple[Path, Manifest]:
-    """The verified checkpoint that a path means: a ``step_*`` directory, a run, or a run's ``checkpoints``."""
+    """The verified checkpoint that a path means: a ``step_*`` directory, a run, its ``checkpoints``, or ``best`` there.
+
+    Raises CheckpointError.
+    """
+    if checkpoint.name == BEST:
+        checkpoint = best_of(checkpoint.parent)
     if checkpoint.name.startswith("step_"):
         return checkpoint, manifest.verify(checkpoint)
     root = checkpoint / "checkpoints" if (checkpoint / "checkpoints").is_dir() else checkpoint

@@ -126,7 +126,11 @@ def data_path(config: Config) -> Iterator[str]:
         tokenizer = load_tokenizer(model if any(model.glob("tokenizer*")) else SAMPLE / "base")
     except ValueError as error:
         raise ConfigError(f"model.path: {error}") from None
-    with RewardPool(config.reward.workers) as pool, tempfile.TemporaryDirectory() as folder:
+    answer_format = config.prompt.answer_format
+    with (
+        RewardPool(config.reward.workers, answer_format=answer_format) as pool,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         real, path = Path(data.train).is_file(), Path(folder) / "sample.jsonl"
         if not real:
             problems = (SAMPLE / "data" / "train.jsonl").read_text().splitlines(keepends=True)

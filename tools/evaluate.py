@@ -239,12 +239,16 @@ def summary(rows: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, Any]
     return {"metrics": {name: found[name] for name in columns}, "response": {name: found[name] for name in response}}
 
 
-def equivalent_answers(pool: Pool, votes: Sequence[Sequence[str | None]]) -> list[set[tuple[str, str]]]:
+def equivalent_answers(
+    pool: Pool, votes: Sequence[Sequence[str | None]], answer_format: str = "boxed"
+) -> list[set[tuple[str, str]]]:
     """For each problem the pairs ``(key, answer)`` that the clustering of evaluation.clusters finds equal.
 
     The verifier lives in killable processes, so it is asked in rounds, all problems at once: everything still
-    alone against the earliest of them. Plain integer arithmetic is compared here, exactly.
+    alone against the earliest of them. Plain integer arithmetic is compared here, exactly. ``answer_format`` is
+    the pool's.
     """
+    from megatron_ext.rollout.rewards.verify import as_response
     from megatron_ext.types import Problem
 
     equal: list[set[tuple[str, str]]] = [set() for _ in votes]
@@ -261,7 +265,7 @@ def equivalent_answers(pool: Pool, votes: Sequence[Sequence[str | None]]) -> lis
                     asked.append((row, key, other))
                 elif values[0] == values[1]:
                     equal[row].add((key, other))
-        questions = [(Problem("", "", key), rf"\boxed{{{other}}}") for _, key, other in asked]
+        questions = [(Problem("", "", key), as_response(other, answer_format)) for _, key, other in asked]
         for (row, key, other), reward in zip(asked, pool.score(questions) if questions else [], strict=True):
             if reward.outcome == "correct":
                 equal[row].add((key, other))

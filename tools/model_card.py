@@ -1,7 +1,8 @@
 """The README.md of an exported model: where its weights come from, under which licence, how they were trained.
 
 Its front matter is what the Hugging Face Hub reads: ``base_model`` where the recipe names it (model.hub), ``license``
-where the base model's directory tells it: in its own card or by a licence file, which goes along.
+where the base model's directory tells it: in its own card or by a licence file, which goes along. ``prompt`` is the
+recipe's (megatron_ext/data/prompts.py reads it back), with the file that holds its chat template.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from yaml import YAMLError
 from megatron_ext.checkpoint.manifest import Manifest
 from megatron_ext.config.loading import with_defaults
 from megatron_ext.config.redact import redact
-from megatron_ext.model.export import LICENSES
+from megatron_ext.model.export import CHAT_TEMPLATE, LICENSES
 
 CARD = "README.md"
 UNKNOWN = "unknown: the base model's directory does not tell it; ask its publisher before passing these weights on"
@@ -33,7 +34,9 @@ def model_card(checkpoint: Path, found: Manifest, *, source: Path) -> str:
     front = ModelCardData(
         base_model=_hub_id(config["model"].get("hub", "")), library_name="transformers", pipeline_tag="text-generation"
     )
-    for key, value in terms.items():
+    prompt = with_defaults(config)["prompt"]
+    prompt["template"] = CHAT_TEMPLATE if prompt["template"] else ""
+    for key, value in (terms | {"prompt": prompt}).items():
         front[key] = value
     if found.step == 0:
         return f"---\n{front.to_yaml()}\n---\n\n# {Path(base).name}\n\nThe weights of `{base}`, not trained further.\n"
@@ -55,7 +58,7 @@ def model_card(checkpoint: Path, found: Manifest, *, source: Path) -> str:
         f"- data: `{config['data']['train']}`",
         f"- rollouts: {rollout['prompts']} prompts x {rollout['samples']} responses a step, temperature "
         f"{rollout['temperature']}, at most {rollout['max_response_tokens']} tokens",
-        f"- prompt: `{json.dumps(with_defaults(config)['prompt'])}`",
+        f"- prompt: `{json.dumps(prompt)}`",
         f"- learning rate: {config['optimizer']['lr']}",
         f"- trained with: {', '.join(f'{name} {value}' for name, value in found.versions.items())}",
         *_evaluation(checkpoint.parent.parent / "evaluation.json"),

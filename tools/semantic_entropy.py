@@ -72,16 +72,18 @@ def entropy(shares: Sequence[float]) -> float:
     return -math.fsum(share * math.log(share) for share in shares if share > 0) + 0.0
 
 
-def measured(samples: Sequence[Sequence[Sample]], pool: Pool, kind: str) -> list[dict[str, Any]]:
+def measured(
+    samples: Sequence[Sequence[Sample]], pool: Pool, kind: str, answer_format: str = "boxed"
+) -> list[dict[str, Any]]:
     """``entropy`` and ``clusters`` of each problem from its responses; largest share first."""
     from megatron_ext.rollout.rewards.verify import MAX_ANSWER_CHARS, extract
 
     from .evaluate import equivalent_answers
 
     found = []
-    votes = [[extract(sample.text) for sample in row] for row in samples]
+    votes = [[extract(sample.text, answer_format) for sample in row] for row in samples]
     votes = [[None if vote is None or len(vote) > MAX_ANSWER_CHARS else vote for vote in row] for row in votes]
-    for row, answers, known in zip(samples, votes, equivalent_answers(pool, votes), strict=True):
+    for row, answers, known in zip(samples, votes, equivalent_answers(pool, votes, answer_format), strict=True):
         members = clusters(answers, lambda key, answer, known=known: (key, answer) in known)
         silent = [i for i, answer in enumerate(answers) if answer is None]
         members += [silent] if silent else []
@@ -120,7 +122,9 @@ def measure(
             [
                 {"row": row, "id": problem.problem_id, **result}
                 for (row, (problem, _)), result in zip(
-                    enumerate(part, first), measured(rows, pool, options.weight), strict=True
+                    enumerate(part, first),
+                    measured(rows, pool, options.weight, config.prompt.answer_format),
+                    strict=True,
                 )
             ],
             sum(len(sample.response_ids) for sample in samples),
@@ -216,7 +220,9 @@ def make(config: Config, options: argparse.Namespace, console: Console) -> Path:
     from megatron_ext.rollout.registry import create_engine
     from megatron_ext.rollout.rewards.reward_pool import RewardPool
 
-    with RewardPool(config.reward.workers, deadline_s=config.reward.deadline_s) as pool:
+    with RewardPool(
+        config.reward.workers, deadline_s=config.reward.deadline_s, answer_format=config.prompt.answer_format
+    ) as pool:
         engine = create_engine(
             config.model.path,
             config.rollout,

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_ext.checkpoint import best as best_checkpoint
 from megatron_ext.checkpoint import local_shards, manifest
 from megatron_ext.checkpoint.collectives import (
     checkpoint_fault,
@@ -101,6 +102,7 @@ class _Pending:
     step: int
     folder: Path
     written: Future[Written]
+    best: int | None
 
 
 class Checkpoints:
@@ -139,8 +141,8 @@ class Checkpoints:
         """Whether a checkpoint waits to be published; the same on all ranks."""
         return self._pending is not None
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Begin the checkpoint of ``step``; the one before is published first.
+    def save(self, step: int, state: dict[str, Any], *, best: int | None = None) -> None:
+        """Begin the checkpoint of ``step``; the one before is published first. That of step ``best`` stays.
 
         ``state`` holds plain Python values and tensors, the same on all ranks (rank 0's is stored). Random states are
         added here, per rank. Models and optimizers may lie in device or host memory.
@@ -164,7 +166,7 @@ class Checkpoints:
         written = self._thread.submit(_write, partial, pieces, contents)
         if self._memory is None:
             wait([written])
-        self._pending, self.step = _Pending(step, partial, written), step
+        self._pending, self.step = _Pending(step, partial, written, best), step
 
     def publish(self, *, wait: bool) -> Published | None:
         """Commit the checkpoint that was saved last, and remove old ones, if all ranks have written theirs.
@@ -184,10 +186,19 @@ class Checkpoints:
         with_shared_hashing(
             "removing old checkpoints",
             lambda hash_files: manifest.retain(
-                self.root, step=pending.step, keep=self.keep, trusted=self._trusted, hash_files=hash_files
+                self.root,
+                step=pending.step,
+                keep=self.keep,
+                trusted=self._trusted,
+                hash_files=hash_files,
+                best=pending.best,
             ),
         )
         return published
+
+    def mark_best(self, step: int | None) -> None:
+        """Have ``best`` name the checkpoint of ``step``, which is committed. Raises CheckpointError on all ranks."""
+        on_rank_0(lambda: best_checkpoint.mark(self.root, step), checkpoint_fault("marking the best checkpoint"))
 
     def load(self, *, check: Callable[[Manifest], None] = lambda _: None) -> LoadedState | None:
         """Fill models, optimizers and schedules from the newest valid checkpoint, unless ``check`` raises for it.
@@ -240,6 +251,7 @@ class Checkpoints:
         files[INDEX] = write_index(folder, chunks, extents)
         read_index(folder)  # what could not be read is not published
         path = manifest.publish(folder, step=pending.step, files=files, layout=self.layout, config=self.config)
+        best_checkpoint.mark(self.root, pending.best)
         self._trusted[path.name] = manifest.stamp(path)
         return Published(path, max(part.seconds for part in parts))
 
@@ -334,9 +346,9 @@ def _check_schedules(saved: dict[str, Any], trained: Mapping[str, TrainableModel
         if end is not None and not differing:
             old, new = (steps - 1 for steps in end)
             lines.append(
-                f"{each.section}.decay_steps: this run's learning rate falls over {old} optimizer steps, now it would "
-                f"over {new} (it follows train.steps where it is 0); set {each.section}.decay_steps={old}: further "
-                "steps are done at min_lr"
+                f"{each.section}.decay_steps: this run's learning rate falls over {old} {each.options.counted}, now it "
+                f"would over {new} (it follows train.steps where it is 0); set {each.section}.decay_steps={old}: "
+                "further steps are done at min_lr"
             )
     if lines:
         raise CheckpointError("\n".join(["schedule", *lines, "resume with the saved values, or start a new run"]))

@@ -3,6 +3,7 @@
 No torch: a launcher or a report can ask for the newest valid checkpoint.
 
     root/latest                   the commit point: the name of the last checkpoint whose save finished
+    root/best                     the name of the best validated one, if a run keeps it (best.py)
     root/step_000010/             payload files and MANIFEST.json: size and sha256 of every one of them
     root/step_000010.replaced-x   an earlier save of the same step, until the new one is committed
     root/step_000020.tmp-x        a save (or a deletion) that was interrupted: never read, removed by the next save
@@ -35,7 +36,7 @@ from megatron_ext.files import first_fault, open_regular, read_json, read_small
 logger = logging.getLogger(__name__)
 
 MANIFEST = "MANIFEST.json"
-TRACKER = "latest"
+TRACKER, BEST = "latest", "best"
 _PUBLISHED = re.compile(r"step_([0-9]{1,18})(\.replaced-\w+)?")
 _HASH_THREADS = min(8, os.cpu_count() or 1)
 
@@ -126,9 +127,8 @@ def open_partial(root: Path, step: int) -> Path:
 
 def record_files(folder: Path, names: Iterable[str]) -> dict[str, Record]:
     """Hash the named files, streamed, in parallel threads."""
-    names = list(names)
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        return dict(zip(names, pool.map(lambda name: _record(folder / name), names), strict=True))
+        return dict(pool.map(lambda name: (name, _record(folder / name)), names))
 
 
 def payload_names(folder: Path) -> list[str]:
@@ -170,12 +170,12 @@ def publish(
     return final
 
 
-def commit(root: Path, name: str) -> None:
+def commit(root: Path, name: str, tracker: str = TRACKER) -> None:
     """Point ``latest`` at the checkpoint ``name``, atomically."""
-    temporary = root / f"{TRACKER}.tmp-{_token()}"
+    temporary = root / f"{tracker}.tmp-{_token()}"
     try:
         _write(temporary, name + "\n")
-        os.replace(temporary, root / TRACKER)
+        os.replace(temporary, root / tracker)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
@@ -188,8 +188,10 @@ def stamp(path: Path) -> Stamp:
     return tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
 
 
-def retain(root: Path, *, step: int, keep: int, trusted: Mapping[str, Stamp], hash_files: Hasher) -> None:
-    """Delete what is older than the ``keep`` newest valid checkpoints; ``step`` has just been committed.
+def retain(
+    root: Path, *, step: int, keep: int, trusted: Mapping[str, Stamp], hash_files: Hasher, best: int | None = None
+) -> None:
+    """Delete what is older than the ``keep`` newest valid checkpoints and not ``best``; ``step`` was just committed.
 
     A rotten checkpoint never pushes out a good one: all but the one just written are hashed again, unless their
     files still have the stamp at which this run wrote or verified them. Checkpoints of later steps (of a run that
@@ -197,7 +199,7 @@ def retain(root: Path, *, step: int, keep: int, trusted: Mapping[str, Stamp], ha
     """
     kept: list[int] = []
     for found_step, path in _published(root):
-        if found_step > step:
+        if found_step > step or (found_step == best and len(kept) >= keep and best not in kept):
             continue
         if len(kept) >= keep or found_step in kept:
             remove(path)
@@ -333,7 +335,7 @@ def _partials(root: Path) -> list[Path]:
 
 
 def _is_partial(path: Path) -> bool:
-    return ".tmp-" in path.name and path.name.startswith(("step_", TRACKER))
+    return ".tmp-" in path.name and path.name.startswith(("step_", TRACKER, BEST))
 
 
 def _is_trusted(path: Path, trusted: Mapping[str, Stamp]) -> bool:

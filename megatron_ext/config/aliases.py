@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 _PROMPTS = "(counted in prompts, not in responses)"
 _TOKENS = "(a budget of tokens, not a number of sequences)"
 _STEPS = "(counted in rollout steps)"
+_BY_ROLLOUT = '(verl counts training steps: with optimizer.step_unit = "rollout")'
 _ZERO = "(0 switches it off)"
 _DEEPEST = 8  # of an unknown section, which may be nested without end
 _TRACKERS = '(a list: ["tensorboard"], or [] for none)'
@@ -123,7 +124,7 @@ ALIASES = {
     "optim.lr": "optimizer.lr",
     "learning_rate": "optimizer.lr",
     "actor_learning_rate": "optimizer.lr",
-    "lr_warmup_steps": "optimizer.warmup_steps",
+    "lr_warmup_steps": f"optimizer.warmup_steps {_BY_ROLLOUT}",
     "lr_warmup_iters": "optimizer.warmup_steps",
     "lr_warmup_ratio": "optimizer.warmup_steps (a number of optimizer steps)",
     "warmup_ratio": "optimizer.warmup_steps (a number of optimizer steps)",
@@ -191,6 +192,18 @@ ALIASES = {
     "max_ckpt_num": "checkpoint.keep",
     "max_actor_ckpt_to_keep": "checkpoint.keep",
     "keep_top_k": "checkpoint.keep",
+    "test_freq": f"validation.every {_STEPS}",
+    "eval_steps": f"validation.every {_STEPS}",
+    "eval_interval": f"validation.every {_STEPS}",
+    "val_period": f"validation.every {_STEPS}",
+    "val_files": "validation.data",
+    "val_kwargs.n": "validation.samples",
+    "val_kwargs.temperature": "validation.temperature",
+    "val_kwargs.top_p": "validation.top_p",
+    "n_samples_per_eval_prompt": "validation.samples",
+    "eval_n_samples_per_prompt": "validation.samples",
+    "save_best_model": "validation.keep_best",
+    "load_best_model_at_end": "validation.keep_best",
     "async_save": "checkpoint.asynchronous",
     "output_dir": "log.dir",
     "save_path": "log.dir",

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.parallel_checks import model_faults, nearest_divisor
+from megatron_ext.config.public_sets import how_to_make
 from megatron_ext.config.schema import Config, OptimizerConfig
 from megatron_ext.files import read_json
 from megatron_ext.rollout.registry import find_engine
@@ -68,7 +69,23 @@ def layout_faults(config: Config) -> list[str]:
         faults.append("data.stage_starts: there are no stages without data.curriculum; remove it, or name a curriculum")
     if config.reward.options and not config.reward.function:
         faults.append("reward.options: are of reward.function, which names none; remove them, or name a function")
-    return faults + _reward_faults(config) + _check_model(config)
+    return faults + _reward_faults(config) + _validation_faults(config) + _check_model(config)
+
+
+def _validation_faults(config: Config) -> list[str]:
+    validation, faults = config.validation, []
+    if not validation.every:
+        return []
+    if not validation.data:
+        faults.append(
+            "validation.data: no file is named; set validation.data to a JSON Lines file, or validation.every = 0"
+        )
+    if validation.temperature == 0 and validation.samples > 1:
+        faults.append(
+            f"validation.temperature: 0 samples the same response {validation.samples} times; set validation.samples "
+            "= 1, or a temperature above 0"
+        )
+    return faults
 
 
 def _reward_faults(config: Config) -> list[str]:
@@ -107,6 +124,12 @@ def _schedule_faults(section: str, o: OptimizerConfig) -> list[str]:
     ]
 
 
+def _remedy(path: str) -> str:
+    """How a data file of a known set is made, where ``path`` is one."""
+    commands = how_to_make(path)
+    return f"fetch and prepare it with\n{commands}\nor " if commands else ""
+
+
 def file_faults(config: Config) -> list[str]:
     """Files that a run needs and that are not there; the model's weights are looked for when they are loaded."""
     data, weights, faults = config.data, config.model.weights, []
@@ -117,7 +140,15 @@ def file_faults(config: Config) -> list[str]:
             'or start from the safetensors of model.path with model.weights = ""'
         )
     if data.train and not os.path.isfile(data.train):
-        faults.append(f"data.train: no such file: {data.train}; give a path from here or from the recipe")
+        faults.append(
+            f"data.train: no such file: {data.train}; {_remedy(data.train)}give a path from here or from the recipe"
+        )
+    validation = config.validation
+    if validation.every and validation.data and not os.path.isfile(validation.data):
+        faults.append(
+            f"validation.data: no such file: {validation.data}; {_remedy(validation.data)}give a path from here or "
+            "from the recipe, or set validation.every = 0"
+        )
     if data.curriculum and not os.path.isfile(data.curriculum):
         faults.append(
             f"data.curriculum: no such file: {data.curriculum}; make it from the initial policy with\n"
@@ -163,9 +194,15 @@ def _check_model(config: Config) -> list[str]:
         return [f"model.path: {config.model.path}/config.json: {', '.join(missing)} missing; {FROM_THE_PUBLISHER}"]
     faults = []
     positions, longest = hf.get("max_position_embeddings"), config.longest_sequence
+    validated = config.data.max_prompt_tokens + config.max_validation_tokens
     if positions is not None and longest > positions:
         faults.append(
             f"rollout.max_response_tokens: data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceed the "
             f"model's {positions} positions; lower them, or set max_position_embeddings if its rope stretches that far"
+        )
+    elif positions is not None and validated > positions:
+        faults.append(
+            f"validation.max_response_tokens: data.max_prompt_tokens + {config.max_validation_tokens} = {validated} "
+            f"exceed the model's {positions} positions; lower it"
         )
     return faults + model_faults(hf, config.parallel)

@@ -26,7 +26,7 @@ from megatron_ext.plugins import KEYS
 
 _PATHS = (
     *(("model", "path"), ("model", "weights"), ("data", "train"), ("data", "curriculum")),
-    ("prompt", "template"),
+    *(("prompt", "template"), ("validation", "data")),
 )
 
 
@@ -34,8 +34,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a recipe, its parents and ``key=value`` overrides (dotted keys, TOML values), and check them.
 
     A recipe that is no file may be a shipped one (``shipped.py``). Relative paths in ``model.path``, ``data.train``,
-    ``data.curriculum`` and ``prompt.template`` are tried from the current directory first, then from the file that
-    states them, then among what ships; data that is nowhere is expected in the second place. So are those of the user's own code (plugins.py).
+    ``data.curriculum``, ``prompt.template`` and ``validation.data`` are tried from the current directory first, then
+    from the file that states them, then among what ships; data that is nowhere is expected in the second place. So are
+    those of the user's own code (plugins.py).
     """
     config = read_config(path, overrides)
     check_layout(config)
@@ -44,7 +45,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 def read_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """``load_config`` without the rules between fields."""
-    merged, _ = _read_chain(find_recipe(path))
+    merged = _merge_chain(_read_chain(find_recipe(path)))
     for override in overrides or []:
         _apply_override(merged, override)
     given = [override.partition("=")[0] for override in overrides or []]
@@ -82,11 +83,31 @@ def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
     return _merge(Config().model_dump(), with_new_names(config))
 
 
-def _read_chain(path: Path, children: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The recipe ``path`` over its parents, and the options of any method: those that it states before a method's name.
+def _merge_chain(chain: list[dict[str, Any]]) -> dict[str, Any]:
+    """Each recipe of a chain over those before it. Another method's options are never inherited.
 
-    ``children``: the recipes that led here.
+    Those of a ``[method]`` above the first one with a name are no method's own: every method below has them.
     """
+    merged: dict[str, Any] = {}
+    common: dict[str, Any] = {}
+    for own in chain:
+        before, after = _method(merged), _method(own)
+        merged = _merge(merged, own)
+        if "name" not in _method(merged):
+            common = _method(merged)
+        elif after.get("name", before.get("name")) != before.get("name"):
+            merged["method"] = common | after
+    return merged
+
+
+def _method(config: dict[str, Any]) -> dict[str, Any]:
+    """The method's table; the schema says what is wrong with one that is none."""
+    method = config.get("method")
+    return method if isinstance(method, dict) else {}
+
+
+def _read_chain(path: Path, children: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
+    """The recipe ``path`` after its parents, the uppermost first. ``children``: the recipes that led here."""
     own = _read_recipe(path)
     if path.resolve() in children:
         raise ConfigError(f"recipe: {path} is its own parent; a chain of parents ends with a recipe that names none")
@@ -96,7 +117,8 @@ def _read_chain(path: Path, children: tuple[Path, ...] = ()) -> tuple[dict[str, 
             continue  # the schema says what is wrong with it
         if not value or os.path.exists(value):
             continue
-        beside, made_later = os.path.normpath(path.parent / value), name == "data"  # by a tool, where the recipe says
+        beside = os.path.normpath(path.parent / value)
+        made_later = name in ("data", "validation")  # by a tool, where the recipe says
         if not os.path.exists(beside) and (found := shipped(value)):
             section[key] = str(found)
         elif made_later or os.path.exists(beside):
@@ -104,20 +126,12 @@ def _read_chain(path: Path, children: tuple[Path, ...] = ()) -> tuple[dict[str, 
     _resolve_code(own, path.parent)
     parent = own.pop("parent", None)
     if parent is None:
-        return own, _common_options(own, {})
+        return [own]
     if not isinstance(parent, str):
         raise ConfigError(f"recipe: {path}: parent is {parent!r}, expected the path of one recipe")
     above = path.parent / parent
     above = above if os.path.exists(above) else shipped(parent) or above
-    base, common = _read_chain(above, (*children, path.resolve()))
-    merged = _merge(base, own, common)
-    return merged, _common_options(merged, common)
-
-
-def _common_options(merged: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:
-    """The ``[method]`` of a chain that names no method yet; once it does, what its parents had ``common``."""
-    method = merged.get("method")
-    return method if isinstance(method, dict) and "name" not in method else common
+    return [*_read_chain(above, (*children, path.resolve())), own]
 
 
 def _resolve_code(own: dict[str, Any], folder: Path) -> None:
@@ -144,15 +158,12 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         raise ConfigError(f"recipe: {path} cannot be read: {error}; expected a TOML file in UTF-8") from None
 
 
-def _merge(base: dict[str, Any], own: dict[str, Any], common: dict[str, Any] | None = None) -> dict[str, Any]:
-    """``own`` over ``base``, section by section. Of another method only the ``common`` options are inherited."""
+def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """``own`` over ``base``, section by section."""
     merged = dict(base)
     for key, value in own.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        if both and key == "method" and value.get("name", base[key].get("name")) != base[key].get("name"):
-            merged[key] = {**(common or {}), **value}
-        else:
-            merged[key] = _merge(base[key], value) if both else value
+        merged[key] = _merge(base[key], value) if both else value
     return merged
 
 

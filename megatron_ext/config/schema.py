@@ -207,11 +207,16 @@ class OptimizerConfig(Section):
     """Adam with decoupled weight decay, and the learning-rate schedule, of the policy."""
 
     lr: float = Field(default=1e-6, gt=0, le=1, description="peak learning rate")
-    warmup_steps: NonNegative = Field(default=0, description="linear warm-up, in optimizer steps")
+    step_unit: Literal["update", "rollout"] = Field(
+        default="update",
+        description="what warmup_steps and decay_steps count: optimizer steps (update), or training steps (rollout, as "
+        "verl does): the learning rate then stays the same for all updates of a training step",
+    )
+    warmup_steps: NonNegative = Field(default=0, description="linear warm-up, in step_unit")
     schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="decay after the warm-up")
     min_lr: float = Field(default=0.0, ge=0, le=1, description="learning rate at the end of the decay")
     decay_steps: NonNegative = Field(
-        default=0, description="optimizer steps until min_lr is reached, warm-up included; 0: all steps of the run"
+        default=0, description="until min_lr is reached, in step_unit, warm-up included; 0: all steps of the run"
     )
     weight_decay: float = Field(default=0.01, ge=0, le=10, description="decoupled weight decay")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="Adam: decay of the first moment")
@@ -221,9 +226,14 @@ class OptimizerConfig(Section):
         default=1.0, gt=0, description="largest global gradient norm; larger gradients are scaled down"
     )
 
-    def with_decay_steps(self, updates: int) -> OptimizerConfig:
-        """These options with ``decay_steps`` filled in: by default, the decay ends with the run's ``updates``."""
-        return self if self.decay_steps else self.model_copy(update={"decay_steps": updates})
+    def with_decay_steps(self, steps: int) -> OptimizerConfig:
+        """These options with ``decay_steps`` filled in: by default, the decay ends with the run's ``steps``."""
+        return self if self.decay_steps else self.model_copy(update={"decay_steps": steps})
+
+    @property
+    def counted(self) -> str:
+        """What ``step_unit`` counts, in words."""
+        return "optimizer steps" if self.step_unit == "update" else "training steps"
 
 
 class CriticConfig(OptimizerConfig):
@@ -295,6 +305,28 @@ class CheckpointConfig(Section):
     )
 
 
+class ValidationConfig(Section):
+    """Validation during training, with the run's prompt, engine and reward: before the first step and on the way."""
+
+    every: NonNegative = Field(
+        default=0,
+        description="steps between validations; one more comes before training and one after the last step; 0: off",
+    )
+    data: str = Field(default="", description="JSON Lines file of problems, with the keys of data.train")
+    samples: Positive = Field(default=1, description="responses per problem")
+    temperature: float = Field(default=1.0, ge=0, le=100, description="sampling temperature; 0: greedy")
+    top_p: Fraction = Field(default=1.0, description="nucleus sampling mass; 1 samples from the whole vocabulary")
+    max_response_tokens: NonNegative = Field(
+        default=0, description="longest response, in tokens; 0: rollout.max_response_tokens"
+    )
+    metric: Literal["avg", "pass", "maj"] = Field(
+        default="avg", description="what the best step has most of: avg@samples, pass@samples or maj@samples"
+    )
+    keep_best: bool = Field(
+        default=True, description="keep the checkpoint of the best validated step beside the checkpoint.keep newest"
+    )
+
+
 class LogConfig(Section):
     """What a run records and where."""
 
@@ -356,6 +388,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
     log: LogConfig = LogConfig()
     alarms: AlarmsConfig = AlarmsConfig()
 
@@ -382,6 +415,11 @@ class Config(Section):
     @property
     def longest_sequence(self) -> int:
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens
+
+    @property
+    def max_validation_tokens(self) -> int:
+        """The longest response of a validation, in tokens; 0 where there is none."""
+        return (self.validation.max_response_tokens or self.rollout.max_response_tokens) * bool(self.validation.every)
 
     @property
     def updates_per_step(self) -> int:

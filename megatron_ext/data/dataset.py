@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.public_sets import how_to_make
 from megatron_ext.config.schema import Config, DataConfig, PromptConfig
 from megatron_ext.data.prompts import NO_PROMPT, encode_prompts
 from megatron_ext.files import read_lines
-from megatron_ext.rollout.rewards.verify import VERIFIERS, Outcome
+from megatron_ext.rollout.rewards.verify import VERIFIERS, Outcome, as_response
 from megatron_ext.types import Problem, Reward
 
 SCHEMA = '{"prompt": "What is 2+2?", "answer": "4"}'
@@ -87,17 +88,18 @@ def load_problems(
     strict: bool = False,
     max_left_out: float = MAX_LEFT_OUT,
     skip_unparsable_gold: bool = False,
+    answer_format: str = "boxed",
 ) -> tuple[list[Problem], DataReport]:
     """The problems of a JSON Lines file and a report on those left out.
 
     ``score`` scores ``(problem, response)`` pairs, for example ``RewardPool.score``; every gold answer is scored
-    against itself (None: it is not). Raises ``ConfigError`` for a file that cannot be read, for an unparsable gold
-    answer unless ``skip_unparsable_gold``, for faults in more than the share ``max_left_out`` of the problems, for any
-    when ``strict``, and when no problem is left.
+    against itself (None: it is not), in a response of ``answer_format``, which is that of ``score``. Raises
+    ``ConfigError`` for a file that cannot be read, for an unparsable gold answer unless ``skip_unparsable_gold``, for
+    faults in more than the share ``max_left_out``, for any when ``strict``, and when no problem is left.
     """
     lines = _read_lines(Path(path))
     problems, faults = _check_lines(lines)
-    bad_gold = {} if score is None else _check_gold(problems, score)
+    bad_gold = {} if score is None else check_gold(problems, score, answer_format)
     faults += bad_gold.values()
     kept, num_renamed = _with_own_ids({line: problem for line, problem in problems.items() if line not in bad_gold})
     report = DataReport(len(lines), len(kept), tuple(faults), num_renamed)
@@ -167,6 +169,7 @@ def load_training_data(
         strict=data.strict,
         max_left_out=data.max_left_out,
         skip_unparsable_gold=data.skip_unparsable_gold,
+        answer_format=config.prompt.answer_format,
     )
     encoded, prompts = encode_problems(
         tokenizer,
@@ -187,8 +190,10 @@ def _read_lines(path: Path) -> dict[int, str]:
         texts = (line.decode("utf-8" if number else "utf-8-sig") for number, line in enumerate(read_lines(path)))
         return {number: text for number, text in enumerate(texts, 1) if text.strip()}
     except OSError as error:
+        commands = how_to_make(path) if isinstance(error, FileNotFoundError) else ""
+        remedy = f"fetch and prepare it with\n{commands}\nor " if commands else ""
         raise ConfigError(
-            f"data.train: cannot read {path}: {error.strerror}; give an existing JSON Lines file"
+            f"data.train: cannot read {path}: {error.strerror}; {remedy}give an existing JSON Lines file"
         ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"data.train: {path} is not UTF-8: {error}; write it again as UTF-8") from None
@@ -236,6 +241,11 @@ def _check_line(where: str, line: str) -> Problem | Fault:
         return Fault(where, "(all)", "not_json", f"not JSON: {error}; found {line.strip()[:60]!r}")
     if not isinstance(record, dict):
         return _wrong_type(where, "(all)", f"a JSON object like {SCHEMA}", record)
+    return check_record(where, record)
+
+
+def check_record(where: str, record: dict[str, Any]) -> Problem | Fault:
+    """The problem of a row, or what is wrong with it at ``where``."""
     for field in ("prompt", "answer"):
         if record.get(field) is None:
             return Fault(where, field, "missing", f"missing; the line has {sorted(record)}")
@@ -271,10 +281,10 @@ def _check_line(where: str, line: str) -> Problem | Fault:
     return Problem(name, prompt, str(answer).strip(), verifier, tuple(numbers), kind, level)
 
 
-def _check_gold(problems: dict[int, Problem], score: Score) -> dict[int, Fault]:
+def check_gold(problems: dict[int, Problem], score: Score, answer_format: str = "boxed") -> dict[int, Fault]:
     """``line number -> fault`` of the gold answers that are not right as a response. Countdown targets are integers."""
-    asked = {line: problem for line, problem in problems.items() if problem.verifier == "math"}
-    rewards = score([(problem, rf"\boxed{{{problem.answer}}}") for problem in asked.values()])
+    asked = {line: problem for line, problem in problems.items() if problem.verifier != "countdown"}
+    rewards = score([(problem, as_response(problem.answer, answer_format)) for problem in asked.values()])
     return {
         line: Fault(
             f"line {line}",

@@ -7,7 +7,10 @@ tokenizer's own chat template. A model with neither reads ``system``, an empty l
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.loading import with_template_text
@@ -16,6 +19,32 @@ from megatron_ext.records import Problem
 from megatron_ext.rollout.chat_template import TemplateError, render
 
 NO_PROMPT = PromptConfig()
+CARD = "README.md"
+
+
+def read_prompt(model: str | Path) -> PromptConfig | None:
+    """The prompt that the model directory ``model`` was trained on, as its card says; None where it says nothing.
+
+    Raises ``ConfigError`` for a prompt that cannot be read.
+    """
+    from huggingface_hub.repocard import metadata_load
+    from yaml import YAMLError
+
+    card = Path(model) / CARD
+    try:
+        found = (metadata_load(card) if card.is_file() else None) or {}
+    except (ValueError, YAMLError):  # another publisher's
+        return None
+    if found.get("prompt") is None:
+        return None
+    try:
+        prompt = PromptConfig.model_validate(found["prompt"])
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise ConfigError(f"model.path: the prompt in {card} cannot be read: {faults}; correct or remove it") from None
+    if not prompt.template:
+        return prompt
+    return with_template_text(prompt.model_copy(update={"template": str(Path(model) / Path(prompt.template).name)}))
 
 
 def chat_template(tokenizer: Any, prompt: PromptConfig = NO_PROMPT) -> str | None:

@@ -165,6 +165,13 @@ class Method:
         """
         return Prepared()
 
+    def selections(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> dict[str, Tensor]:
+        """The tokens of a mini-batch that the method treats apart under the policy of ``stats``: name -> ``[T]`` bool.
+
+        For analyses; the trainer does not ask. There are none where all tokens are treated alike.
+        """
+        return {}
+
     def loss(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         """Loss per token ``[T]``, already weighted: the mini-batch's loss is its sum."""
         raise NotImplementedError
@@ -229,6 +236,24 @@ def sequence_lengths(sequence: Tensor, mask: Tensor, num_sequences: int) -> Tens
 def num_valid(batch: RolloutBatch) -> int:
     """Sequences of this batch or micro-batch that train."""
     return int((sequence_lengths(batch.sequence, batch.mask, len(batch.reward)) > 0).sum())
+
+
+def kept_weights(
+    aggregation: Aggregation, batch: Batch, kept: Tensor, *, num_tokens: float, num_sequences: int
+) -> Tensor:
+    """The aggregation's weights over the ``kept`` tokens alone, ``[T]``: ``num_tokens`` of ``num_sequences`` in all."""
+    if aggregation == "token-mean":
+        return kept / max(num_tokens, 1)
+    if aggregation == "seq-mean-token-mean":
+        length = sequence_lengths(batch.sequence, kept, len(batch.reward)).clamp(min=1)
+        return kept / (batch.token(length) * max(num_sequences, 1))
+    return kept * batch.weight * (batch.num_sequences / max(num_sequences, 1))
+
+
+def shares(batch: RolloutBatch) -> Tensor:
+    """Each token's part of this rank's sequences, ``[T]`` fp64: those of one sequence are equal, all add up to 1."""
+    length = sequence_lengths(batch.sequence, batch.mask, len(batch.reward)).clamp(min=1).double()
+    return batch.mask / batch.token(length * max(num_valid(batch), 1))
 
 
 def group_statistics(reward_B: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:

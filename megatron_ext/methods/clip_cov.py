@@ -66,6 +66,9 @@ class ClipCov(Selective):
         chosen = top_k(torch.zeros_like(cov), eligible, count, key, reduce)
         return Prepared({"stopped": chosen})
 
+    def selections(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> dict[str, Tensor]:
+        return {"stopped": self.chosen(batch, stats, reduce, "stopped")}
+
     def policy_loss(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         return torch.where(prepared.token["stopped"], 0.0, super().policy_loss(batch, stats, prepared))
 

@@ -60,6 +60,9 @@ class DMMPT(Selective):
         correct = batch.token(batch.reward > 0)
         return Prepared({"mastered": batch.mask & correct & low & (stats.logprob.exp() >= self.tau)})
 
+    def selections(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> dict[str, Tensor]:
+        return {"mastered": self.chosen(batch, stats, reduce, "mastered")}
+
     def policy_loss(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         return torch.where(prepared.token["mastered"], 0.0, super().policy_loss(batch, stats, prepared))
 

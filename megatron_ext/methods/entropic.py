@@ -15,9 +15,14 @@ the integral per mini-batch. Anti-windup: while the output is clipped the integr
 would push it further. Integral and alpha are in the checkpoint. N counts all tokens.
 
 Differs from the authors' code: ``normaliser = "high"`` divides the second form's control term by the number of
-high-probability tokens; ``scope = "micro_batch"`` recomputes alpha and moves the integral for every micro-batch on
-every rank, without anti-windup. There each rank keeps an integral of its own for ever; here all go on, after each
-mini-batch, with that of the first data-parallel rank's last pipeline stage: the run has one state, in the checkpoint.
+high-probability tokens; ``scope = "micro_batch"`` takes H and alpha from each micro-batch of m of the rank's M
+responses, without the present error in the integral S and without anti-windup:
+
+    alpha = clip( k_p (H - target) + k_i S, -1, 1 ),  then  S <- S + (H - target) m / M
+
+There each rank keeps its S for ever; here all go on, after each mini-batch, with that of the first data-parallel
+rank's last pipeline stage, which the checkpoint holds. And ``train.importance_cap`` weighs both forms alike, which are
+two ways to write one loss; the authors leave the control term of the second unweighed.
 
 ``k_i = 0`` is P control; ``k_p = k_i = 0`` switches the control off and leaves GRPO. The paper's targets: .1 at
 temperature .6, .3 at 1, .4 for reasoning models.
@@ -42,6 +47,7 @@ from megatron_ext.methods.base import (
     log_ratio,
     num_selected,
     num_valid,
+    shares,
     token_mean,
 )
 from megatron_ext.methods.grpo import GRPO
@@ -67,7 +73,7 @@ class EntroPIC(GRPO):
             low="at -1 the control can push no further: change threshold or target",
             high="at 1 the control can push no further: change threshold or target"),
         Metric(name="entropic/integral", section="Entropy", title="Integral", unit="nats",
-            meaning="sum of the errors H - target so far"),
+            meaning="sum of the errors H - target so far, as the controller weighs them"),
     )  # fmt: skip
     integral: float = field(default=0.0, init=False)
     alpha: float = field(default=0.0, init=False)
@@ -95,42 +101,44 @@ class EntroPIC(GRPO):
 
     def prepare(self, batch: Batch, current: TokenStats | None, reduce: Reducer) -> Prepared:
         if self.scope == "micro_batch":
-            return Prepared()
+            return Prepared({"share": shares(batch)})
         assert current is not None
         return self.control(batch, current, reduce)
 
     def loss(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         if self.scope == "micro_batch":
-            prepared = self.control(batch, stats.detach(), OneRank())
+            prepared = self.control(batch, stats.detach(), OneRank(), share=float(prepared.token["share"].sum()))
         return super().loss(batch, stats, prepared)
 
-    def control(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> Prepared:
+    def control(self, batch: Batch, stats: TokenStats, reduce: Reducer, share: float = 1.0) -> Prepared:
         """Measure, move the controller by one step, and fix the control term's weight per token."""
         assert stats.entropy is not None
         entropy = token_mean(stats.entropy, batch.mask, reduce)
-        self.advance(entropy)
+        self.advance(entropy, share)
         high = batch.mask & (stats.logprob.exp() > self.threshold)
         weight = batch.weight * (high if self.form == "high_probability" else 1)
         if self.form == "high_probability" and self.normaliser == "high":
-            share = 1.0 if self.scope == "mini_batch" else num_valid(batch) / max(batch.num_sequences, 1)
-            weight = high * (share / max(num_selected(high, reduce), 1))
+            part = 1.0 if self.scope == "mini_batch" else num_valid(batch) / max(batch.num_sequences, 1)
+            weight = high * (part / max(num_selected(high, reduce), 1))
         return Prepared(
             {"control": self.alpha * weight},
             {"entropic/entropy": entropy, "entropic/alpha": self.alpha, "entropic/integral": self.integral},
         )
 
-    def advance(self, entropy: float) -> None:
-        error = entropy - self.target
-        output = self.k_p * error + self.k_i * (self.integral + error)
-        if self.scope == "micro_batch" or not (abs(output) > 1 and output * error > 0):
-            self.integral += error
+    def advance(self, entropy: float, share: float = 1.0) -> None:
+        """One step of the controller; ``share`` of this rank's mini-batch is what was measured."""
+        error, lags = entropy - self.target, self.scope == "micro_batch"
+        output = self.k_p * error + self.k_i * (self.integral if lags else self.integral + error)
+        if lags or not (abs(output) > 1 and output * error > 0):
+            self.integral += error * share
         self.alpha = min(max(output, -1.0), 1.0)
 
     def regulariser(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         advantage = self.advantage(batch, stats, prepared)
         if self.form == "full":
             return prepared.token["control"] * torch.sign(advantage) * self.policy_loss(batch, stats, prepared)
-        return -prepared.token["control"] * log_ratio(stats.logprob, batch.old_logprob).exp() * advantage.abs()
+        ratio = log_ratio(stats.logprob, batch.old_logprob).exp()
+        return -prepared.token["control"] * batch.corrected(ratio * advantage.abs())
 
     def metrics(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> dict[str, Tensor]:
         own = super().metrics(batch, stats, prepared)

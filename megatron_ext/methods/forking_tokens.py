@@ -7,9 +7,16 @@ Updates on the many others add little, so only these forking tokens are trained.
     L = (1/|S|) sum_{t in S} max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
 
 The sum is divided by the number of tokens kept, and S is a constant. H_t is the full-vocabulary entropy of the
-current policy. On top of DAPO, as in the paper: clip .2 / .28, overlong shaping as an option.
+current policy. On top of DAPO, as in the paper: clip .2 / .28, overlong shaping as an option. Another ``aggregation``
+is taken over the tokens kept too: ``seq-mean-token-mean`` is each response's mean over its own, the others' divisors
+are no counts of tokens.
 
-Scope. S is chosen from the whole mini-batch over all ranks, ties by the token's key (selection.py).
+SENT (arXiv 2512.04359, appendix C.4) repeats DAPO's condition that a group's answers are neither all right nor all
+wrong: that is ``rollout.dynamic_sampling``. Such a group has no advantage, but its tokens are counted in N and S.
+
+Scope. S is chosen from the whole mini-batch over all ranks, ties by the token's key (selection.py). SIREN's 80/20
+(arXiv 2509.25133, its code) chooses within each response: ``select_from = "response"`` keeps a response's tokens
+whose entropy is above its (1 - rho)-quantile (linear interpolation).
 
 Differs from the authors' code, which takes the quantile of each micro-batch on each rank and averages over the
 tokens kept there: ``scope = "micro_batch"``.
@@ -18,8 +25,11 @@ tokens kept there: ``scope = "micro_batch"``.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from megatron_ext.methods.base import Needs, Prepared, Reducer, num_selected
+from torch import Tensor
+
+from megatron_ext.methods.base import Needs, Prepared, Reducer, kept_weights, num_selected, quantile_by_sequence
 from megatron_ext.methods.clip_higher import ClipHigher
 from megatron_ext.methods.selection import Selective, count_of, token_keys, top_k
 from megatron_ext.types import Batch, TokenStats
@@ -28,11 +38,11 @@ from megatron_ext.types import Batch, TokenStats
 @dataclass(kw_only=True)
 class ForkingTokens(ClipHigher, Selective):
     rho: float = 0.2
+    select_from: Literal["batch", "response"] = "batch"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check("rho", 0 < self.rho <= 1, "a share of the tokens above 0 and at most 1")
-        self.check("aggregation", self.aggregation == "token-mean", "'token-mean': the mean is over the tokens kept")
 
     @property
     def needs(self) -> Needs:
@@ -40,6 +50,19 @@ class ForkingTokens(ClipHigher, Selective):
 
     def select(self, batch: Batch, stats: TokenStats, prepared: Prepared, reduce: Reducer) -> Prepared:
         assert stats.entropy is not None
-        count = count_of(self.rho, num_selected(batch.mask, reduce))
-        selected = top_k(stats.entropy, batch.mask, count, token_keys(batch), reduce)
-        return Prepared({"weight": selected * (self.share(batch) / count)})
+        kept = self.forking(batch, stats.entropy, reduce)
+        count = num_selected(kept, reduce) / self.share(batch)
+        weight = kept_weights(self.aggregation, batch, kept, num_tokens=count, num_sequences=batch.num_sequences)
+        return Prepared({"weight": weight})
+
+    def forking(self, batch: Batch, entropy: Tensor, reduce: Reducer) -> Tensor:
+        """S, ``[T]`` bool."""
+        if self.select_from == "batch":
+            count = count_of(self.rho, num_selected(batch.mask, reduce))
+            return top_k(entropy, batch.mask, count, token_keys(batch), reduce)
+        quantile = quantile_by_sequence(entropy, batch.sequence, batch.mask, 1 - self.rho, len(batch.reward))
+        return batch.mask & (entropy > batch.token(quantile))
+
+    def selections(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> dict[str, Tensor]:
+        assert stats.entropy is not None
+        return {"forking": self.forking(batch, stats.entropy, reduce)}

@@ -11,6 +11,10 @@ logp is the current policy's. Nothing is clipped. At the first update of a step 
 gradient (if a forward with gradient repeats the one without to the bit), so KL-Cov acts only from the second update
 on. k is .002 for 7B and .0002 for 32B in the paper.
 
+``kl = "abs"`` is the absolute log-ratio of the authors' code. SENT (arXiv 2512.04359, appendix C.6) writes
+KL(old || pi) in its place: ``kl = "k3"`` estimates it by r_t - 1 - log r_t, clamped to +-10, whose mean under the old
+policy it is.
+
 Scope. Means, N and K are over the whole mini-batch on all ranks; ``scope = "micro_batch"``, as in the authors'
 code: each micro-batch its own, at least one token each.
 """
@@ -18,11 +22,13 @@ code: each micro-batch its own, at least one token each.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megatron_ext.methods.base import Aggregation, Prepared, Reducer, log_ratio, num_selected
+from megatron_ext.methods.grpo import k3
 from megatron_ext.methods.selection import Selective, count_of, covariance, token_keys, top_k
 from megatron_ext.types import Batch, TokenStats
 
@@ -32,6 +38,7 @@ class KLCov(Selective):
     aggregation: Aggregation = "token-mean"
     k: float = 2e-3
     kl_coef: float = 1.0
+    kl: Literal["abs", "k3"] = "abs"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,7 +50,11 @@ class KLCov(Selective):
         count = count_of(self.k, num_selected(batch.mask, reduce))
         return Prepared({"penalised": top_k(cov, batch.mask, count, token_keys(batch), reduce)})
 
+    def selections(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> dict[str, Tensor]:
+        return {"penalised": self.chosen(batch, stats, reduce, "penalised")}
+
     def policy_loss(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         log_r = log_ratio(stats.logprob, batch.old_logprob)
-        penalty = torch.where(prepared.token["penalised"], self.kl_coef * log_r.abs(), 0.0)
+        distance = log_r.abs() if self.kl == "abs" else k3(batch.old_logprob, stats.logprob)
+        penalty = torch.where(prepared.token["penalised"], self.kl_coef * distance, 0.0)
         return batch.corrected(-self.advantage(batch, stats, prepared) * log_r.exp()) + penalty

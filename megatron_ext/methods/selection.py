@@ -46,6 +46,10 @@ class Selective(GRPO):
         assert current is not None
         return prepared | self.select(batch, current, prepared, reduce)
 
+    def chosen(self, batch: Batch, stats: TokenStats, reduce: Reducer, name: str) -> Tensor:
+        """Where the vector ``name`` of the selection is not 0, ``[T]`` bool: for ``selections``."""
+        return self.select(batch, stats, Prepared(), reduce).token[name] != 0
+
     def loss(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         return super().loss(batch, stats, self.complete(batch, stats, prepared))
 

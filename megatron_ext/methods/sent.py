@@ -58,6 +58,17 @@ class SENT(Selective):
         return replace(super().needs, entropy=True, reference=self.variant == "paper" or self.beta > 0)
 
     def select(self, batch: Batch, stats: TokenStats, prepared: Prepared, reduce: Reducer) -> Prepared:
+        _, gentle, high = self.tiers(batch, stats, prepared, reduce)
+        return Prepared({"coefficient": torch.where(high, self.beta_high, self.beta_low * gentle)})
+
+    def selections(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> dict[str, Tensor]:
+        low, _, high = self.tiers(batch, stats, Prepared(), reduce)
+        return {"low entropy": low, "high covariance": high}
+
+    def tiers(
+        self, batch: Batch, stats: TokenStats, prepared: Prepared, reduce: Reducer
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """T_low, the tokens that beta_low is for, and T_high: ``[T]`` bool each."""
         assert stats.entropy is not None
         key, num_tokens = token_keys(batch), num_selected(batch.mask, reduce)
         num_low = count_of(self.low_ratio, num_tokens)
@@ -69,7 +80,7 @@ class SENT(Selective):
             num_high = count_of(self.low_ratio * self.cov_ratio, num_tokens)
             gentle = top_k(-cov, low, num_high, key, reduce)
         high = top_k(cov, low, num_high, key, reduce)
-        return Prepared({"coefficient": torch.where(high, self.beta_high, self.beta_low * gentle)})
+        return low, gentle, high
 
     def policy_loss(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         if self.variant == "paper":

@@ -109,6 +109,9 @@ class SIREN(DrGRPO, Selective):
         slope, value = self.square(hbar)
         return Prepared({"regulariser": slope * self.share(batch) * weight}, {"loss/siren": value})
 
+    def selections(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> dict[str, Tensor]:
+        return {"peak entropy": self.selected_entropy(batch, self.entropy(stats), 1, reduce)[1] > 0}
+
     def regulariser(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         return prepared.token["regulariser"] * self.entropy(stats)
 

@@ -8,8 +8,9 @@ Punishing wrong ones moves probability to the other answers it holds plausible: 
 
     W-REINFORCE  positive .1, negative 1        PSR  positive 1, negative 0        NSR  positive 0, negative 1
 
-No baseline and no standard deviation: a group of one, or of equal rewards, trains too. Dropped responses leave the
-denominator. N_kept is counted over the whole mini-batch on all ranks, so there is no smaller scope to offer.
+No baseline and no standard deviation: a group of one, or of equal rewards, trains too (``normalise`` has nothing to do
+here). Dropped responses leave the denominator, whatever the ``aggregation``: N_kept, or the number of responses kept,
+is counted over the whole mini-batch on all ranks, so there is no smaller scope to offer.
 
 Differs from the authors' scripts, which carry an entropy bonus of .001 that the paper does not mention: not
 mirrored.
@@ -23,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from megatron_ext.methods.base import Aggregation, Prepared, Reducer, num_selected
+from megatron_ext.methods.base import Aggregation, Prepared, Reducer, kept_weights, num_selected, sequence_lengths
 from megatron_ext.methods.grpo import GRPO
 from megatron_ext.metric import Metric
 from megatron_ext.types import Batch, TokenStats
@@ -47,7 +48,6 @@ class WReinforce(GRPO):
         for name in ("positive", "negative"):
             self.check(name, getattr(self, name) >= 0, "a number of at least 0")
         self.check("negative", self.positive + self.negative > 0, "a number above 0, since positive is 0")
-        self.check("aggregation", self.aggregation == "token-mean", "'token-mean': the mean is over the tokens kept")
 
     def advantages(self, reward_B: Tensor, group_B: Tensor) -> Tensor:
         advantage = torch.where(reward_B > 0, self.positive, -self.negative)
@@ -56,7 +56,9 @@ class WReinforce(GRPO):
     def prepare(self, batch: Batch, current: TokenStats | None, reduce: Reducer) -> Prepared:
         kept = batch.mask & (batch.advantage != 0)
         count = num_selected(kept, reduce)
-        return Prepared({"weight": kept / max(count, 1)}, {"reinforce/kept_share": count / max(batch.num_tokens, 1)})
+        responses = num_selected(sequence_lengths(batch.sequence, kept, len(batch.reward)) > 0, reduce)
+        weight = kept_weights(self.aggregation, batch, kept, num_tokens=count, num_sequences=responses)
+        return Prepared({"weight": weight}, {"reinforce/kept_share": count / max(batch.num_tokens, 1)})
 
 
 @dataclass(kw_only=True)

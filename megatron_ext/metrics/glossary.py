@@ -14,9 +14,10 @@ from megatron_ext.metric import Metric
 CLOCK = ("time/", "speed/")  # what depends on the machine: all other metrics follow from configuration and seed
 FINITE = ("loss/", "grad/", "entropy/", "logprob/", "reward/", "mismatch/")  # NaN or infinity there is an alarm
 
-LEARNING, ENTROPY, UPDATE = "Learning", "Entropy", "Update"
+LEARNING, VALIDATION, ENTROPY, UPDATE = "Learning", "Validation", "Entropy", "Update"
 CRITIC, RESPONSES, MACHINE = "Critic", "Responses", "Machine"
 OF_RESPONSES, OF_GROUPS = "share of responses", "share of groups"
+OF_PROBLEMS = "share of problems"
 NATS, SECONDS, SPEED = "nats per token", "seconds", "tokens per second"
 
 METRICS = (
@@ -31,7 +32,7 @@ METRICS = (
         name="reward/outcome/<outcome>", section=LEARNING, title="Outcomes", unit=OF_RESPONSES, adds_up=True,
         meaning="responses by outcome: correct, or what is wrong with the answer",
         good="correct rises; timeout, crashed and bad_gold stay at 0",
-        high="no_answer: the prompt does not ask for a boxed answer, or responses are truncated (response/truncated). "
+        high="no_answer: the prompt asks for no answer, or not in its answer_format, or responses are truncated. "
         "timeout: raise reward.deadline_s or lower reward.workers. bad_gold: correct the data",
     ),
     Metric(
@@ -95,6 +96,39 @@ METRICS = (
     Metric(
         name="data/stage", section=LEARNING, title="Epochs", unit="stage",
         meaning="stage of the curriculum, counted from 0",
+    ),
+    Metric(
+        name="validation/avg", section=VALIDATION, title="Validated accuracy", unit=OF_RESPONSES, short="valid",
+        meaning="correct responses to the problems of validation.data: avg@samples",
+        good="rises",
+        low="reward/mean rises and this does not: the policy learns the training problems, or the reward, and nothing "
+        "else",
+    ),
+    Metric(
+        name="validation/pass", section=VALIDATION, title="Validated accuracy", unit=OF_PROBLEMS,
+        meaning="problems with a correct response among validation.samples: pass@samples",
+        good="does not fall",
+        low="it falls while validation/avg rises: the policy explores less; see entropy/full",
+    ),
+    Metric(
+        name="validation/maj", section=VALIDATION, title="Validated accuracy", unit=OF_PROBLEMS,
+        meaning="problems whose most frequent answer is correct: maj@samples", good="rises",
+    ),
+    *(
+        Metric(
+            name=f"validation/{name}/<kind>", section=VALIDATION, title=f"Validated by kind: {name}", unit=unit,
+            meaning=f"validation/{name} of the problems of one kind, where there are several",
+        )
+        for name, unit in (("avg", OF_RESPONSES), ("pass", OF_PROBLEMS), ("maj", OF_PROBLEMS))
+    ),
+    Metric(
+        name="validation/length", section=VALIDATION, title="Validated response length", unit="tokens",
+        meaning="mean length of the responses",
+    ),
+    Metric(
+        name="validation/truncated", section=VALIDATION, title="Validated and truncated", unit=OF_RESPONSES,
+        meaning="responses that reached validation.max_response_tokens",
+        good="low", high="raise validation.max_response_tokens: answers are cut off",
     ),
     Metric(
         name="entropy/full", section=ENTROPY, title="Entropy", unit=NATS, short="entropy",
@@ -196,6 +230,7 @@ METRICS = (
             "sync": "sending the weights to the rollout engine",
             "rollout": "generation",
             "reward": "verification of the answers",
+            "validation": "validation: sending the weights, generation and verification",
             "old_logprob": "forward passes before the first update: old policy, reference, critic",
             "critic": "updates of the critic",
             "update": "updates of the policy",

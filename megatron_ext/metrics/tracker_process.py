@@ -50,9 +50,9 @@ def main() -> None:
 def follow(run_dir: Path, name: str, resume_step: int, words: queue.Queue[str]) -> None:
     """Log every step of the files that the tracker does not have yet, until the run's last word."""
     state_file = run_dir / FOLDER / f"{name}.json"
-    state = {"id": "", "step": 0}
+    state, is_new = {"id": "", "step": 0}, True
     if resume_step and state_file.exists():
-        state = json.loads(state_file.read_text())
+        state, is_new = json.loads(state_file.read_text()), False
     config = json.loads((run_dir / CONFIG).read_text(encoding="utf-8"))
     tracker = BACKENDS[name](Session(run_dir, str(config.get("name", "run")), config, state["id"], state["step"] + 1))
     state["id"] = tracker.id
@@ -64,7 +64,7 @@ def follow(run_dir: Path, name: str, resume_step: int, words: queue.Queue[str]) 
         for record in metrics.until(math.inf):
             step = record.pop("step")
             texts = [sample for sample in samples.until(step) if sample["step"] == step]
-            if step <= state["step"]:
+            if step <= state["step"] and not (is_new and step == 0):
                 continue  # a resumed run computes these again, with the same result
             values = {key: value for key, value in record.items() if value is not None}
             tracker.log(step, values, texts)

@@ -1,6 +1,7 @@
 """What a run leaves behind for people, in files of its folder that rank 0 writes.
 
-``config.json`` (redacted), ``metrics.jsonl`` (one flat JSON object per step), ``glossary.json`` (its keys' meaning) and
+``config.json`` (redacted), ``metrics.jsonl`` (one flat JSON object per step, the validation before training as step 0),
+``glossary.json`` (its keys' meaning) and
 ``samples.jsonl`` (a few responses per step, token by token). Steps count from 1. Everything under ``time/`` and
 ``speed/`` depends on the machine; every other key is a function of the configuration and the seed, so two runs can be
 compared bit for bit (tools/compare_runs.py). Experiment trackers are fed from these files (trackers.py).
@@ -62,7 +63,7 @@ class MetricsWriter:
             _cut_after(path, resume_step)
         _replace(folder / MEANINGS, [vars(metric) for metric in glossary.metrics])
         _sync_folder(folder)
-        self._last, self._total = resume_step, total_steps
+        self._last, self._total = resume_step or -1, total_steps
         self._trackers = Trackers(folder, trackers, resume_step=resume_step)
 
     def write(self, step: int, metrics: Mapping[str, SupportsFloat], samples: Sequence[Mapping[str, Any]] = ()) -> None:

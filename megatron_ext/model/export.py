@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_ext.model.safetensors_dir import INDEX, NAMES, SINGLE
 
+CHAT_TEMPLATE = "chat_template.jinja"
 LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
 COPIED = (  # of the model the run started from, where present; config.json is written with the weights' dtype
     "generation_config.json",
@@ -27,7 +28,7 @@ COPIED = (  # of the model the run started from, where present; config.json is w
     "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "vocab.json",
     "merges.txt",
     *LICENSES,
@@ -46,13 +47,15 @@ def write_hf(
     dtype: torch.dtype,
     source: Path,
     card: str,
+    chat_template: str = "",
     shard_bytes: int = SHARD_BYTES,
 ) -> int:
     """Write safetensors files of at most ``shard_bytes`` of tensors, index, configuration, tokenizer, model card.
 
     ``shapes`` names what ``weights`` yields, in that order; all of ``dtype``. A tensor larger than the limit gets a
-    file of its own. ``source`` is the directory that configuration and tokenizer come from. Returns the bytes of the
-    weights. The directory appears whole or not at all. Raises ValueError when the stream is not what was announced.
+    file of its own. ``source`` is the directory that configuration and tokenizer come from, ``chat_template`` takes the
+    place of that tokenizer's. Returns the bytes of the weights. The directory appears whole or not at all. Raises
+    ValueError when the stream is not what was announced.
     """
     files = _plan(shapes, dtype, shard_bytes)
     total = sum(_size(shape, dtype) for shape in shapes.values())
@@ -73,6 +76,8 @@ def write_hf(
         for name in COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, partial / name)
+        if chat_template:
+            _set_chat_template(partial, chat_template)
         (partial / "README.md").write_text(card, encoding="utf-8", errors="replace")
         if folder.exists():
             shutil.rmtree(folder)
@@ -80,6 +85,15 @@ def write_hf(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return total
+
+
+def _set_chat_template(folder: Path, text: str) -> None:
+    """One template, where transformers looks first: none is left in the tokenizer's configuration."""
+    (folder / CHAT_TEMPLATE).write_text(text, encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    if path.is_file() and "chat_template" in (config := json.loads(path.read_text(encoding="utf-8"))):
+        del config["chat_template"]
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _plan(shapes: Shapes, dtype: torch.dtype, limit: int) -> dict[str, list[str]]:

@@ -24,16 +24,18 @@ class TrainingError(RuntimeError):
 
 @dataclass
 class TrainableModel:
-    """A model with its AdamW and its schedule. ``section`` names the options of both in the recipe."""
+    """A model with its AdamW and its schedule, which go by ``options``, named ``section`` in the recipe."""
 
     model: Policy
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     section: str = "optimizer"
+    options: OptimizerConfig = OptimizerConfig()
     bad_steps: int = 0  # updates in a row without a finite gradient
 
     def __post_init__(self) -> None:
         self._state = OptimizerState(self.optimizer)
+        self._updated = False  # since the training step began
 
     @classmethod
     def build(cls, model: Policy, options: OptimizerConfig, section: str = "optimizer") -> TrainableModel:
@@ -54,7 +56,7 @@ class TrainableModel:
         scheduler = build_scheduler(
             optimizer, lr=o.lr, warmup_steps=o.warmup_steps, weight_decay=o.weight_decay, decay=decay
         )
-        return cls(model, optimizer, scheduler, section)
+        return cls(model, optimizer, scheduler, section, options)
 
     def offload(self) -> None:
         """Free the gradients and move the optimizer's state to host memory, until ``restore``."""
@@ -83,8 +85,9 @@ class TrainableModel:
         lr = self.optimizer.param_groups[0]["lr"]
         if math.isfinite(norm):
             self.optimizer.step()
-            self.scheduler.step(1)
-            self.bad_steps = 0
+            if self.options.step_unit == "update":
+                self.scheduler.step(1)
+            self._updated, self.bad_steps = True, 0
             return norm, lr
         self.bad_steps += 1
         if self.bad_steps >= max_bad_steps:
@@ -93,6 +96,13 @@ class TrainableModel:
                 f"the last checkpoint is intact: lower {self.section}.lr, or inspect metrics.jsonl"
             )
         return math.nan, lr
+
+    def end_step(self) -> None:
+        """A training step is over: its weights are gathered, and a schedule that counts such steps goes on."""
+        self.model.finish_param_sync()
+        if self.options.step_unit == "rollout" and self._updated:
+            self.scheduler.step(1)
+        self._updated = False
 
 
 def totals(sums: list[dict[str, Tensor]], batch: Batch, reduce: Reducer) -> dict[str, float]:

@@ -22,7 +22,7 @@ from megatron_ext.train.collect_rollouts import Rollouts
 from megatron_ext.train.messages import file_fault, tell
 from megatron_ext.train.setup import build, reward_pool
 from megatron_ext.train.signals import REQUEUE, StopSignals
-from megatron_ext.train.trainer import Trainer
+from megatron_ext.train.trainer import StepRecord, Trainer
 from megatron_ext.types import Episode, TokenStats
 
 DONE = 0  # exit code: finished
@@ -39,7 +39,7 @@ def run(config: Config) -> int:
     with reward_pool(config) as pool:
         trainer = build(config, pool)
         glossary = Glossary(trainer.learner.method.glossary())
-        writer = _open_files(config, trainer.step, glossary)
+        writer = _open_files(config, trainer.recorded, glossary)
         signals.defer()
         with writer or nullcontext(), _watch(trainer, glossary) as watch:
             train(trainer, signals, writer, watch)
@@ -50,7 +50,7 @@ def run(config: Config) -> int:
     step, steps = trainer.step, config.train.steps
     if step < steps and trainer.alarms.stopping:
         raise trainer.alarms.stopped()
-    if step >= steps:
+    if step >= steps and trainer.unfinished is None:
         return DONE
     tell(f"stopped after step {step} of {steps}: the state is saved; run the same command again")
     return REQUEUE
@@ -59,20 +59,51 @@ def run(config: Config) -> int:
 def train(trainer: Trainer, signals: StopSignals, writer: MetricsWriter | None, watch: Watch) -> None:
     """Train until the last step, a signal or an alarm that stops the run, and save."""
     steps = trainer.config.train.steps
+    validate_first(trainer, signals, writer, watch)
+    if trainer.unfinished is not None:
+        finish_step(trainer, trainer.unfinished, signals, writer, watch)
     while trainer.step < steps and not _is_asked_to_stop(signals) and not trainer.alarms.stopping:
-        metrics, samples = train_step(trainer, watch)
-        if trainer.is_due():
-            trainer.save(watch)
-        metrics |= watch.times()
-        _write(writer, trainer.step, metrics, samples)
-        trainer.publish(watch, wait=False)
-        watch.step(trainer.step, metrics)
-    if trainer.step < steps:
-        trainer.save(watch)
+        finish_step(trainer, train_step(trainer, watch), signals, writer, watch)
+    trainer.save(watch)
     trainer.publish(watch, wait=True)
 
 
-def train_step(trainer: Trainer, watch: Watch) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def validate_first(trainer: Trainer, signals: StopSignals, writer: MetricsWriter | None, watch: Watch) -> None:
+    """Validate the policy that training begins with. Its record is that of step 0."""
+    validation = trainer.validation
+    if trainer.step == 0 and validation.is_due(0):
+        found = trainer.validate(watch, lambda: _is_asked_to_stop(signals))
+        if found is not None:
+            tell(validation.take(0, found))
+    if trainer.recorded == 0 and validation.baseline:  # also where the files begin anew
+        times = watch.times()
+        clock = {name: times[name] for name in ("time/validation_s",) if name in times}
+        _write(writer, 0, validation.baseline | clock, [])
+
+
+def finish_step(
+    trainer: Trainer, record: StepRecord, signals: StopSignals, writer: MetricsWriter | None, watch: Watch
+) -> None:
+    """Validate and save where either is due, and record the step; a validation that a signal ends leaves it unfinished,
+    for the checkpoint to hold."""
+    metrics, samples = record
+    trainer.unfinished = None
+    if trainer.validation.is_due(trainer.step):
+        found = trainer.validate(watch, lambda: _is_asked_to_stop(signals))
+        if found is None:
+            trainer.unfinished = metrics | watch.times(), samples
+            return
+        metrics |= found
+        tell(trainer.validation.take(trainer.step, found))
+    if trainer.is_due():
+        trainer.save(watch)
+    metrics |= watch.times()
+    _write(writer, trainer.step, metrics, samples)
+    trainer.publish(watch, wait=False)
+    watch.step(trainer.step, metrics)
+
+
+def train_step(trainer: Trainer, watch: Watch) -> StepRecord:
     """One rollout step: sync, sample, score, update."""
     with watch.phase("sync"):
         trainer.sync()
@@ -106,7 +137,7 @@ def _is_asked_to_stop(signals: StopSignals) -> bool:
 
 def _watch(trainer: Trainer, glossary: Glossary) -> Watch:
     config, show = trainer.config, dist.get_rank() == 0
-    return Watch(config.train.steps, resume_step=trainer.step, title=config.name, glossary=glossary, show=show)
+    return Watch(config.train.steps, resume_step=trainer.recorded, title=config.name, glossary=glossary, show=show)
 
 
 def _open_files(config: Config, step: int, glossary: Glossary) -> MetricsWriter | None:

@@ -32,7 +32,7 @@ def create_method(config: Config) -> Method:
     for section, options in optimizers(config, method).items():
         if options.schedule != "constant" and options.decay_steps <= options.warmup_steps:
             raise ConfigError(
-                f"{section}.warmup_steps: {options.warmup_steps} optimizer steps of warm-up leave nothing to the "
+                f"{section}.warmup_steps: {options.warmup_steps} {options.counted} of warm-up leave nothing to the "
                 f"decay, which ends after {options.decay_steps} (the run's, unless {section}.decay_steps says so); "
                 f'lower it, or set {section}.schedule = "constant"'
             )
@@ -41,6 +41,12 @@ def create_method(config: Config) -> Method:
 
 def optimizers(config: Config, method: Method) -> dict[str, OptimizerConfig]:
     """The options of each model that trains, by their section, ``decay_steps`` filled in."""
-    steps, updates = config.train.steps, config.updates_per_step
-    found = {"optimizer": config.optimizer.with_decay_steps(method.policy_steps(steps) * updates)}
-    return found | ({"critic": config.critic.with_decay_steps(steps * updates)} if method.needs.value else {})
+    steps = config.train.steps
+    trained = {"optimizer": (config.optimizer, method.policy_steps(steps))}
+    if method.needs.value:
+        trained["critic"] = (config.critic, steps)
+    per_step = {"update": config.updates_per_step, "rollout": 1}
+    return {
+        section: options.with_decay_steps(steps * per_step[options.step_unit])
+        for section, (options, steps) in trained.items()
+    }

@@ -21,7 +21,7 @@ FREE = (  # keys a resumed run may change one by one, besides whole sections
     *("reward.workers", "reward.deadline_s", "reward.max_timeout_share"),
 )
 FREE_SECTIONS = (
-    *("parallel.", "checkpoint.", "log.", "alarms.", "rollout.servers.", "model.fusions."),
+    *("parallel.", "checkpoint.", "validation.", "log.", "alarms.", "rollout.servers.", "model.fusions."),
     *("data.train", "data.curriculum", "data.hub", "model.path", "model.hub", "model.weights"),
 )
 
@@ -37,11 +37,17 @@ def check_resume(saved: dict[str, Any], current: dict[str, Any]) -> None:
         if not key.startswith(FREE_SECTIONS) and key not in FREE
     }
     if changed:
-        lines = [f"  {key}: checkpoint {old!r}, now {new!r}" for key, (old, new) in changed.items()]
+        lines = [f"  {key}: checkpoint {_short(old)}, now {_short(new)}" for key, (old, new) in changed.items()]
         raise ConfigError(
             "resume: the configuration differs from the checkpoint's; restore these keys, or start a new run "
             "with another name\n" + "\n".join(lines)
         )
+
+
+def _short(value: Any) -> str:
+    """A value in a message, of a chat template its beginning and its length."""
+    text = repr(value)
+    return text if len(text) <= 300 else f"{text[:200]}... ({len(text)} characters)"
 
 
 def resume(trainer: Trainer, loaded: LoadedState) -> None:

@@ -30,6 +30,7 @@ from megatron_ext.train.models import build_learner
 from megatron_ext.train.resume import check_resume, resume
 from megatron_ext.train.trainer import Trainer
 from megatron_ext.train.training_data import load_problems
+from megatron_ext.train.validation import load_validation
 
 
 def build(config: Config, pool: RewardPool | FunctionPool) -> Trainer:
@@ -40,6 +41,7 @@ def build(config: Config, pool: RewardPool | FunctionPool) -> Trainer:
     with users_files():
         architecture = read_architecture(read_hf_config(config.model.path), find_family(config.model.family))
     problems = load_problems(config, pool, vocab_size=architecture.vocab_size)
+    validation = load_validation(config, pool, vocab_size=architecture.vocab_size)
     order = data_order(config, [problem for problem, _ in problems])
     tell(f"kernels: {_kernels(config, architecture)}")
     learner = build_learner(config, method, architecture)
@@ -56,14 +58,15 @@ def build(config: Config, pool: RewardPool | FunctionPool) -> Trainer:
     if config.model.offload_optimizer:
         for each in learner.trained.values():
             each.offload()
+    longest = max(config.rollout.max_response_tokens, config.max_validation_tokens)
     engine = create_engine(
         config.model.path,
-        config.rollout,
+        config.rollout.model_copy(update={"max_response_tokens": longest}),
         dtype=config.model.dtype,
         max_prompt_tokens=config.data.max_prompt_tokens,
         log_dir=config.run_dir,
     )
-    trainer = Trainer(config, learner, engine, pool, problems, order, Alarms(config.alarms), checkpoints)
+    trainer = Trainer(config, learner, engine, pool, problems, order, Alarms(config.alarms), checkpoints, validation)
     if loaded is not None:
         resume(trainer, loaded)
     return trainer
@@ -82,6 +85,7 @@ def reward_pool(config: Config) -> RewardPool | FunctionPool:
         max_timeout_share=reward.max_timeout_share,
         correct=reward.correct,
         wrong=reward.wrong,
+        answer_format=config.prompt.answer_format,
     )
 
 

@@ -89,7 +89,7 @@ class Learner:
                     updates.update(self.update(batch, current, mini_batch))
                     phase.advance(tokens=len(batch.mask))
         for each in self.trained.values():
-            each.model.finish_param_sync()
+            each.end_step()
         return metrics | {name: value / len(mini_batches) for name, value in updates.items()}, old
 
     def only_update(
@@ -105,7 +105,7 @@ class Learner:
             metrics |= self.describe(known_old(whole, old.logprob), old, episodes) | values | prepared.report
             metrics |= self.apply()
             phase.advance(tokens=len(whole.mask))
-        self.policy.finish_param_sync()
+        self.actor.end_step()
         return metrics, old
 
     @property

@@ -7,7 +7,7 @@ sync, is created when the optimizer is already at rest, and checkpoints are save
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,11 @@ from megatron_ext.rollout.base import RolloutEngine
 from megatron_ext.rollout.rewards.function_pool import FunctionPool
 from megatron_ext.rollout.rewards.reward_pool import RewardPool
 from megatron_ext.train.collect_rollouts import EncodedProblem
+from megatron_ext.train.messages import tell
 from megatron_ext.train.step import Learner
+from megatron_ext.train.validation import Validation
+
+StepRecord = tuple[dict[str, float], list[dict[str, Any]]]  # a step's metrics, and its responses for the report
 
 
 @dataclass
@@ -39,11 +43,27 @@ class Trainer:
     order: DataOrder
     alarms: Alarms
     checkpoints: Checkpoints
+    validation: Validation
     step: int = 0  # training steps done
+    unfinished: StepRecord | None = None  # of a step whose validation is not done
+
+    @property
+    def recorded(self) -> int:
+        """Steps that are in the run's files."""
+        return self.step - (self.unfinished is not None)
 
     def sync(self) -> None:
         """Stream the policy's weights to the engine, stamped with the number of steps they have seen."""
         self.engine.update_weights(PolicyWeights(self.learner.policy), self.step)
+
+    def validate(self, watch: Watch, is_stopped: Callable[[], bool]) -> dict[str, float] | None:
+        """Metrics of the policy on the validation's problems; None if the run is to stop before they are known."""
+        settings, world = self.config.validation, self.config.parallel.world
+        with watch.phase("validation", total=-(-len(self.validation.problems) * settings.samples // world)) as phase:
+            self.sync()
+            found = self.validation.measure(self.engine, self.pool, self.step, phase, is_stopped)
+            self.engine.sleep()
+        return found
 
     @contextmanager
     def optimizers_present(self) -> Iterator[None]:
@@ -62,13 +82,18 @@ class Trainer:
         return [self.problems[i] for i in self.order.take(count, step=self.step)]
 
     def state(self) -> dict[str, Any]:
-        return {
+        state = {
             "method": self.learner.method.state_dict(),
             "order": self.order.state_dict(),
             "bad_steps": {name: each.bad_steps for name, each in self.learner.trained.items()},
             "alarms": self.alarms.state_dict(),
             "reference": self.reference_identity(),
         }
+        if self.config.validation.every or self.validation.best_step is not None:
+            state["validation"] = self.validation.state_dict()
+        if self.unfinished is not None:
+            state["unfinished"] = self.unfinished
+        return state
 
     def load_state(self, step: int, state: dict[str, Any]) -> None:
         if state["reference"] != self.reference_identity():
@@ -83,22 +108,28 @@ class Trainer:
         for name, each in self.learner.trained.items():
             each.bad_steps = state["bad_steps"][name]
         self.alarms.load_state_dict(state["alarms"])
+        self.unfinished = state.get("unfinished")
+        if "validation" in state:
+            if line := self.validation.load_state_dict(state["validation"]):
+                tell(line)
+            self.checkpoints.mark_best(self.validation.best_step)
 
     def reference_identity(self) -> str | None:
         """Which weights the KL is taken to; None without a reference model."""
         return None if self.learner.reference is None else weights_identity(self.config.model)
 
     def is_due(self) -> bool:
-        """Whether the run's configuration wants a checkpoint of this step."""
+        """Whether the run's configuration wants a checkpoint of this step, or it is the best validated one."""
         every = self.config.checkpoint.every
-        return self.step == self.config.train.steps or bool(every and self.step % every == 0)
+        is_due = self.step == self.config.train.steps or bool(every and self.step % every == 0)
+        return is_due or self.step == self.validation.best_step
 
     def save(self, watch: Watch) -> None:
         """Begin the checkpoint of this step, unless there is one."""
         if self.checkpoints.step != self.step:
             self.publish(watch, wait=True)
             with watch.phase("save"):
-                self.checkpoints.save(self.step, self.state())
+                self.checkpoints.save(self.step, self.state(), best=self.validation.best_step)
 
     def publish(self, watch: Watch, *, wait: bool) -> None:
         """Commit the checkpoint that is being written, if it is; ``time/save_s`` is what the run waited for saves."""

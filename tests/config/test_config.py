@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.config.errors import ConfigError
-from megatron_ext.config.loading import load_config
+from megatron_ext.config.loading import load_config, read_config
 from megatron_ext.config.parallel_checks import model_faults
 from megatron_ext.config.schema import ParallelConfig
 
@@ -60,6 +60,22 @@ def test_a_recipe_is_its_parent_with_its_own_values_over_it(recipe: Path) -> Non
     assert (config.name, config.train.steps, config.optimizer.lr) == ("other", 7, 1e-4)
     assert (config.parallel.world, config.parallel.data) == (4, 2)
     assert Path(config.model.path).samefile(recipe.parent.parent / "model")
+
+
+def test_options_without_a_method_are_those_of_all_methods_below(tmp_path: Path) -> None:
+    """A paper's parent says what its methods share; a recipe in between names one, and is no parent of another's."""
+    for name, text in {
+        "paper": '[method]\naggregation = "token-mean"\nclip_high = 0.28\n',
+        "grpo": 'parent = "paper.toml"\n[method]\nname = "grpo"\nbeta = 0.1\n',
+        "more": 'parent = "grpo.toml"\n[method]\nclip_high = 0.3\n',
+        "siren": 'parent = "more.toml"\n[method]\nname = "siren"\np = 0.9\n',
+    }.items():
+        (tmp_path / f"{name}.toml").write_text(text)
+    common = {"aggregation": "token-mean", "clip_high": 0.28}
+    found = {name: read_config(tmp_path / f"{name}.toml").method for name in ("grpo", "more", "siren")}
+    assert found["grpo"] == common | {"name": "grpo", "beta": 0.1}
+    assert found["more"] == found["grpo"] | {"clip_high": 0.3}
+    assert found["siren"] == common | {"name": "siren", "p": 0.9}
 
 
 def test_another_method_does_not_inherit_options(recipe: Path) -> None:

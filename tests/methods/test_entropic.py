@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from megatron_ext import methods
+from megatron_ext.methods.base import OneRank
 from megatron_ext.methods.entropic import EntroPIC
+from megatron_ext.types import Batch, TokenStats
 from tests.methods.cases import OPTIONS, TWO_RANKS, Case, clipped, close, entropy, run
 
 
@@ -77,7 +82,7 @@ def test_the_integral_does_not_wind_up_and_the_output_returns_at_once() -> None:
     assert method.integral == 0.0
     assert outputs(method, 1.1) == pytest.approx([0.1 + 0.05])
     wound = EntroPIC(target=1.0, k_p=1.0, k_i=0.5, scope="micro_batch")  # the authors': it winds up
-    assert outputs(wound, 0.0, 0.0, 0.0, 0.0, 1.1) == [-1.0] * 5  # .1 + .5 * -3.9
+    assert outputs(wound, 0.0, 0.0, 0.0, 0.0, 1.1) == [-1.0] * 5  # .1 + .5 * -4
 
 
 def test_a_clipped_output_lets_the_integral_come_back() -> None:
@@ -92,13 +97,74 @@ def test_one_integral_for_all_ranks_and_micro_batches(case: Case) -> None:
         assert member.state_dict() == pytest.approx({"integral": error, "alpha": 1.01 * error})
 
 
-def test_the_authors_scope_moves_once_per_micro_batch_and_rank(case: Case) -> None:
+def test_the_authors_scope_moves_by_the_share_of_each_micro_batch_of_its_rank(case: Case) -> None:
     found = run(case, OPTIONS["entropic"] | {"scope": "micro_batch"}, shares=TWO_RANKS, micro_batch=4)
     h, integrals = entropy(case.logits), []
     for first, last in ((0, 7), (7, len(case.reward))):
-        errors = []
+        own = [i for i in range(first, last) if i in case.valid]
+        integral = 0.0
         for start in range(first, last, 4):
-            rows = [i for i in range(start, min(start + 4, last)) if i in case.valid]
-            errors.append(float(h[[t for i in rows for t in case.tokens_of(i)]].mean()) - 0.8)
-        integrals.append(sum(errors))
+            rows = [i for i in range(start, min(start + 4, last)) if i in own]
+            error = float(h[[t for i in rows for t in case.tokens_of(i)]].mean()) - 0.8
+            integral += error * len(rows) / len(own)
+        integrals.append(integral)
     assert [m.state_dict()["integral"] for m in found.methods] == pytest.approx(integrals)
+
+
+def eight_responses(entropies: tuple[float, ...]) -> tuple[Batch, TokenStats]:
+    """Of 1, 2, 3, 1, 2, 3, 1 and 2 tokens, each with one entropy on all of its tokens."""
+    lengths = torch.tensor([1, 2, 3, 1, 2, 3, 1, 2])
+    sequence = torch.repeat_interleave(torch.arange(8), lengths)
+    zeros = torch.zeros(len(sequence))
+    batch = Batch(
+        sequence=sequence,
+        mask=torch.ones(len(sequence), dtype=torch.bool),
+        old_logprob=zeros,
+        rollout_logprob=zeros,
+        ref_logprob=None,
+        reward=torch.tensor([1.0, 0.0] * 4),
+        group=torch.zeros(8, dtype=torch.int64),
+        truncated=torch.zeros(8, dtype=torch.bool),
+        weight=zeros + 1 / 15,
+        advantage=zeros + 1,
+        num_sequences=8,
+        num_tokens=15,
+    )
+    return batch, TokenStats(logprob=zeros, entropy=torch.tensor(entropies).double()[sequence])
+
+
+def test_four_micro_batches_of_the_authors_scope_by_hand() -> None:
+    """Of 1, 2, 3 and 2 of the 8 responses, at entropies .7, .4, 1.3 and 1.7; target .5, k_p 1, k_i .5.
+
+    error   alpha = error + .5 * integral so far      integral after
+      .2     .2                                       .2 / 8             =  .025
+     -.1    -.1  + .0125  = -.0875                    .025 - .1 * 2 / 8  =  0
+      .8     .8                                       0    + .8 * 3 / 8  =  .3
+     1.2    1.2  + .15    = 1.35, clipped to 1        .3   + 1.2 * 2 / 8 =  .6
+    """
+    method = EntroPIC(target=0.5, k_p=1.0, k_i=0.5, scope="micro_batch")
+    batch, stats = eight_responses((0.7, 0.4, 0.4, 1.3, 1.3, 1.3, 1.7, 1.7))
+    prepared = method.prepare(batch, None, OneRank())
+    found = []
+    for rows in (range(1), range(1, 3), range(3, 6), range(6, 8)):
+        part, at = batch.select(rows)
+        method.loss(part, stats.map(lambda value, at=at: value[at]), prepared.select(at))
+        found.append((method.alpha, method.integral))
+    assert found == [pytest.approx(pair) for pair in ((0.2, 0.025), (-0.0875, 0.0), (0.8, 0.3), (1.0, 0.6))]
+    resumed = EntroPIC(target=0.5, k_p=1.0, k_i=0.5, scope="micro_batch")
+    resumed.load_state_dict(method.state_dict())
+    batch, stats = eight_responses((0.6,) * 8)
+    resumed.loss(batch, stats, resumed.prepare(batch, None, OneRank()))
+    assert (resumed.alpha, resumed.integral) == pytest.approx((0.1 + 0.5 * 0.6, 0.6 + 0.1))
+
+
+def test_the_engines_importance_weighs_both_forms_alike() -> None:
+    """With every token likely and nothing clipped the two forms are one loss, corrected or not."""
+    batch, stats = eight_responses((0.7,) * 8)
+    weighed = replace(batch, importance=torch.linspace(0.5, 1.5, 15), advantage=torch.linspace(-1, 1, 15))
+    losses = []
+    for form in ("full", "high_probability"):
+        options = {"name": "entropic", "target": 0.5, "clip_low": 9.0, "clip_high": 99.0, "threshold": 0.0}
+        method = methods.create(options | {"form": form})
+        losses.append(method.loss(weighed, stats, method.prepare(weighed, stats, OneRank())))
+    assert torch.allclose(losses[0], losses[1]) and losses[0].abs().max() > 0.01

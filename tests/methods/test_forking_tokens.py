@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from tests.methods.cases import OPTIONS, Case, clipped, close, entropy, run
+from tests.methods.cases import MAX_LENGTH, OPTIONS, Case, clipped, close, entropy, run
 
 PLAIN = {"name": "forking_tokens", "rho": 0.3}
 
@@ -28,6 +29,38 @@ def test_the_authors_scope_is_a_mean_of_micro_batch_means() -> None:
         own = top(case, [t for i in rows for t in case.tokens_of(i)])
         parts.append(per_token[own].mean() * len(rows) / len(case.valid))
     assert close(run(case, PLAIN | {"scope": "micro_batch"}, micro_batch=4), torch.stack(parts).sum(), case)
+
+
+def within(case: Case, i: int) -> list[int]:
+    """The tokens of response i above its 70 % quantile, by linear interpolation."""
+    h, own = entropy(case.logits).detach(), list(case.tokens_of(i))
+    ranked = sorted(float(h[t]) for t in own)
+    low, part = divmod(0.7 * (len(own) - 1), 1)
+    quantile = ranked[int(low)] + part * (ranked[min(int(low) + 1, len(own) - 1)] - ranked[int(low)])
+    return [t for t in own if float(h[t]) > quantile]
+
+
+@pytest.mark.parametrize("select_from", ["batch", "response"])
+@pytest.mark.parametrize(
+    "aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+)
+def test_every_aggregation_is_over_the_tokens_kept(select_from: str, aggregation: str) -> None:
+    case = Case()
+    per_token = clipped(case.ratio, case.advantages(), 0.2, 0.28)
+    chosen = top(case, case.tokens)
+    kept = {i: within(case, i) for i in case.valid}
+    if select_from == "batch":
+        kept = {i: [t for t in case.tokens_of(i) if t in chosen] for i in case.valid}
+    sums = torch.stack([per_token[kept[i]].sum() for i in case.valid])
+    counts = torch.tensor([len(kept[i]) for i in case.valid])
+    assert counts.max() > 0 and counts.sum() < len(case.tokens)
+    loss = {
+        "token-mean": sums.sum() / counts.sum(),
+        "seq-mean-token-mean": (sums / counts.clamp(min=1)).mean(),
+        "seq-mean-token-sum": sums.mean(),
+        "seq-mean-token-sum-norm": sums.mean() / MAX_LENGTH,
+    }[aggregation]
+    assert close(run(case, PLAIN | {"select_from": select_from, "aggregation": aggregation}), loss, case)
 
 
 def test_overlong_shaping_reaches_the_kept_tokens() -> None:

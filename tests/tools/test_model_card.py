@@ -48,6 +48,7 @@ def test_the_card_says_what_the_weights_are(tmp_path: Path) -> None:
         "library_name": "transformers",
         "license": "unknown",
         "pipeline_tag": "text-generation",
+        "prompt": Config.model_validate({"prompt": prompt}).prompt.model_dump(),
         "tags": ["reinforcement-learning", "siren"],
     }
     for text in (

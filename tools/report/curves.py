@@ -10,7 +10,7 @@ from html import escape
 import numpy as np
 
 from megatron_ext.metric import Metric
-from megatron_ext.metrics.glossary import Glossary
+from megatron_ext.metrics.glossary import VALIDATION, Glossary
 
 from ..charts import POINTS, SMOOTH_ABOVE, Figures, Series, averaged_over
 from .data import Metrics
@@ -109,14 +109,18 @@ def _figure(metrics: Metrics, chart: Chart, figures: Figures) -> str:
         keys = tuple(key for key in keys if _nonzero(metrics, [key])) or keys
     short = [key.split("/", 1)[-1].removeprefix("outcome/") for key in keys]
     names = [keys[0]] if len(keys) == 1 else short if len(set(short)) == len(short) else keys
-    series = []
+    at: Sequence[int] = range(len(metrics.steps))
+    if chart.section == VALIDATION:  # not in every step: a line joins those where it was
+        at = [place for place in at if not all(math.isnan(metrics.columns[key][place]) for key in keys)]
+    steps, series = [metrics.steps[place] for place in at], []
     for number, (key, name) in enumerate(zip(keys, names, strict=True)):
         color = OUTCOME_COLORS.get(number, number) if key.startswith("reward/outcome/") else number
-        values = metrics.values(key)
-        flagged = () if chart.stacked else spikes(metrics.steps, values)
+        known = metrics.values(key)
+        values = [known[place] for place in at]
+        flagged = () if chart.stacked else spikes(steps, values)
         is_target = key.endswith(("/anchor", "/target"))
         series.append(Series(name, values, color, dashed=is_target, spikes=flagged))
-    return figures.add(chart.title, chart.note, metrics.steps, series, percent=chart.percent, stacked=chart.stacked)
+    return figures.add(chart.title, chart.note, steps, series, percent=chart.percent, stacked=chart.stacked)
 
 
 def _averages(num_steps: int) -> str:

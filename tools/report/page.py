@@ -61,7 +61,8 @@ def report(run_dir: str | Path) -> str:
     name = str(config.get("name") or folder.resolve().name)
     method, model = section(config, "method").get("name"), section(config, "model").get("path")
     about = [f"method {method}" if method else "", f"model {Path(str(model)).name}" if model else ""]
-    about.append(f"{len(metrics.steps)} step{'s' if len(metrics.steps) > 1 else ''} recorded")
+    num_steps = sum(step > 0 for step in metrics.steps)  # 0 is a validation before training
+    about.append(f"{num_steps} step{'s' if num_steps != 1 else ''} recorded")
     figures = Figures()
     body = [
         f'<h1>{escape(name)}</h1><p class="sub">{escape(" · ".join(part for part in about if part))}</p>',
@@ -95,7 +96,7 @@ def page(title: str, body: str, chart_data: Sequence[Mapping[str, Any]]) -> str:
 def tiles(metrics: Metrics, planned: Any) -> str:
     """The run in six numbers; means over the last tenth of the steps and, behind ``from``, over the first."""
     seconds = math.fsum(value or 0.0 for value in metrics.values("time/step_s"))
-    num_steps = len(metrics.steps)
+    num_steps = max(1, sum(step > 0 for step in metrics.steps))
     found = [("steps", f"{metrics.steps[-1]}", f"of {planned}" if planned else "")]
     for metric in map(GLOSSARY.require, TILES):
         first, last = ends(metrics.values(metric.name))

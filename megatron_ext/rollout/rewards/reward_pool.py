@@ -48,6 +48,9 @@ CANARIES: tuple[tuple[Question, Outcome], ...] = (
     (Question("(1+2)*3", "9", "countdown", (3, 2, 1)), Outcome.CORRECT),
     (Question("3*3", "9", "countdown", (3, 2, 1)), Outcome.WRONG_NUMBERS),
     (Question("(1+3)*2", "9", "countdown", (3, 2, 1)), Outcome.WRONG),
+    (Question(r"\textbf{(B)}", "B", "choice"), Outcome.CORRECT),
+    (Question("A", "B", "choice"), Outcome.WRONG),
+    (Question("A or B", "B", "choice"), Outcome.UNPARSABLE),
 )
 
 
@@ -57,7 +60,10 @@ def program() -> Program:
 
 
 class RewardPool(WorkerPool[Question]):
-    """Scores batches of responses against gold answers. ``correct`` and ``wrong`` are the rewards."""
+    """Scores batches of responses against gold answers. ``correct`` and ``wrong`` are the rewards.
+
+    ``answer_format`` says where an answer stands, as ``prompt.answer_format`` does.
+    """
 
     def __init__(
         self,
@@ -67,9 +73,10 @@ class RewardPool(WorkerPool[Question]):
         max_timeout_share: float = 0.2,
         correct: float = 1.0,
         wrong: float = 0.0,
+        answer_format: str = "boxed",
     ) -> None:
         super().__init__(program(), workers, deadline_s=deadline_s, max_timeout_share=max_timeout_share)
-        self.correct, self.wrong = correct, wrong
+        self.correct, self.wrong, self.answer_format = correct, wrong, answer_format
 
     def score(self, answers: Sequence[tuple[Problem, str]]) -> list[Reward]:
         """The reward of each ``(problem, response)``, in order.
@@ -77,7 +84,7 @@ class RewardPool(WorkerPool[Question]):
         Raises ``VerifierError`` when a worker gets a known answer wrong, when workers cannot be started, or
         when more than ``max_timeout_share`` of at least 20 answers got no verdict.
         """
-        questions = [_question(problem, response) for problem, response in answers]
+        questions = [_question(problem, response, self.answer_format) for problem, response in answers]
         copies = Counter(question for question in questions if question is not None)
         replies: dict[Question | None, str] = {None: Outcome.NO_ANSWER, **self.ask_all(copies, len(answers))}
         return [self._reward(question, self.outcome(replies[question])) for question in questions]
@@ -120,8 +127,8 @@ def outcome_counts(rewards: Sequence[Reward]) -> dict[str, int]:
     return {outcome.value: counts[outcome] for outcome in Outcome}
 
 
-def _question(problem: Problem, response: str) -> Question | None:
-    extracted = verify.extract(response)
+def _question(problem: Problem, response: str, answer_format: str) -> Question | None:
+    extracted = verify.extract(response, answer_format)
     if extracted is None:
         return None
     # one character beyond the limit is enough to be scored too long

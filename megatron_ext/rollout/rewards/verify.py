@@ -1,4 +1,4 @@
-"""Score one answer: the last box of a response against the gold answer. No torch, no package import.
+"""Score one answer: the last box or answer line of a response against the gold. No torch, no package import.
 
 ``RewardPool`` (rollout/rewards/reward_pool.py) runs this file as a script, so that an answer that never returns, eats
 the memory or aborts the interpreter costs one killable process and nothing else. Nothing here times itself out:
@@ -20,7 +20,7 @@ often misread), made stricter where it would reward what a teacher would not:
 - a word (three letters and more, or in ``\\text``) is spelt as the gold is: ``cba`` is not ``abc``.
 
 A gold with a part that math-verify drops is right only as it is written. A countdown's expression, which is plain
-arithmetic, is computed exactly instead.
+arithmetic, is computed exactly instead. A choice is the letter of an option.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Outcome(StrEnum):
     WRONG = "wrong"
     WRONG_NUMBERS = "wrong_numbers"  # countdown: not exactly the given numbers
     CONTRADICTION = "contradiction"  # the boxed equation is false: 3=4
-    NO_ANSWER = "no_answer"  # no box after the reasoning, or it is empty or never closed
+    NO_ANSWER = "no_answer"  # no box or answer line after the reasoning, or it is empty or never closed
     TOO_LONG = "too_long"  # more than MAX_ANSWER_CHARS in the box
     UNPARSABLE = "unparsable"
     BAD_GOLD = "bad_gold"  # the gold answer itself cannot be read
@@ -80,27 +80,38 @@ class Verdict(NamedTuple):
     extracted: str | None
 
 
-def score(response: str, answer: str, verifier: str = "math", numbers: tuple[int, ...] = ()) -> Verdict:
+def score(
+    response: str, answer: str, verifier: str = "math", numbers: tuple[int, ...] = (), answer_format: str = "boxed"
+) -> Verdict:
     """The verdict on a whole response. May never return: see the module's docstring."""
-    extracted = extract(response)
+    extracted = extract(response, answer_format)
     outcome = Outcome.NO_ANSWER if extracted is None else score_answer(extracted, answer, verifier, numbers)
     return Verdict(outcome is Outcome.CORRECT, outcome, extracted)
 
 
 def score_answer(extracted: str, answer: str, verifier: str, numbers: tuple[int, ...]) -> Outcome:
-    """The outcome for the content of a box. ``verifier`` is a key of ``VERIFIERS``."""
+    """The outcome for an extracted answer. ``verifier`` is a key of ``VERIFIERS``."""
     if len(extracted) > MAX_ANSWER_CHARS:
         return Outcome.TOO_LONG
     return VERIFIERS[verifier](extracted, answer, numbers)
 
 
-def extract(response: str) -> str | None:
-    """The content of the last ``\\boxed{}`` after the reasoning, or None.
+def extract(response: str, answer_format: str = "boxed") -> str | None:
+    """The answer that a response gives after its reasoning, or None. ``answer_format`` is a key of ``FORMATS``.
 
-    Reasoning ends at the last ``</think>``; what follows an unclosed ``<think>`` is reasoning too. Of nested
-    boxes the innermost counts. A last box that is never closed (a response cut short) is no answer.
+    Reasoning ends at the last ``</think>``; what follows an unclosed ``<think>`` is reasoning too.
     """
-    said = response.rpartition("</think>")[2].partition("<think>")[0]
+    return FORMATS[answer_format](response.rpartition("</think>")[2].partition("<think>")[0])
+
+
+def as_response(answer: str, answer_format: str = "boxed") -> str:
+    """The shortest response whose extracted answer is ``answer``."""
+    return rf"\boxed{{{answer}}}" if answer_format == "boxed" else f"Answer: {' '.join(answer.split())}"
+
+
+def _last_box(said: str) -> str | None:
+    """The content of the last ``\\boxed{}``. Of nested boxes the innermost counts, one that is never closed (a response
+    cut short) is no answer."""
     boxes = list(re.finditer(r"\\boxed\s*\{", said))
     if not boxes:
         return None
@@ -110,6 +121,52 @@ def extract(response: str) -> str | None:
         if depth == 0:
             return said[start : token.start()].strip() or None
     return None
+
+
+def _answer_line(said: str) -> str | None:
+    """What follows ``Answer:`` in the last line that begins so, without Markdown's signs, ``$`` and a full stop.
+
+    An answer may stand on the line below. A box in it counts alone, one that is never closed is no answer.
+    """
+    heads = list(re.finditer(r"^[ \t>#*_-]*answer[ \t*_]*:", said, re.IGNORECASE | re.MULTILINE))
+    line = said[heads[-1].end() :].lstrip(" \t\r\n*_").partition("\n")[0] if heads else ""
+    if "\\boxed" in line:
+        return _last_box(line)
+    line = _without_full_stop(line.rstrip(" \t\r*_"))
+    formula = re.fullmatch(r"(\$\$?)([^$]+)\1|\\\((.+)\\\)|\\\[(.+)\\\]", line)
+    return _without_full_stop((formula[2] or formula[3] or formula[4]).strip() if formula else line) or None
+
+
+def _without_full_stop(line: str) -> str:
+    return re.sub(r"(?<!\.)\.$", "", line).rstrip(" \t*_")
+
+
+def letter(text: str) -> str | None:
+    """The option that ``text`` names, as a capital: ``B`` of ``(B)``, ``\\text{B}``, ``b``, ``B. text``, ``option B``.
+
+    None for no option or several (``A or B``, ``A. B``).
+    """
+    bare = re.sub(rf"{TEXT}|\\(?:left|right)(?![a-zA-Z])|\\[ ,;:!]|[$*~]", " ", text)
+    bare = re.sub(r"[{}]", "", bare).strip()
+    bare = re.sub(r"^(?:the\s+)?(?:option|choice)\b\s*", "", bare, flags=re.IGNORECASE)
+    found = re.fullmatch(r"(?:\(\s*([a-zA-Z])\s*\)|\[\s*([a-zA-Z])\s*\]|([a-zA-Z]))([.:)]?)(|\s.*)", bare, re.DOTALL)
+    if found is None:
+        return None
+    named, rest = found[1] or found[2] or found[3], found[5].strip()
+    bracketed = found[3] is None or found[4]
+    if rest and (named.islower() or not bracketed or re.fullmatch(r"(?:[\W_]|\b(?:and|or|[a-zA-Z])\b)+", rest)):
+        return None
+    return named.upper()
+
+
+def _score_choice(extracted: str, gold: str, numbers: tuple[int, ...]) -> Outcome:
+    del numbers
+    right, found = letter(gold), letter(extracted)
+    if right is None:
+        return Outcome.BAD_GOLD
+    if found is None:
+        return Outcome.UNPARSABLE
+    return Outcome.CORRECT if found == right else Outcome.WRONG
 
 
 def _score_math(extracted: str, gold: str, numbers: tuple[int, ...]) -> Outcome:
@@ -172,7 +229,8 @@ NOT_A_UNIT = re.compile(
     r"third|fourth|fifth|tenth|hundredth|thousandth|cube|number|integer|multiple)s?|half|halves|prime|pie|factorial)\b",
     re.IGNORECASE,
 )
-VERIFIERS = {"math": _score_math, "countdown": _score_countdown}
+FORMATS: dict[str, Callable[[str], str | None]] = {"boxed": _last_box, "answer_line": _answer_line}
+VERIFIERS = {"math": _score_math, "countdown": _score_countdown, "choice": _score_choice}
 
 
 def _parse(answer: str) -> Any | None:

@@ -1,0 +1,177 @@
+"""The files that analyses read, checked: samples of an evaluation, problems, folders of runs and of models.
+
+A samples file is JSON Lines, one response a line: ``set``, ``id``, ``sample``, ``text`` and optionally
+``response_ids``, ``truncated``, ``outcome``, ``correct``. A line ``{"header": ...}`` says what its responses depend on;
+it is passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.files import first_fault, parse_json, read_lines
+from megatron_ext.metrics.writer import METRICS, SAMPLES
+from megatron_ext.records import Problem
+
+from ..report.data import Record
+
+Kind = Literal["run", "model", "evaluation", "samples"]
+SAMPLE_LINE = '{"set": "aime24", "id": "7", "sample": 0, "text": "...", "correct": true}'
+
+
+class SampleRow(Record):
+    """A line of a samples file."""
+
+    set: str = ""
+    id: str
+    sample: int = 0
+    text: str
+    response_ids: list[int] | None = None
+    truncated: bool = False
+    outcome: str = ""
+    correct: bool | None = None
+
+    @property
+    def problem(self) -> tuple[str, str]:
+        return self.set, self.id
+
+    @property
+    def is_correct(self) -> bool | None:
+        """None: the response was not scored."""
+        return (self.outcome == "correct" if self.outcome else None) if self.correct is None else self.correct
+
+
+def kind_of(path: Path) -> Kind:
+    """What a path is. Raises ConfigError where it is nothing that an analysis reads."""
+    if path.is_dir() and ((path / METRICS).is_file() or (path / SAMPLES).is_file()):
+        return "run"
+    if path.is_dir() and (path / "config.json").is_file():
+        return "model"
+    if path.is_file() and path.suffix == ".json":
+        return "evaluation"
+    if path.suffix == ".jsonl" and path.is_file() or path.is_dir() and next(path.rglob("*.jsonl"), None):
+        return "samples"
+    found = "is there, but" if path.exists() else "is not there;"
+    raise ConfigError(
+        f"{path} {found} expected a model (a folder with config.json and safetensors), the folder of a run (with "
+        f"{METRICS}), an evaluation (.json), or samples (.jsonl, or a folder of them)"
+    )
+
+
+def labels_of(paths: Sequence[Path], given: Sequence[str]) -> list[str]:
+    """A name for each path: those given, or the shortest ends of the paths that differ. Raises ConfigError."""
+    if given:
+        if len(given) != len(paths) or len(set(given)) < len(given):
+            raise ConfigError(
+                f"--labels: found {', '.join(given)} for {len(paths)} inputs, expected a different one for each, in "
+                "their order"
+            )
+        return list(given)
+    for parts in range(1, 6):
+        names = ["/".join(path.resolve().with_suffix("").parts[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{number}: {path}" for number, path in enumerate(paths, 1)]
+
+
+def read_samples(path: Path, *, limit: int | None = None) -> list[SampleRow]:
+    """The responses of a samples file, or of all below a folder; ``limit`` keeps the first problems' of each file.
+
+    Raises ConfigError for a missing or empty file, a damaged line, and the same sample of a problem twice.
+    """
+    files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise ConfigError(f"--samples: {path} holds no samples, expected .jsonl files as evaluate writes them")
+    rows: list[SampleRow] = []
+    for file in files:
+        first: dict[tuple[str, str], None] = {}
+        for row in _rows(file):
+            if row.problem not in first and limit is not None and len(first) >= limit:
+                continue
+            first[row.problem] = None
+            rows.append(row)
+        if not first:
+            raise ConfigError(f"--samples: {file} is empty, expected lines like {SAMPLE_LINE}")
+    seen: set[tuple[str, str, int]] = set()
+    for row in rows:
+        if (key := (row.set, row.id, row.sample)) in seen:
+            raise ConfigError(
+                f"--samples: {path}: sample {row.sample} of problem {row.id} of set {row.set!r} is there twice; give "
+                "the samples of one model at a time"
+            )
+        seen.add(key)
+    return rows
+
+
+def by_problem(rows: Sequence[SampleRow]) -> dict[tuple[str, str], list[SampleRow]]:
+    """``(set, id) -> responses`` in order of their first response."""
+    found: dict[tuple[str, str], list[SampleRow]] = {}
+    for row in rows:
+        found.setdefault(row.problem, []).append(row)
+    return found
+
+
+@dataclass(frozen=True)
+class Problems:
+    """Problems of all files given with ``--data``: a file's stem is the name of its set."""
+
+    by_set: dict[tuple[str, str], Problem]
+
+    def __bool__(self) -> bool:
+        return bool(self.by_set)
+
+    def find(self, key: tuple[str, str]) -> Problem | None:
+        """The problem of a sample: of its set, or the only one with its id in any set."""
+        if key in self.by_set:
+            return self.by_set[key]
+        others = [problem for (_, name), problem in self.by_set.items() if name == key[1]]
+        return others[0] if len(others) == 1 else None
+
+    def require(self, key: tuple[str, str]) -> Problem:
+        """Raises ConfigError."""
+        problem = self.find(key)
+        if problem is None:
+            sets = ", ".join(sorted({name for name, _ in self.by_set}))
+            raise ConfigError(
+                f"--data: no problem {key[1]} of set {key[0]!r} in {sets or 'any file'}; give the problem files that "
+                "the samples were made from"
+            )
+        return problem
+
+
+def read_problems(paths: Sequence[Path]) -> Problems:
+    """Raises ConfigError for a file that cannot be read."""
+    from megatron_ext.data.dataset import load_problems
+
+    found: dict[tuple[str, str], Problem] = {}
+    for path in paths:
+        problems, _ = load_problems(path, score=None)
+        found |= {(path.stem, problem.problem_id): problem for problem in problems}
+    return Problems(found)
+
+
+def _rows(path: Path) -> Iterator[SampleRow]:
+    """The rows of a file; a half-written last line is left out."""
+    try:
+        for number, raw in enumerate(read_lines(path), 1):
+            try:
+                line = parse_json(raw)
+                if not (isinstance(line, dict) and "header" in line):
+                    yield SampleRow.model_validate(line)
+            except ValidationError as error:
+                raise _damaged(path, number, first_fault(error)) from None
+            except ValueError as error:
+                if raw.endswith(b"\n"):
+                    raise _damaged(path, number, str(error)) from None
+    except OSError as error:
+        raise ConfigError(f"--samples: {path} cannot be read: {error.strerror}; give a samples file") from None
+
+
+def _damaged(path: Path, number: int, fault: str) -> ConfigError:
+    return ConfigError(f"--samples: {path}, line {number}: {fault}; expected lines like {SAMPLE_LINE}")

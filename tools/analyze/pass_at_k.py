@@ -1,0 +1,76 @@
+"""pass@k of several models: SIREN Figure 5, AER Figure 3 a and d, Entropy Advantage Figure 5, SENT Figure 3."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from rich.console import Console
+
+from megatron_ext.metrics.eval_stats import Interval, bootstrap, pass_at_k
+
+from . import figures
+from .counts import Counts, Solved, counted, sets_of
+from .figures import Result
+
+MEANING = (
+    "pass@k: the probability that at least one of k responses is right, estimated without bias from n responses "
+    "(Chen et al., arXiv 2107.03374). Bands are 95 % bootstrap intervals over problems."
+)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def analyze(options: argparse.Namespace, console: Console) -> Result:
+    counts = counted(options)
+    sets = sets_of(counts)
+    numbers = {name: {each.label: _curve(each.of_set(name)) for each in counts if each.of_set(name)} for name in sets}
+    several = len(counts) > 1
+    title = options.title or (f"pass@k of {len(counts)} models" if several else f"pass@k of {counts[0].label}")
+    figure, axes = figures.panels(len(sets), title)
+    for number, (name, panel) in enumerate(zip(sets, axes, strict=True)):
+        _draw(panel, counts, name, numbers[name])
+        if several and number == 0:
+            panel.legend(loc="best")
+    lines = [
+        f"{name}, {label}: " + ", ".join(f"pass@{k} {100 * each.mean:.1f} %" for k, each in curve.items())
+        for name, curves in numbers.items()
+        for label, curve in curves.items()
+    ]
+    content = {
+        "models": {each.label: each.described() for each in counts},
+        "pass_at_k": {
+            name: {label: {k: vars(each) for k, each in curve.items()} for label, curve in curves.items()}
+            for name, curves in numbers.items()
+        },
+    }
+    return Result(title, figure, content, MEANING, lines)
+
+
+def _curve(rows: Sequence[Solved]) -> dict[int, Interval]:
+    """``k -> pass@k`` at the powers of two up to the fewest responses of a problem, and there."""
+    most = min(row.n for row in rows)
+    ks = sorted({2**i for i in range(most.bit_length()) if 2**i <= most} | {most})
+    values = np.array([[pass_at_k(row.n, row.c, k) for k in ks] for row in rows])
+    return dict(zip(ks, bootstrap(values), strict=True))
+
+
+def _draw(axes: Axes, counts: Sequence[Counts], name: str, curves: dict[str, dict[int, Interval]]) -> None:
+    every = sorted({k for curve in curves.values() for k in curve})
+    for number, each in enumerate(counts):
+        if each.label not in curves:
+            continue
+        curve, color = curves[each.label], figures.color(number)
+        ks = list(curve)
+        axes.fill_between(
+            ks, [v.low for v in curve.values()], [v.high for v in curve.values()], color=color, alpha=0.13, lw=0
+        )
+        axes.plot(ks, [v.mean for v in curve.values()], color=color, marker="o", markersize=4, label=each.label)
+    figures.powers_axis(axes, every)
+    figures.percent_axis(axes.yaxis)
+    problems = len({row.id for each in counts for row in each.of_set(name)})
+    axes.set(xlabel="k: responses (log scale)", ylabel="pass@k", title=f"{name} ({problems} problems)")
