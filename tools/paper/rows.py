@@ -62,7 +62,7 @@ def _plan(paper: Paper, table: PaperTable, row: Row, tiny: bool) -> Plan:
     if row.recipe:
         folder, steps = _tiny_run(row) if tiny else _run(row)
         model, results, run = folder / "hf", folder / "evaluation", folder
-        steps = [*steps, _exported(folder)] if suite else steps
+        steps = [*steps, _exported(folder, best=row_config(row).validation.every > 0 and not tiny)] if suite else steps
     else:
         model = _here(RECIPES / TINY_FOLDER / "base" if tiny else RECIPES / "models" / row.model)
         results = Path("runs") / (TINY_FOLDER if tiny else "") / (f"{paper.name}-base" if tiny else row.model)
@@ -161,9 +161,10 @@ def _trained(folder: Path, steps: int, command: str) -> Step:
     return Step("run", at >= steps, f"{at}/{steps}" if at else "no", (command,))
 
 
-def _exported(folder: Path) -> Step:
+def _exported(folder: Path, *, best: bool) -> Step:
+    """``best``: the paper reports the best validated checkpoint."""
     done = (folder / "hf" / "config.json").is_file()
-    command = f"{PROGRAM} convert to-hf {_quoted(folder)} {_quoted(folder / 'hf')}"
+    command = f"{PROGRAM} convert to-hf {_quoted(folder)} {_quoted(folder / 'hf')}{' --best' if best else ''}"
     return Step("export", done, "yes" if done else "no", (command,))
 
 
