@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_ext.checkpoint.manifest import TRACKER
 from megatron_ext.config.loading import read_config
+from megatron_ext.config.public_sets import how_to_make
 from megatron_ext.config.schema import Config
 from megatron_ext.config.shipped import RECIPES, find, outside
 
@@ -88,7 +89,7 @@ def run_name(row: Row) -> str:
 
 def _short(row: Row, key: str, value: str) -> str:
     name = key.rpartition(".")[2]
-    if name == "hub" or value == "[]":
+    if name == "hub" or key.startswith("data.stage_"):  # said by the model's or the curriculum's name
         return ""
     if value in ("", "false"):
         return f"no_{name}"
@@ -188,7 +189,9 @@ def _suite_data(suite: Path) -> Iterator[Step]:
 
 
 def make_data(file: Path, source: str) -> tuple[str, ...]:
-    """What makes a file of problems."""
+    """What makes a file of problems, from a known public set or else from a local copy."""
+    if known := how_to_make(_here(file)):
+        return tuple(line.strip() for line in known.splitlines())
     return (f"{PROGRAM} data {file.stem} SOURCE --out {_quoted(file)}" + (f"  # SOURCE: {source}" if source else ""),)
 
 
