@@ -29,12 +29,12 @@ def write(folder: Path, steps: list[tuple[dict[str, float], list[dict[str, Any]]
 def test_tokens_above_a_quantile_are_counted(tmp_path: Path) -> None:
     words = [*["the"] * 6, " So", " So", "\n", "2"]
     run = write(tmp_path / "run", [({"entropy/full": 1.0}, [record(words, [0.1] * 6 + [2.0, 3.0, 2.5, 0.2])])])
-    found = analyze(tmp_path / "out", "tokens", run, "--quantile", 0.65)["selections"]
+    found = analyze(tmp_path / "out", "tokens", run, "--quantile", 0.7)["selections"]
     ((name, each),) = found.items()
     assert name.startswith("entropy > ") and each["tokens"] == 3 and each["of"] == 10
     assert [(row["token"], row["count"], row["entropy"]) for row in each["ranked"]] == [(" So", 2, 2.5), ("\n", 1, 2.5)]
     assert each["ranked"][0]["share"] == pytest.approx(2 / 3, rel=1e-5) and each["ranked"][0]["selected"] == 1.0
-    low = analyze(tmp_path / "low", "tokens", run, "--quantile", 0.65, "--below", "--without-cloud")["selections"]
+    low = analyze(tmp_path / "low", "tokens", run, "--quantile", 0.7, "--below", "--without-cloud")["selections"]
     assert next(iter(low.values()))["ranked"][0]["token"] == "the"
 
 
