@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -21,6 +22,12 @@ class ToolProgress(Progress):
         is_live = console.is_terminal
         super().__init__(*columns, TimeRemainingColumn(), console=console, disable=not is_live, get_time=clock)
         self._said: dict[TaskID, tuple[float, float]] = {}  # when, and how much was done
+        self._at_start: dict[TaskID, float] = {}  # what was there before: it took no time
+
+    def add_task(self, *arguments: Any, **options: Any) -> TaskID:
+        task_id = super().add_task(*arguments, **options)
+        self._at_start[task_id] = self._tasks[task_id].completed
+        return task_id
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
         super().advance(task_id, advance)
@@ -32,7 +39,8 @@ class ToolProgress(Progress):
         if done < task.total and (now - when < LINE_S or done - before < LINE_SHARE * task.total):
             return
         self._said[task_id] = now, done
-        left = (now - task.start_time) / done * (task.total - done)
+        new = done - self._at_start.get(task_id, 0)
+        left = (now - task.start_time) / new * (task.total - done) if new else 0
         rest = f", {timedelta(seconds=round(left))} left" if left else ""
         line = f"{task.description}: {done:.0f} of {task.total:.0f}{rest}"
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -118,13 +118,28 @@ def paired_bootstrap(
     Problems are resampled once for both, so what makes a problem hard cancels. The p-value counts the resamples
     on the far side of 0, with the observation itself (hence never 0). Raises ValueError for unequal lengths.
     """
-    if len(a_P) != len(b_P):
-        raise ValueError(f"paired bootstrap: {len(a_P)} and {len(b_P)} problems; expected the same problems in order")
-    difference_P1 = np.asarray(b_P, dtype=np.float64)[:, None] - np.asarray(a_P, dtype=np.float64)[:, None]
-    (interval,) = bootstrap(difference_P1, seed=seed, resamples=resamples)
-    means_R = _resampled_means(difference_P1, seed, resamples)[:, 0]
-    below, above = int((means_R <= 0).sum()), int((means_R >= 0).sum())
-    return Difference(interval, min(1.0, 2 * (min(below, above) + 1) / (resamples + 1)))
+    difference_P = _paired(a_P, b_P)
+    means_R = _resampled_means(difference_P[:, None], seed, resamples)[:, 0]
+    return _difference(float(difference_P.mean()), means_R)
+
+
+def average(sets: Sequence[Sequence[float]], *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+    """The mean over sets of each set's mean over its problems, each set counting alike, with its interval.
+
+    Problems are resampled within each set, independently of the other sets.
+    """
+    values = [np.asarray(values_P, dtype=np.float64) for values_P in sets]
+    mean = float(np.mean([values_P.mean() for values_P in values]))
+    return _interval(mean, _resampled_averages(values, seed, resamples))
+
+
+def average_difference(
+    a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], *, seed: int = 0, resamples: int = RESAMPLES
+) -> Difference:
+    """The difference of two ``average`` over the same problems, paired as in ``paired_bootstrap`` within each set."""
+    values = [_paired(a_P, b_P) for a_P, b_P in zip(a, b, strict=True)]
+    mean = float(np.mean([values_P.mean() for values_P in values]))
+    return _difference(mean, _resampled_averages(values, seed, resamples))
 
 
 def per_problem(rows: Sequence[Mapping[str, Any]], ks: Sequence[int]) -> dict[str, list[float]]:
@@ -151,6 +166,32 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Differe
         )
     first, second = (per_problem(item["problems"], item["decoding"]["ks"]) for item in (a, b))
     return {name: paired_bootstrap(first[name], second[name]) for name in first if name in second}
+
+
+def _paired(a_P: Sequence[float], b_P: Sequence[float]) -> np.ndarray:
+    if len(a_P) != len(b_P) or not len(a_P):
+        raise ValueError(f"paired bootstrap: {len(a_P)} and {len(b_P)} problems; expected the same problems in order")
+    difference_P = np.asarray(b_P, dtype=np.float64) - np.asarray(a_P, dtype=np.float64)
+    if not np.isfinite(difference_P).all():
+        raise ValueError("paired bootstrap: found a value that is not finite; leave the problem out and say so")
+    return difference_P
+
+
+def _interval(mean: float, means_R: np.ndarray) -> Interval:
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means_R, [tail, 1 - tail])
+    return Interval(mean, float(low), float(high))
+
+
+def _difference(mean: float, means_R: np.ndarray) -> Difference:
+    below, above = int((means_R <= 0).sum()), int((means_R >= 0).sum())
+    return Difference(_interval(mean, means_R), min(1.0, 2 * (min(below, above) + 1) / (len(means_R) + 1)))
+
+
+def _resampled_averages(sets: Sequence[np.ndarray], seed: int, resamples: int) -> np.ndarray:
+    """``[R]``: means over sets of their resampled means; every set has random numbers of its own."""
+    means = [_resampled_means(values_P[:, None], seed + i, resamples)[:, 0] for i, values_P in enumerate(sets)]
+    return np.mean(means, axis=0)
 
 
 def _resampled_means(values_PM: np.ndarray, seed: int, resamples: int) -> np.ndarray:

@@ -88,7 +88,7 @@ def test_a_default_that_differs_is_a_difference_and_needs_a_place(monkeypatch: p
     siren = read_paper("siren")
     without = siren.model_copy(update={"allowed": ()})
     keys = {d.key for each in compare(without) if each.method == "entropy_bonus" for d in each.differences}
-    assert keys == {"method.coef"}
+    assert keys == {"method.coef", "method.entropy_aggregation"}
     read = rows.read_config
 
     def unshared(name: Any, overrides: Any = None) -> Any:

@@ -15,6 +15,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.schema import PromptConfig
 from megatron_ext.files import first_fault, parse_json, read_lines
 from megatron_ext.metrics.writer import METRICS, SAMPLES
 from megatron_ext.records import Problem
@@ -114,6 +115,20 @@ def by_problem(rows: Sequence[SampleRow]) -> dict[tuple[str, str], list[SampleRo
     found: dict[tuple[str, str], list[SampleRow]] = {}
     for row in rows:
         found.setdefault(row.problem, []).append(row)
+    return found
+
+
+def prompts_of(path: Path) -> dict[str, PromptConfig]:
+    """``set -> prompt`` that the responses of the samples below a path were sampled with, where headers say it."""
+    found: dict[str, PromptConfig] = {}
+    for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
+        first = parse_json(next(read_lines(file)))  # read_samples has read it before
+        header = first.get("header") if isinstance(first, dict) else None
+        if isinstance(header, dict) and isinstance(header.get("prompt"), dict):
+            try:
+                found[str(header.get("set", ""))] = PromptConfig.model_validate(header["prompt"])
+            except ValidationError as error:
+                raise _damaged(file, 1, f"prompt in the header: {first_fault(error)}") from None
     return found
 
 

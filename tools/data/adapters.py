@@ -248,6 +248,7 @@ def _gpqa(row: Row) -> dict[str, Any]:
 PROBLEM_ROWS = Form(("id", "prompt", "answer", "verifier"), fields_of)  # every set may come as its prepared file
 VERL = Form(("prompt", "reward_model"), _verl)
 MATHARENA = (_plain("problem", "answer", problem_id="problem_idx", kind="problem_type"),)
+AMC = tuple(_plain(column, "answer", gold=whole, problem_id="id") for column in ("problem", "question"))
 GPQA_COLUMNS = ("Question", "Correct Answer", *(f"Incorrect Answer {number}" for number in (1, 2, 3)))
 ADAPTERS: dict[str, tuple[Form, ...]] = {
     "dapo-math-17k": (Form(("prompt", "solution", "reward_model"), _dapo_processed), VERL),
@@ -272,10 +273,8 @@ ADAPTERS: dict[str, tuple[Form, ...]] = {
         _plain("Problem", "Answer", gold=whole, problem_id="ID"),
         VERL,
     ),
-    "amc23": (
-        _plain("problem", "answer", gold=whole, problem_id="id"),
-        _plain("question", "answer", gold=whole, problem_id="id"),
-    ),
+    "amc23-83": AMC,
+    "amc23": AMC,
     "math500": (_plain("problem", "answer", problem_id="unique_id", kind="subject", level="level"),),
     "olympiadbench": (Form(("question", "final_answer"), _olympiad),),
     "minerva": (_plain("question", "answer", kind="type"), _plain("problem", "answer", kind="type")),

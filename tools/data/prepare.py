@@ -190,7 +190,10 @@ def _evaluation_sets(paths: Sequence[Path]) -> tuple[EvaluationSets, list[dict[s
     """The problems of ``--against`` and a record of each file."""
     problems, records = [], []
     for path in paths:
-        found, _ = load_problems(path, score=None)
+        try:
+            found, _ = load_problems(path, score=None)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("data.train", "--against")) from None
         problems += [(f"{path.stem} {problem.problem_id}", problem.prompt) for problem in found]
         records.append(file_record(path, path.name) | {"problems": len(found)})
     return EvaluationSets(problems), records

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext import heartbeat
+from megatron_ext.config.positions import max_positions
 from megatron_ext.rollout.base import Request, Sampling, Weights
 from megatron_ext.rollout.model_files import eos_ids, load_config, load_tokenizer
 from megatron_ext.rollout.vllm.common import (
@@ -78,7 +79,7 @@ class VLLMEngine:
         self.asleep = False
         self.eos = eos_ids(model_path)
         config = load_config(model_path)
-        max_tokens = min(max_tokens, config.max_position_embeddings)
+        max_tokens = min(max_tokens, max_positions(config.to_dict()) or max_tokens)
         os.environ.update(model_runner_variable(model_runner))
         weight_transfer.register()
         _forget_shared_memory(self.group)

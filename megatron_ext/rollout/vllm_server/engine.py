@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from megatron_ext.config.positions import max_positions
 from megatron_ext.rollout.base import Request, RolloutError, Sampling, Weights
 from megatron_ext.rollout.model_files import eos_ids, load_config, load_tokenizer
 from megatron_ext.rollout.vllm.common import cpu_arguments, model_runner_variable
@@ -72,7 +73,7 @@ class ServerEngine:
         self.tokenizer = load_tokenizer(model_path)
         self.eos = eos_ids(model_path)
         config = load_config(model_path)
-        max_tokens = min(max_tokens, config.max_position_embeddings)
+        max_tokens = min(max_tokens, max_positions(config.to_dict()) or max_tokens)
         self.vocab_size = config.vocab_size
         self.distributed = dist.is_initialized()
         self.rank = dist.get_rank() if self.distributed else 0

@@ -206,10 +206,10 @@ CASES = [
         [problem("aime25-1", "77", "Find $7 \\cdot 11$.")],
     ),
     Case(
-        "amc23",
+        "amc23-83",
         "train.parquet",
         [{"id": 0, "problem": "Find $9+18$.", "answer": 27.0, "url": ""}],
-        [problem("amc23-0", "27", "Find $9+18$.")],
+        [problem("amc23-83-0", "27", "Find $9+18$.")],
     ),
     Case(
         "amc23",

@@ -1,0 +1,30 @@
+"""Evaluation of Hugging Face model directories: on a file of problems, or on all sets of a paper's suite.
+
+``command.py`` is the command line, ``model.py`` evaluates one model, ``suite.py`` reads a suite, and
+``suite_results.py`` puts its numbers together. What other tools use is named here.
+"""
+
+from __future__ import annotations
+
+from .command import main
+from .model import evaluate
+from .results import load_evaluations, save_evaluation, summary
+from .samples_file import read_samples
+from .sampling import Engine, measure
+from .settings import Settings
+from .voting import Pool, equivalent_answers, exact_value
+
+__all__ = [
+    "Engine",
+    "Pool",
+    "Settings",
+    "equivalent_answers",
+    "evaluate",
+    "exact_value",
+    "load_evaluations",
+    "main",
+    "measure",
+    "read_samples",
+    "save_evaluation",
+    "summary",
+]
