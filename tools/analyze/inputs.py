@@ -134,7 +134,7 @@ def prompts_of(path: Path) -> dict[str, PromptConfig]:
 
 @dataclass(frozen=True)
 class Problems:
-    """Problems of all files given with ``--data``: a file's stem is the name of its set."""
+    """Problems of all files, or folders of them, given with ``--data``: a file's stem is the name of its set."""
 
     by_set: dict[tuple[str, str], Problem]
 
@@ -165,7 +165,8 @@ def read_problems(paths: Sequence[Path]) -> Problems:
     from megatron_ext.data.dataset import load_problems
 
     found: dict[tuple[str, str], Problem] = {}
-    for path in paths:
+    files = [file for path in paths for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
+    for path in files:
         problems, _ = load_problems(path, score=None)
         found |= {(path.stem, problem.problem_id): problem for problem in problems}
     return Problems(found)

@@ -8,6 +8,8 @@ from typing import Any
 
 from PIL import Image
 
+from megatron_ext.metrics.writer import MetricsWriter, write_config
+from tests.tools import runs
 from tools.analyze.__main__ import main
 
 BASE = Path("recipes/tiny/base")
@@ -47,6 +49,18 @@ def write_counts(path: Path, counts: dict[str, tuple[int, int]], set_name: str =
         for number in range(n)
     ]
     return write_lines(path, rows)
+
+
+def record(tokens: list[str], entropy: list[float], **changed: Any) -> dict[str, Any]:
+    return runs.sample(tokens=tokens, entropy=entropy, logprob=[-1.0] * len(tokens), **changed)
+
+
+def write_recorded(folder: Path, steps: list[tuple[dict[str, float], list[dict[str, Any]]]], samples: int = 4) -> Path:
+    with MetricsWriter(folder, trackers=[], total_steps=len(steps), glossary=runs.DESCRIBED) as writer:
+        for number, (metrics, records) in enumerate(steps, 1):
+            writer.write(number, metrics, records)
+    write_config(folder, {"name": "r", "rollout": {"samples": samples}})
+    return folder
 
 
 def analyze(out: Path, name: str, *arguments: Any) -> dict[str, Any]:

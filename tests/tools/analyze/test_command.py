@@ -9,10 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.analyze.inputs import BASE, DATA, row, write_counts, write_lines, write_samples
+from tests.tools.analyze.inputs import (
+    BASE,
+    DATA,
+    record,
+    row,
+    write_counts,
+    write_lines,
+    write_recorded,
+    write_samples,
+)
 from tests.tools.runs import evaluation, write_run
 from tools.analyze.__main__ import main
 from tools.analyze.registry import ANALYSES
+
+RESPONSE = record(["It", " is", "2"], [0.0, 0.5, 1.0])
 
 
 def test_all_does_what_a_run_and_a_model_allow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,7 +44,7 @@ def test_all_says_what_it_leaves_out_and_why(tmp_path: Path, capsys: pytest.Capt
     said = capsys.readouterr().out
     assert "left out perplexity: needs --base, --samples and --data" in said
     assert "left out flips: flips: found 1 models" in said
-    assert {path.stem for path in (tmp_path / "out").glob("*.png")} == {"pass-at-k"}
+    assert {path.stem for path in (tmp_path / "out").glob("*.png")} == {"pass-at-k", "levels"}
     assert "needs the folder of a run" in (tmp_path / "out" / "index.html").read_text()
 
 
@@ -81,7 +92,7 @@ def test_bad_input_is_a_clear_error(
         "twice": write_lines(tmp_path / "twice.jsonl", [row(0, 0, "1", True, id="a")] * 2),
         "counts": write_counts(tmp_path / "counts.jsonl", {"a": (2, 1)}),
         "others": write_counts(tmp_path / "others.jsonl", {"b": (2, 1)}),
-        "run": write_run(tmp_path / "run"),
+        "run": write_recorded(tmp_path / "run", [({"reward/mean": 0.5, "entropy/full": 1.0}, [RESPONSE])]),
     }
     given = [str(each).format(**files) for each in arguments]
     out = tmp_path / "out"

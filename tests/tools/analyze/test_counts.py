@@ -7,10 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext.config.schema import PromptConfig
 from megatron_ext.metrics.eval_stats import pass_at_k
-from tests.tools.analyze.inputs import analyze, write_counts, write_lines
+from tests.tools.analyze.inputs import BASE, analyze, write_counts, write_lines
 from tests.tools.runs import evaluation
 from tools.analyze.flips import mcnemar
+from tools.analyze.inputs import prompts_of, read_samples
+from tools.evaluate.fingerprint import header
+from tools.evaluate.samples_file import SamplesFile
+from tools.evaluate.settings import Settings
 
 
 def test_pass_at_k_is_the_mean_over_problems(tmp_path: Path) -> None:
@@ -101,3 +106,18 @@ def test_flips_of_an_evaluation_go_by_the_majority(tmp_path: Path) -> None:
 )
 def test_mcnemar_counts_coins(gained: int, lost: int, p: float) -> None:
     assert mcnemar(gained, lost) == pytest.approx(p)
+
+
+def test_the_samples_that_evaluate_writes_are_read(tmp_path: Path) -> None:
+    settings = Settings(samples=2)
+    prompt = PromptConfig(suffix=" Think.").model_dump()
+    first = header(BASE, "sums", "0" * 64, settings, prompt, "hf")
+    file = SamplesFile(tmp_path / "sums.jsonl", first)
+    line = {"set": "sums", "id": "a", "text": "5", "response_ids": [3], "length": 1, "truncated": False}
+    outcomes = ("correct", "wrong")
+    file.append([line | {"sample": i, "outcome": each, "extracted": "5"} for i, each in enumerate(outcomes)])
+    file.close()
+    rows = read_samples(file.path)
+    assert [(row.problem, row.sample) for row in rows] == [(("sums", "a"), 0), (("sums", "a"), 1)]
+    assert [row.is_correct for row in rows] == [True, False]
+    assert prompts_of(file.path)["sums"].suffix == " Think."
