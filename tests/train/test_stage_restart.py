@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from megatron_ext.data.curriculum import FORMAT, fingerprint, stage_of
 from megatron_ext.model.optimizer_state import sub_optimizers
