@@ -64,7 +64,7 @@ def _map(paper: Paper, tables: Sequence[PaperTable], options: argparse.Namespace
         made = plans(paper, table, tiny=options.tiny)
         _rows(table, made, console)
         if table.columns:
-            found.append(Result(table, made, [cells(table, plan, sets) for plan in made]))
+            found.append(Result(table, made, [cells(table, plan, sets) for plan in made], options.tiny))
     for each in found:
         if any(cell.ours is not None for row in each.rows for cell in row):
             _result(each, console)
@@ -107,7 +107,7 @@ def _result(result: Result, console: Console) -> None:
     label = max(len(plan.row.label) for plan in made) + 2
     across = max(1, (console.width - label) // CELL_WIDTH)
     for first in range(0, len(columns), across):
-        title = f"{result.table.name}: ours, 95 % interval, published" if first == 0 else None
+        title = result.heading if first == 0 else None
         shown = Table(title=title, title_justify="left", show_lines=True)
         shown.add_column("")
         for head, _, _ in columns[first : first + across]:
