@@ -88,8 +88,8 @@ def data_set_page() -> str:
         "# Data sets",
         "",
         "The sets that recipes and suites name: `data/NAME.jsonl` is made by `megatron-entropy data NAME SOURCE --out "
-        "data/NAME.jsonl` ([data.md](data.md)). `megatron-entropy data --list` prints this table with the commands that "
-        "fetch and prepare each set.",
+        "data/NAME.jsonl` ([data.md](data.md)). `megatron-entropy data --list` prints this table with the commands "
+        "that fetch and prepare each set.",
     ]
     head = ("set", "from", "rows", "used by", "licence", "to know")
     for use in ("training", "evaluation"):

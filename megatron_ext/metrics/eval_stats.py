@@ -153,7 +153,7 @@ def per_problem(rows: Sequence[Mapping[str, Any]], ks: Sequence[int]) -> dict[st
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Difference]:
-    """``b - a`` for every metric that both evaluations (as tools/evaluate.py writes them) report.
+    """``b - a`` for every metric that both evaluations (as tools.evaluate writes them) report.
 
     Raises ValueError when they are of different data or problems: only the same problems can be paired.
     """

@@ -20,7 +20,6 @@ from megatron_ext.data.curriculum import data_order
 from megatron_ext.metrics.alarms import Alarms
 from megatron_ext.model import kernels
 from megatron_ext.model.architectures import Architecture, find_family, read_architecture
-from megatron_ext.model.build import Policy
 from megatron_ext.model.megatron_config import ModelOptions
 from megatron_ext.rollout.registry import check_engine, create_engine
 from megatron_ext.rollout.rewards.function_pool import FunctionPool
@@ -29,7 +28,6 @@ from megatron_ext.train.messages import tell, users_files
 from megatron_ext.train.method_factory import create_method
 from megatron_ext.train.models import build_learner
 from megatron_ext.train.resume import check_resume, resume
-from megatron_ext.train.step import Learner
 from megatron_ext.train.trainer import Trainer
 from megatron_ext.train.training_data import load_problems
 from megatron_ext.train.validation import load_validation
@@ -50,7 +48,7 @@ def build(config: Config, pool: RewardPool | FunctionPool) -> Trainer:
     checkpoints = Checkpoints(
         config.run_dir / "checkpoints",
         trained=learner.trained,
-        frozen=_frozen(config, learner),
+        frozen=learner.frozen,
         config=config.model_dump(),
         layout=config.parallel.model_dump(),
         keep=config.checkpoint.keep,
@@ -90,13 +88,6 @@ def reward_pool(config: Config) -> RewardPool | FunctionPool:
         wrong=reward.wrong,
         answer_format=config.prompt.answer_format,
     )
-
-
-def _frozen(config: Config, learner: Learner) -> dict[str, Policy]:
-    """The reference, where it does not stay what model.path holds."""
-    if learner.reference is None or not config.data.stage_restart:
-        return {}
-    return {"reference": learner.reference.policy}
 
 
 def _seed(seed: int) -> None:

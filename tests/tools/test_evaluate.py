@@ -216,7 +216,8 @@ def test_several_models_side_by_side(
     for name in counts:
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.json").write_text("{}")
-    monkeypatch.setattr(tool, "evaluate", lambda model, *_, **__: evaluation(counts[str(model.relative_to(tmp_path))]))
+    given = {tmp_path / name: evaluation(values) for name, values in counts.items()}
+    monkeypatch.setattr(tool.command, "evaluate", lambda model, *_, **__: given[model])
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: str) -> str:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tools import evaluate, quickstart
+from tools import quickstart
+from tools.evaluate import command
 
 
 @pytest.mark.parametrize("engine", ["hf", "vllm"])
 def test_evaluation_takes_the_quickstarts_options(engine: str) -> None:
     tool, *arguments = quickstart.evaluate(quickstart.BASE, "before", Path("runs/quickstart"), engine)
     assert tool == "evaluate"
-    rollout = evaluate._rollout(evaluate._parser().parse_args(arguments))
+    rollout = command._rollout(command._parser().parse_args(arguments))
     assert (rollout.engine, rollout.enforce_eager) == (engine, engine == "vllm")

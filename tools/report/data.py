@@ -1,7 +1,7 @@
 """What a run's folder holds, read for the report and checked: a file that is not what was written is said, not guessed.
 
 A number that is missing, null, NaN, infinite or beyond LARGEST is None. Anything else that is not as tools/train.py and
-tools/evaluate.py write it raises ValueError with file, line and field.
+tools.evaluate write it raises ValueError with file, line and field.
 """
 
 from __future__ import annotations

@@ -324,8 +324,8 @@ CASES = [
         [
             problem(
                 "gpqa-rec7",
-                "B",
-                f"{GPQA['Question']}\n\nA. sulfur\nB. copper\nC. bromine\nD. neon",
+                "C",
+                f"{GPQA['Question']}\n\nA. sulfur\nB. neon\nC. copper\nD. bromine",
                 verifier="choice",
                 kind="Chemistry",
             )
