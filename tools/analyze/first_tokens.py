@@ -148,7 +148,7 @@ def _draw_ranks(axes: Any, found: list[First]) -> None:
         )
     axes.set_xscale("log")
     figures.plain_log_axis(axes.xaxis)
-    axes.set_ylim(0, 1.03)
+    axes.set(xlim=(0.9, None), ylim=(0, 1.03))
     figures.percent_axis(axes.yaxis)
     axes.set(
         xlabel="number of most likely tokens (log scale)", ylabel="probability together", title="how few hold it all"
