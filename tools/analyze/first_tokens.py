@@ -132,7 +132,7 @@ def _draw_top(axes: Any, found: list[First], top: int) -> None:
         axes.barh(places, [known.get(name, 0.0) for name in names], height=0.92 * height, color=figures.color(number),
                   label=f"{each.label} ({each.entropy:.2f} nats)")  # fmt: skip
     axes.set_yticks(range(len(names)), [visible(name) for name in names], fontfamily="DejaVu Sans Mono", fontsize=9)
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(names), 6) - 0.4, -0.6)  # room for the legend also below a single token
     axes.grid(False)
     axes.tick_params(axis="y", length=0)
     axes.set(xlabel="probability", title="the most likely tokens")
@@ -148,7 +148,7 @@ def _draw_ranks(axes: Any, found: list[First]) -> None:
         )
     axes.set_xscale("log")
     figures.plain_log_axis(axes.xaxis)
-    axes.set_ylim(0, 1.03)
+    axes.set(xlim=(0.9, None), ylim=(0, 1.03))
     figures.percent_axis(axes.yaxis)
     axes.set(
         xlabel="number of most likely tokens (log scale)", ylabel="probability together", title="how few hold it all"

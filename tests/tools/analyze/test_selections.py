@@ -6,6 +6,7 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -73,9 +74,7 @@ def test_the_selection_is_that_of_training(tmp_path: Path, name: str) -> None:
     prepared = method.prepare(batch, stats, OneRank()).token
     changed = {name: value for name, value in prepared.items() if name != "control"}
     chosen = torch.stack([value != 0 for value in changed.values()]).any(0).numpy()
-    union = False
-    for mask in masks.values():
-        union = union | mask
+    union = np.any(list(masks.values()), axis=0)
     assert (union == chosen).all() and chosen.any() and not chosen.all()
 
 
