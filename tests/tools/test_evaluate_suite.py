@@ -77,11 +77,13 @@ def test_a_killed_suite_goes_on_and_ends_as_an_uninterrupted_one(
     command = [sys.executable, "-m", "tools.evaluate", *common, "--out", str(tmp_path / "killed")]
     samples = tmp_path / "killed" / "samples" / "base"
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 900
-        while not (samples / "fractions.jsonl").exists() or len(list(read_samples(samples / "fractions.jsonl"))) < 16:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
+        deadline = time.monotonic() + 300
+        try:
+            while not (file := samples / "fractions.jsonl").exists() or len(list(read_samples(file))) < 16:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+        finally:
+            process.send_signal(signal.SIGKILL)
     done = {name: [(r["id"], r["sample"]) for r in read_samples(samples / f"{name}.jsonl")] for name in SETS}
     num_done = sum(map(len, done.values()))
     assert len(done["sums"]) == 32 and 48 <= num_done < 192
