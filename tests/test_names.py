@@ -29,6 +29,7 @@ MAY_NAME = {  # file -> the methods, pages and words it may name, and why
         "entropic/entropy",
         "entropic/alpha",
     },
+    "tools/analyze/pivotal.py": {"entropy_advantage"},  # one paper's figure, of that method's own term
     "tools/bench/ops.py": {"sent"},  # bytes that were sent
 }
 

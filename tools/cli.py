@@ -29,6 +29,7 @@ COMMANDS = {  # name: module, what it does
     "data": ("data", "turn a local copy of a data set into problem rows, with filters and a manifest"),
     "convert": ("convert", "turn a run's checkpoint into a Hugging Face model, and back"),
     "report": ("report", "write a run's page: curves, evaluations, tokens"),
+    "analyze": ("analyze", "figures of models and runs: token entropy, selected tokens, pass@k, what flipped"),
     "compare": ("compare_runs", "compare runs, in a table, on a page or bit by bit"),
     "paper": ("paper", "say what makes each row of a paper's tables, and set our numbers beside the published ones"),
     "recipes": ("recipes", "list the shipped recipes"),

@@ -4,8 +4,8 @@
     python -m tools.docs --write    write them
 
 docs/configuration.md comes from config/schema.py, docs/metrics.md from metrics/glossary.py and the methods,
-docs/methods.md from the methods' own files. The tests fail while a
-page is out of date. Exit codes: 0 up to date or written, 1 out of date, 2 a page cannot be written.
+docs/methods.md from the methods' own files, docs/data-sets.md from config/public_sets.toml. The tests fail while a page
+is out of date. Exit codes: 0 up to date or written, 1 out of date, 2 a page cannot be written.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from megatron_ext.config.describe import Key, sections, toml_value
+from megatron_ext.config.public_sets import PublicSet, public_sets
 from megatron_ext.methods import METHODS
 from megatron_ext.metric import Metric
 from megatron_ext.metrics.glossary import METRICS
@@ -81,10 +82,27 @@ def metric_page() -> str:
     return "\n".join([*lines, ""])
 
 
+def data_set_page() -> str:
+    lines = [
+        GENERATED,
+        "# Data sets",
+        "",
+        "The sets that recipes and suites name: `data/NAME.jsonl` is made by `megatron-entropy data NAME SOURCE --out "
+        "data/NAME.jsonl` ([data.md](data.md)). `megatron-entropy data --list` prints this table with the commands "
+        "that fetch and prepare each set.",
+    ]
+    head = ("set", "from", "rows", "used by", "licence", "to know")
+    for use in ("training", "evaluation"):
+        rows = (_public_set(found) for found in public_sets().values() if found.use == use)
+        lines += ["", f"## For {use}", "", *table(head, rows)]
+    return "\n".join([*lines, ""])
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "configuration.md": configuration,
     "metrics.md": metric_page,
     "methods.md": method_pages,
+    "data-sets.md": data_set_page,
 }
 
 
@@ -111,6 +129,13 @@ def _metrics(metrics: Iterable[Metric]) -> list[str]:
 
 def _metric(metric: Metric) -> list[str]:
     return [f"`{metric.name}`", metric.unit, metric.meaning, metric.good, metric.low, metric.high]
+
+
+def _public_set(found: PublicSet) -> list[str]:
+    place = f"`{found.hub}`" if found.hub else f"<{found.url}>" if found.url else f"{', '.join(found.parts)}, filtered"
+    copy = ", ".join(filter(None, [*found.config, found.split]))
+    size = f"{found.rows:,}" if found.rows else ""
+    return [f"`{found.name}`", f"{place} ({copy})" if copy else place, size, found.used, found.licence, found.traps]
 
 
 def _by_module() -> dict[str, list[str]]:

@@ -36,8 +36,10 @@ def model_card(checkpoint: Path, found: Manifest, *, source: Path) -> str:
     )
     prompt = with_defaults(config)["prompt"]
     prompt["template"] = CHAT_TEMPLATE if prompt["template"] else ""
-    for key, value in (terms | {"prompt": prompt}).items():
+    for key, value in terms.items():
         front[key] = value
+    if found.step or any(prompt[key] for key in ("system", "prefix", "suffix", "template")):  # a base model has none
+        front["prompt"] = prompt
     if found.step == 0:
         return f"---\n{front.to_yaml()}\n---\n\n# {Path(base).name}\n\nThe weights of `{base}`, not trained further.\n"
     front.tags = ["reinforcement-learning", str(config["method"]["name"])]

@@ -208,7 +208,8 @@ def plot(path: Path, rows: Sequence[dict[str, Any]], samples: int) -> None:
 def make(config: Config, options: argparse.Namespace, console: Console) -> Path:
     """Measure every problem and write the curriculum. Raises ConfigError, VerifierError."""
     out = Path(options.out or outside(config.data.curriculum))
-    config = config.model_copy(update={"data": config.data.model_copy(update={"curriculum": "", "stage_starts": []})})
+    no_stages = {"curriculum": "", "stage_starts": [], "stage_restart": False}
+    config = config.model_copy(update={"data": config.data.model_copy(update=no_stages)})
     if str(out) == ".":
         raise ConfigError("--out: the recipe names no data.curriculum; say where to write the curriculum with --out")
     for name in ("samples", "stages"):

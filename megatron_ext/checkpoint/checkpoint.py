@@ -57,6 +57,7 @@ from megatron_ext.checkpoint.storage import (
     write_index,
 )
 from megatron_ext.model import parallel
+from megatron_ext.model.build import Policy
 from megatron_ext.model.host_memory import HostMemory
 from megatron_ext.model.trainable import TrainableModel
 
@@ -115,7 +116,7 @@ class Checkpoints:
     one piece at a time.
 
     ``trained`` is the policy, under that name, and the other models that train; the names of their tensors start with
-    theirs. ``config`` is JSON-like.
+    theirs. So do those of ``frozen`` models, whose weights alone are saved. ``config`` is JSON-like.
     """
 
     def __init__(
@@ -127,8 +128,10 @@ class Checkpoints:
         layout: dict[str, Any],
         keep: int,
         asynchronous: bool,
+        frozen: Mapping[str, Policy] | None = None,
     ):
         self.root, self.trained, self.config, self.keep = root, trained, config, keep
+        self.frozen = frozen or {}
         self.layout: dict[str, Any] = json.loads(json.dumps(layout))  # as a manifest gives it back: no tuples
         self.step: int | None = None  # of the last save or load
         self._memory = HostMemory() if asynchronous else None
@@ -152,8 +155,7 @@ class Checkpoints:
         partial = on_rank_0(lambda: manifest.open_partial(self.root, step), checkpoint_fault("opening a checkpoint"))
         with _removed_on_failure(partial):
             with on_all_ranks("collecting model and optimizer"):
-                pieces = [each for name, model in self.trained.items() for each in trained_pieces(name, model)]
-                pieces = [each for each in pieces if each.stored]
+                pieces = [each for each in self._pieces() if each.stored]
             steps = {name: local_shards.steps_taken(model) for name, model in self.trained.items()}
             everyone = gather_on_rank_0((_rng(), steps))
             with on_all_ranks("copying model, optimizer and state"):
@@ -218,7 +220,7 @@ class Checkpoints:
             payload = torch.load(path / _STATE, map_location="cpu", weights_only=True)
             common = torch.load(path / _COMMON, map_location="cpu", weights_only=True)
             _check_schedules(payload["scheduler"], self.trained)
-            pieces = [each for name, model in self.trained.items() for each in trained_pieces(name, model)]
+            pieces = self._pieces()
         with on_all_ranks(f"fitting {path.name} to this model"):
             _check_fit(index, pieces, wanted=_keys_of_all(pieces))
         with on_all_ranks(f"loading {path.name}"):
@@ -241,6 +243,12 @@ class Checkpoints:
         if dist.get_rank() == 0:
             self._trusted[path.name] = manifest.stamp(path)
         return LoadedState(self.step, payload["state"], path, found.manifest, tuple(refused), rng)
+
+    def _pieces(self) -> list[Piece]:
+        """All that this rank has of what is saved."""
+        trained = [each for name, model in self.trained.items() for each in trained_pieces(name, model)]
+        frozen = [each for name, model in self.frozen.items() for each in module_pieces(model.modules, f"{name}.")]
+        return trained + frozen
 
     def _commit(self, pending: _Pending, parts: Sequence[Written]) -> Published:
         """On rank 0: index, check and seal what all ranks wrote."""

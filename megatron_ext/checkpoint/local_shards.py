@@ -59,11 +59,12 @@ def trained_pieces(name: str, each: TrainableModel) -> list[Piece]:
     return found
 
 
-def module_pieces(modules: Sequence[GPTModel]) -> list[Piece]:
-    """The weights of modules, all that this rank has of them."""
+def module_pieces(modules: Sequence[GPTModel], prefix: str = "") -> list[Piece]:
+    """The weights of modules, all that this rank has of them; of ranks with the same, one stores them."""
     found = []
     for parameter, sharded in _sharded_parameters(modules).items():
-        found += _pieces("", sharded, parameter, range(parameter.numel()), parameter.detach().view(-1))
+        owned, flat = range(parameter.numel()), parameter.detach().view(-1)
+        found += _pieces(prefix, sharded, parameter, owned, flat, shared=True)
     return found
 
 
@@ -135,8 +136,13 @@ def _in_row(shape: Shape, number: int, start: int, stop: int) -> Iterator[tuple[
         yield (number, *offsets), (1, *sizes)
 
 
-def _pieces(prefix: str, sharded: Any, parameter: Tensor, owned: range, flat: Tensor) -> Iterator[Piece]:
-    """Divide ``flat``, the elements ``owned`` of a flattened parameter or a state of them, along its ShardedTensors."""
+def _pieces(
+    prefix: str, sharded: Any, parameter: Tensor, owned: range, flat: Tensor, *, shared: bool = False
+) -> Iterator[Piece]:
+    """Divide ``flat``, the elements ``owned`` of a flattened parameter or a state of them, along its ShardedTensors.
+
+    ``shared``: data-parallel ranks have the same elements, not each its own.
+    """
     parts = [sharded] if isinstance(sharded, ShardedTensor) else list(nested_values(sharded.build()))
     for part in parts:
         assert isinstance(part, ShardedTensor) and part.data is not None and part.data.is_contiguous(), part
@@ -153,8 +159,8 @@ def _pieces(prefix: str, sharded: Any, parameter: Tensor, owned: range, flat: Te
                 dtype=flat.dtype,
             )
             tensor = flat[position - owned.start :][: math.prod(sizes)]
-            # the last number of a replica is the data-parallel rank, whose ranges differ
-            stored = not any(part.replica_id[:-1])  # pyright: ignore[reportIndexIssue]
+            copies: Any = part.replica_id
+            stored = not any(copies if shared else copies[:-1])  # the last number is the data-parallel rank
             yield Piece(chunk, tensor, stacked, part.allow_shape_mismatch, stored)
             position += math.prod(sizes)
 

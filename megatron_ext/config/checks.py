@@ -67,6 +67,10 @@ def layout_faults(config: Config) -> list[str]:
         faults.append("data.train: no training file is named; set data.train to a JSON Lines file")
     if config.data.stage_starts and not config.data.curriculum:
         faults.append("data.stage_starts: there are no stages without data.curriculum; remove it, or name a curriculum")
+    if config.data.stage_restart and not config.data.curriculum:
+        faults.append(
+            "data.stage_restart: there are no stages without data.curriculum; set it to false, or name a file"
+        )
     if config.reward.options and not config.reward.function:
         faults.append("reward.options: are of reward.function, which names none; remove them, or name a function")
     return faults + _reward_faults(config) + _validation_faults(config) + _check_model(config)

@@ -104,6 +104,11 @@ class DataConfig(Section):
     stage_starts: list[Positive] = Field(
         default=[], description="first step of each curriculum stage after the first; empty: equal shares of the run"
     )
+    stage_restart: bool = Field(
+        default=False,
+        description="each curriculum stage after the first starts like a run of its own: Adam's moments and steps are "
+        "zero, the reference is the present policy; the learning-rate schedule and the method's state go on",
+    )
 
 
 class PromptConfig(Section):

@@ -38,9 +38,13 @@ class DataOrder:
     def stage(self) -> int:
         return self._stage
 
+    def begins_stage(self, step: int) -> bool:
+        """Whether the problems of step ``step`` are the first of a later stage than those taken so far."""
+        return self._stage + 1 < len(self.starts) and step >= self.starts[self._stage + 1]
+
     def take(self, count: int, *, step: int) -> list[int]:
         """The next ``count`` problems, for step ``step``."""
-        while self._stage + 1 < len(self.starts) and step >= self.starts[self._stage + 1]:
+        while self.begins_stage(step):
             self._enter(self._stage + 1, self._epoch + 1, 0)
         taken: list[int] = []
         while len(taken) < count:

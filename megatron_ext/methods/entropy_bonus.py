@@ -5,10 +5,10 @@ entropy itself, on every token and with one constant coefficient.
 
     L = L_GRPO - coef * agg_t(H_t)
 
-with ``agg`` the aggregation of the policy loss (``entropy_mean = "policy"``, SIREN's) or the mean over all tokens
-(``"token"``, beside a policy loss that is a mean over responses: appendix C.2 of SENT, arXiv 2512.04359), and H_t the
-full-vocabulary entropy of the current policy, with gradient. The coefficient is hard to choose: in SIREN's setting
-entropy does not explode at .001, and does by step 40 at .005.
+with ``agg`` the aggregation of the policy loss (``entropy_aggregation = "policy"``, SIREN's) or the mean over all
+tokens (``"token-mean"``, beside a policy loss that is a mean over responses: appendix C.2 of SENT, arXiv 2512.04359),
+and H_t the full-vocabulary entropy of the current policy, with gradient. The coefficient is hard to choose: in SIREN's
+setting entropy does not explode at .001, and does by step 40 at .005.
 SIREN compares on Dr.GRPO: ``aggregation = "seq-mean-token-sum-norm"``, ``normalise = false``, ``clip_high = .28``.
 
 There is no statistic. The authors' codes average each micro-batch over its own tokens, which weighs the tokens of
@@ -30,7 +30,7 @@ from megatron_ext.types import Batch, TokenStats
 @dataclass(kw_only=True)
 class EntropyBonus(GRPO):
     coef: float = 0.001
-    entropy_mean: Literal["policy", "token"] = "policy"
+    entropy_aggregation: Literal["policy", "token-mean"] = "policy"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,6 +42,6 @@ class EntropyBonus(GRPO):
 
     def regulariser(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         assert stats.entropy is not None
-        if self.entropy_mean == "token":
+        if self.entropy_aggregation == "token-mean":
             return -self.coef / max(batch.num_tokens, 1) * batch.mask * stats.entropy
         return -self.coef * self.weight(batch, prepared) * stats.entropy

@@ -15,7 +15,7 @@ SENT (arXiv 2512.04359, appendix C.4) repeats DAPO's condition that a group's an
 wrong: that is ``rollout.dynamic_sampling``. Such a group has no advantage, but its tokens are counted in N and S.
 
 Scope. S is chosen from the whole mini-batch over all ranks, ties by the token's key (selection.py). SIREN's 80/20
-(arXiv 2509.25133, its code) chooses within each response: ``select_from = "response"`` keeps a response's tokens
+(arXiv 2509.25133, its code) chooses within each response: ``quantile = "response"`` keeps a response's tokens
 whose entropy is above its (1 - rho)-quantile (linear interpolation).
 
 Differs from the authors' code, which takes the quantile of each micro-batch on each rank and averages over the
@@ -38,7 +38,7 @@ from megatron_ext.types import Batch, TokenStats
 @dataclass(kw_only=True)
 class ForkingTokens(ClipHigher, Selective):
     rho: float = 0.2
-    select_from: Literal["batch", "response"] = "batch"
+    quantile: Literal["batch", "response"] = "batch"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,11 +57,11 @@ class ForkingTokens(ClipHigher, Selective):
 
     def forking(self, batch: Batch, entropy: Tensor, reduce: Reducer) -> Tensor:
         """S, ``[T]`` bool."""
-        if self.select_from == "batch":
+        if self.quantile == "batch":
             count = count_of(self.rho, num_selected(batch.mask, reduce))
             return top_k(entropy, batch.mask, count, token_keys(batch), reduce)
-        quantile = quantile_by_sequence(entropy, batch.sequence, batch.mask, 1 - self.rho, len(batch.reward))
-        return batch.mask & (entropy > batch.token(quantile))
+        threshold = quantile_by_sequence(entropy, batch.sequence, batch.mask, 1 - self.rho, len(batch.reward))
+        return batch.mask & (entropy > batch.token(threshold))
 
     def selections(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> dict[str, Tensor]:
         assert stats.entropy is not None

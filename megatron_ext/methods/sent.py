@@ -10,7 +10,10 @@ let entropy collapse. SENT orders problems from certain to uncertain, and holds 
     L      = L_GRPO + mean_i mean_t b_t KL_t(pi || ref)                       KL_t: GRPO's k3 estimate
 
 Entropy and logp are the current policy's, full vocabulary, constants of the selection. The curriculum by semantic
-entropy, SENT's other part, is the order of the data: ``data.curriculum``, made by tools/semantic_entropy.py.
+entropy, SENT's other part, is the order of the data: ``data.curriculum``, made by tools/semantic_entropy.py. Figure 5
+has its second stage from step 200 on (``data.stage_starts``), which for 5 epochs is later than half of the steps. In
+the authors' scripts that stage is a run of its own from the first one's model: ``data.stage_restart`` gives it a new
+optimizer, and the model that it starts from as its reference.
 
 Scope. T_low, T_high and the means are over the whole mini-batch on all ranks, ties by the token's key
 (selection.py); ``scope = "micro_batch"``: over each micro-batch, as in the authors' code.

@@ -56,6 +56,17 @@ def sub_optimizers(optimizer: Any) -> list[Any]:
     return [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
 
 
+def reset(optimizer: Any) -> None:
+    """Moments of zero and no steps taken, wherever the state lies; masters stay: they are the weights."""
+    allocate(optimizer)
+    for part in sub_optimizers(optimizer):
+        for state in part.optimizer.state.values():
+            for name in state.keys() & {"exp_avg", "exp_avg_sq", "step"}:  # the last one: torch's
+                state[name].zero_()
+        for group in part.optimizer.param_groups:
+            group.pop("step", None)  # of the fused one
+
+
 def allocate(optimizer: Any) -> None:
     """Give an optimizer that never stepped its zero state."""
     for part in sub_optimizers(optimizer):

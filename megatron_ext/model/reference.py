@@ -40,6 +40,12 @@ class Reference:
             for parameter, home in zip(self._parameters, homes, strict=True):
                 parameter.data = home
 
+    def become(self, policy: Policy) -> None:
+        """Take over the weights of ``policy``, which has the same parts on this rank, wherever one's own lie."""
+        for frozen, live in zip(self.policy.modules, policy.modules, strict=True):
+            for own, new in zip(frozen.parameters(), live.parameters(), strict=True):
+                own.data.copy_(new.data)
+
 
 def upload(weight: Tensor, device: torch.device) -> Tensor:
     return weight.to(device, non_blocking=True)

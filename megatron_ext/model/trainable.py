@@ -14,7 +14,7 @@ from megatron_ext.config.schema import OptimizerConfig
 from megatron_ext.methods.base import Reducer
 from megatron_ext.model import parallel
 from megatron_ext.model.build import Decay, Policy, build_optimizer, build_scheduler
-from megatron_ext.model.optimizer_state import OptimizerState
+from megatron_ext.model.optimizer_state import OptimizerState, reset
 from megatron_ext.types import Batch
 
 
@@ -68,6 +68,10 @@ class TrainableModel:
         self._state.restore()
         for chunk in self.model.chunks:
             chunk.restore_grad_buffers()
+
+    def restart(self) -> None:
+        """Forget the optimizer's moments and steps, also at rest; weights and schedule stay."""
+        reset(self.optimizer)
 
     def zero_grad(self) -> None:
         for chunk in self.model.chunks:

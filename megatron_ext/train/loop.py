@@ -105,6 +105,7 @@ def finish_step(
 
 def train_step(trainer: Trainer, watch: Watch) -> StepRecord:
     """One rollout step: sync, sample, score, update."""
+    trainer.begin_stage()
     with watch.phase("sync"):
         trainer.sync()
     rollouts = Rollouts(trainer.config, trainer.engine, trainer.pool, trainer.step, watch)

@@ -48,6 +48,7 @@ def build(config: Config, pool: RewardPool | FunctionPool) -> Trainer:
     checkpoints = Checkpoints(
         config.run_dir / "checkpoints",
         trained=learner.trained,
+        frozen=learner.frozen,
         config=config.model_dump(),
         layout=config.parallel.model_dump(),
         keep=config.checkpoint.keep,

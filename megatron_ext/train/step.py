@@ -60,6 +60,13 @@ class Learner:
         """All models that train, by name."""
         return {"policy": self.actor} | ({} if self.critic is None else {"critic": self.critic})
 
+    @property
+    def frozen(self) -> dict[str, Policy]:
+        """Models that do not train and yet are no longer what model.path holds: the reference, if stages restart."""
+        if self.reference is None or not self.config.data.stage_restart:
+            return {}
+        return {"reference": self.reference.policy}
+
     def step(self, episodes: Sequence[Episode], watch: Watch) -> tuple[dict[str, float], TokenStats]:
         """Train on this rank's episodes; metrics over all ranks and the old policy's statistics ``[T]``."""
         size = len(episodes) * self.config.train.mini_batch_prompts // self.config.rollout.prompts

@@ -77,6 +77,16 @@ class Trainer:
         for each in self.learner.trained.values():
             each.offload()
 
+    def begin_stage(self) -> None:
+        """Under ``data.stage_restart``, begin the step's stage, where it is a new one, like a run of its own."""
+        if not self.config.data.stage_restart or not self.order.begins_stage(self.step):
+            return
+        for each in self.learner.trained.values():
+            each.restart()
+        if self.learner.reference is not None:
+            self.learner.reference.become(self.learner.policy)
+        tell(f"step {self.step + 1}: a stage begins with a new optimizer, and the reference is the policy as it is")
+
     def next_problems(self, count: int) -> list[EncodedProblem]:
         """The next ``count`` problems."""
         return [self.problems[i] for i in self.order.take(count, step=self.step)]

@@ -108,7 +108,8 @@ class Validation:
         # a reward function of the user's own compares no answers: those of the same text are the same
         equal: list[set[tuple[str, str]]] = [set() for _ in own]
         if not isinstance(pool, FunctionPool):
-            equal = equal_answers(pool.score, [problems[number] for number in own], cast)
+            asked = [problems[number] for number in own]
+            equal = equal_answers(pool.score, asked, cast, self.config.prompt.answer_format)
         found: dict[int, bool] = {}
         for number, row, texts, known in zip(own, rewards, cast, equal, strict=True):
             winner = majority(texts, lambda key, answer, known=known: (key, answer) in known)

@@ -131,6 +131,9 @@ def test_a_wrong_value_is_shown(recipe: Path) -> None:
         (["optimizer.min_lr=1e-7"], "1e-07 says how the learning rate falls, but optimizer.schedule is constant"),
         (["critic.decay_steps=9"], "but critic.schedule is constant"),
         (["optimizer.schedule=linear", "optimizer.min_lr=1e-3"], "optimizer.min_lr: 0.001 is above optimizer.lr 1e-06"),
+        (["validation.every=1"], "validation.data: no file is named"),
+        (["validation.every=1", "validation.data=nowhere.jsonl"], "validation.data: no such file: nowhere.jsonl"),
+        (["validation.every=1", "validation.temperature=0", "validation.samples=2"], "the same response 2 times"),
         (["steps"], "not of the form key=value"),
         (["train.steps=3", "train.steps.more=1"], "goes below steps"),
     ],
@@ -237,7 +240,16 @@ def test_a_models_configuration_that_is_none_is_explained(recipe: Path, content:
     assert message in fault(recipe)
 
 
-@pytest.mark.parametrize("key", ["model.path", "model.weights", "data.train", "data.curriculum"])
+@pytest.mark.parametrize("key", ["model.path", "model.weights", "data.train", "data.curriculum", "validation.data"])
 @pytest.mark.parametrize("value", ["a" * 300, "a\0b"])
 def test_a_path_that_no_file_can_have(recipe: Path, key: str, value: str) -> None:
-    assert key in fault(recipe, f"{key}={json.dumps(value)}")
+    assert key in fault(recipe, "validation.every=1", f"{key}={json.dumps(value)}")
+
+
+def test_validated_responses_must_fit_the_model(recipe: Path) -> None:
+    file = recipe.parent.parent / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 64}))
+    lengths = ("data.max_prompt_tokens=8", "rollout.max_response_tokens=8", "validation.max_response_tokens=57")
+    on = ("validation.every=1", f'validation.data="{recipe}"')
+    assert "8 + 57 = 65 exceed the model's 64 positions" not in fault(recipe, *lengths, "parallel.tensor=3")
+    assert "data.max_prompt_tokens + 57 = 65 exceed the model's 64 positions" in fault(recipe, *lengths, *on)

@@ -44,17 +44,19 @@ def test_lines_become_problems(tmp_path: Path, pool: RewardPool):
         tmp_path,
         {"prompt": "a", "answer": r"\frac{1}{2}", "id": "first", "source": "ignored"},
         "",
-        {"prompt": "b", "answer": 12, "id": 7, "numbers": None, "kind": "algebra"},
+        {"prompt": "b", "answer": 12, "id": 7, "numbers": None, "kind": "algebra", "level": 5},
         {"prompt": "c", "answer": "9\n", "verifier": "countdown", "numbers": [3, 2, 1]},
+        {"prompt": "d", "answer": "(B)", "verifier": "choice", "level": "hard"},
     )
     problems, report = load_problems(path, score=pool.score, strict=True)
     assert problems == [
         Problem("first", "a", r"\frac{1}{2}"),
-        Problem("7", "b", "12", kind="algebra"),
+        Problem("7", "b", "12", kind="algebra", level="5"),
         Problem("4", "c", "9", "countdown", (3, 2, 1)),
+        Problem("5", "d", "(B)", "choice", level="hard"),
     ]
-    assert (report.num_read, report.num_kept, report.counts) == (3, 3, {})
-    assert report.summary() == "3 of 3 problems kept"
+    assert (report.num_read, report.num_kept, report.counts) == (4, 4, {})
+    assert report.summary() == "4 of 4 problems kept"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +78,12 @@ def test_lines_become_problems(tmp_path: Path, pool: RewardPool):
         ({"prompt": "p", "answer": "\n"}, "answer", "empty", "empty"),
         ({"prompt": "p", "answer": "4", "id": 1.5}, "id", "wrong_type", "found float"),
         ({"prompt": "p", "answer": "4", "kind": ["a"]}, "kind", "wrong_type", "found list"),
-        ({"prompt": "p", "answer": "4", "verifier": "maths"}, "verifier", "invalid", "math, countdown, found 'maths'"),
+        (
+            {"prompt": "p", "answer": "4", "verifier": "maths"},
+            "verifier",
+            "invalid",
+            "math, countdown, choice, found 'maths'",
+        ),
         ({"prompt": "p", "answer": "4", "verifier": ["math"]}, "verifier", "invalid", "found ['math']"),
         ({"prompt": "p", "answer": "4", "verifier": "countdown"}, "numbers", "missing", "numbers to use"),
         ({"prompt": "p", "answer": "4", "verifier": "countdown", "numbers": "1 3"}, "numbers", "wrong_type", "str"),
@@ -84,6 +91,7 @@ def test_lines_become_problems(tmp_path: Path, pool: RewardPool):
         ({"prompt": "p", "answer": "4", "verifier": "countdown", "numbers": [-1, 5]}, "numbers", "wrong_type", "-1"),
         ({"prompt": "p", "answer": "4/1", "verifier": "countdown", "numbers": [4, 1]}, "answer", "invalid", "'4/1'"),
         ({"prompt": "p", "answer": "4.0", "verifier": "countdown", "numbers": [4, 1]}, "answer", "invalid", "'4.0'"),
+        ({"prompt": "p", "answer": "4", "level": ["5"]}, "level", "wrong_type", "list"),
         (GOOD, "prompt", "duplicate", "the prompt of line 1, with the same answer"),
         (GOOD | {"answer": "5"}, "answer", "conflicting", "not the answer of line 1 to the same prompt"),
     ],
@@ -121,7 +129,7 @@ def test_a_misspelt_verifier_in_most_lines_stops_the_run(tmp_path: Path):
         "238 of the 302 problems" in message and "data.max_left_out = 0.01" in message and "at least 0.7881" in message
     )
     assert "63 of 302 problems kept; left out: duplicate 1, invalid 237, missing 1" in message
-    assert "line 1, field verifier: expected one of math, countdown, found 'maths'" in message
+    assert "line 1, field verifier: expected one of math, countdown, choice, found 'maths'" in message
     assert "line 301, field answer: missing" in message and "and 232 more" in message
     assert len(load_problems(path, score=trusting, max_left_out=0.7881)[0]) == 63
     with pytest.raises(ConfigError):
@@ -163,6 +171,22 @@ def test_an_unparsable_gold_answer_stops_the_run(tmp_path: Path, pool: RewardPoo
     assert report.counts == {"unparsable_gold": 4}
     with pytest.raises(ConfigError, match="data.strict"):
         load_problems(path, score=pool.score, skip_unparsable_gold=True, strict=True)
+
+
+def test_a_choice_without_a_letter_is_no_gold_answer(tmp_path: Path, pool: RewardPool):
+    path = write(tmp_path, GOOD, {"prompt": "p", "answer": "A or B", "verifier": "choice"})
+    with pytest.raises(ConfigError, match="gold 'A or B' scored against itself is bad_gold"):
+        load_problems(path, score=pool.score)
+
+
+def test_golds_are_scored_in_the_answer_format(tmp_path: Path):
+    rows = [GOOD, {"prompt": "p", "answer": "(1,\n2)"}, {"prompt": "q", "answer": "C", "verifier": "choice"}]
+    path = write(tmp_path, *rows, {"prompt": "r", "answer": r"\boxed{5}"})
+    with RewardPool(1, deadline_s=20, answer_format="answer_line") as pool:
+        problems, report = load_problems(path, score=pool.score, strict=True, answer_format="answer_line")
+        assert (len(problems), report.faults) == (4, ())
+        with pytest.raises(ConfigError, match="4 gold answers .*scored against themselves"):
+            load_problems(path, score=pool.score)
 
 
 @pytest.mark.parametrize("gold", ["$42$", r"\boxed{42}", r"\(42\)", "10,000", r"50\%", "(1,2]", r"x=\frac{1}{2}", "C"])

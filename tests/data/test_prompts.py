@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ from megatron_ext.config.aliases import with_new_names
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.loading import read_config, with_defaults, with_template_text
 from megatron_ext.config.schema import Config, PromptConfig
+from megatron_ext.data.dataset import load_problems
 from megatron_ext.data.prompts import chat_template, encode_prompts, render_prompts
 from megatron_ext.records import Problem
+from megatron_ext.rollout.rewards.reward_pool import RewardPool
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -112,3 +116,36 @@ def test_the_key_of_before_is_named_and_read_from_old_checkpoints() -> None:
     assert with_new_names(old)["data"] == Config().model_dump()["data"]
     assert with_defaults(old) == Config(prompt=PromptConfig(suffix=" Box it.")).model_dump()
     assert "prompt" not in old and old["data"]["prompt_suffix"] == " Box it."
+
+
+def test_llamas_turns_without_its_dates() -> None:
+    """The format that Meta documents for Llama 3.1, written out by hand."""
+    config = read_config(RECIPES / "siren" / "siren-llama-3.1-8b-1n8g.toml")
+    tokenizer = AutoTokenizer.from_pretrained(RECIPES / "tiny" / "base")
+    tokenizer.add_special_tokens({"bos_token": "<|begin_of_text|>"})
+    assert render_prompts(tokenizer, PROBLEMS[:1], config.prompt) == [
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+        "Please reason step by step, and put your final answer within \\boxed{}.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n2+2?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    ]
+
+
+def test_dapos_prompt_is_that_of_its_rows() -> None:
+    prompt = read_config(RECIPES / "entropy_advantage" / "entropy_advantage-qwen2.5-7b-4n8g.toml").prompt
+    assert prompt.prefix + "2+2?" + prompt.suffix == (
+        "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+        "$Answer (without quotes) where $Answer is the answer to the problem.\n\n2+2?\n\n"
+        'Remember to put your answer on its own line after "Answer:".'
+    )
+    assert (prompt.answer_format, prompt.system, prompt.template) == ("answer_line", "", "")
+
+
+def test_the_documented_rows_are_problems(tmp_path: Path) -> None:
+    [block] = re.findall(r"```json\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL)
+    (tmp_path / "rows.jsonl").write_text(block)
+    with RewardPool(1, deadline_s=20) as pool:
+        problems, _ = load_problems(tmp_path / "rows.jsonl", score=pool.score, strict=True)
+        said = {"math": "0.5", "countdown": "(1+2)*3", "choice": "B. five"}
+        rewards = pool.score([(problem, rf"\boxed{{{said[problem.verifier]}}}") for problem in problems])
+    assert [problem.verifier for problem in problems] == list(said)
+    assert [reward.outcome for reward in rewards] == ["correct"] * 3

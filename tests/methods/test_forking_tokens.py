@@ -36,20 +36,20 @@ def within(case: Case, i: int) -> list[int]:
     h, own = entropy(case.logits).detach(), list(case.tokens_of(i))
     ranked = sorted(float(h[t]) for t in own)
     low, part = divmod(0.7 * (len(own) - 1), 1)
-    quantile = ranked[int(low)] + part * (ranked[min(int(low) + 1, len(own) - 1)] - ranked[int(low)])
-    return [t for t in own if float(h[t]) > quantile]
+    threshold = ranked[int(low)] + part * (ranked[min(int(low) + 1, len(own) - 1)] - ranked[int(low)])
+    return [t for t in own if float(h[t]) > threshold]
 
 
-@pytest.mark.parametrize("select_from", ["batch", "response"])
+@pytest.mark.parametrize("quantile", ["batch", "response"])
 @pytest.mark.parametrize(
     "aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 )
-def test_every_aggregation_is_over_the_tokens_kept(select_from: str, aggregation: str) -> None:
+def test_every_aggregation_is_over_the_tokens_kept(quantile: str, aggregation: str) -> None:
     case = Case()
     per_token = clipped(case.ratio, case.advantages(), 0.2, 0.28)
     chosen = top(case, case.tokens)
     kept = {i: within(case, i) for i in case.valid}
-    if select_from == "batch":
+    if quantile == "batch":
         kept = {i: [t for t in case.tokens_of(i) if t in chosen] for i in case.valid}
     sums = torch.stack([per_token[kept[i]].sum() for i in case.valid])
     counts = torch.tensor([len(kept[i]) for i in case.valid])
@@ -60,7 +60,7 @@ def test_every_aggregation_is_over_the_tokens_kept(select_from: str, aggregation
         "seq-mean-token-sum": sums.mean(),
         "seq-mean-token-sum-norm": sums.mean() / MAX_LENGTH,
     }[aggregation]
-    assert close(run(case, PLAIN | {"select_from": select_from, "aggregation": aggregation}), loss, case)
+    assert close(run(case, PLAIN | {"quantile": quantile, "aggregation": aggregation}), loss, case)
 
 
 def test_overlong_shaping_reaches_the_kept_tokens() -> None:

@@ -123,7 +123,7 @@ def test_every_method_is_tested_and_has_a_recipe_of_its_own() -> None:
         ({"name": "clip_cov", "r": 0.0}, "method.r: found 0.0"),
         ({"name": "kl_cov", "k": 2}, "method.k: found 2"),
         ({"name": "forking_tokens", "rho": 0.0}, "method.rho: found 0.0"),
-        ({"name": "forking_tokens", "select_from": "token"}, "method.select_from: found 'token'"),
+        ({"name": "forking_tokens", "quantile": "token"}, "method.quantile: found 'token'"),
         ({"name": "ppo", "lam": 1.1}, "method.lam: found 1.1, expected a number from 0 to 1"),
         ({"name": "ppo", "gamma": 0.0}, "method.gamma: found 0.0, expected a discount above 0 and at most 1"),
         ({"name": "ppo", "value_clip": 0.0}, "method.value_clip: found 0.0, expected a number above 0"),

@@ -95,6 +95,15 @@ def test_a_run_that_begins_anew_is_a_new_one_in_its_trackers(run_dir: Path) -> N
     assert [step for step, _ in scalars(run_dir)] == [1, 2]
 
 
+def test_what_was_validated_before_training_is_step_0(run_dir: Path) -> None:
+    with MetricsWriter(run_dir, trackers=["tensorboard"], total_steps=9) as writer:
+        write(writer, 0, 2)
+    with MetricsWriter(run_dir, trackers=["tensorboard"], total_steps=9, resume_step=2) as writer:
+        write(writer, 3, 3)
+    assert [record["step"] for record in read_steps(run_dir / METRICS)] == [0, 1, 2, 3]
+    assert [step for step, _ in scalars(run_dir)] == [0, 1, 2, 3]
+
+
 def test_a_secret_that_a_model_repeats_does_not_reach_a_tracker(run_dir: Path) -> None:
     secret = "hunter2hunter2hunter2"
     sample = {"prompt": f"say hf_{secret}", "tokens": ["it is hf", "_", secret, ", I", " think"]}

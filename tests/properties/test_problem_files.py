@@ -16,6 +16,7 @@ from megatron_ext.config.loading import read_config
 from megatron_ext.data.curriculum import fingerprint, read_stages
 from megatron_ext.data.dataset import load_training_data
 from megatron_ext.rollout.model_files import load_tokenizer
+from megatron_ext.rollout.rewards.verify import VERIFIERS
 from megatron_ext.types import Problem
 from tests.properties.oddities import SPOILERS, TEXTS, VALUES, damaged, limits, mutated, to_bytes, to_json
 from tests.train.whole_run import ExactRewards
@@ -44,7 +45,7 @@ def load(path: Path, *, max_left_out: float = 1.0, **data: bool | float | str) -
     for problem, ids in problems:
         json.dumps([problem.problem_id, problem.prompt, problem.answer], ensure_ascii=False).encode()
         assert 0 < len(ids) <= config.data.max_prompt_tokens and all(0 <= each < len(TOKENIZER) for each in ids)
-        assert problem.prompt.strip() and problem.answer.strip() and problem.verifier in ("math", "countdown")
+        assert problem.prompt.strip() and problem.answer.strip() and problem.verifier in VERIFIERS
     assert len({problem.prompt for problem, _ in problems}) == len(problems)
     return problems
 
@@ -74,7 +75,8 @@ FIELDS = {
     "prompt": st.sampled_from(TEXTS) | st.text(max_size=30) | VALUES,
     "answer": st.sampled_from(TEXTS) | st.integers() | st.text(max_size=30) | VALUES,
     "id": st.integers() | st.text(max_size=5) | VALUES,
-    "verifier": st.sampled_from(["math", "countdown"]) | VALUES,
+    "verifier": st.sampled_from(list(VERIFIERS)) | VALUES,
+    "level": st.text(max_size=5) | st.integers() | VALUES,
     "numbers": st.lists(st.integers(-1, 99), max_size=4) | VALUES,
 }
 

@@ -88,7 +88,7 @@ def test_a_default_that_differs_is_a_difference_and_needs_a_place(monkeypatch: p
     siren = read_paper("siren")
     without = siren.model_copy(update={"allowed": ()})
     keys = {d.key for each in compare(without) if each.method == "entropy_bonus" for d in each.differences}
-    assert keys == {"method.coef"}
+    assert keys == {"method.coef", "method.entropy_aggregation"}
     read = rows.read_config
 
     def unshared(name: Any, overrides: Any = None) -> Any:
@@ -239,6 +239,7 @@ def test_our_numbers_stand_beside_the_published_ones(
     [plan] = plans(aer, table)
     assert [cell.ours for cell in cells(table, plan)] == [None] * 5
     assert plan.evaluation == Path("runs/qwen3-8b-base/aer.json")
+    assert plan.evaluation is not None
     plan.evaluation.parent.mkdir(parents=True)
     sets = {
         "aime24": result(avg_at_8=0.4, pass_at_8=0.7, pass_at_4=0.6),

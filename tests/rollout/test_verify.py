@@ -59,8 +59,8 @@ TABLE = [
     ("10000", "10,000", RIGHT),
     ("10,000", "10000", RIGHT),
     ("10000", "10{,}000", RIGHT),
-    ("10000", r"10\,000", WRONG),  # strict: read as 10 * 000
-    ("10000", "10 000", WRONG),  # strict: the same
+    ("10000", r"10\,000", RIGHT),
+    ("10000", "10 000", WRONG),  # strict: read as 10 * 000
     # per cent and units
     (r"50\%", "50", RIGHT),  # lenient: per cent against the bare number ...
     ("0.5", r"50\%", RIGHT),  # ... and against the fraction
@@ -151,6 +151,49 @@ def test_last_box_after_the_reasoning(response: str, extracted: str | None):
     assert extract(response) == extracted
     if extracted is None:
         assert score(response, "4") == (False, Outcome.NO_ANSWER, None)
+
+
+@pytest.mark.parametrize(
+    ("response", "extracted"),
+    [
+        ("so\nAnswer: 42", "42"),
+        ("Answer: 41\nno:\nAnswer: 42\nDone.", "42"),
+        ("**Answer:** 42", "42"),
+        ("**Answer: 42**", "42"),
+        ("### Answer: $42$.", "42"),
+        ("> answer : \\(x = 42\\)", "x = 42"),
+        ("Answer: $$\\frac{1}{2}$$", r"\frac{1}{2}"),
+        ("Answer: $\\boxed{42}$.", "42"),
+        ("Answer: 3.5.", "3.5"),
+        ("Answer: 1, 2, ...", "1, 2, ..."),
+        ("Answer: $1$ and $2$", "$1$ and $2$"),
+        ("Answer:\n\n42\n", "42"),
+        ("Answer:\nAnswer: 42", "42"),
+        ("Answer: (B) 5 m/s", "(B) 5 m/s"),
+        ("Answer: 41</think>Answer: 42", "42"),
+        ("<think>Answer: 42", None),
+        ("The answer: 42", None),
+        ("Answer: \\boxed{42", None),
+        ("Answer: \\boxed{}", None),
+        ("Answer: 41\nAnswer:", None),
+        ("Answer: **.**", None),
+        (r"\boxed{42}", None),
+        ("", None),
+    ],
+)
+def test_last_answer_line_after_the_reasoning(response: str, extracted: str | None):
+    assert extract(response, "answer_line") == extracted
+    if extracted is None:
+        assert score(response, "42", answer_format="answer_line") == (False, Outcome.NO_ANSWER, None)
+
+
+@pytest.mark.parametrize("verifier", ["math", "choice"])
+@pytest.mark.parametrize("answer_format", ["boxed", "answer_line"])
+def test_formats_and_verifiers_are_independent(answer_format: str, verifier: str):
+    gold = {"math": "42", "choice": "B"}[verifier]
+    for answer, outcome in ((gold, RIGHT), ({"math": "41", "choice": "A"}[verifier], WRONG)):
+        response = {"boxed": rf"\boxed{{{answer}}}", "answer_line": f"Answer: {answer}"}[answer_format]
+        assert score(response, gold, verifier, answer_format=answer_format) == (outcome is RIGHT, outcome, answer)
 
 
 def test_a_long_answer_is_not_parsed():

@@ -49,6 +49,16 @@ def test_the_first_difference(b: list[dict], found: str | None):
     assert first_difference([{"step": 1, "x": 0.0}, {"step": 2, "x": None}], b) == found
 
 
+def test_what_only_one_run_validated_is_left_out() -> None:
+    plain = [{"step": 1, "reward/mean": 0.5}, {"step": 2, "reward/mean": 0.6}]
+    validated = [{"step": 0, "validation/avg": 0.1}, plain[0], plain[1] | {"validation/avg": 0.2}]
+    assert first_difference(plain, validated) is None and first_difference(validated, plain) is None
+    other = [validated[0] | {"validation/avg": 0.3}, *validated[1:]]
+    assert first_difference(validated, other) == "step 0: validation/avg is 0.1 in A, 0.3 in B"
+    validated[2]["reward/mean"] = 0.7
+    assert first_difference(plain, validated) == "step 2: reward/mean is 0.6 in A, 0.7 in B"
+
+
 def test_configurations_differ_by_dotted_keys():
     a = {"name": "a", "method": {"name": "siren", "tau": 0.8}, "same": 1}
     b = {"name": "b", "method": {"name": "aer", "rho": 0.2}, "same": 1}

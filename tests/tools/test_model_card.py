@@ -62,7 +62,8 @@ def test_the_card_says_what_the_weights_are(tmp_path: Path) -> None:
     ):
         assert text in card.text, text
     untrained = read(model_card(tmp_path / "step_000000", replace(manifest(), step=0), source=tmp_path))
-    assert "not trained" in untrained.text and untrained.data.get("base_model") == "Org/Base"
+    assert "not trained" in untrained.text and untrained.data.get("prompt") is None
+    assert untrained.data.get("base_model") == "Org/Base"
 
 
 CARDS = {

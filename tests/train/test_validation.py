@@ -35,10 +35,11 @@ Hook = Callable[[], None]
 
 @functools.cache
 def problems() -> Path:
-    """Twelve countdowns and eight sums that the training data do not have."""
+    """Twelve countdowns and eight sums that are not in the training data."""
     path = Path(tempfile.mkdtemp(prefix="validation-")) / "validation.jsonl"
-    lines = (whole_run.RECIPES / "tiny" / "data" / "eval.jsonl").read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:8] + lines[-12:]))
+    rows = (whole_run.RECIPES / "tiny" / "data" / "eval.jsonl").read_text().splitlines(keepends=True)
+    sums = [row for row in rows if '"math"' in row]
+    path.write_text("".join(sums[:8] + [row for row in rows if row not in sums][:12]))
     return path
 
 
@@ -58,7 +59,7 @@ def validated(folder: Path) -> list[dict[str, float]]:
 
 def trained(folder: Path) -> list[dict[str, Any]]:
     """The metrics of training alone."""
-    return list(compare_runs.without_validation(whole_run.metrics(folder)))
+    return [dict(each) for each in compare_runs.without_validation(whole_run.metrics(folder))]
 
 
 def tensors(folder: Path, step: int) -> dict[str, str]:
@@ -93,7 +94,9 @@ def hooked(
         return {f"validation/{name}": values[version] for name in ("avg", "pass", "maj")}
 
     def saved(self: Trainer, watch: Any) -> None:
-        hooks.get(("save", self.step), lambda: None)()
+        if ("save", self.step) in hooks:
+            self.checkpoints.publish(wait=True)  # the one before is through
+            hooks["save", self.step]()
         save(self, watch)
 
     cls.measure, trainer.save = measured, saved
@@ -171,17 +174,16 @@ def test_it_measures_the_weights_after_the_last_update_and_every_layout_the_same
     assert whole_run.train(tmp_path / "dp", GRPO, *fast, world=2) == 0
     weights = f'model.weights="{tmp_path}/dp/run/checkpoints/step_000002"'
     first, _, last = validated(tmp_path / "dp")
-    for layout in ("parallel.tensor=2", "parallel.pipeline=2"):
-        assert whole_run.train(tmp_path / layout, GRPO, *fast, weights, layout, "train.steps=1", world=2) == 0
-        assert validated(tmp_path / layout)[0] == last | {"step": 0}
+    for name, world, layout in (("one rank", 1, ()), ("TP 2", 2, ("parallel.tensor=2",))):
+        assert whole_run.train(tmp_path / name, GRPO, *fast, weights, *layout, "train.steps=1", world=world) == 0
+        assert validated(tmp_path / name)[0] == last | {"step": 0}
     assert last["validation/avg"] != first["validation/avg"]
 
 
 VALUES = (0.9, 0.3, 0.6, 0.6, 0.2)  # of steps 0 (never kept) to 4
 
 
-@pytest.mark.parametrize("every", [0, 1, 3])
-@pytest.mark.parametrize("asynchronous", ["true", "false"])
+@pytest.mark.parametrize(("every", "asynchronous"), [(0, "true"), (1, "true"), (3, "false")])
 def test_the_best_checkpoint_stays_beside_the_newest(every: int, asynchronous: str, tmp_path: Path) -> None:
     saving = (f"checkpoint.every={every}", "checkpoint.keep=1", f"checkpoint.asynchronous={asynchronous}")
     assert train(tmp_path, *options("train.steps=4", *saving), values=VALUES) == 0
@@ -202,36 +204,46 @@ def test_the_metric_decides_what_is_best_and_the_interval_what_is_validated(tmp_
     assert kept(tmp_path) == (["step_000004", "step_000005"], "step_000004")
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    assert train(folder, *options(*KILLED), values=MEASURED) == 0
+    return folder
+
+
+MEASURED = (0.1, 0.3, 0.2, 0.6, 0.2)
 KILLED = ("train.steps=4", "checkpoint.every=2", "checkpoint.keep=1")
-BEFORE_A_SAVE = {("save", 3): die}  # step 3 is the best, nothing else is due
+DEATHS = {
+    "in the first validation": {("validate", 0): die},
+    "in a validation": {("validate", 3): die},
+    "before the best is saved": {("save", 3): die},  # nothing else is due
+    "before the next save": {("save", 4): die},
+}
 
 
-@pytest.mark.parametrize("hooks", [{("validate", 3): die}, BEFORE_A_SAVE, {("save", 4): die}, {("validate", 1): die}])
-def test_a_killed_run_goes_on_to_the_same_end(hooks: dict, tmp_path: Path) -> None:
-    values = (0.1, 0.3, 0.2, 0.6, 0.2)
-    assert train(tmp_path / "whole", *options(*KILLED), values=values) == 0
+@pytest.mark.parametrize("hooks", DEATHS.values(), ids=DEATHS)
+def test_a_killed_run_goes_on_to_the_same_end(hooks: dict, uninterrupted: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="died without a report"):
-        train(tmp_path / "killed", *options(*KILLED), values=values, hooks=hooks)
-    assert train(tmp_path / "killed", *options(*KILLED), values=values) == 0
-    for folder in (tmp_path / "whole", tmp_path / "killed"):
+        train(tmp_path, *options(*KILLED), values=MEASURED, hooks=hooks)
+    assert train(tmp_path, *options(*KILLED), values=MEASURED) == 0
+    for folder in (uninterrupted, tmp_path):
         assert kept(folder) == (["step_000003", "step_000004"], "step_000003")
-    assert whole_run.metrics(tmp_path / "killed") == whole_run.metrics(tmp_path / "whole")
-    assert whole_run.contents(tmp_path / "killed", 4) == whole_run.contents(tmp_path / "whole", 4)
+    assert whole_run.metrics(tmp_path) == whole_run.metrics(uninterrupted)
+    assert tensors(tmp_path, 4) == tensors(uninterrupted, 4)
+    assert repr(state(tmp_path, 4)) == repr(state(uninterrupted, 4))
 
 
 @pytest.mark.parametrize("step", range(5))
-def test_a_signal_ends_a_validation_and_the_next_start_makes_it_anew(step: int, tmp_path: Path) -> None:
-    values = (0.1, 0.3, 0.2, 0.6, 0.2)
-    assert train(tmp_path / "whole", *options(*KILLED), values=values) == 0
-    stopped = tmp_path / "stopped"
-    assert train(stopped, *options(*KILLED), values=values, hooks={("validate", step): ask_to_stop}) == 75
-    assert [each["step"] for each in validated(stopped)] == list(range(step))
-    assert (stopped / "run" / "checkpoints" / f"step_{step:06d}").is_dir()
-    assert train(stopped, *options(*KILLED), values=values) == 0
-    assert whole_run.metrics(stopped) == whole_run.metrics(tmp_path / "whole")
-    assert kept(stopped) == kept(tmp_path / "whole")
-    assert tensors(stopped, 4) == tensors(tmp_path / "whole", 4)
-    assert "unfinished" not in state(stopped, 3)["state"] or step == 3
+def test_a_signal_ends_a_validation_and_the_next_start_makes_it_anew(
+    step: int, uninterrupted: Path, tmp_path: Path
+) -> None:
+    assert train(tmp_path, *options(*KILLED), values=MEASURED, hooks={("validate", step): ask_to_stop}) == 75
+    assert [each["step"] for each in validated(tmp_path)] == list(range(step))
+    assert (tmp_path / "run" / "checkpoints" / f"step_{step:06d}").is_dir()
+    assert train(tmp_path, *options(*KILLED), values=MEASURED) == 0
+    assert whole_run.metrics(tmp_path) == whole_run.metrics(uninterrupted)
+    assert kept(tmp_path) == kept(uninterrupted)
+    assert tensors(tmp_path, 4) == tensors(uninterrupted, 4)
 
 
 def test_a_validation_is_asked_in_parts_whether_to_go_on(tmp_path: Path) -> None:

@@ -104,7 +104,14 @@ def _parser(name: str, module: Any) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("inputs", type=find, nargs="+", metavar="INPUT", help=inputs)
     add("--samples", type=Path, nargs="+", default=[], help="responses: one file or folder for all models, or one each")
-    add("--data", type=find, nargs="+", default=[], metavar="FILE", help="problem files that samples were made from")
+    add(
+        "--data",
+        type=find,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="problem files, or folders of them, that samples were made from",
+    )
     add("--out", type=Path, default=OUT, help="folder of the figures (%(default)s)")
     add("--title", default="", help="of the figure")
     add("--labels", nargs="+", default=[], help="names of the inputs, in their order")

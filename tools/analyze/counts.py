@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.config.errors import ConfigError
+from pydantic import TypeAdapter, ValidationError
 
-from ..report.data import EVALUATION, Evaluation, read_evaluations
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.files import first_fault
+
+from ..report.data import EVALUATION, Evaluation, Record, read_evaluations, read_json
 from .inputs import Problems, by_problem, kind_of, labels_of, read_problems, read_samples
 
 
@@ -35,6 +38,15 @@ class Solved:
     @property
     def accuracy(self) -> float:
         return self.c / self.n
+
+
+class SuiteModel(Record):
+    """A model's evaluations in the result of a suite, by set."""
+
+    sets: dict[str, Evaluation]
+
+
+SUITE = TypeAdapter(dict[str, SuiteModel])
 
 
 @dataclass(frozen=True)
@@ -106,7 +118,7 @@ def _of_samples(path: Path, label: str, problems: Problems, limit: int | None) -
             solved = replace(
                 solved,
                 kind=problem.kind or problem.verifier,
-                level=getattr(problem, "level", ""),
+                level=problem.level,
                 prompt=problem.prompt,
                 answer=problem.answer,
             )
@@ -116,22 +128,32 @@ def _of_samples(path: Path, label: str, problems: Problems, limit: int | None) -
 
 def _of_evaluation(path: Path, problems: Problems, limit: int | None) -> list[Counts]:
     try:
-        evaluations = read_evaluations(path)
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; evaluate the run with --out {path}")
+        whole = read_json(path)
+        if isinstance(whole, dict) and "suite" in whole and "models" in whole:
+            models = SUITE.validate_python(whole["models"])
+        else:
+            evaluations = read_evaluations(path)
+            models = {label: SuiteModel(sets={Path(each.data.path).stem: each}) for label, each in evaluations.items()}
+    except ValidationError as error:
+        raise ConfigError(f"{path}: not the result of a suite: {first_fault(error)}; evaluate it again") from None
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if not evaluations:
-        raise ConfigError(f"{path}: no such file; evaluate the run with --out {path}")
     return [
-        Counts(label, _of_one(evaluation, problems, limit), f"evaluation {label} of {path}")
-        for label, evaluation in evaluations.items()
+        Counts(
+            label,
+            [row for name, each in model.sets.items() for row in _of_one(name, each, problems, limit)],
+            f"evaluation {label} of {path}",
+        )
+        for label, model in models.items()
     ]
 
 
-def _of_one(evaluation: Evaluation, problems: Problems, limit: int | None) -> list[Solved]:
-    name = Path(evaluation.data.path).stem
+def _of_one(name: str, evaluation: Evaluation, problems: Problems, limit: int | None) -> list[Solved]:
     found = []
     for row in evaluation.problems[:limit]:
         problem = problems.find((name, row.id))
-        level = getattr(row, "level", "") or (getattr(problem, "level", "") if problem else "")
+        level = row.level or (problem.level if problem else "")
         found.append(Solved(name, row.id, row.n, row.c, row.kind, level, row.prompt, row.answer, majority=row.majority))
     return found

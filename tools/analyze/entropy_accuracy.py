@@ -20,9 +20,9 @@ from .figures import Result
 from .inputs import kind_of, labels_of
 
 MEANING = (
-    "entropy: mean over a step's tokens of the policy that sampled, in nats; accuracy: the metric named, of the "
-    "same step. fit: least squares of accuracy = b - a exp(entropy) over the run's steps, with its R2. Curves are moving "
-    "averages over the given number of steps; the numbers are not smoothed."
+    "entropy: mean over a step's tokens, of the policy that sampled, in nats; accuracy: the metric named, of the same "
+    "step. fit: least squares of accuracy = b - a exp(entropy) over the run's steps, with its R2. Curves are moving "
+    "averages; the numbers are not smoothed."
 )
 ENTROPY = "entropy/full"
 ACCURACY = ("validation/avg", "reward/outcome/correct", "reward/mean")  # the first that a run has
@@ -44,7 +44,7 @@ def analyze(options: argparse.Namespace, console: Console) -> Result:
         "Accuracy and entropy over training" if len(runs) > 1 else f"Accuracy and entropy: {labels[0]}"
     )
     averaged = max(figures.averaged_over(len(run["steps"])) for run in runs.values())
-    curves = f"Curves: moving averages over {averaged} steps. " if averaged > 1 else ""
+    curves = f"Curves: moving averages over {averaged} steps, three times as many at the left. " if averaged > 1 else ""
     below = f"{curves}Circle: start, square: end. Dashed: fit of accuracy = b - a exp(entropy)."
     figure, axes = figures.panels(3, title, subtitle=below, width=11.4)
     for number, (label, run) in enumerate(runs.items()):
@@ -120,11 +120,12 @@ def _correlation(entropy: list[float], accuracy: list[float]) -> float:
 
 def _draw(axes: Any, run: dict[str, Any], label: str, color: str) -> None:
     steps, entropy, accuracy = run["steps"], np.array(run["entropy"]), np.array(run["accuracy"])
-    smooth = [np.array(figures.smoothed(values.tolist())) for values in (entropy, accuracy)]
+    smooth = [figures.smoothed(values.tolist()) for values in (entropy, accuracy)]
+    path = [figures.smoothed(values.tolist(), 3) for values in (entropy, accuracy)]
     axes[0].scatter(entropy, accuracy, s=9, color=color, alpha=0.25, linewidths=0)
-    axes[0].plot(*smooth, color=color, lw=1.6)
-    axes[0].plot(smooth[0][0], smooth[1][0], "o", ms=7, mfc="white", mec=color, mew=1.6, zorder=4)
-    axes[0].plot(smooth[0][-1], smooth[1][-1], "s", ms=7, color=color, zorder=4)
+    axes[0].plot(*path, color=color, lw=1.6)
+    axes[0].plot(path[0][0], path[1][0], "o", ms=8, mfc="white", mec=color, mew=1.6, zorder=4)
+    axes[0].plot(path[0][-1], path[1][-1], "s", ms=8, color=color, mec="white", mew=1.2, zorder=4)
     if run["fit"] is not None:
         x = np.linspace(entropy.min(), entropy.max(), 80)
         axes[0].plot(x, run["fit"]["b"] - run["fit"]["a"] * np.exp(x), color=color, lw=1.1, ls=(0, (4, 3)))

@@ -41,7 +41,7 @@ def analyze(options: argparse.Namespace, console: Console) -> Result:
         axes.axvline(np.quantile(entropy, options.quantile), color=color, lw=1.1, ls=(0, (4, 3)))
         numbers[source.label] = source.described() | _numbers(entropy, options.quantile) | {"counts": count}
     axes.set_yscale("log")
-    axes.set(xlabel="entropy (nats)", ylabel="share of tokens (log scale)", xlim=(0, top))
+    axes.set(xlabel="entropy (nats)", ylabel="share of tokens (log scale)", xlim=(0, top), ylim=(None, 1))
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     axes.legend(loc="upper right")
     lines = [

@@ -20,7 +20,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from .. import charts
 
@@ -28,7 +28,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#8E4B9E", "#B8860B", "#56A0D3", "#A
 INK, SOFT, RULE = "#22242a", "#6d6f78", "#e4e2da"
 GOOD, BAD = "#207d54", "#b83f2f"
 WIDTH, HEIGHT, DPI = 7.2, 4.4, 160
-TITLE_CHARACTERS = 11.2  # of a title, per inch of width
+TITLE_CHARACTERS = 8.6  # of a title, per inch of width
 STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
     "axes.facecolor": "white",
@@ -97,10 +97,10 @@ def headed(figure: Figure, title: str, subtitle: str = "") -> None:
     """A title at the left, wrapped to the figure, and a softer line below it."""
     wide = figure.get_size_inches()[0]
     lines = fill(title, int(TITLE_CHARACTERS * wide))
-    figure.suptitle(lines, x=0.012, ha="left", fontsize=12.5, fontweight="semibold", color=INK)
+    figure.suptitle(lines, x=0.012, ha="left", fontsize=12.5, fontweight="bold", color=INK)
     if subtitle:
         figure.supxlabel(
-            fill(subtitle, int(1.45 * TITLE_CHARACTERS * wide)), x=0.012, ha="left", fontsize=8.5, color=SOFT
+            fill(subtitle, int(1.85 * TITLE_CHARACTERS * wide)), x=0.012, ha="left", fontsize=8.5, color=SOFT
         )
 
 
@@ -109,7 +109,7 @@ def color(number: int) -> str:
 
 
 def percent_axis(axis: Any) -> None:
-    axis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.6g} %"))
 
 
 def powers_axis(axes: Axes, values: Sequence[int]) -> None:
@@ -131,9 +131,9 @@ def averaged_over(num_points: int) -> int:
     return max(1, round(charts.averaged_over(num_points))) if num_points > 8 else 1
 
 
-def smoothed(values: Sequence[float]) -> list[float]:
-    """The centred moving average of a curve; its ends average what there is."""
-    half = averaged_over(len(values)) // 2
+def smoothed(values: Sequence[float], times: int = 1) -> list[float]:
+    """The centred moving average of a curve, over ``times`` as many steps; its ends average what there is."""
+    half = times * averaged_over(len(values)) // 2
     return [float(np.mean(values[max(0, i - half) : i + half + 1])) for i in range(len(values))]
 
 

@@ -30,6 +30,7 @@ MEANING = (
 )
 CURVE = 1000  # ranks of the figure
 LISTED = 50
+LEAST = 1e-4  # probability of a token that the figure shows
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def _of_model(label: str, path: Any, options: argparse.Namespace, console: Conso
     problems = read_problems(options.data)
     scorer = load(path, options.temperature, options.dtype)
     keys = list(problems.by_set)[: options.limit]
-    encoded = prompt_ids(scorer, [SampleRow(set=name, id=number, text="") for name, number in keys], problems)
+    encoded = prompt_ids(scorer, [SampleRow(set=name, id=number, text="") for name, number in keys], problems, {})
     total, nats = np.zeros(scorer.vocab_size), 0.0
     with ToolProgress(console) as progress:
         task = progress.add_task("first tokens", total=len(encoded))
@@ -122,7 +123,8 @@ def _draw_top(axes: Any, found: list[First], top: int) -> None:
     for each in found:
         for token, value in zip(each.tokens, each.probability, strict=False):
             best[token] = max(best.get(token, 0.0), float(value))
-    names = sorted(best, key=lambda token: (-best[token], token))[:top]
+    likely = [token for token in best if best[token] >= LEAST] or list(best)
+    names = sorted(likely, key=lambda token: (-best[token], token))[:top]
     height = 0.8 / len(found)
     for number, each in enumerate(found):
         known = dict(zip(each.tokens, each.probability, strict=False))

@@ -128,14 +128,12 @@ def _draw(axes: Axes, pairs: Sequence[tuple[Solved, Solved]], rule: str, first: 
         (False, False): "by neither",
     }
     colors = {(False, True): GOOD, (True, False): BAD, (True, True): "#9db4c8", (False, False): "#c9c9c9"}
+    for (x, y, *side), count in points.most_common():  # the largest circles lie below
+        color = colors[side[0], side[1]]
+        axes.scatter(x, y, s=18 + 420 * count / most, color=color, linewidths=0.8, edgecolors="white", zorder=3)
     for side, name in names.items():
-        chosen = [(x, y, count) for (x, y, *key), count in points.items() if tuple(key) == side]
-        total = sum(count for *_, count in chosen)
-        axes.scatter(
-            [x for x, _, _ in chosen], [y for _, y, _ in chosen],
-            s=[18 + 420 * count / most for *_, count in chosen],
-            color=colors[side], alpha=0.75, linewidths=0.8, edgecolors="white", label=f"{name}: {total}", zorder=3,
-        )  # fmt: skip
+        total = sum(count for (_, _, *key), count in points.items() if tuple(key) == side)
+        axes.scatter([], [], s=45, color=colors[side], label=f"{name}: {total}")
     axes.plot([0, 1], [0, 1], color=SOFT, lw=0.8, ls=(0, (4, 4)), zorder=1)
     axes.grid(True, axis="both")
     axes.set(
@@ -145,6 +143,4 @@ def _draw(axes: Axes, pairs: Sequence[tuple[Solved, Solved]], rule: str, first: 
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_ticks([0, 0.25, 0.5, 0.75, 1])
         figures.percent_axis(axis)
-    legend = axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, handletextpad=0.1, columnspacing=1.2)
-    for handle in legend.legend_handles:
-        handle.set_sizes([45])  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, handletextpad=0.1, columnspacing=1.2)

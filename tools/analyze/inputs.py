@@ -15,6 +15,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.schema import PromptConfig
 from megatron_ext.files import first_fault, parse_json, read_lines
 from megatron_ext.metrics.writer import METRICS, SAMPLES
 from megatron_ext.records import Problem
@@ -117,9 +118,23 @@ def by_problem(rows: Sequence[SampleRow]) -> dict[tuple[str, str], list[SampleRo
     return found
 
 
+def prompts_of(path: Path) -> dict[str, PromptConfig]:
+    """``set -> prompt`` that the responses of the samples below a path were sampled with, where headers say it."""
+    found: dict[str, PromptConfig] = {}
+    for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
+        first = parse_json(next(read_lines(file)))  # read_samples has read it before
+        header = first.get("header") if isinstance(first, dict) else None
+        if isinstance(header, dict) and isinstance(header.get("prompt"), dict):
+            try:
+                found[str(header.get("set", ""))] = PromptConfig.model_validate(header["prompt"])
+            except ValidationError as error:
+                raise _damaged(file, 1, f"prompt in the header: {first_fault(error)}") from None
+    return found
+
+
 @dataclass(frozen=True)
 class Problems:
-    """Problems of all files given with ``--data``: a file's stem is the name of its set."""
+    """Problems of all files, or folders of them, given with ``--data``: a file's stem is the name of its set."""
 
     by_set: dict[tuple[str, str], Problem]
 
@@ -150,7 +165,8 @@ def read_problems(paths: Sequence[Path]) -> Problems:
     from megatron_ext.data.dataset import load_problems
 
     found: dict[tuple[str, str], Problem] = {}
-    for path in paths:
+    files = [file for path in paths for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
+    for path in files:
         problems, _ = load_problems(path, score=None)
         found |= {(path.stem, problem.problem_id): problem for problem in problems}
     return Problems(found)

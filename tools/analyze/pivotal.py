@@ -66,6 +66,8 @@ def analyze(options: argparse.Namespace, console: Console) -> Result:
         _draw(panel, name, numbers)
     if has_psi:
         _draw_psi(axes[-1], numbers)
+        if shown:
+            axes[-1].set_title("the entropy term in the advantage")
     content = {"words": {"pivotal": options.pivotal, "reflective": options.reflective}, "models": numbers}
     return Result(title, figure, content, MEANING, _lines(numbers))
 
@@ -79,7 +81,11 @@ def _words(text: str) -> tuple[str, ...]:
 
 def _title(shown: Sequence[str]) -> str:
     what = {"pivotal": "pivotal words", "reflective": "reflective sentences"}
-    return "Entropy of " + " and ".join(what[name] for name in shown) if shown else "The entropy term in the advantage"
+    return (
+        "Entropy of " + " and ".join(what[name] for name in shown)
+        if shown
+        else "Share of the entropy term in the advantage"
+    )
 
 
 def _compared(split: words.Split, num_responses: int) -> dict[str, Any]:
@@ -179,7 +185,7 @@ def _draw(axes: Axes, name: str, numbers: dict[str, dict[str, Any]]) -> None:
 def _draw_psi(axes: Axes, numbers: dict[str, dict[str, Any]]) -> None:
     bars = {label: each["psi"]["psi_share"] for label, each in numbers.items() if "psi_share" in each["psi"]}
     curves = {label: each["psi"] for label, each in numbers.items() if "steps" in each["psi"]}
-    axes.set(ylabel="psi / |A|, mean over tokens", title="the entropy term beside the advantage")
+    axes.set(ylabel="psi / |A|, mean over tokens")
     figures.percent_axis(axes.yaxis)
     if curves:
         for number, (label, each) in enumerate(numbers.items()):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -18,11 +18,12 @@ import numpy as np
 from rich.console import Console
 
 from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.schema import PromptConfig
 from megatron_ext.metrics.writer import SAMPLES
 
 from ..progress import ToolProgress
 from ..report.data import read_responses
-from .inputs import Problems, SampleRow, kind_of, labels_of, read_problems, read_samples
+from .inputs import Problems, SampleRow, kind_of, labels_of, prompts_of, read_problems, read_samples
 
 if TYPE_CHECKING:
     from megatron_ext.methods.base import Needs
@@ -187,7 +188,7 @@ def _scored(
     rows = read_samples(samples, limit=limit)
     problems = read_problems(data)
     scorer = load(path, temperature, dtype)
-    prompts = prompt_ids(scorer, rows, problems)
+    prompts = prompt_ids(scorer, rows, problems, prompts_of(samples))
     responses, notes = response_ids(scorer, rows)
     kept = [i for i, ids in enumerate(responses) if ids]
     if not kept:
@@ -223,15 +224,26 @@ def load(path: Path, temperature: float, dtype: str) -> Scorer:
     return Scorer.load(path, temperature=temperature, dtype=dtype)
 
 
-def prompt_ids(scorer: Scorer, rows: Sequence[SampleRow], problems: Problems) -> dict[tuple[str, str], tuple[int, ...]]:
-    """The prompts of the samples' problems as evaluation gives them to the model. Raises ConfigError."""
-    from megatron_ext.data.dataset import encode_prompts
+def prompt_ids(
+    scorer: Scorer, rows: Sequence[SampleRow], problems: Problems, given: Mapping[str, PromptConfig]
+) -> dict[tuple[str, str], tuple[int, ...]]:
+    """What the model reads of the samples' problems: in the prompt of the samples' set (``given``), else in its own.
+
+    Raises ConfigError where problems are missing, or a prompt cannot be made.
+    """
+    from megatron_ext.data.prompts import NO_PROMPT, encode_prompts, read_prompt
 
     if not problems:
         raise ConfigError("--data: found none; a model reads a response after its prompt: give the problem files")
     keys = list(dict.fromkeys(row.problem for row in rows))
-    encoded = encode_prompts(scorer.tokenizer, [problems.require(key) for key in keys])
-    return {key: ids for key, (_, ids) in zip(keys, encoded, strict=True)}
+    own = read_prompt(scorer.path) or NO_PROMPT
+    found: dict[tuple[str, str], tuple[int, ...]] = {}
+    for name in dict.fromkeys(name for name, _ in keys):
+        mine = [key for key in keys if key[0] == name]
+        prompt = given.get(name, own)
+        encoded = encode_prompts(scorer.tokenizer, [problems.require(key) for key in mine], prompt)
+        found |= {key: ids for key, (_, ids) in zip(mine, encoded, strict=True)}
+    return found
 
 
 def response_ids(scorer: Scorer, rows: Sequence[SampleRow]) -> tuple[list[list[int]], list[str]]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
 from megatron_ext.config.errors import ConfigError
@@ -125,9 +126,9 @@ def _entropy(responses: Sequence[Scored]) -> np.ndarray:
 
 
 def _title(found: Sequence[Source], options: argparse.Namespace) -> str:
-    of = f" of {found[0].label}" if len(found) == 1 else ""
+    of = f": {found[0].label}" if len(found) == 1 else ""
     if options.method:
-        return f"Tokens{of} that {options.method} selects"
+        return f"Tokens that {options.method} selects{of}"
     return f"Most frequent {'low' if options.below else 'high'}-entropy tokens{of}"
 
 
@@ -159,6 +160,7 @@ def _bars(axes: Axes, rows: Sequence[dict[str, Any]], name: str) -> None:
     axes.set_title(name)
     axes.set_xlabel("share of the selected tokens (count beside)")
     figures.percent_axis(axes.xaxis)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
 
 
 def _cloud(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:

@@ -8,7 +8,6 @@ says which copy of a set is meant.
 from __future__ import annotations
 
 import hashlib
-import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -228,17 +227,17 @@ def _omni_math(row: Row) -> dict[str, Any]:
 
 
 def _gpqa(row: Row) -> dict[str, Any]:
-    """Four options in an order that the question alone decides: it is the same in every copy and order of the rows."""
+    """Four options by the hashes of the question with each: the same order in every copy and order of the rows."""
     question = row["Question"]
     texts = [row["Correct Answer"], *(row[f"Incorrect Answer {number}"] for number in (1, 2, 3))]
     if not isinstance(question, str) or not all(isinstance(text, str) for text in texts):
         return {"prompt": question, "answer": None}
-    order = list(range(4))
-    random.Random(hashlib.sha256(question.strip().encode()).hexdigest()).shuffle(order)
-    options = [f"{letter}. {texts[index].strip()}" for letter, index in zip("ABCD", order, strict=True)]
+    correct, *_ = texts = [text.strip() for text in texts]
+    texts.sort(key=lambda text: hashlib.sha256(f"{question.strip()}\n{text}".encode()).digest())
+    options = [f"{letter}. {text}" for letter, text in zip("ABCD", texts, strict=True)]
     return {
         "prompt": question.strip() + "\n\n" + "\n".join(options),
-        "answer": "ABCD"[order.index(0)],
+        "answer": "ABCD"[texts.index(correct)],
         "id": text_of(row.get("Record ID")),
         "verifier": "choice",
         "kind": row.get("High-level domain"),
@@ -248,6 +247,7 @@ def _gpqa(row: Row) -> dict[str, Any]:
 PROBLEM_ROWS = Form(("id", "prompt", "answer", "verifier"), fields_of)  # every set may come as its prepared file
 VERL = Form(("prompt", "reward_model"), _verl)
 MATHARENA = (_plain("problem", "answer", problem_id="problem_idx", kind="problem_type"),)
+AMC = tuple(_plain(column, "answer", gold=whole, problem_id="id") for column in ("problem", "question"))
 GPQA_COLUMNS = ("Question", "Correct Answer", *(f"Incorrect Answer {number}" for number in (1, 2, 3)))
 ADAPTERS: dict[str, tuple[Form, ...]] = {
     "dapo-math-17k": (Form(("prompt", "solution", "reward_model"), _dapo_processed), VERL),
@@ -272,10 +272,8 @@ ADAPTERS: dict[str, tuple[Form, ...]] = {
         _plain("Problem", "Answer", gold=whole, problem_id="ID"),
         VERL,
     ),
-    "amc23": (
-        _plain("problem", "answer", gold=whole, problem_id="id"),
-        _plain("question", "answer", gold=whole, problem_id="id"),
-    ),
+    "amc23-83": AMC,
+    "amc23": AMC,
     "math500": (_plain("problem", "answer", problem_id="unique_id", kind="subject", level="level"),),
     "olympiadbench": (Form(("question", "final_answer"), _olympiad),),
     "minerva": (_plain("question", "answer", kind="type"), _plain("problem", "answer", kind="type")),

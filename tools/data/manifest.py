@@ -56,7 +56,10 @@ def to_json(value: Any) -> bytes:
 
 def check(path: Path) -> str:
     """A line on a prepared set that is as its manifest says. Raises ConfigError for the first thing that is not."""
-    problems, report = load_problems(path, score=None, strict=True)
+    try:
+        problems, report = load_problems(path, score=None, strict=True)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("data.train", "--check")) from None
     manifest = _read(path)
     if report.num_renamed:
         raise ConfigError(f"{path}: {report.num_renamed} problems have the id of another one")

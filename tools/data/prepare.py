@@ -128,17 +128,20 @@ class _Reader:
         return number
 
     def _checked(self, where: str, row: Row, number: int, form: Form) -> Candidate | None:
-        candidate = self._candidate(where, row, number, form)
-        if isinstance(candidate, Candidate):
-            reason = self._unwanted(candidate)
+        problem, num_tokens = self._problem(where, row, number, form), None
+        if isinstance(problem, Problem):
+            reason = self._unwanted(problem, where)
             if reason is None:
-                return self._with_own_id(candidate, number)
+                num_tokens = self._count_tokens(problem.prompt)
+                reason = _too_long(num_tokens, self.options.max_tokens, "tokens")
+            if reason is None:
+                return Candidate(where, self._with_own_id(problem, number), num_tokens)
         else:
-            reason = candidate
+            reason = problem
         self.left_out.add(reason[0], where, reason[1])
         return None
 
-    def _candidate(self, where: str, row: Row, number: int, form: Form) -> Candidate | Reason:
+    def _problem(self, where: str, row: Row, number: int, form: Form) -> Problem | Reason:
         try:
             fields = {key: value for key, value in form.convert(row).items() if value is not None}
         except (TypeError, AttributeError) as error:  # a column holds something else than in this set
@@ -152,29 +155,33 @@ class _Reader:
         problem = check_record(where, fields)
         if isinstance(problem, Fault):
             return problem.kind, f"field {problem.field}: {problem.message}"
-        return Candidate(where, problem, self._count_tokens(problem.prompt))
+        return problem
 
-    def _unwanted(self, candidate: Candidate) -> Reason | None:
-        problem, options, tokens = candidate.problem, self.options, candidate.num_tokens
-        if found := self._seen.verdict(problem, candidate.where):
+    def _unwanted(self, problem: Problem, where: str) -> Reason | None:
+        options = self.options
+        if found := self._seen.verdict(problem, where):
             return found
         if options.drop and (kind := question_type(problem)) in options.drop:
             return kind, f"{problem.prompt[:80]!r}, answer {problem.answer[:20]!r}"
-        if options.max_chars is not None and len(problem.prompt) > options.max_chars:
-            return "too_long", f"{len(problem.prompt)} characters, expected at most {options.max_chars}"
-        if options.max_tokens is not None and tokens is not None and tokens > options.max_tokens:
-            return "too_long", f"{tokens} tokens, expected at most {options.max_tokens}"
+        if found := _too_long(len(problem.prompt), options.max_chars, "characters"):
+            return found
         if self.samples is not None and options.keep_solved is not None:
             return self.samples.verdict(problem.problem_id, options.keep_solved)
         return None
 
-    def _with_own_id(self, candidate: Candidate, number: int) -> Candidate:
+    def _with_own_id(self, problem: Problem, number: int) -> Problem:
         """Of several problems with one id the first keeps it."""
-        name = candidate.problem.problem_id
+        name = problem.problem_id
         while name in self._ids:
             name += f"@{number}"
         self._ids.add(name)
-        return replace(candidate, problem=replace(candidate.problem, problem_id=name))
+        return replace(problem, problem_id=name)
+
+
+def _too_long(length: int | None, longest: int | None, unit: str) -> Reason | None:
+    if length is None or longest is None or length <= longest:
+        return None
+    return "too_long", f"{length} {unit}, expected at most {longest}"
 
 
 def _opened(name: str, paths: Sequence[Path], options: Options) -> Iterator[tuple[Source, Form]]:
@@ -190,7 +197,10 @@ def _evaluation_sets(paths: Sequence[Path]) -> tuple[EvaluationSets, list[dict[s
     """The problems of ``--against`` and a record of each file."""
     problems, records = [], []
     for path in paths:
-        found, _ = load_problems(path, score=None)
+        try:
+            found, _ = load_problems(path, score=None)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("data.train", "--against")) from None
         problems += [(f"{path.stem} {problem.problem_id}", problem.prompt) for problem in found]
         records.append(file_record(path, path.name) | {"problems": len(found)})
     return EvaluationSets(problems), records

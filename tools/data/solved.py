@@ -77,6 +77,6 @@ def read_samples(paths: Sequence[Path]) -> SolveCounts:
 
 def _count(counts: SolveCounts, record: object) -> None:
     if not isinstance(record, dict) or "id" not in record or not isinstance(record.get("correct"), bool):
-        raise ValueError(f"found {str(record)[:80]!r}")
+        raise ValueError(f"found {str(record)[:80]}")
     counts.sampled[str(record["id"])] += 1
     counts.correct[str(record["id"])] += record["correct"]

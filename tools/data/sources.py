@@ -5,6 +5,7 @@ Read with Hugging Face ``datasets``, streamed and offline; nothing is written in
 
 from __future__ import annotations
 
+import csv
 import logging
 import os
 import re
@@ -103,11 +104,19 @@ def _from_files(files: Sequence[Path]) -> Any:
     if len(readers) != 1 or None in readers:
         raise ConfigError(f"{files[0]}: is not a data set by its name; expected {EXPECTED}")
     [reader] = readers
-    options: dict[str, Any] = {}
-    if reader == "csv":  # as text: 007 is no 7, an empty cell is no NaN
-        options = {"dtype": str, "keep_default_na": False, "sep": "\t" if files[0].suffix == ".tsv" else ","}
+    options = _as_text(files[0]) if reader == "csv" else {}
     names = [str(file) for file in files]
     return _datasets().load_dataset(reader, data_files=names, split="train", streaming=True, **options)
+
+
+def _as_text(file: Path) -> dict[str, Any]:
+    """How a table of texts is read: 007 is no 7, and an empty cell no NaN."""
+    separator = "\t" if file.suffix.lower() == ".tsv" else ","
+    with file.open(newline="", encoding="utf-8-sig") as lines:
+        header = next(csv.reader(lines, delimiter=separator), [])
+    library = _datasets()
+    features = library.Features({name: library.Value("string") for name in header})
+    return {"features": features, "keep_default_na": False, "sep": separator}
 
 
 def _from_folder(folder: Path, split: str, configs: Sequence[str], usual: tuple[str, Sequence[str]]) -> list[Any]:

@@ -1,17 +1,22 @@
 """What the papers say about entropy, and whether it shows in the lab: decided by a rule from the runs, never by hand.
 
-``recipes/lab/claims.toml`` lists the claims; RULES has what decides them, by the names used there. A rule is asked once
-per seed (runs of one seed see the same problems in the same order) and a claim *shows* when it holds in every seed,
-shows *in some* when in one at least, and otherwise *does not show*. "Late" means the last third of the steps. Entropy
-is the mean of a step's response tokens over the whole vocabulary, in nats.
+``recipes/lab/claims.toml`` lists the claims with their rules (rules.py), margins and runs. With the effect's 95 %
+interval over seeds (intervals.py), a claim
+
+    shows                when the whole interval lies beyond the margin on the claimed side,
+    shows the opposite   when it lies beyond the margin on the other side,
+    is not decided       otherwise, and always with one seed.
+
+A claim that something is held, ``within`` a margin, shows when the interval lies inside of it and shows the opposite
+when it lies outside. Every rule that compares two runs is also asked of the null control, two runs of one method.
 """
 
 from __future__ import annotations
 
 import statistics
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,214 +24,160 @@ from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.shipped import find
 
 from ..tiny.tabular import Curve
+from .intervals import CONFIDENCE, Effect, holm
 from .results import Result, Results
+from .rules import RULES, Rule
+from .store import UNTRAINED
 
 CLAIMS = Path("recipes/lab/claims.toml")
-ENTROPY = "entropy/full"
+SHOWS, OPPOSITE, NOT_DECIDED, NOT_RUN = "shows", "shows the opposite", "not decided", "not run"
+TABLE_RULE = "table_error"
+NULL = "null control"
+FORMATS = {"nats": ("{:+.3f}", "nats", 1), "points": ("{:+.1f}", "points", 100), "percent": ("{:+.1f}", "%", 100)}
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim with its verdict. ``holds`` is per seed; empty when its runs are not finished."""
+    """A claim with its verdict. ``rule`` in words with its margin, ``effect`` with interval, ``p`` of the verdict."""
 
     paper: str
     text: str
     rule: str
-    measured: str
-    holds: tuple[bool, ...]
-
-    @property
-    def verdict(self) -> str:
-        if not self.holds:
-            return "not run"
-        count = f" ({sum(self.holds)}/{len(self.holds)} seeds)" if len(self.holds) > 1 else ""
-        return ("shows" if all(self.holds) else "in some" if any(self.holds) else "does not show") + count
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """In words, per seed, and what was measured; the functions take one Result for each of the claim's runs."""
-
-    said: str
-    holds: Callable[..., list[bool]]
-    measured: Callable[..., str]
+    verdict: str = NOT_RUN
+    effect: str = ""
+    measured: str = ""
+    num_seeds: int = 0
+    published: str = ""
+    p: float | None = None  # that the effect is no larger than the margin; None without an interval
+    survives: bool = False  # Holm's correction for all claims together
 
 
 def claims(results: Results, table: Mapping[str, Curve]) -> list[Claim]:
-    """Every claim of the list, in its order. Raises ConfigError for a faulty list."""
+    """Every claim of the list, in its order, then the null control. Raises ConfigError for a faulty list."""
     path = find(CLAIMS)
-    return [_decided(entry, results, table, path) for entry in tomllib.loads(path.read_text())["claim"]]
+    content = tomllib.loads(path.read_text())
+    decided = [_decided(entry, results, table, path) for entry in content["claim"]]
+    control = [_decided(entry, results, table, path) for entry in null_entries(content["claim"], content["null"])]
+    return _corrected(decided) + control
+
+
+def null_entries(entries: Iterable[Mapping[str, Any]], runs: Sequence[str]) -> list[dict[str, Any]]:
+    """Each rule that compares two runs, with its margin and options, of the null control instead."""
+    found = []
+    for entry in entries:
+        if entry["rule"] in RULES and RULES[entry["rule"]].null:
+            own = {key: value for key, value in entry.items() if key not in ("paper", "text", "published", "runs")}
+            text = f"{runs[0]} and {runs[1]} differ by chance only"
+            found.append({"paper": NULL, "text": text, **own, "runs": list(runs)})
+    return [entry for i, entry in enumerate(found) if entry not in found[:i]]
+
+
+def verdict_of(effect: Effect, margin: float, *, within: bool = False) -> str:
+    """``effect`` as the claim has it: positive, or with ``within`` small."""
+    low, high = effect.interval
+    if within:
+        inside, outside = -margin < low and high < margin, low > margin or high < -margin
+        return SHOWS if inside else OPPOSITE if outside else NOT_DECIDED
+    return SHOWS if low > margin else OPPOSITE if high < -margin else NOT_DECIDED
+
+
+def p_value(effect: Effect, margin: float, *, within: bool = False) -> float:
+    """Of the hypothesis that no verdict but "not decided" is due, two-sided; below .05 just where there is one."""
+    mirrored = replace(effect, mean=-effect.mean)
+    if not within:
+        return min(effect.p_above(margin), mirrored.p_above(margin))
+    inside = max(effect.p_above(-margin), mirrored.p_above(-margin))
+    return min(inside, effect.p_above(margin), mirrored.p_above(margin))
 
 
 def _decided(entry: Mapping[str, Any], results: Results, table: Mapping[str, Curve], path: Path) -> Claim:
-    parameters = dict(entry)
+    options = dict(entry)
     try:
-        paper, text, rule = (parameters.pop(key) for key in ("paper", "text", "rule"))
-        if rule == TABLE_RULE:
-            return table_error(paper, text, table, **parameters)
-        runs = parameters.pop("runs")
-        test = RULES[rule](runs, **parameters)
+        claim = Claim(options.pop("paper"), options.pop("text"), "", published=options.pop("published", ""))
+        name = options.pop("rule")
+        if name == TABLE_RULE:
+            return table_error(claim, table, **options)
+        runs, margin, rule = options.pop("runs"), options.pop("margin"), RULES[name]
+        if len(runs) != rule.num_runs:
+            raise TypeError(f"rule {name} takes {rule.num_runs} runs, found {runs}")
+        limit = f"{margin:.0%}" if rule.within else f"by more than {margin_text(rule, margin)}"
+        said = rule.said.format(*runs, margin=limit, **options)
+        claim = replace(claim, rule=said if rule.within else f"{said}, {limit}")
+        return _measured(claim, rule, runs, margin, options, results)
     except (KeyError, TypeError) as error:
         known = ", ".join([*RULES, TABLE_RULE])
         raise ConfigError(
-            f"{path}: claim {entry.get('text')!r}: {error}; expected paper, text, a rule of {known}, its runs "
-            "(or settings of the exact table) and the rule's parameters"
+            f"{path}: claim {entry.get('text')!r}: {error}; expected paper, text, a rule of {known}, its runs and "
+            "margin (or settings of the exact table) and the rule's options"
         ) from None
-    if missing := [name for name in runs if name not in results]:
-        return Claim(paper, text, test.said, f"needs {', '.join(missing)}", ())
-    common = set.intersection(*({seed.number for seed in results[name].seeds} for name in runs))
-    if not common:
-        return Claim(paper, text, test.said, f"no seed of {' and '.join(runs)} together", ())
-    found = [results[name].only(common) for name in runs]
-    return Claim(paper, text, test.said, test.measured(*found), tuple(test.holds(*found)))
 
 
-# --- one run ---
-
-
-def collapses(runs: Sequence[str], *, at_most: float) -> Criterion:
-    """Late entropy as a share of the first step's."""
-
-    def shares(run: Result) -> list[float]:
-        return [late / first for late, first in zip(run.late(ENTROPY), run.first(ENTROPY), strict=True)]
-
-    return Criterion(
-        f"late entropy at most {at_most:.0%} of the first step's",
-        lambda run: [value <= at_most for value in shares(run)],
-        lambda run: f"late / first {_spread(shares(run))}",
+def _measured(
+    claim: Claim, rule: Rule, names: Sequence[str], margin: float, options: Mapping[str, Any], results: Results
+) -> Claim:
+    if missing := [name for name in names if name not in results and not (rule.untrained and name == UNTRAINED)]:
+        return replace(claim, measured=f"needs {', '.join(missing)}")
+    found = aligned(results, names)
+    if found is None:
+        return replace(claim, measured=f"no seed of {' and '.join(names)} together")
+    try:
+        effect, shown = rule.measure(*found, **options), rule.shown(*found, **options)
+    except statistics.StatisticsError:  # a mean of nothing
+        return replace(claim, measured="too few steps")
+    except ValueError as error:
+        return replace(claim, measured=str(error))
+    if rule.untrained and UNTRAINED not in names and results.untrained is not None:
+        metric = f"pass@{options['k']}" if "k" in options else next(iter(results.untrained.metrics))
+        shown += f"; untrained {results.untrained.metrics[metric]:.1%}"
+    return replace(
+        claim,
+        verdict=verdict_of(effect, margin, within=rule.within),
+        effect=effect_text(rule, effect),
+        measured=shown,
+        num_seeds=len(effect.seeds),
+        p=p_value(effect, margin, within=rule.within),
     )
 
 
-def explodes(runs: Sequence[str], *, alarm: str) -> Criterion:
-    """Late entropy above the first step's, with an alarm that lasts."""
-
-    def lasting(run: Result) -> list[float]:
-        return run.late(f"alarm/{alarm}") or [0.0] * len(run.seeds)
-
-    return Criterion(
-        f"late entropy above the first step's, alarm {alarm} lasting at the end",
-        lambda run: [
-            late > first and on > 0.99
-            for late, first, on in zip(run.late(ENTROPY), run.first(ENTROPY), lasting(run), strict=True)
-        ],
-        lambda run: f"late entropy {_spread(run.late(ENTROPY))}, late reward {_spread(run.late('reward/mean'))}",
-    )
+def aligned(results: Results, names: Sequence[str]) -> list[Result] | None:
+    """The runs' results with the seeds that all have; the untrained model's one evaluation stands for every seed."""
+    trained = [results[name] for name in names if name != UNTRAINED]
+    common = set.intersection(*({seed.number for seed in run.seeds} for run in trained))
+    if not common or (UNTRAINED in names and results.untrained is None):
+        return None
+    found = iter([run.only(common) for run in trained])
+    return [results.as_untrained(len(common)) if name == UNTRAINED else next(found) for name in names]
 
 
-def holds_target(runs: Sequence[str], *, within: float) -> Criterion:
-    """What the method's controller measures, against its target."""
-
-    def measured(run: Result) -> str:
-        distance = f"distance {_percent(run.distance)}"
-        if not run.saturated:
-            return distance
-        return f"{distance}, output at its bound in {statistics.fmean(run.saturated):.0%} of late steps"
-
-    return Criterion(
-        f"late mean of what it controls within {within:.0%} of the target",
-        lambda run: [abs(value) <= within for value in run.distance],
-        measured,
-    )
+def _corrected(decided: Sequence[Claim]) -> list[Claim]:
+    """With Holm's correction over all claims that have an interval."""
+    tested = [i for i, claim in enumerate(decided) if claim.p is not None]
+    adjusted = dict(zip(tested, holm([decided[i].p or 0.0 for i in tested]), strict=True))
+    return [replace(claim, survives=adjusted.get(i, 1.0) < 1 - CONFIDENCE) for i, claim in enumerate(decided)]
 
 
-def second_stage_above(runs: Sequence[str]) -> Criterion:
-    """A curriculum of two stages: uncertain problems come last."""
-
-    def stages(run: Result) -> list[tuple[float, float]]:
-        pairs = []
-        for entropy, stage in zip(run.curves(ENTROPY), run.curves("data/stage"), strict=True):
-            first = [e for e, s in zip(entropy, stage, strict=True) if s == 0 and e is not None]
-            second = [e for e, s in zip(entropy, stage, strict=True) if s == 1 and e is not None]
-            pairs.append((statistics.fmean(first[len(first) * 2 // 3 :]), statistics.fmean(second or [0.0])))
-        return pairs
-
-    return Criterion(
-        "mean entropy of the second stage above that of the first stage's last third",
-        lambda run: [second > first for first, second in stages(run)],
-        lambda run: f"{_spread([b for _, b in stages(run)])} after {_spread([a for a, _ in stages(run)])}",
-    )
+def effect_text(rule: Rule, effect: Effect) -> str:
+    style, unit, scale = FORMATS[rule.unit]
+    low, high = (style.format(scale * value) for value in effect.interval)
+    interval = ", one seed" if len(effect.seeds) == 1 else f" [{low}, {high}]"
+    return f"{style.format(scale * effect.mean)} {unit}{interval}"
 
 
-# --- one run beside another, seed by seed ---
-
-
-def first_holds_target(runs: Sequence[str], *, labels: Sequence[str], within: float) -> Criterion:
-    return Criterion(
-        f"{labels[0]}: late entropy within {within:.0%} of the target",
-        lambda first, _: [abs(value) <= within for value in first.distance],
-        lambda first, second: _distances(labels, first, second),
-    )
-
-
-def only_second_holds_target(runs: Sequence[str], *, labels: Sequence[str], within: float) -> Criterion:
-    return Criterion(
-        f"{labels[0]} further than {within:.0%}, {labels[1]} within",
-        lambda first, second: [abs(a) > within >= abs(b) for a, b in zip(first.distance, second.distance, strict=True)],
-        lambda first, second: _distances(labels, first, second),
-    )
-
-
-def _distances(labels: Sequence[str], *results: Result) -> str:
-    return ", ".join(f"{label} {_percent(run.distance)}" for label, run in zip(labels, results, strict=True))
-
-
-def late_entropy_above(runs: Sequence[str]) -> Criterion:
-    return _above(f"late entropy above that of {runs[1]}", lambda run: run.late(ENTROPY))
-
-
-def avg_at_k_above(runs: Sequence[str]) -> Criterion:
-    def held_out(run: Result) -> list[float]:
-        return run.evaluated(next(name for name in run.metrics if name.startswith("avg@")))
-
-    return _above(f"held-out avg@k above that of {runs[1]}", held_out)
-
-
-def _above(said: str, value: Callable[[Result], list[float]]) -> Criterion:
-    return Criterion(
-        said,
-        lambda a, b: [x > y for x, y in zip(value(a), value(b), strict=True)],
-        lambda a, b: f"{_spread(value(a))} against {_spread(value(b))}",
-    )
-
-
-def pass_at_k_above(runs: Sequence[str]) -> Criterion:
-    def largest(run: Result) -> int:
-        return max(run.seeds[0].evaluation["decoding"]["ks"])
-
-    def passed(run: Result) -> list[float]:
-        return run.evaluated(f"pass@{largest(run)}")
-
-    return Criterion(
-        f"pass@k on the held-out problems, at the largest k, above that of {runs[1]}",
-        lambda a, b: [x > y for x, y in zip(passed(a), passed(b), strict=True)],
-        lambda a, b: f"pass@{largest(a)} {_percent(passed(a), '.1%')} against {_percent(passed(b), '.1%')}",
-    )
-
-
-RULES: dict[str, Callable[..., Criterion]] = {
-    rule.__name__: rule
-    for rule in (
-        *(collapses, explodes, holds_target, first_holds_target, only_second_holds_target),
-        *(late_entropy_above, avg_at_k_above, pass_at_k_above, second_stage_above),
-    )
-}
-
-
-# --- the exact table ---
-
-TABLE_RULE = "table_error"
+def margin_text(rule: Rule, margin: float) -> str:
+    _, unit, scale = FORMATS[rule.unit]
+    size = f"{scale * margin:g}"
+    return f"{size} {unit.removesuffix('s')}" if size == "1" else f"{size} {unit}"
 
 
 def table_error(
-    paper: str,
-    text: str,
+    claim: Claim,
     table: Mapping[str, Curve],
     *,
     settings: Sequence[str],
     below: float | None = None,
     above: float | None = None,
 ) -> Claim:
-    """The relative error at the end, ``below`` or ``above`` a limit. Each setting is one run: one verdict for all."""
+    """The relative error at the end, ``below`` or ``above`` a limit in every setting. Exact: nothing is sampled."""
     errors = [table[name].error / table[name].setting.target for name in settings]
     if below is not None:
         said, holds = f"error at the end below {below:.0%}", all(abs(error) < below for error in errors)
@@ -234,23 +185,5 @@ def table_error(
         assert above is not None
         said, holds = f"error at the end above {above:.0%}", all(abs(error) > above for error in errors)
     starts = ", both starts" if len(settings) == 2 else ""
-    return Claim(paper, text, said + starts, ", ".join(f"{error:+.1%}" for error in errors), (holds,))
-
-
-# --- numbers ---
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
-    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"
-
-
-def _percent(values: Sequence[float], style: str = "+.1%") -> str:
-    if not values:
-        return "-"
-    if len(values) == 1:
-        return f"{values[0]:{style}}"
-    return f"{statistics.fmean(values):{style}} ± {statistics.stdev(values):.1%}"
+    measured = ", ".join(f"{error:+.1%}" for error in errors)
+    return replace(claim, rule=said + starts, verdict=SHOWS if holds else OPPOSITE, effect="exact", measured=measured)

@@ -4,9 +4,11 @@
     megatron-entropy lab --only 'entropic*' --seeds 1
     megatron-entropy lab --dry-run                the commands, one a line; nothing is run
     megatron-entropy lab --page                   only write the page of what is finished
+    megatron-entropy lab --page --out docs/lab    draw the repository's page anew from docs/lab/results
 
 Two trainings at a time on two cores (--jobs), one process each. A finished run is never repeated and a stopped one
-continues from its checkpoint. The page is OUT/index.html, its tables are OUT/README.md.
+continues from its checkpoint. The page is OUT/index.html, its tables are OUT/README.md, and the numbers of both are
+OUT/results/RUN.json, which a page without runs is drawn from.
 
 Exit codes: 0 done, 75 stopped by a signal with everything saved (run it again), 2 configuration, 1 a run failed
 (its log is named).
@@ -31,6 +33,7 @@ from ..arguments import command_parser
 from .page import write
 from .plan import Job, LabPlan, jobs, load_plan
 from .runs import EVALUATION_STEPS, LOG, Running, RunResult, alone, preload, steps_done, work
+from .store import collect
 
 CONFIGURATION, REQUEUE = 2, 75
 LINE_EVERY_S = 30.0  # without a terminal
@@ -53,7 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"lab: {error}", file=sys.stderr)
         return CONFIGURATION
-    return finish(plan, options.dir, options.out or options.dir, outcome)
+    try:
+        return finish(plan, options.dir, options.out or options.dir, outcome)
+    except ConfigError as error:
+        print(f"lab: {error}", file=sys.stderr)
+        return CONFIGURATION
 
 
 def dry_run(todo: Sequence[Job]) -> int:
@@ -99,7 +106,8 @@ def run(todo: Sequence[Job], num_at_once: int) -> RunResult:
 
 def finish(plan: LabPlan, folder: Path, out: Path, outcome: RunResult) -> int:
     """Write the page, name what failed, and return the exit code."""
-    for path in write(plan, folder, out):
+    collect(plan, folder, out)
+    for path in write(plan, out):
         print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
     for job, why in outcome.failed:
         print(f"lab: {job.name}: {why}; see {job.folder / LOG}", file=sys.stderr)

@@ -15,25 +15,26 @@ from ..charts import Figures, Series
 from ..report.page import page
 from ..tiny.tabular import SETTINGS, Curve, simulate
 from .claims import Claim, claims
+from .claims_table import claims_markdown, claims_section, markdown_table
 from .plan import LabPlan
 from .results import Result, Results, load, seconds, spread, where_entropy_is
 
 TABLE_POINTS = 200  # of a tabular curve's steps
 
 
-def write(plan: LabPlan, folder: Path, out: Path) -> tuple[Path, Path]:
-    """Write the page and the Markdown of what is finished in ``folder``; returns their paths."""
-    results = load(plan, folder)
+def write(plan: LabPlan, out: Path) -> tuple[Path, Path]:
+    """Write the page and the Markdown of the results in ``out`` (store.py); returns their paths."""
+    results = load(plan, out)
     table = {name: simulate(setting) for name, setting in SETTINGS.items()}
     decided = claims(results, table)
     figures = Figures()
     body = [
         f'<h1>The lab</h1><p class="sub">{escape(summary(plan, results))}</p>',
-        "<h2>Claims</h2>", claims_table(decided),
+        claims_section(decided),
         "<h2>Methods</h2>", html_table(method_rows(results)), f'<p class="sub">{escape(table_note(plan))}</p>',
         *(family_figures(plan, results, name, figures) for name in plan.families if name != plan.details.family),
         controllers(plan, results, figures),
-        details(plan, results, folder, figures),
+        details(plan, results, figures),
         tabular(table, figures),
         "<h2>Settings</h2>", settings_table(plan),
     ]  # fmt: skip
@@ -45,16 +46,18 @@ def write(plan: LabPlan, folder: Path, out: Path) -> tuple[Path, Path]:
 
 
 def summary(plan: LabPlan, results: Results) -> str:
-    """What was run, in one line."""
-    jobs = sum(len(result.seeds) for result in results.runs.values())
-    hours = sum(
-        math.fsum(record.get("time/step_s") or 0.0 for record in seed.records)
-        for result in results.runs.values() for seed in result.seeds
-    ) / 3600  # fmt: skip
+    """What was run, in a few lines."""
+    seeds = [seed for result in results.runs.values() for seed in result.seeds]
+    hours = sum(math.fsum(v or 0.0 for v in seed.curves.get("time/step_s", ())) for seed in seeds) / 3600
+    made = [{seed.made[key] for seed in seeds if seed.made.get(key)} for key in ("commit", "machine")]
+    place = "".join(
+        f", {word} {', '.join(sorted(found))}" for word, found in zip(("commit", "on"), made, strict=True) if found
+    )
     return (
-        f"{len(results.runs)} of {len(plan.runs)} runs with up to {plan.seeds} seeds ({jobs} trainings of the tiny "
-        f"countdown task, {hours:.1f} core hours of steps). Curves are means over seeds, bands reach from the lowest "
-        "to the highest seed. A model of 0.8 M parameters says nothing about large ones; it shows the mechanism."
+        f"{len(results.runs)} of {len(plan.runs)} runs with up to {plan.seeds} seeds ({len(seeds)} trainings of the "
+        f"tiny countdown task, {hours:.1f} core hours of steps{place}). Curves are means over seeds, bands reach from "
+        "the lowest to the highest seed. A model of 0.8 M parameters says nothing about large ones; it shows the "
+        "mechanism."
     )
 
 
@@ -75,15 +78,13 @@ def table_note(plan: LabPlan) -> str:
 def method_rows(results: Results) -> list[list[str]]:
     """Header and one row per run."""
     every = list(results.runs.values())
-    evaluations = [result.seeds[0].evaluation for result in every] + ([results.base] if results.base else [])
-    metrics = table_metrics(list(evaluations[0]["metrics"])) if evaluations else []
+    evaluated = [result.seeds[0] for result in every] + ([results.untrained] if results.untrained else [])
+    metrics = table_metrics(list(evaluated[0].metrics)) if evaluated else []
     held_out = [f"{name}, %" for name in metrics]
     rows = [["run", "seeds", "reward, %", "entropy", "target, %", "length", *held_out, "time", "alarm"]]
-    if results.base is not None:
-        measured = [f"{100 * results.base['metrics'][name]['mean']:.1f}" for name in metrics]
-        rows.append(
-            ["untrained", "", "", "", "", f"{results.base['response']['length']['mean']:.1f}", *measured, "", ""]
-        )
+    if results.untrained is not None:
+        measured = [f"{100 * results.untrained.metrics[name]:.1f}" for name in metrics]
+        rows.append(["untrained", "", "", "", "", f"{results.untrained.length:.1f}", *measured, "", ""])
     baseline = statistics.fmean(seconds(results[results.baseline])) if results.baseline in results else math.nan
     for result in every:
         rows.append(
@@ -138,18 +139,6 @@ def _row(row: Sequence[str], kinds: Sequence[str], tag: str, text: Callable[[str
     return f"<tr>{''.join(cells)}</tr>"
 
 
-def claims_table(decided: Sequence[Claim]) -> str:
-    rows = []
-    for claim in decided:
-        kind = "up" if claim.verdict.startswith("shows") else "down" if claim.verdict.startswith("does") else ""
-        rows.append(
-            f"<tr><td>{escape(claim.paper)}</td><td>{escape(claim.text)}<br><small>{escape(claim.rule)}</small></td>"
-            f'<td class="{kind}">{escape(claim.verdict)}</td><td>{escape(claim.measured)}</td></tr>'
-        )
-    head = "<tr><th>paper</th><th>claim and rule</th><th>here it</th><th>measured</th></tr>"
-    return f'<div class="card"><table>{head}{"".join(rows)}</table></div>'
-
-
 def settings_table(plan: LabPlan) -> str:
     rows = [["run", "recipe", "overrides", "starts from", "why"]]
     for run in plan.runs:
@@ -163,21 +152,14 @@ def settings_table(plan: LabPlan) -> str:
 
 
 def as_markdown(plan: LabPlan, results: Results, decided: Sequence[Claim]) -> str:
-    rows = [["paper", "claim", "rule", "here it", "measured"]]
-    rows += [[claim.paper, claim.text, claim.rule, claim.verdict, claim.measured] for claim in decided]
     return "\n".join(
         [
             "# The lab", "", summary(plan, results), "",
             "Made by `megatron-entropy lab`; the figures are in [index.html](index.html).", "",
-            "## Claims", "", *markdown_table(rows), "",
+            *claims_markdown(decided),
             "## Methods", "", *markdown_table(method_rows(results)), "", table_note(plan), "",
         ]
     )  # fmt: skip
-
-
-def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows]
-    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
 
 
 # --- figures ---
@@ -207,13 +189,13 @@ def family_figures(plan: LabPlan, results: Results, name: str, figures: Figures)
             ("Length", "tokens per response", "response/length", False),
         )
     ]
-    ks = [int(k) for k in shown[0].seeds[0].evaluation["decoding"]["ks"]]
+    ks = list(shown[0].seeds[0].ks)
     curves = [
         Series(result.run.name, [statistics.fmean(result.evaluated(f"pass@{k}")) for k in ks], color(result, i))
         for i, result in enumerate(shown)
     ]
-    if results.base is not None:
-        untrained = [results.base["metrics"][f"pass@{k}"]["mean"] for k in ks]
+    if results.untrained is not None:
+        untrained = [results.untrained.metrics[f"pass@{k}"] for k in ks]
         curves.append(Series("untrained", untrained, 7, dashed=True))
     parts.append(figures.add("pass@k", "held-out problems, over k", ks, curves, percent=True, x="k"))
     return f'<h2>{escape(plan.families[name])}</h2><div class="charts">{"".join(parts)}</div>'
@@ -240,7 +222,7 @@ def against_target(result: Result, figures: Figures, title: str, key: str) -> st
     return figures.add(title, key, result.steps, [result.series(key, 0, "measured"), target])
 
 
-def details(plan: LabPlan, results: Results, folder: Path, figures: Figures) -> str:
+def details(plan: LabPlan, results: Results, figures: Figures) -> str:
     """One method's runs side by side, as the plan puts them, and at which tokens their entropy is."""
     parts = []
     for title, runs in plan.details.figures:
@@ -249,7 +231,7 @@ def details(plan: LabPlan, results: Results, folder: Path, figures: Figures) -> 
     rows = [["run", "p <= .5: tokens", "entropy", "p <= .95: tokens", "entropy", "p > .95: tokens", "entropy"]]
     for name in plan.details.tokens:
         if name in results:
-            shares = where_entropy_is(results[name], folder)
+            shares = where_entropy_is(results[name])
             rows.append([name, *(f"{share:.0%}" for pair in shares for share in pair)])
     if not any(parts):
         return ""
@@ -281,7 +263,7 @@ def _together(title: str, found: Mapping[str, Result], figures: Figures) -> str:
 
 def tabular(table: Mapping[str, Curve], figures: Figures) -> str:
     parts = []
-    for place in ("on-policy", "off-policy"):
+    for place in ("on-policy", "off-policy", "off-policy with ratio"):
         named = {
             f"{controller} from {start}": table[f"{controller}, {place}, from {start}"]
             for controller in ("P", "PI") for start in ("above", "below")

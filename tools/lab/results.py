@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_ext import methods
+import numpy as np
+
 from megatron_ext.methods.base import Controller
-from megatron_ext.metrics.writer import METRICS, SAMPLES, read_steps
 
 from ..charts import Series
-from ..evaluate import load_evaluations
-from .plan import BASE, EVALUATION, LABEL, LabPlan, LabRun, configuration, job_name
+from . import store
+from .plan import LabPlan, LabRun
 
-LIKELY = (0.5, 0.95)  # probabilities that part unlikely, likely and almost certain tokens
-Record = Mapping[str, Any]
+Curve = Sequence[float | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Seed:
-    """One finished job."""
+    """One finished training, or the untrained model. Arrays have an entry for each held-out problem."""
 
     number: int
-    records: tuple[Record, ...]
-    evaluation: Mapping[str, Any]
+    curves: Mapping[str, Curve]
+    metrics: Mapping[str, float]  # held-out, means over problems
+    ks: tuple[int, ...]
+    length: float
+    n: np.ndarray  # responses
+    c: np.ndarray  # right ones
+    lengths: np.ndarray  # mean tokens of a response
+    data: str  # sha256 of the problems
+    made: Mapping[str, str]
+    tokens: Sequence[Sequence[float]] = ()
+
+    @property
+    def steps(self) -> int:
+        return max(map(len, self.curves.values()), default=0)
+
+    def first_steps(self, number: int) -> Seed:
+        return replace(self, curves={key: curve[:number] for key, curve in self.curves.items()})
 
 
 @dataclass(frozen=True)
@@ -47,11 +59,11 @@ class Result:
 
     @property
     def steps(self) -> list[int]:
-        return [record["step"] for record in self.seeds[0].records]
+        return list(range(1, self.seeds[0].steps + 1))
 
-    def curves(self, key: str) -> list[list[float | None]]:
+    def curves(self, key: str) -> list[Curve]:
         """``[seed][step]``."""
-        return [[record.get(key) for record in seed.records] for seed in self.seeds]
+        return [seed.curves.get(key) or [None] * seed.steps for seed in self.seeds]
 
     def late(self, key: str) -> list[float]:
         """Mean over the last third of the steps, per seed; empty without such a metric."""
@@ -63,15 +75,15 @@ class Result:
         return found
 
     def first(self, key: str) -> list[float]:
-        return [value for curve in self.curves(key) if (value := curve[0]) is not None]
+        return [value for curve in self.curves(key) if curve and (value := curve[0]) is not None]
 
     @property
     def metrics(self) -> list[str]:
         """Names of the held-out metrics."""
-        return list(self.seeds[0].evaluation["metrics"])
+        return list(self.seeds[0].metrics)
 
     def evaluated(self, metric: str) -> list[float]:
-        return [seed.evaluation["metrics"][metric]["mean"] for seed in self.seeds]
+        return [seed.metrics[metric] for seed in self.seeds]
 
     @property
     def measured(self) -> str:
@@ -109,7 +121,7 @@ class Result:
     @property
     def alarms(self) -> list[str]:
         """Alarms that lasted in more than half of the late steps of some seed."""
-        names = [name for name in self.seeds[0].records[-1] if name.startswith("alarm/") and name != "alarm/begun"]
+        names = sorted({name for seed in self.seeds for name in seed.curves if name.startswith("alarm/")})
         return [name.removeprefix("alarm/") for name in names if max(self.late(name), default=0.0) > 0.5]
 
     def series(self, key: str, color: int, name: str | None = None, *, dashed: bool = False) -> Series:
@@ -126,12 +138,18 @@ class Result:
 class Results:
     """Everything that is finished, in the plan's order."""
 
-    base: Mapping[str, Any] | None  # the untrained model's evaluation
+    untrained: Seed | None
     runs: Mapping[str, Result]
     baseline: str
 
     def family(self, name: str) -> list[Result]:
         return [result for result in self.runs.values() if result.run.family == name]
+
+    def as_untrained(self, num_seeds: int) -> Result:
+        """The untrained model as a run, its one evaluation for each of the seeds."""
+        assert self.untrained is not None
+        run = LabRun(store.UNTRAINED, Path())
+        return Result(run, "", None, 0, tuple(replace(self.untrained, number=i) for i in range(num_seeds)))
 
     def __getitem__(self, name: str) -> Result:
         return self.runs[name]
@@ -140,29 +158,36 @@ class Results:
         return name in self.runs
 
 
-def load(plan: LabPlan, folder: Path) -> Results:
-    """Read what is finished of the plan in the lab's folder."""
+def load(plan: LabPlan, out: Path) -> Results:
+    """Read what the plan's runs have in the folder of results. Raises ConfigError for results of other settings."""
     runs = {}
     for run in plan.runs:
-        folders = [folder / job_name(run.name, seed) for seed in range(plan.seeds)]
-        seeds = tuple(seed for i, path in enumerate(folders) if (seed := _seed(i, path)) is not None)
-        if seeds:
-            length = min(len(seed.records) for seed in seeds)
-            seeds = tuple(replace(seed, records=seed.records[:length]) for seed in seeds)
-            config, _ = configuration(plan, run, 0, folder)
-            method = methods.create(config.method)
-            runs[run.name] = Result(run, config.method["name"], method.controller, config.rollout.prompts, seeds)
-    return Results(_evaluation(folder / BASE), runs, plan.baseline)
+        content = store.read(plan, out, run)
+        if content is not None and content["seeds"]:
+            seeds = tuple(map(_seed, content["seeds"]))
+            length = min(seed.steps for seed in seeds)
+            seeds = tuple(seed.first_steps(length) for seed in seeds)
+            controller = store.controller_of(content)
+            runs[run.name] = Result(run, content["method"], controller, content["prompts"], seeds)
+    untrained = store.read_untrained(out)
+    return Results(None if untrained is None else _seed(untrained["seeds"][0]), runs, plan.baseline)
 
 
-def _seed(number: int, folder: Path) -> Seed | None:
-    evaluation = _evaluation(folder)
-    return None if evaluation is None else Seed(number, tuple(read_steps(folder / METRICS)), evaluation)
-
-
-def _evaluation(folder: Path) -> Mapping[str, Any] | None:
-    path = folder / EVALUATION
-    return load_evaluations(path)[LABEL] if path.exists() else None
+def _seed(content: Mapping[str, Any]) -> Seed:
+    problems = content["problems"]
+    return Seed(
+        number=content["seed"],
+        curves=content["curves"],
+        metrics=content["metrics"],
+        ks=tuple(int(k) for k in content["decoding"]["ks"]),
+        length=content["length"],
+        n=np.array(problems["n"]),
+        c=np.array(problems["c"]),
+        lengths=np.array(problems["length"]),
+        data=content["data"],
+        made=content["made"],
+        tokens=content["tokens"] or (),
+    )
 
 
 def seconds(result: Result) -> list[float]:
@@ -178,20 +203,13 @@ def spread(values: Sequence[float]) -> tuple[float, float] | None:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def where_entropy_is(result: Result, folder: Path) -> list[tuple[float, float]]:
+def where_entropy_is(result: Result) -> list[tuple[float, float]]:
     """For sampled tokens of probability up to .5, up to .95 and above: share of the tokens, share of the entropy.
 
-    From the responses that the run kept of the last third of its steps, all seeds together.
+    All seeds together (store.py counts them).
     """
-    tokens, entropy = [0, 0, 0], [0.0, 0.0, 0.0]
-    first = result.steps[len(result.steps) * 2 // 3]
-    for seed in result.seeds:
-        path = folder / job_name(result.run.name, seed.number) / SAMPLES
-        for record in read_steps(path) if path.exists() else ():
-            if record["step"] < first:
-                continue
-            for nats, logprob in zip(record["entropy"], record["logprob"], strict=True):
-                place = bisect(LIKELY, math.exp(logprob or 0.0))
-                tokens[place] += 1
-                entropy[place] += nats or 0.0
+    counts = [list(part) for part in zip(*(seed.tokens for seed in result.seeds if seed.tokens), strict=True)]
+    if not counts:
+        return [(0.0, 0.0)] * (len(store.LIKELY) + 1)
+    tokens, entropy = ([sum(pair[i] for pair in part) for part in counts] for i in (0, 1))
     return [(t / max(1, sum(tokens)), e / max(1e-12, sum(entropy))) for t, e in zip(tokens, entropy, strict=True)]

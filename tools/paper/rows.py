@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_ext.checkpoint.manifest import TRACKER
 from megatron_ext.config.loading import read_config
+from megatron_ext.config.public_sets import how_to_make
 from megatron_ext.config.schema import Config
 from megatron_ext.config.shipped import RECIPES, find, outside
 
@@ -21,6 +22,7 @@ PROGRAM = "megatron-entropy"
 TINY_FOLDER = "tiny"  # of runs, of the suite and of the base model
 TINY_SUITE = RECIPES / TINY_FOLDER / "suite.toml"
 TINY_STEPS = 2
+TINY_CHANGES = ("rollout.prompts=8", "parallel.ranks_per_node=1", "parallel.tensor=1")  # seconds, in one process
 TINY_RECIPE = "{method}-tiny-cpu"
 
 
@@ -61,7 +63,7 @@ def _plan(paper: Paper, table: PaperTable, row: Row, tiny: bool) -> Plan:
     if row.recipe:
         folder, steps = _tiny_run(row) if tiny else _run(row)
         model, results, run = folder / "hf", folder / "evaluation", folder
-        steps = [*steps, _exported(folder)] if suite else steps
+        steps = [*steps, _exported(folder, best=row_config(row).validation.every > 0 and not tiny)] if suite else steps
     else:
         model = _here(RECIPES / TINY_FOLDER / "base" if tiny else RECIPES / "models" / row.model)
         results = Path("runs") / (TINY_FOLDER if tiny else "") / (f"{paper.name}-base" if tiny else row.model)
@@ -87,7 +89,7 @@ def run_name(row: Row) -> str:
 
 def _short(row: Row, key: str, value: str) -> str:
     name = key.rpartition(".")[2]
-    if name == "hub" or value == "[]":
+    if name == "hub" or key.startswith("data.stage_"):  # said by the model's or the curriculum's name
         return ""
     if value in ("", "false"):
         return f"no_{name}"
@@ -146,7 +148,7 @@ def _tiny_run(row: Row) -> tuple[Path, list[Step]]:
     own = [f"method.{key}={_toml(value)}" for key, value in full.method.items() if key != "name"]
     own += ["data.curriculum="] if "data.curriculum=" in row.set else []
     name = f"{TINY_FOLDER}/{run_name(row)}"
-    changes = [*own, f"train.steps={TINY_STEPS}", f"name={name}"]
+    changes = [*own, *TINY_CHANGES, f"train.steps={TINY_STEPS}", f"name={name}"]
     config = read_config(recipe, changes)
     folder = Path(config.log.dir) / name
     train = shlex.join([PROGRAM, "train", recipe, *changes])
@@ -160,9 +162,10 @@ def _trained(folder: Path, steps: int, command: str) -> Step:
     return Step("run", at >= steps, f"{at}/{steps}" if at else "no", (command,))
 
 
-def _exported(folder: Path) -> Step:
+def _exported(folder: Path, *, best: bool) -> Step:
+    """``best``: the paper reports the best validated checkpoint."""
     done = (folder / "hf" / "config.json").is_file()
-    command = f"{PROGRAM} convert to-hf {_quoted(folder)} {_quoted(folder / 'hf')}"
+    command = f"{PROGRAM} convert to-hf {_quoted(folder)} {_quoted(folder / 'hf')}{' --best' if best else ''}"
     return Step("export", done, "yes" if done else "no", (command,))
 
 
@@ -186,7 +189,9 @@ def _suite_data(suite: Path) -> Iterator[Step]:
 
 
 def make_data(file: Path, source: str) -> tuple[str, ...]:
-    """What makes a file of problems."""
+    """What makes a file of problems, from a known public set or else from a local copy."""
+    if known := how_to_make(_here(file)):
+        return tuple(line.strip() for line in known.splitlines())
     return (f"{PROGRAM} data {file.stem} SOURCE --out {_quoted(file)}" + (f"  # SOURCE: {source}" if source else ""),)
 
 

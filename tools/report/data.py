@@ -182,6 +182,7 @@ class Problem(Record):
     prompt: str = ""
     answer: str = ""
     kind: str = ""
+    level: str = ""
 
 
 class Evaluation(Record):

@@ -13,6 +13,10 @@ them likelier, and four bad ones. The good ones earn the reward with probability
     off-policy   A share of the samples comes from an older policy (here uniform) and is not reweighted. Bad actions
                  stay in the batch for ever. Pushing them down lifts the likelier of the good ones most: the drift is
                  lasting, P control balances it with a lasting error of its own, and the integral removes the error.
+    with ratio   The same samples, each weighted by policy / sampling policy as in the loss of Theorem 4.3 (and clipped,
+                 as the repository's loss is). Reweighted, they are the policy's own in expectation: the drift vanishes
+                 again, and P control converges. The steady error that the theorem ascribes to the shift of the
+                 distribution does not appear here; the one above belongs to samples without the ratio.
 
 Why the full form cannot hold an entropy. With p_a the success of an action, V the mean over the policy and A = R - V,
 the expectation of (1 + alpha sgn A) A given the action, less its mean over the policy, is
@@ -48,6 +52,7 @@ class Setting:
 
     lead: float = ABOVE
     stale: float = 0.0  # share of the samples drawn uniformly
+    ratio: bool = False  # samples of the older policy are reweighted, by the loss's own (clipped) ratio
     k_p: float = 4.0
     k_i: float = 0.02
     form: Literal["high_probability", "full"] = "high_probability"
@@ -58,8 +63,12 @@ class Setting:
 
 
 SETTINGS = {
-    f"{name}, {place}, from {start}": Setting(lead=lead, stale=stale, k_i=k_i)
-    for place, stale in (("on-policy", 0.0), ("off-policy", STALE))
+    f"{name}, {place}, from {start}": Setting(lead=lead, stale=stale, ratio=ratio, k_i=k_i)
+    for place, stale, ratio in (
+        ("on-policy", 0.0, False),
+        ("off-policy", STALE, False),
+        ("off-policy with ratio", STALE, True),
+    )
     for start, lead in (("above", ABOVE), ("below", BELOW))
     for name, k_i in (("P", 0.0), ("PI", 0.02))
 } | {"PI, on-policy, full form": Setting(form="full")}
@@ -97,7 +106,8 @@ def simulate(setting: Setting) -> Curve:
     for _ in range(setting.steps):
         logprob = logits.log_softmax(-1)
         policy = logprob.detach().exp()
-        batch, stats = enumerated(success, logprob, (1 - setting.stale) * policy + setting.stale / NUM_ACTIONS)
+        drawn = (1 - setting.stale) * policy + setting.stale / NUM_ACTIONS
+        batch, stats = enumerated(success, logprob, drawn, ratio=setting.ratio)
         plan = method.prepare(batch, stats.detach(), OneRank())
         (gradient,) = torch.autograd.grad(method.loss(batch, stats, plan).sum(), logits)
         curve.entropy.append(plan.report["entropic/entropy"])
@@ -108,11 +118,12 @@ def simulate(setting: Setting) -> Curve:
     return curve
 
 
-def enumerated(success: Tensor, logprob: Tensor, drawn: Tensor) -> tuple[Batch, TokenStats]:
+def enumerated(success: Tensor, logprob: Tensor, drawn: Tensor, *, ratio: bool = False) -> tuple[Batch, TokenStats]:
     """Every (state, action, outcome) as a response of one token, T = 2 S A of them, weighted by its probability.
 
     All ``[S, A]``: ``success`` the probability of reward 1, ``logprob`` the policy, ``drawn`` the probabilities with
     which the samples were drawn. The advantage is the limit of GRPO's for a large group, (R - V) / sqrt(V (1 - V)).
+    With ``ratio`` the loss divides by ``drawn``; otherwise it takes the policy for the one that sampled.
     """
     num_states, num_actions = success.shape
     size = 2 * num_states * num_actions
@@ -122,13 +133,14 @@ def enumerated(success: Tensor, logprob: Tensor, drawn: Tensor) -> tuple[Batch, 
     advantage = (reward - value) / (value * (1 - value)).sqrt()
     logprob_T = logprob[:, :, None].expand_as(chance).reshape(size)
     entropy = -(logprob.exp() * logprob).sum(1)[:, None, None].expand_as(chance)
+    sampled_T = drawn.log()[:, :, None].expand_as(chance).reshape(size) if ratio else logprob_T.detach()
     all_of_them = torch.ones(size, dtype=torch.bool)
     batch = Batch(
         sequence=torch.arange(size),
         mask=all_of_them,
         weight=(drawn[:, :, None] * chance / num_states).reshape(size),
-        old_logprob=logprob_T.detach(),
-        rollout_logprob=logprob_T.detach(),
+        old_logprob=sampled_T,
+        rollout_logprob=sampled_T,
         ref_logprob=None,
         advantage=advantage.reshape(size),
         reward=reward.reshape(size),

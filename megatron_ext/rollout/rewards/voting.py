@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from megatron_ext.records import Problem, Reward
-from megatron_ext.rollout.rewards.verify import Outcome
+from megatron_ext.rollout.rewards.verify import Outcome, as_response
 
 VOTING = (Outcome.CORRECT, Outcome.WRONG)  # other outcomes have no readable answer to the question asked
 Score = Callable[[Sequence[tuple[Problem, str]]], list[Reward]]
@@ -18,18 +18,19 @@ def votes(rewards: Sequence[Reward]) -> list[str | None]:
 
 
 def equal_answers(
-    score: Score, problems: Sequence[Problem], votes: Sequence[Sequence[str | None]]
+    score: Score, problems: Sequence[Problem], votes: Sequence[Sequence[str | None]], answer_format: str = "boxed"
 ) -> list[set[tuple[str, str]]]:
     """For each problem the pairs ``(key, answer)`` of different texts that its verifier finds equal.
 
     ``score`` is asked in rounds, for all problems at once: the first answer that equals none before it against all
     those after it. So every pair that a clustering by keys can ask for is there. Countdowns are compared as numbers.
+    ``answer_format`` is the one that ``score`` reads.
     """
     found: list[set[tuple[str, str]]] = [set() for _ in votes]
     left = [list(dict.fromkeys(vote for vote in row if vote is not None)) for row in votes]
     while any(len(answers) > 1 for answers in left):
         pairs = [(row, answers[0], other) for row, answers in enumerate(left) for other in answers[1:]]
-        rewards = score([(_asking(problems[row], key), rf"\boxed{{{other}}}") for row, key, other in pairs])
+        rewards = score([(_asking(problems[row], key), as_response(other, answer_format)) for row, key, other in pairs])
         for (row, key, other), reward in zip(pairs, rewards, strict=True):
             if reward.outcome == Outcome.CORRECT:
                 found[row].add((key, other))

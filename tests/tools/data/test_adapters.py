@@ -206,10 +206,10 @@ CASES = [
         [problem("aime25-1", "77", "Find $7 \\cdot 11$.")],
     ),
     Case(
-        "amc23",
+        "amc23-83",
         "train.parquet",
         [{"id": 0, "problem": "Find $9+18$.", "answer": 27.0, "url": ""}],
-        [problem("amc23-0", "27", "Find $9+18$.")],
+        [problem("amc23-83-0", "27", "Find $9+18$.")],
     ),
     Case(
         "amc23",
@@ -324,8 +324,8 @@ CASES = [
         [
             problem(
                 "gpqa-rec7",
-                "B",
-                f"{GPQA['Question']}\n\nA. sulfur\nB. copper\nC. bromine\nD. neon",
+                "C",
+                f"{GPQA['Question']}\n\nA. sulfur\nB. neon\nC. copper\nD. bromine",
                 verifier="choice",
                 kind="Chemistry",
             )

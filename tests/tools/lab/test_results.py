@@ -1,21 +1,24 @@
-"""What the lab computes from finished runs: late means, distances, verdicts, the table and the page."""
+"""From the folders of finished runs to results in JSON, the table and the page."""
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_ext.config.errors import ConfigError
 from megatron_ext.metrics.writer import MetricsWriter
 from tests.tools.runs import evaluation, sample
 from tools.evaluate import save_evaluation
-from tools.lab.claims import Claim, claims
+from tools.lab import page
 from tools.lab.page import cell, method_rows, table_metrics, write
 from tools.lab.plan import BASE, LABEL, LabPlan, load_plan
-from tools.lab.results import Results, load, seconds, where_entropy_is
-from tools.tiny.tabular import SETTINGS, Setting, simulate
+from tools.lab.results import load, seconds, where_entropy_is
+from tools.lab.store import collect
+from tools.tiny.tabular import SETTINGS
 
 ROOT = Path(__file__).parents[3]
 STEPS = 9
@@ -49,7 +52,7 @@ def plan() -> LabPlan:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(plan: LabPlan, tmp_path: Path) -> Path:
     for seed in range(3):
         save_run(tmp_path, f"grpo-s{seed}", entropy=FALLING)
         save_run(
@@ -63,14 +66,9 @@ def folder(tmp_path: Path) -> Path:
         save_run(tmp_path, f"siren-s{seed}", entropy=FALLING, right=3, siren__hbar=1.1, siren__anchor=1.0)
     save_run(tmp_path, "entropic-s0", entropy=[0.25] * STEPS, entropic__alpha=-1.0)
     save_run(tmp_path, BASE, entropy=FLAT, right=1)
+    (tmp_path / "grpo-s0/provenance.json").write_text('{"commit": "abc", "machine": "a laptop"}')
+    collect(plan, tmp_path, tmp_path)
     return tmp_path
-
-
-def verdicts(results: Results) -> dict[str, Claim]:
-    return {claim.text: claim for claim in claims(results, {n: simulate(s) for n, s in QUICK.items()})}
-
-
-QUICK = {name: Setting(steps=10) for name in SETTINGS}  # long before anything has converged
 
 
 def test_late_means_distances_and_ratios_of_seconds(plan: LabPlan, folder: Path) -> None:
@@ -90,64 +88,63 @@ def test_late_means_distances_and_ratios_of_seconds(plan: LabPlan, folder: Path)
     assert table_metrics(["avg@8", "pass@2", "pass@8", "maj@8"]) == ["avg@8", "pass@8", "maj@8"]
 
 
-def test_verdicts_follow_the_runs(plan: LabPlan, folder: Path) -> None:
-    found = verdicts(load(plan, folder))
-    assert found["GRPO's entropy collapses"].verdict == "shows (3/3 seeds)"
-    assert found["aer keeps the entropy at tau H_0"].verdict == "in some (2/3 seeds)"
-    assert found["siren keeps its peak entropy at the anchor"].verdict == "shows (3/3 seeds)"
-    assert found["siren ends with a higher pass@k than GRPO"].verdict == "does not show (0/3 seeds)"  # equal: both all
-    assert found["PI control holds its target off-policy, from above"].verdict == "shows"  # one seed
-    assert "bound in 100%" in found["PI control holds its target off-policy, from above"].measured
-    assert found["PI control holds its target on-policy, from above"].verdict == "not run"
-    assert found["PI removes it"].verdict == "does not show"  # after 10 steps
-    for seed in range(3):
-        save_run(folder, f"grpo-s{seed}", entropy=FLAT)
-    assert verdicts(load(plan, folder))["GRPO's entropy collapses"].verdict == "does not show (0/3 seeds)"
-
-
-def test_runs_are_compared_seed_by_seed(plan: LabPlan, folder: Path) -> None:
-    for seed, nats in ((0, 0.1), (1, 0.5), (2, 0.1)):
-        save_run(folder, f"nsr-s{seed}", entropy=[nats] * STEPS)
-    for seed, nats in ((1, 0.4), (2, 0.2)):
-        save_run(folder, f"psr-s{seed}", entropy=[nats] * STEPS)
-    text = "negative samples keep more entropy than positive ones"
-    assert verdicts(load(plan, folder))[text].verdict == "in some (1/2 seeds)"
-    (folder / "psr-s1/evaluation.json").unlink()
-    (folder / "psr-s2/evaluation.json").unlink()
-    assert verdicts(load(plan, folder))[text].verdict == "not run"
-
-
-@pytest.mark.parametrize(
-    ("late", "alarm", "verdict"), [(0.9, 1.0, "shows"), (0.9, 0.0, "does not show"), (0.3, 1.0, "does not show")]
-)
-def test_an_explosion_needs_the_entropy_and_the_alarm(
-    plan: LabPlan, folder: Path, late: float, alarm: float, verdict: str
-) -> None:
-    save_run(folder, "entropy_bonus_large-s0", entropy=[0.4, *[late] * (STEPS - 1)], alarm__entropy_high=alarm)
+def test_alarms_that_lasted(plan: LabPlan, folder: Path) -> None:
+    save_run(folder, "entropy_bonus_large-s0", entropy=FLAT, alarm__entropy_high=1.0, alarm__entropy_low=0.0)
+    collect(plan, folder, folder)
     results = load(plan, folder)
-    assert results["entropy_bonus_large"].alarms == (["entropy_high"] if alarm else [])
-    claim = verdicts(results)["a constant bonus that is large enough explodes, and the alarm says so"]
-    assert claim.verdict == verdict
+    assert results["entropy_bonus_large"].alarms == ["entropy_high"] and results["grpo"].alarms == []
+
+
+def test_results_are_small_files_that_stand_for_the_runs(plan: LabPlan, folder: Path, tmp_path: Path) -> None:
+    content = json.loads((folder / "results/aer.json").read_text())
+    assert content["controller"]["target"] == "aer/target" and len(content["seeds"]) == 3
+    assert content["seeds"][2]["curves"]["aer/target"] == [0.6] * STEPS
+    assert content["seeds"][0]["problems"] == {"n": [4, 4], "c": [2, 4], "length": [5.0, 5.0]}
+    assert json.loads((folder / "results/grpo.json").read_text())["seeds"][0]["made"]["commit"] == "abc"
+    with_runs = load(plan, folder)
+    for path in folder.iterdir():
+        if path.is_dir() and path.name != "results":
+            path.rename(tmp_path / f"gone {path.name}")
+    collect(plan, folder, folder)  # takes nothing away
+    alone = load(plan, folder)
+    assert method_rows(alone) == method_rows(with_runs) and set(alone.runs) == set(with_runs.runs)
+    assert (alone["aer"].seeds[1].c == [2, 4]).all()
+
+
+def test_results_of_other_settings_are_refused(plan: LabPlan, folder: Path) -> None:
+    runs = tuple(replace(run, set=(*run.set, "train.steps=7")) if run.name == "aer" else run for run in plan.runs)
+    with pytest.raises(ConfigError, match=r"aer.json: results of other settings.*train.steps=7"):
+        load(replace(plan, runs=runs), folder)
 
 
 def test_where_the_entropy_is(plan: LabPlan, folder: Path) -> None:
     results = load(plan, folder)
-    unlikely, likely, certain = where_entropy_is(results["grpo"], folder)
+    unlikely, likely, certain = where_entropy_is(results["grpo"])
     assert unlikely == (pytest.approx(1 / 4), pytest.approx(0.9))  # exp(-1) = .37
     assert likely == (pytest.approx(1 / 4), pytest.approx(0.1))
     assert certain == (pytest.approx(2 / 4), 0.0)
 
 
-def test_the_page_says_what_is_there_and_what_is_not(plan: LabPlan, folder: Path, tmp_path: Path) -> None:
-    html, markdown = write(plan, folder, tmp_path / "out")
+def test_the_page_says_what_is_there_and_what_is_not(
+    plan: LabPlan, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "SETTINGS", QUICK)
+    html, markdown = write(plan, folder)
     text, table = html.read_text(), markdown.read_text()
     assert "4 of" in table and "| grpo | 3 |" in table and "not run" in table
+    assert "commit abc" in table and "on a laptop" in table
     assert text.count("<figure") == text.count("</figure>") > 10
     for name in ("Controllers", "EntroPIC on an exact table", "Which tokens hold the entropy", "method.tau"):
         assert name in text
-    assert "shows (3/3 seeds)" in text and "<script>alert" not in text
+    collapse = next(line for line in table.splitlines() if "where AER's does not" in line)
+    assert "| shows" in collapse and "+50.0 points [+50.0, +50.0]" in collapse and "| 3 |" in collapse
+    assert "Null control" in text and "not evidence of no effect" in text and "<script>alert" not in text
 
 
-def test_a_page_of_nothing(plan: LabPlan, tmp_path: Path) -> None:
-    html, _ = write(plan, tmp_path, tmp_path)
+def test_a_page_of_nothing(plan: LabPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "SETTINGS", QUICK)
+    html, _ = write(plan, tmp_path)
     assert "EntroPIC on an exact table" in html.read_text()
+
+
+QUICK = {name: replace(setting, steps=10) for name, setting in SETTINGS.items()}  # long before anything converges

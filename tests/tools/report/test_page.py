@@ -218,6 +218,26 @@ def test_curves_cover_every_metric_once_and_tooltips_hold_their_numbers(tmp_path
     assert html.count("<div") == html.count("</div>")
 
 
+def test_validated_steps_are_joined_by_a_line(tmp_path: Path):
+    write_run(tmp_path)
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for step in (3, 6):
+        steps[step - 1] |= {"validation/avg": 0.1 * step, "validation/avg/a": 0.5}
+    steps.insert(0, {"step": 0, "validation/avg": 0.05, "time/validation_s": 1.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    figures = Figures()
+    curves(read_metrics(tmp_path), read_glossary(tmp_path), figures)
+    shown = {
+        name: (chart["steps"], row)
+        for chart in figures.data
+        for name, row in zip(chart["names"], chart["values"], strict=True)
+    }
+    assert shown["validation/avg"] == ([0, 3, 6], [0.05, 0.3, 0.6])
+    assert shown["validation/avg/a"] == ([3, 6], [0.5, 0.5])
+    assert shown["grad/norm"][0] == [0, 1, 2, 3, 4, 5, 6]
+    assert "6 steps recorded" in report(tmp_path)
+
+
 def test_evaluation_shows_both_and_the_paired_difference(tmp_path: Path):
     write_run(tmp_path)
     assert "Evaluation" not in report(tmp_path)

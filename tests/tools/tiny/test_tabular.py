@@ -89,6 +89,25 @@ def test_p_converges_on_policy_and_pi_also_off_policy(start: str):
     assert abs(simulate(SETTINGS[f"PI, off-policy, from {start}"]).error) < 0.005 * first.setting.target
 
 
+def test_reweighted_samples_of_an_older_policy_are_the_policy_s_own():
+    """Away from the clip the expected gradient of the reweighted loss is the on-policy one, whatever sampled."""
+    drawn = 0.95 * LOGPROB.exp() + 0.01
+    logits = LOGPROB.clone().requires_grad_()
+    method = EntroPIC(k_p=0.0, k_i=0.0, clip_low=0.99, clip_high=99.0)
+    batch, stats = enumerated(SUCCESS, logits.log_softmax(-1), drawn, ratio=True)
+    plan = method.prepare(batch, stats.detach(), OneRank())
+    found = torch.autograd.grad(method.loss(batch, stats, plan).sum(), logits)[0]
+    value = (drawn * SUCCESS).sum(1, keepdim=True)
+    advantage = (SUCCESS - value) / (value * (1 - value)).sqrt()
+    torch.testing.assert_close(found, expected_gradient(LOGPROB.exp(), advantage), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("start", ["above", "below"])
+def test_with_the_ratio_of_theorem_4_3_p_control_converges_here(start: str):
+    curve = simulate(SETTINGS[f"P, off-policy with ratio, from {start}"])
+    assert abs(curve.error) < 0.005 * curve.setting.target
+
+
 def test_the_full_form_loses_the_entropy_at_full_output():
     curve = simulate(SETTINGS["PI, on-policy, full form"])
     assert curve.alpha[-1] == -1.0 and curve.error < -0.9 * curve.setting.target
