@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 
 from megatron_ext.metrics import eval_stats
 from megatron_ext.metrics.eval_stats import (
+    average,
+    average_difference,
     avg_at_k,
     bootstrap,
     clusters,
@@ -146,3 +149,34 @@ def test_differences_need_the_same_problems():
         differences(a, evaluated([0, 1], 4, [1], "other"))
     with pytest.raises(ValueError, match=r"different problems \(2 and 3"):
         differences(a, evaluated([0, 1, 2], 4, [1]))
+
+
+def _averages(sets: list[np.ndarray]) -> np.ndarray:
+    """Resampled problem by problem, set by set."""
+    generator = np.random.default_rng(7)
+    return np.mean([v[generator.integers(len(v), size=(20_000, len(v)))].mean(1) for v in sets], axis=0)
+
+
+def test_averages_over_sets_resample_within_each_set():
+    generator = np.random.default_rng(0)
+    a, b = ([generator.random(size) for size in (30, 5, 80)] for _ in range(2))
+    found = average(a)
+    assert found.mean == pytest.approx(np.mean([v.mean() for v in a]))
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(_averages(a), [0.025, 0.975])), abs=0.005)
+    alone, twice = average([a[2]]), average([a[2], a[2]])  # the chance of two sets is not the same
+    assert twice.high - twice.low == pytest.approx((alone.high - alone.low) / math.sqrt(2), rel=0.05)
+    changes = [after - before for before, after in zip(a, b, strict=True)]
+    difference = average_difference(a, b)
+    low, high = np.quantile(_averages(changes), [0.025, 0.975])
+    assert difference.interval.mean == pytest.approx(np.mean([v.mean() for v in changes]))
+    assert (difference.interval.low, difference.interval.high) == pytest.approx((low, high), abs=0.01)
+    with pytest.raises(ValueError, match="same problems"):
+        average_difference(a, [b[0], b[1][:4], b[2]])
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(256, 1, 256), (256, 3, 64), (1024, 5, 256), (4096, 2, 2048), (256, 200, 2)])
+def test_pass_at_k_of_hundreds_of_responses(n: int, c: int, k: int):
+    """Against the product 1 - prod_{i=n-c+1..n} (1 - k / i) of arXiv 2107.03374, in logarithms."""
+    wrong = n - c
+    expected = 1.0 if wrong < k else -math.expm1(sum(math.log1p(-k / i) for i in range(wrong + 1, n + 1)))
+    assert pass_at_k(n, c, k) == pytest.approx(expected, rel=1e-12)

@@ -77,11 +77,13 @@ def test_a_killed_suite_goes_on_and_ends_as_an_uninterrupted_one(
     command = [sys.executable, "-m", "tools.evaluate", *common, "--out", str(tmp_path / "killed")]
     samples = tmp_path / "killed" / "samples" / "base"
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 900
-        while not (samples / "fractions.jsonl").exists() or len(list(read_samples(samples / "fractions.jsonl"))) < 16:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
+        deadline = time.monotonic() + 300
+        try:
+            while not (file := samples / "fractions.jsonl").exists() or len(list(read_samples(file))) < 16:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+        finally:
+            process.send_signal(signal.SIGKILL)
     done = {name: [(r["id"], r["sample"]) for r in read_samples(samples / f"{name}.jsonl")] for name in SETS}
     num_done = sum(map(len, done.values()))
     assert len(done["sums"]) == 32 and 48 <= num_done < 192
@@ -171,7 +173,7 @@ def test_models_beside_each_other(
         average = result["models"][label]["average"][0]
         assert average["mean"] == pytest.approx(np.mean([v.mean() for v in values]))
         low, high = np.quantile(resampled(values, 1), [0.025, 0.975])
-        assert average["low"] == pytest.approx(low, abs=0.01) and average["high"] == pytest.approx(high, abs=0.01)
+        assert average["low"] == pytest.approx(low, abs=0.025) and average["high"] == pytest.approx(high, abs=0.025)
     changes = [b - a for a, b in zip(solved["base"], solved["trained"], strict=True)]
     found = result["differences"]["trained"]
     assert found["to"] == "base"
@@ -182,7 +184,7 @@ def test_models_beside_each_other(
     ):
         assert interval["mean"] == pytest.approx(np.mean([v.mean() for v in values]))
         low, high = np.quantile(resampled(values, 2), [0.025, 0.975])
-        assert interval["low"] == pytest.approx(low, abs=0.01) and interval["high"] == pytest.approx(high, abs=0.01)
+        assert interval["low"] == pytest.approx(low, abs=0.025) and interval["high"] == pytest.approx(high, abs=0.025)
 
     table, difference = said.split("Mine: % and 95 % interval")[1].split("difference to base")[:2]
     heads = [[cell.strip() for cell in line.split("┃")[1:-1]] for line in table.splitlines() if "┃" in line]
@@ -250,7 +252,7 @@ def test_a_suite_that_does_not_ship(capsys: pytest.CaptureFixture[str]) -> None:
 def test_responses_beyond_the_positions_are_refused_or_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts of 7 to 10 tokens and a model of 12 positions leave 2 to 5 for a response."""
+    """Prompts of 9 and 10 tokens and a model of 12 positions leave 2 and 3 for a response."""
     model = tmp_path / "short"
     shutil.copytree(BASE, model)
     config = json.loads((model / "config.json").read_text())
@@ -270,7 +272,7 @@ def test_responses_beyond_the_positions_are_refused_or_said(
     assert lengths["asked"] == 32 and lengths["positions"] == 12 and 0 < lengths["used_min"] < lengths["used_max"] < 12
     used = f"at most {lengths['used_min']} .. {lengths['used_max']} tokens instead of 32"
     assert used.replace(" ", "") in "".join(said.split())
-    prompts = {row["id"]: len(row["prompt"]) for row in result["problems"]}  # a token a character
+    prompts = {row["id"]: len(row["prompt"]) + 2 for row in result["problems"]}  # tokens: its characters and two marks
     responses = list(read_samples(tmp_path / "out/samples/short/sums.jsonl"))
     assert all(prompts[r["id"]] + r["length"] <= 12 for r in responses)
     cut = [r for r in responses if r["truncated"]]
