@@ -220,7 +220,7 @@ BACKENDS: dict[str, Callable[[Session], Tracker]] = {
 }
 
 
-def _rows(samples: Samples) -> list[list[Any]]:
+def _rows(samples: Samples) -> list[Any]:
     """A row of SAMPLE_COLUMNS for each sample, without secrets: a model may repeat one, token by token."""
     rows = [
         ["".join(sample["tokens"]) if name == "response" else sample.get(name) for name in SAMPLE_COLUMNS]
