@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -124,7 +123,7 @@ def paired_bootstrap(
     return _difference(float(difference_P.mean()), means_R)
 
 
-def average(sets: Sequence[ArrayLike], *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+def average(sets: Sequence[Sequence[float]], *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
     """The mean over sets of each set's mean over its problems, each set counting alike, with its interval.
 
     Problems are resampled within each set, independently of the other sets.
@@ -135,7 +134,7 @@ def average(sets: Sequence[ArrayLike], *, seed: int = 0, resamples: int = RESAMP
 
 
 def average_difference(
-    a: Sequence[ArrayLike], b: Sequence[ArrayLike], *, seed: int = 0, resamples: int = RESAMPLES
+    a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> Difference:
     """The difference of two ``average`` over the same problems, paired as in ``paired_bootstrap`` within each set."""
     values = [_paired(a_P, b_P) for a_P, b_P in zip(a, b, strict=True)]
@@ -169,7 +168,7 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Differe
     return {name: paired_bootstrap(first[name], second[name]) for name in first if name in second}
 
 
-def _paired(a_P: ArrayLike, b_P: ArrayLike) -> np.ndarray:
+def _paired(a_P: Sequence[float], b_P: Sequence[float]) -> np.ndarray:
     if len(a_P) != len(b_P) or not len(a_P):
         raise ValueError(f"paired bootstrap: {len(a_P)} and {len(b_P)} problems; expected the same problems in order")
     difference_P = np.asarray(b_P, dtype=np.float64) - np.asarray(a_P, dtype=np.float64)
