@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -151,10 +152,11 @@ def test_differences_need_the_same_problems():
         differences(a, evaluated([0, 1, 2], 4, [1]))
 
 
-def _averages(sets: list[np.ndarray]) -> np.ndarray:
+def _averages(sets: Sequence[Sequence[float]]) -> np.ndarray:
     """Resampled problem by problem, set by set."""
     generator = np.random.default_rng(7)
-    return np.mean([v[generator.integers(len(v), size=(20_000, len(v)))].mean(1) for v in sets], axis=0)
+    values = [np.array(v) for v in sets]
+    return np.mean([v[generator.integers(len(v), size=(20_000, len(v)))].mean(1) for v in values], axis=0)
 
 
 def test_averages_over_sets_resample_within_each_set():
@@ -165,7 +167,7 @@ def test_averages_over_sets_resample_within_each_set():
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(_averages(a), [0.025, 0.975])), abs=0.005)
     alone, twice = average([a[2]]), average([a[2], a[2]])  # the chance of two sets is not the same
     assert twice.high - twice.low == pytest.approx((alone.high - alone.low) / math.sqrt(2), rel=0.05)
-    changes = [np.subtract(after, before) for before, after in zip(a, b, strict=True)]
+    changes = [np.subtract(after, before).tolist() for before, after in zip(a, b, strict=True)]
     difference = average_difference(a, b)
     low, high = np.quantile(_averages(changes), [0.025, 0.975])
     assert difference.interval.mean == pytest.approx(np.mean([v.mean() for v in changes]))
