@@ -170,7 +170,7 @@ def test_averages_over_sets_resample_within_each_set():
     changes = [np.subtract(after, before).tolist() for before, after in zip(a, b, strict=True)]
     difference = average_difference(a, b)
     low, high = np.quantile(_averages(changes), [0.025, 0.975])
-    assert difference.interval.mean == pytest.approx(np.mean([v.mean() for v in changes]))
+    assert difference.interval.mean == pytest.approx(np.mean([np.mean(v) for v in changes]))
     assert (difference.interval.low, difference.interval.high) == pytest.approx((low, high), abs=0.01)
     with pytest.raises(ValueError, match="same problems"):
         average_difference(a, [b[0], b[1][:4], b[2]])
