@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,9 @@ from tools.paper import command, rows, tables
 from tools.paper.differences import common, compare
 from tools.paper.readme import readme
 from tools.paper.results import cells
-from tools.paper.rows import plans, run_name, suite_sets
+from tools.paper.rows import plans, run_name
 from tools.paper.tables import MEAN, Allowed, Paper, PaperTable, papers, read_paper
+from tools.paper.tiny import tiny_plans
 from tools.plan import read_valid
 
 ROOT = Path(__file__).parents[2]
@@ -130,7 +134,8 @@ def test_columns_are_sets_of_the_suite_and_averages_are_those_of_the_figures(pap
     for table in paper.table:
         if not table.columns:
             continue
-        known = suite_sets(paper.folder / table.suite)
+        suite = tomllib.loads((paper.folder / table.suite).read_text())
+        known = [each["name"] for each in suite["set"]]
         assert {name for _, name, _ in table.columns} <= {*known, MEAN}, table.name
         for row in table.rows:
             for at, (title, name, kind) in enumerate(table.columns):
@@ -250,8 +255,6 @@ def test_our_numbers_stand_beside_the_published_ones(
     assert [cell.ours for cell in found] == pytest.approx([40, 70, 20, 900, 30])
     assert [cell.published for cell in found] == [11.5, 48.0, 8.8, None, 10.1]
     assert (found[0].low, found[0].high) == pytest.approx((39, 41)) and found[1].metric == "pass@8"
-    tiny = cells(table, plan, ["aime25"])
-    assert [cell.ours for cell in tiny[:3]] == pytest.approx([20, 50, 20])
     for name in ("t.md", "t.json", "t.png"):
         assert command.main(["aer", "--table", "1", "--out", name]) == 0
     assert "paper 11.5" in capsys.readouterr().out
@@ -265,12 +268,36 @@ def test_our_numbers_stand_beside_the_published_ones(
         cells(table, plan)
 
 
-def test_the_tiny_chain_has_every_method_of_the_main_table(paper: Paper) -> None:
+def test_the_tiny_chain_trains_with_the_options_of_the_papers_rows(paper: Paper) -> None:
     [main] = paper.tables(paper.main)
-    for plan in plans(paper, main, tiny=True):
+    made = tiny_plans(paper, main)
+    assert [plan.row.recipe or plan.row.model for plan in made] == list(paper.tiny) and len(made) == 3
+    for plan in made:
         if not plan.row.recipe:
             continue
         train = next(step for step in plan.steps if step.what == "run").commands[0].split()
         method = tomllib.loads((ROOT / "recipes" / train[2].removesuffix("-tiny-cpu") / f"{train[2]}.toml").read_text())
-        assert method["method"]["name"] == read_valid(plan.row.recipe, []).method["name"]
-        read_valid(train[2], [each.strip("'") for each in train[3:]])
+        full = read_valid(plan.row.recipe, [])
+        assert method["method"]["name"] == full.method["name"]
+        tiny = read_valid(train[2], [each.strip("'") for each in train[3:]])
+        assert full.method.items() <= tiny.method.items() and tiny.validation.every == 1
+        assert Path(tiny.data.train).name == Path(full.data.train).name
+
+
+@pytest.mark.timeout(1200)  # beside other tests
+def test_the_tiny_chain_ends_in_the_papers_table_and_figures(tmp_path: Path) -> None:
+    """The commands of the paper's page, as they stand there, in a folder that looks like a checkout."""
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    block = (ROOT / "recipes" / "papers" / "siren" / "README.md").read_text().split("```bash\n")[2].split("```")[0]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    out = tmp_path / "runs" / "tiny" / "siren"
+    assert "AIME24" in done.stdout and "Maj@32" in done.stdout
+    assert "1 rows" in done.stdout or "overlap" in done.stdout  # the planted copy of an evaluation problem
+    for name in ("table-1.png", "figure-7.html"):
+        assert (out / name).stat().st_size > 1000
+    for name in ("figure-2", "figure-5", "figure-6", "figure-8"):
+        assert [*(out / name).glob("*.png")] and [*(out / name).glob("*.json")], name

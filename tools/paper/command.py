@@ -4,7 +4,7 @@
     megatron-entropy paper siren --table 1               one table; with evaluations, the paper's columns and ours
     megatron-entropy paper siren --table 1 --out t1.png  the same in a file: .md, .json or .png
     megatron-entropy paper siren --differences           in what the methods differ, and where the paper says so
-    megatron-entropy paper siren --tiny                  the main table on the tiny task, on a laptop
+    megatron-entropy paper siren --tiny                  the main table and the figures on the tiny task, on a laptop
     megatron-entropy paper siren --tiny --commands | bash -e    all that is left to do, in order
 
 What is there is looked for from the current directory: data/, recipes/models/, runs/. Exit codes: 0 done, 1 methods
@@ -27,8 +27,9 @@ from ..arguments import command_parser, output_file
 from .differences import ABSENT, Compared, common, compare
 from .readme import readme
 from .results import Cell, Result, cells, write
-from .rows import PROGRAM, TINY_SUITE, Plan, analysis, plans, suite_sets
+from .rows import PROGRAM, Plan, analysis, plans
 from .tables import Paper, PaperTable, papers, read_paper
+from .tiny import chain, figures, tiny_plans
 
 CELL_WIDTH = 16
 
@@ -58,13 +59,13 @@ def main(arguments: list[str] | None = None) -> int:
 def _map(paper: Paper, tables: Sequence[PaperTable], options: argparse.Namespace, console: Console) -> None:
     """Each table's rows with their next commands, then the tables that have results."""
     say(console, f"{paper.title}\narXiv {paper.arxiv}" + ("; the tiny task in its place" if options.tiny else ""))
-    sets = suite_sets(TINY_SUITE) if options.tiny else []
     found = []
     for table in tables:
-        made = plans(paper, table, tiny=options.tiny)
-        _rows(table, made, console)
+        made = tiny_plans(paper, table) if options.tiny else plans(paper, table)
+        then = figures(paper, made) if options.tiny else [analysis(table, made)] if table.analysis else []
+        _rows(table, made, then, console)
         if table.columns:
-            found.append(Result(table, made, [cells(table, plan, sets) for plan in made], options.tiny))
+            found.append(Result(table, made, [cells(table, plan) for plan in made], options.tiny))
     for each in found:
         if any(cell.ours is not None for row in each.rows for cell in row):
             _result(each, console)
@@ -77,7 +78,7 @@ def _map(paper: Paper, tables: Sequence[PaperTable], options: argparse.Namespace
         say(console, f"wrote {options.out}")
 
 
-def _rows(table: PaperTable, made: Sequence[Plan], console: Console) -> None:
+def _rows(table: PaperTable, made: Sequence[Plan], then: Sequence[str], console: Console) -> None:
     say(console, f"\n{table.name}. {table.title}")
     if table.note:
         say(console, f"  {table.note}")
@@ -97,8 +98,8 @@ def _rows(table: PaperTable, made: Sequence[Plan], console: Console) -> None:
             if command not in told:
                 told.add(command)
                 say(console, f"    {command}")
-    if table.analysis:
-        say(console, f"  then: {analysis(table, made)}")
+    for command in then:
+        say(console, f"  then: {command}")
 
 
 def _result(result: Result, console: Console) -> None:
@@ -127,15 +128,11 @@ def _cell(cell: Cell) -> str:
 
 def _commands(paper: Paper, tables: Sequence[PaperTable], tiny: bool) -> list[str]:
     """All that is left to do, each once, in order."""
-    left = [
-        command
-        for table in tables
-        for plan in plans(paper, table, tiny=tiny)
-        for step in plan.steps
-        if not step.done
-        for command in step.commands
-    ]
-    shown = [f"{PROGRAM} paper {paper.name} --table '{table.name}'{' --tiny' if tiny else ''}" for table in tables]
+    if tiny:
+        return chain(paper, tables, all_steps=False)
+    made = [plan for table in tables for plan in plans(paper, table)]
+    left = [command for plan in made for step in plan.steps if not step.done for command in step.commands]
+    shown = [f"{PROGRAM} paper {paper.name} --table '{table.name}'" for table in tables]
     return list(dict.fromkeys([*left, *shown]))
 
 

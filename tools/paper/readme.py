@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from .rows import PROGRAM, run_name
 from .tables import Paper, PaperTable, Row
+from .tiny import chain
 
 RULE = "|---|---|---|---|"
 
@@ -25,12 +26,13 @@ def _lines(paper: Paper) -> Iterator[str]:
     yield "```bash"
     yield f"{PROGRAM} paper {paper.name}                 # what is there, the next command of each row"
     yield f"{PROGRAM} paper {paper.name} --differences   # in what the methods differ, with the paper's place"
-    yield f"{PROGRAM} paper {paper.name} --tiny          # the same chain on the tiny task, in minutes"
+    yield f"{PROGRAM} paper {paper.name} --tiny          # the same chain on the tiny task, below"
     yield "```"
     yield ""
     yield "None of the full-size runs has been made here. Runs of several tables are made once."
     for table in paper.table:
         yield from _table(paper, table)
+    yield from _laptop(paper)
     yield from (
         "",
         "## Settings that all methods share",
@@ -48,6 +50,13 @@ def _lines(paper: Paper) -> Iterator[str]:
     yield from ("", "## What cannot be made again", "")
     for missing in paper.missing:
         yield f"- **{missing.what}**: {missing.why}."
+
+
+def _laptop(paper: Paper) -> Iterator[str]:
+    yield from ("", "## On a laptop", "")
+    yield f"{paper.main} and every kind of figure, by the same commands, from the tiny task's problems in the form of the"
+    yield "paper's sets. Minutes on two cores; the numbers compare with nothing."
+    yield from ("", "```bash", *chain(paper, paper.tables(paper.main), all_steps=True), "```")
 
 
 def _table(paper: Paper, table: PaperTable) -> Iterator[str]:

@@ -52,14 +52,9 @@ class Result:
         return sorted({cell.metric for row in self.rows for cell in row if cell.metric} - said)
 
 
-def cells(table: PaperTable, plan: Plan, sets: Sequence[str] = ()) -> list[Cell]:
-    """A row's cells. ``sets``: those of the suite that stand in, in turn, for the paper's own; none: its own.
-
-    Raises ConfigError for an evaluation that cannot be read.
-    """
+def cells(table: PaperTable, plan: Plan) -> list[Cell]:
+    """A row's cells. Raises ConfigError for an evaluation that cannot be read."""
     evaluations = _evaluations(plan)
-    names = list(dict.fromkeys(name for _, name, _ in table.columns if name != MEAN))
-    stands_for = {name: sets[i % len(sets)] if sets else name for i, name in enumerate(names)}
     published = [None if math.isnan(each) else each for each in plan.row.published] or [None] * len(table.columns)
     found: list[Cell] = []
     for (_, name, metric), figure in zip(table.columns, published, strict=True):
@@ -71,7 +66,7 @@ def cells(table: PaperTable, plan: Plan, sets: Sequence[str] = ()) -> list[Cell]
             ours = sum(known) / len(known) if known and len(known) == len(values) else None
             found.append(Cell(figure, ours, metric=metric if ours is not None else ""))
             continue
-        value = _ours(evaluations.get(stands_for[name]), metric)
+        value = _ours(evaluations.get(name), metric)
         found.append(Cell(figure, *value) if value else Cell(figure))
     return found
 

@@ -8,7 +8,6 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_ext.checkpoint.manifest import TRACKER
 from megatron_ext.config.loading import read_config
@@ -19,11 +18,6 @@ from megatron_ext.config.shipped import RECIPES, find, outside
 from .tables import Paper, PaperTable, Row
 
 PROGRAM = "megatron-entropy"
-TINY_FOLDER = "tiny"  # of runs, of the suite and of the base model
-TINY_SUITE = RECIPES / TINY_FOLDER / "suite.toml"
-TINY_STEPS = 2
-TINY_CHANGES = ("rollout.prompts=8", "parallel.ranks_per_node=1", "parallel.tensor=1")  # seconds, in one process
-TINY_RECIPE = "{method}-tiny-cpu"
 
 
 @dataclass(frozen=True)
@@ -51,35 +45,33 @@ class Plan:
         return next((step for step in self.steps if not step.done), None)
 
 
-def plans(paper: Paper, table: PaperTable, *, tiny: bool = False) -> list[Plan]:
+def plans(paper: Paper, table: PaperTable) -> list[Plan]:
     """The plan of each row. Raises ConfigError for a recipe that cannot be read."""
-    return [_plan(paper, table, row, tiny) for row in table.rows]
+    return [_plan(paper, table, row) for row in table.rows]
 
 
-def _plan(paper: Paper, table: PaperTable, row: Row, tiny: bool) -> Plan:
+def _plan(paper: Paper, table: PaperTable, row: Row) -> Plan:
     if not (row.recipe or row.model):
         return Plan(row, ())
-    suite = (TINY_SUITE if tiny else paper.folder / table.suite) if table.suite else None
+    suite = paper.folder / table.suite if table.suite else None
     if row.recipe:
-        folder, steps = _tiny_run(row) if tiny else _run(row)
+        folder, steps = _run(row)
         model, results, run = folder / "hf", folder / "evaluation", folder
-        steps = [*steps, _exported(folder, best=row_config(row).validation.every > 0 and not tiny)] if suite else steps
+        steps = [*steps, exported(folder, best=row_config(row).validation.every > 0)] if suite else steps
     else:
-        model = _here(RECIPES / TINY_FOLDER / "base" if tiny else RECIPES / "models" / row.model)
-        results = Path("runs") / (TINY_FOLDER if tiny else "") / (f"{paper.name}-base" if tiny else row.model)
+        model, results = here(RECIPES / "models" / row.model), Path("runs") / row.model
         run, steps = None, [_weights(model, row.hub or hub_of(paper, row.model))]
     if suite is None:
         return Plan(row, tuple(steps), run=run, model=model)
     out = results / f"{suite_name(suite)}.json"
-    named = shlex.quote(str(_here(suite)) if suite.stem != "suite" else suite_name(suite))
-    engine = "" if tiny else " --engine vllm"
-    command = f"{PROGRAM} evaluate {_quoted(model)} --suite {named} --out {_quoted(results)}{engine}"
+    command = f"{PROGRAM} evaluate {quoted(model)} --suite {suite_argument(suite)} --out {quoted(results)}"
+    command += " --engine vllm"
     steps = [
         *steps,
         *_suite_data(suite),
         Step("evaluated", out.is_file(), "yes" if out.is_file() else "no", (command,)),
     ]
-    return Plan(row, tuple(steps), out, run)
+    return Plan(row, tuple(steps), out, run, model)
 
 
 def run_name(row: Row) -> str:
@@ -100,10 +92,10 @@ def _short(row: Row, key: str, value: str) -> str:
 
 def analysis(table: PaperTable, made: Sequence[Plan]) -> str:
     """The command that draws the table's figure, with what its rows are made of; empty if there is none."""
-    runs = [_quoted(plan.run) for plan in made if plan.run]
+    runs = [quoted(plan.run) for plan in made if plan.run]
     results = [plan.evaluation.parent for plan in made if plan.evaluation]
-    samples = [_quoted(results / "samples") for results in results]
-    models = [_quoted(plan.model) for plan in made if plan.model]
+    samples = [quoted(results / "samples") for results in results]
+    models = [quoted(plan.model) for plan in made if plan.model]
     if not table.analysis or len(runs) == 1 and table.analysis.startswith("compare"):
         return f"{PROGRAM} report {runs[0]}" if table.analysis else ""
     parts = {"runs": " ".join(runs), "samples": " ".join(samples), "models": " ".join(models)}
@@ -113,6 +105,11 @@ def analysis(table: PaperTable, made: Sequence[Plan]) -> str:
 def row_config(row: Row) -> Config:
     """The configuration of a row with a recipe. Raises ConfigError."""
     return read_config(row.recipe, list(row.set))
+
+
+def suite_argument(suite: Path) -> str:
+    """What ``--suite`` is given: the paper's name, or the file of a further suite of it."""
+    return shlex.quote(str(here(suite)) if suite.stem != "suite" else suite_name(suite))
 
 
 def suite_name(suite: Path) -> str:
@@ -135,43 +132,29 @@ def _run(row: Row) -> tuple[Path, list[Step]]:
     steps = [*_data(Path(config.data.train), config.data.hub), _weights(Path(config.model.path), config.model.hub)]
     if config.data.curriculum:
         there = Path(config.data.curriculum).is_file()
-        sort = f"{PROGRAM} semantic-entropy {row.recipe} --out {_quoted(Path(config.data.curriculum))}"
+        sort = f"{PROGRAM} semantic-entropy {row.recipe} --out {quoted(Path(config.data.curriculum))}"
         sort += f" --stages {row.stages}" if row.stages else ""
         steps.append(Step("curriculum", there, "yes" if there else "no", (sort,)))
-    return folder, [*steps, _trained(folder, config.train.steps, train)]
+    return folder, [*steps, trained(folder, config.train.steps, train)]
 
 
-def _tiny_run(row: Row) -> tuple[Path, list[Step]]:
-    """The same method with the same options, on the tiny task."""
-    full = row_config(row)
-    recipe = TINY_RECIPE.format(method=full.method["name"])
-    own = [f"method.{key}={_toml(value)}" for key, value in full.method.items() if key != "name"]
-    own += ["data.curriculum="] if "data.curriculum=" in row.set else []
-    name = f"{TINY_FOLDER}/{run_name(row)}"
-    changes = [*own, *TINY_CHANGES, f"train.steps={TINY_STEPS}", f"name={name}"]
-    config = read_config(recipe, changes)
-    folder = Path(config.log.dir) / name
-    train = shlex.join([PROGRAM, "train", recipe, *changes])
-    return folder, [_trained(folder, TINY_STEPS, train)]
-
-
-def _trained(folder: Path, steps: int, command: str) -> Step:
+def trained(folder: Path, steps: int, command: str) -> Step:
     tracker = folder / "checkpoints" / TRACKER
     found = re.search(r"\d+", tracker.read_text(errors="replace")) if tracker.is_file() else None
     at = int(found[0]) if found else 0
     return Step("run", at >= steps, f"{at}/{steps}" if at else "no", (command,))
 
 
-def _exported(folder: Path, *, best: bool) -> Step:
+def exported(folder: Path, *, best: bool) -> Step:
     """``best``: the paper reports the best validated checkpoint."""
     done = (folder / "hf" / "config.json").is_file()
-    command = f"{PROGRAM} convert to-hf {_quoted(folder)} {_quoted(folder / 'hf')}{' --best' if best else ''}"
+    command = f"{PROGRAM} convert to-hf {quoted(folder)} {quoted(folder / 'hf')}{' --best' if best else ''}"
     return Step("export", done, "yes" if done else "no", (command,))
 
 
 def _weights(model: Path, hub: str) -> Step:
     done = any(model.glob("*.safetensors"))
-    fetch = (f"hf download {shlex.quote(hub)} --local-dir {_quoted(model)}",) if hub else ()
+    fetch = (f"hf download {shlex.quote(hub)} --local-dir {quoted(model)}",) if hub else ()
     return Step("weights", done, "yes" if done else "no", fetch)
 
 
@@ -182,7 +165,7 @@ def _data(file: Path, hub: str) -> Iterator[Step]:
 
 
 def _suite_data(suite: Path) -> Iterator[Step]:
-    files = [find(data) for data in _suite_files(suite)]
+    files = [find(data) for data in suite_files(suite)]
     lacking = [file for file in files if not file.is_file()]
     commands = tuple(command for file in lacking for command in make_data(file, ""))
     yield Step("sets", not lacking, f"{len(files) - len(lacking)}/{len(files)}", commands)
@@ -190,31 +173,22 @@ def _suite_data(suite: Path) -> Iterator[Step]:
 
 def make_data(file: Path, source: str) -> tuple[str, ...]:
     """What makes a file of problems, from a known public set or else from a local copy."""
-    if known := how_to_make(_here(file)):
+    if known := how_to_make(here(file)):
         return tuple(line.strip() for line in known.splitlines())
-    return (f"{PROGRAM} data {file.stem} SOURCE --out {_quoted(file)}" + (f"  # SOURCE: {source}" if source else ""),)
+    return (f"{PROGRAM} data {file.stem} SOURCE --out {quoted(file)}" + (f"  # SOURCE: {source}" if source else ""),)
 
 
-def _suite_files(suite: Path) -> list[str]:
+def suite_files(suite: Path) -> list[str]:
     if not suite.is_file():
         return []
     return [each["data"] for each in tomllib.loads(suite.read_text(encoding="utf-8"))["set"]]
 
 
-def suite_sets(suite: Path) -> list[str]:
-    """The names of a suite's sets."""
-    return [each["name"] for each in tomllib.loads(suite.read_text(encoding="utf-8"))["set"]]
-
-
-def _here(path: Path) -> Path:
+def here(path: Path) -> Path:
     """As a user in the current directory would type it."""
     given = Path(outside(str(path)))
     return given.relative_to(Path.cwd()) if given.is_relative_to(Path.cwd()) else given
 
 
-def _quoted(path: Path) -> str:
-    return shlex.quote(str(_here(path)))
-
-
-def _toml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def quoted(path: Path) -> str:
+    return shlex.quote(str(here(path)))

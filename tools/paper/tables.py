@@ -1,6 +1,7 @@
 """What a paper prints: ``recipes/papers/<paper>/tables.toml``, read and checked.
 
     title, arxiv, main = "Table 1"         the table that is meant where none is named
+    tiny = ["..."]                         models and recipes: its rows that are made on the tiny task
     baselines = ["..."]                    recipes; the others of the same model are compared with them (differences.py)
     [[fact]]    what, keys, place, note    settings that all methods share, and where the paper has it
     [[allowed]] keys, methods, place, why  keys in which a method may differ from its baseline; no methods: all
@@ -102,11 +103,19 @@ class Paper(_Table):
     title: str
     arxiv: str
     main: str
+    tiny: tuple[str, ...]
     baselines: tuple[str, ...]
     fact: tuple[Fact, ...] = ()
     allowed: tuple[Allowed, ...] = ()
     missing: tuple[Missing, ...] = ()
     table: tuple[PaperTable, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _tiny_rows_are_there(self) -> Paper:
+        there = {row.recipe or row.model for table in self.table if table.name == self.main for row in table.rows}
+        if strangers := set(self.tiny) - there:
+            raise ValueError(f"tiny: no row of {self.main} has {', '.join(sorted(strangers))}")
+        return self
 
     @property
     def folder(self) -> Path:
