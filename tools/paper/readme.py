@@ -54,8 +54,8 @@ def _lines(paper: Paper) -> Iterator[str]:
 
 def _laptop(paper: Paper) -> Iterator[str]:
     yield from ("", "## On a laptop", "")
-    yield f"{paper.main} and every kind of figure, by the same commands, from the tiny task's problems in the form of the"
-    yield "paper's sets. Minutes on two cores; the numbers compare with nothing."
+    yield f"{paper.main} and every kind of figure, by the same commands, from the tiny task's problems in the form of"
+    yield "the paper's sets. Minutes on two cores; the numbers compare with nothing."
     yield from ("", "```bash", *chain(paper, paper.tables(paper.main), all_steps=True), "```")
 
 
