@@ -221,6 +221,42 @@ def test_missing_data_are_all_named_before_anything_is_loaded(
     assert list(load(tmp_path / "out" / "mine.json")["models"]["base"]["sets"]) == ["sums"]
 
 
+def test_data_of_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The files by their names; options win over defaults and sets, and columns and responses follow."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    for name in ("sums", "large"):
+        shutil.copy(RECIPES / "tiny" / "data" / "suite" / f"{name}.jsonl", folder)
+    text = '[defaults]\nsamples = 8\nmax_response_tokens = 32\nmetric = ["maj@8", "avg@8"]'
+    large = 'data = "data/large.jsonl"\nsamples = 4\nmax_response_tokens = 24\nmetric = ["maj@4", "pass@4"]'
+    path = suite(tmp_path, text, sums='data = "data/sums.jsonl"', large=large)
+    command = [BASE, "--suite", path, "--out", tmp_path / "out", "--workers", "1", "--limit", "1"]
+    command += ["--samples", "2", "--max-response-tokens", "3"]
+    assert "--data-dir" in told(capsys, *command)
+    monkeypatch.setenv("COLUMNS", "150")
+    assert main([*map(str, command), "--data-dir", str(folder)]) == 0
+    said = capsys.readouterr().out
+    result = load(tmp_path / "out" / "mine.json")
+    assert [column["metric"] for column in result["columns"]] == ["maj@2", "avg@2", "maj@2", "pass@2"]
+    assert all(name in said for name in ("maj@2", "avg@2", "pass@2")) and "@8" not in said and "@4" not in said
+    for name, found in result["models"]["base"]["sets"].items():
+        assert found["data"]["path"] == str(folder / f"{name}.jsonl")
+        assert (found["decoding"]["samples"], found["decoding"]["max_response_tokens"]) == (2, 3)
+        responses = list(read_samples(tmp_path / "out/samples/base" / f"{name}.jsonl"))
+        assert len(responses) == 2 and all(each["length"] <= 3 for each in responses)
+    (folder / "sums.jsonl").unlink()
+    command += ["--data-dir", folder]
+    file = folder / "sums.jsonl"
+    assert f"sums: no {file}; make it with: megatron-entropy data sums SOURCE --out {file}" in told(capsys, *command)
+    both = suite(tmp_path, sums='data = "a/x.jsonl"', large='data = "b/x.jsonl"')
+    said = told(capsys, BASE, "--suite", both, "--data-dir", folder)
+    assert "same name in different folders: a/x.jsonl, b/x.jsonl" in said
+    assert "--data-dir: is of --suite" in told(capsys, BASE, "--data", "x.jsonl", "--data-dir", folder)
+    with pytest.raises(SystemExit, match="2"):
+        main([str(BASE), "--suite", "tiny", "--data-dir", str(tmp_path / "none")])
+    assert "--data-dir: no such folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "more", "message"),
     [

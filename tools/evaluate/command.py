@@ -55,7 +55,7 @@ OTHER_NAMES = {
     "model.path": "MODEL",
     "rollout.": "--",
 }
-OF_SUITES = ("only", "skip_missing")  # options that need --suite
+OF_SUITES = ("only", "skip_missing", "data_dir")  # options that need --suite
 OVER_SUITES = ("samples", "ks", "temperature", "top_p", "max_prompt_tokens", "max_response_tokens")  # win over a suite
 
 
@@ -158,14 +158,14 @@ def _run(
 def _suite(options: argparse.Namespace, console: Console) -> Suite:
     """The suite with the options' changes. Raises ConfigError also where data are missing."""
     path = find_suite(options.suite)
-    common = _given(options, ["max_left_out", "seed", "limit", "allow_shorter"])
+    common = _given(options, ["data_dir", "max_left_out", "seed", "limit", "allow_shorter"])
     overrides = _given(options, OVER_SUITES)
     suite = read_suite(path, overrides=overrides, only=options.only or (), **common)
     if lacking := missing_data(suite):
         if not options.skip_missing:
             raise ConfigError(
-                f"--suite: {path}: data files are missing:\n{lacking}\nor evaluate the other sets with --skip-missing, "
-                "or some with --only"
+                f"--suite: {path}: data files are missing:\n{lacking}\nor say where they are with --data-dir, evaluate "
+                "the other sets with --skip-missing, or some with --only"
             )
         console.print(f"left out, for their data are missing:\n{lacking}", markup=False, highlight=False)
         there = [each.name for each in suite.sets if each.data.is_file()]
@@ -248,6 +248,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", type=find, help="JSON Lines: prompt, answer [, id, verifier, numbers, kind, level]")
     add("--suite", help="instead: the sets of a paper's table; a shipped suite's name, or a TOML file")
     add("--only", type=_names, help="of a suite these sets, such as aime24,amc23")
+    add(
+        "--data-dir", type=_folder_that_is, help="where a suite's files are, by their names (the folders that it names)"
+    )
     add("--skip-missing", action="store_true", help="leave out the suite's sets whose data file is missing")
     sampled = parser.add_argument_group("sampling", "without --suite as in brackets; with it they win over the suite's")
     add = sampled.add_argument
@@ -294,6 +297,13 @@ def _parser() -> argparse.ArgumentParser:
         help="its name in the file, such as before or after (evaluation; of several models their folders' names)",
     )
     return parser
+
+
+def _folder_that_is(text: str) -> Path:
+    path = find(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"no such folder: {text}")
+    return path
 
 
 def _names(text: str) -> tuple[str, ...]:

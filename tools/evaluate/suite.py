@@ -6,7 +6,7 @@ samples = 8                            max_response_tokens, metric
 suffix = "..."
 [[set]]
 name = "aime24"
-data = "data/aime24.jsonl"             from the current directory, or beside the suite
+data = "data/aime24.jsonl"             from the current directory, or beside the suite; --data-dir names another folder
 samples = 32                           in the place of the default
 metric = "avg@32"                      the table's column: avg@N, maj@N, pass@K or acc; a list: several columns
 title = "AIME24"
@@ -103,11 +103,17 @@ def find_suite(name: str) -> Path:
 
 
 def read_suite(
-    path: Path, *, overrides: Mapping[str, Any] | None = None, only: Sequence[str] = (), **common: Any
+    path: Path,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    only: Sequence[str] = (),
+    data_dir: Path | None = None,
+    **common: Any,
 ) -> Suite:
     """The suite in ``path``. ``overrides`` hold for all sets, such as ``samples``; ``common`` are other Settings.
 
-    Columns follow overridden samples: avg@32 of 4 samples is avg@4. Raises ConfigError.
+    ``data_dir``: where the sets' files are by their names, instead of the folders that the suite names. Columns follow
+    overridden samples: avg@32 of 4 samples is avg@4. Raises ConfigError.
     """
     try:
         content = tomllib.loads(read_small(path).decode("utf-8-sig"))
@@ -124,7 +130,10 @@ def read_suite(
     if unknown := [name for name in only if name not in names]:
         raise ConfigError(f"--only: {path} has no set {', '.join(unknown)}; it has {', '.join(names)}")
     chosen = [each for each in found.set if not only or each.name in only]
-    sets = tuple(_set(path, each, found.defaults, overrides or {}, common) for each in chosen)
+    data = {each.data: _data(path, each.data, data_dir) for each in chosen}
+    if data_dir is not None and len(set(data.values())) < len(data):
+        raise ConfigError(f"--data-dir: {path} has files of the same name in different folders: {', '.join(data)}")
+    sets = tuple(_set(path, each, data[each.data], found.defaults, overrides or {}, common) for each in chosen)
     if len({len(each.metrics) for each in sets}) > 1:
         raise ConfigError(f"--suite: {path}: metric: expected as many columns of every set")
     name = path.parent.name if path.name == FILE else path.stem
@@ -141,7 +150,9 @@ def missing_data(suite: Suite) -> str:
     return "\n".join(lines)
 
 
-def _set(path: Path, own: _Set, defaults: _Table, overrides: Mapping[str, Any], common: dict[str, Any]) -> SuiteSet:
+def _set(
+    path: Path, own: _Set, data: Path, defaults: _Table, overrides: Mapping[str, Any], common: dict[str, Any]
+) -> SuiteSet:
     where = f"--suite: {path}: set {own.name}"
     found = {key: getattr(own, key) if getattr(own, key) is not None else getattr(defaults, key) for key in SAMPLED}
     found = {key: value for key, value in found.items() if value is not None}
@@ -161,7 +172,7 @@ def _set(path: Path, own: _Set, defaults: _Table, overrides: Mapping[str, Any], 
         raise ConfigError(f"{where}: metric: expected at least one")
     columns = [int(metric.removeprefix("pass@")) for metric in shown if metric.startswith("pass@")]
     settings = replace(settings, ks=tuple(sorted({*settings.reported_ks(), *columns})))
-    return SuiteSet(own.name, own.title or own.name, _data(path, own.data), settings, shown)
+    return SuiteSet(own.name, own.title or own.name, data, settings, shown)
 
 
 def _metric(where: str, asked: str, stated: int, samples: int) -> str:
@@ -188,7 +199,10 @@ def _prompt(suite: Path, prompt: PromptConfig | None) -> PromptConfig | None:
     return prompt.model_copy(update={"template": str(beside)})
 
 
-def _data(suite: Path, data: str) -> Path:
-    """From the current directory; else beside the suite, or in the checkout that the suite is from."""
+def _data(suite: Path, data: str, folder: Path | None) -> Path:
+    """By its name in ``folder``; without one from the current directory, else beside the suite, or in the checkout that
+    the suite is from."""
+    if folder is not None:
+        return folder / Path(data).name
     places = [find(data), suite.parent / data, *([] if IS_INSTALLED else [ROOT / data])]
     return next((place for place in places if place.is_file()), Path(data))
