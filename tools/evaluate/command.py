@@ -121,7 +121,7 @@ def _evaluate_suite(options: argparse.Namespace, console: Console) -> list[Any]:
     write_json(out / f"{suite.name}.pass_at_k.json", curves)
     pass_figure(result, out / f"{suite.name}.pass_at_k.png")
     console.print(f"{out / suite.name}.json, .pass_at_k.png, .pass_at_k.json", markup=False, highlight=False)
-    return suite_tables(result)
+    return suite_tables(result, console.width)
 
 
 def _run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import markup
+from rich import box, markup
 from rich.table import Table
 
 from megatron_ext.metrics.eval_stats import differences
@@ -80,55 +80,73 @@ def side_by_side(evaluations: Mapping[str, dict[str, Any]]) -> list[Table]:
     return [values, changes]
 
 
-def suite_tables(result: Mapping[str, Any]) -> list[Table]:
-    """A suite as the paper shows it, a model a row; the differences to the first; what the responses are like."""
+def suite_tables(result: Mapping[str, Any], width: int) -> list[Table]:
+    """A suite as the paper shows it, a model a row; the differences to the first; what the responses are like.
+
+    A table has as many columns as fit into ``width`` characters; further ones follow below it.
+    """
     models, differing = result["models"], result["differences"]
-    found = [_suite_table(f"{result['title']}: % and 95 % interval", result, models, "{:.1f}")]
+    found = _suite_table(f"{result['title']}: % and 95 % interval", result, models, "{:.1f}", width)
     if differing:
         first = markup.escape(next(iter(models)))
-        found.append(_suite_table(f"difference to {first}, points, the same problems", result, differing, "{:+.1f}"))
-    found.append(_about_responses(result))
+        title = f"difference to {first}, points, the same problems"
+        found += _suite_table(title, result, differing, "{:+.1f}", width)
+    found += [_about_responses(label, result) for label in models]
     found += [groups for key in GROUPS if (groups := _by_group(result, key)).row_count]
     return found
 
 
-def _suite_table(title: str, result: Mapping[str, Any], rows: Mapping[str, Any], form: str) -> Table:
-    found = Table(title=title, title_justify="left")
-    found.add_column("model", overflow="fold")
-    columns = result["columns"]
-    averages = len(next(iter(result["models"].values()))["average"])
-    for column in columns:
-        found.add_column(f"{markup.escape(column['title'])}\n{column['metric']}", justify="right")
-    for i in range(averages):
-        kinds = dict.fromkeys(column["metric"] for column in columns[i::averages])
-        of_all = next(iter(kinds)) if len(kinds) == 1 else "/".join(dict.fromkeys(k.partition("@")[0] for k in kinds))
-        found.add_column(f"Average\n{of_all}", justify="right")
-    for label, row in rows.items():
-        sets = row["sets"]
-        numbers = [sets[c["set"]].get("metrics", sets[c["set"]])[c["metric"]] for c in columns]
-        found.add_row(markup.escape(label), *(_cell(number, form) for number in [*numbers, *row["average"]]))
+def _suite_table(title: str, result: Mapping[str, Any], rows: Mapping[str, Any], form: str, width: int) -> list[Table]:
+    heads, cells = _suite_heads(result), {label: _suite_cells(result, row, form) for label, row in rows.items()}
+    widest = max(len(line) for each in [heads, *cells.values()] for cell in each for line in cell.split("\n"))
+    label = min(max(map(len, rows)), width // 3)
+    across = max(1, (width - label - 4) // (widest + 3))
+    found = []
+    for first in range(0, len(heads), across):
+        table = Table(title=None if first else title, title_justify="left")
+        table.add_column("model", overflow="fold", max_width=max(label, len("model")))
+        for head in heads[first : first + across]:
+            table.add_column(markup.escape(head), justify="right", no_wrap=True)
+        for name, row in cells.items():
+            table.add_row(markup.escape(name), *row[first : first + across])
+        found.append(table)
     return found
 
 
-def _about_responses(result: Mapping[str, Any]) -> Table:
-    found = Table(title="responses", title_justify="left")
-    for name in ("model", "set"):
-        found.add_column(name, overflow="fold")
-    for name in ("tokens", "if correct", "if wrong", "cut off", "loops", "repeated\n4-grams", "reflective\nwords"):
+def _suite_heads(result: Mapping[str, Any]) -> list[str]:
+    """Set and metric of each column, the averages last."""
+    columns = result["columns"]
+    averages = len(next(iter(result["models"].values()))["average"])
+    heads = [f"{column['title']}\n{column['metric']}" for column in columns]
+    for i in range(averages):
+        kinds = dict.fromkeys(column["metric"] for column in columns[i::averages])
+        of_all = next(iter(kinds)) if len(kinds) == 1 else "/".join(dict.fromkeys(k.partition("@")[0] for k in kinds))
+        heads.append(f"Average\n{of_all}")
+    return heads
+
+
+def _suite_cells(result: Mapping[str, Any], row: Mapping[str, Any], form: str) -> list[str]:
+    sets = row["sets"]
+    numbers = [sets[c["set"]].get("metrics", sets[c["set"]])[c["metric"]] for c in result["columns"]]
+    return [_cell(number, form) for number in [*numbers, *row["average"]]]
+
+
+def _about_responses(label: str, result: Mapping[str, Any]) -> Table:
+    found = Table(title=f"responses of {markup.escape(label)}", title_justify="left", box=box.SIMPLE_HEAD)
+    found.add_column("set", overflow="fold")
+    heads = ("tokens", "if\ncorrect", "if\nwrong", "cut off", "loops", "repeated\n4-grams", "reflective\nwords")
+    for name in heads:
         found.add_column(name, justify="right")
     titles = {column["set"]: column["title"] for column in result["columns"]}
-    for label, model in result["models"].items():
-        for name, each in model["sets"].items():
-            response, of = {key: value["mean"] for key, value in each["response"].items()}, each["length_of"]
-            found.add_row(
-                markup.escape(label),
-                markup.escape(titles[name] + shorter(each)),
-                f"{response['length']:.0f}",
-                *(_length(side) for side in of.values()),
-                *(f"{response[key]:.1%}" for key in ("truncated", "loop", "repeated")),
-                f"{response['reflective']:.2f}",
-            )
-        found.add_section()
+    for name, each in result["models"][label]["sets"].items():
+        response, of = {key: value["mean"] for key, value in each["response"].items()}, each["length_of"]
+        found.add_row(
+            markup.escape(titles[name] + shorter(each)),
+            f"{response['length']:.0f}",
+            *(_length(side) for side in of.values()),
+            *(f"{response[key]:.1%}" for key in ("truncated", "loop", "repeated")),
+            f"{response['reflective']:.2f}",
+        )
     return found
 
 
