@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.checkpoint.manifest import TRACKER
+from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.loading import read_config
+from megatron_ext.config.positions import max_positions
 from megatron_ext.config.public_sets import how_to_make
 from megatron_ext.config.schema import Config
 from megatron_ext.config.shipped import RECIPES, find, outside
@@ -56,22 +58,34 @@ def _plan(paper: Paper, table: PaperTable, row: Row) -> Plan:
     suite = paper.folder / table.suite if table.suite else None
     if row.recipe:
         folder, steps = _run(row)
+        config = Path(row_config(row).model.path)
         model, results, run = folder / "hf", folder / "evaluation", folder
         steps = [*steps, exported(folder, best=row_config(row).validation.every > 0)] if suite else steps
     else:
         model, results = here(RECIPES / "models" / row.model), Path("runs") / row.model
+        config = model
         run, steps = None, [_weights(model, row.hub or hub_of(paper, row.model))]
     if suite is None:
         return Plan(row, tuple(steps), run=run, model=model)
     out = results / f"{suite_name(suite)}.json"
     command = f"{PROGRAM} evaluate {quoted(model)} --suite {suite_argument(suite)} --out {quoted(results)}"
-    command += " --engine vllm"
+    command += f"{' --allow-shorter' if _too_long(suite, config) else ''} --engine vllm"
     steps = [
         *steps,
         *_suite_data(suite),
         Step("evaluated", out.is_file(), "yes" if out.is_file() else "no", (command,)),
     ]
     return Plan(row, tuple(steps), out, run, model)
+
+
+def _too_long(suite: Path, model: Path) -> bool:
+    """Whether the suite asks for more tokens than a model has positions, of which ``model`` has the configuration."""
+    if not (suite.is_file() and (model / "config.json").is_file()):
+        return False
+    asked = tomllib.loads(suite.read_text(encoding="utf-8"))
+    longest = max(each.get("max_response_tokens", 0) for each in (asked["defaults"], *asked["set"]))
+    positions = max_positions(read_hf_config(model))
+    return positions is not None and longest >= positions
 
 
 def run_name(row: Row) -> str:
