@@ -13,6 +13,14 @@ setup(
     package_data={
         "megatron_ext.config": ["*.toml"],
         # of models/ the configurations: weights that were put there are not shipped
-        "megatron_ext.recipes": ["*.md", "*/*.md", "**/*.toml", "prompts/*.jinja", "models/*/config.json", "tiny/**/*"],
+        "megatron_ext.recipes": [
+            "*.md",
+            "*/*.md",
+            "papers/*/*.md",
+            "**/*.toml",
+            "prompts/*.jinja",
+            "models/*/config.json",
+            "tiny/**/*",
+        ],
     },
 )

@@ -159,6 +159,7 @@ def test_the_wheel_is_one_package_with_the_tools_and_the_recipes(wheel: Path) ->
     found = set(zipfile.ZipFile(wheel).namelist())
     info = {name for name in found if name.partition("/")[0].endswith(".dist-info")}
     code = {f"megatron_ext/{path.relative_to(ROOT / 'megatron_ext')}" for path in (ROOT / "megatron_ext").rglob("*.py")}
+    code.add("megatron_ext/config/public_sets.toml")
     tools = {f"megatron_ext/{path.relative_to(ROOT)}" for path in (ROOT / "tools").rglob("*.py")}
     recipes = {path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.toml")}
     recipes |= {path.relative_to(ROOT) for path in (ROOT / "recipes" / "models").glob("*/config.json")}

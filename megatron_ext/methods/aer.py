@@ -69,7 +69,7 @@ class AER(GRPO):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check("tau", 0 < self.tau <= 1, "a ratio above 0 and at most 1")
+        self.check("tau", self.tau > 0, "a ratio above 0")
         self.check("rho", 0 <= self.rho <= 1, "an accuracy from 0 to 1")
         self.check("eta", self.eta > 0, "a step above 0")
         self.check("alpha_0", self.alpha_0 >= 0, "a coefficient of at least 0")
