@@ -229,10 +229,10 @@ def _omni_math(row: Row) -> dict[str, Any]:
 def _gpqa(row: Row) -> dict[str, Any]:
     """Four options by the hashes of the question with each: the same order in every copy and order of the rows."""
     question = row["Question"]
-    texts = [row["Correct Answer"], *(row[f"Incorrect Answer {number}"] for number in (1, 2, 3))]
+    texts = [text_of(row["Correct Answer"]), *(text_of(row[f"Incorrect Answer {number}"]) for number in (1, 2, 3))]
     if not isinstance(question, str) or not all(isinstance(text, str) for text in texts):
         return {"prompt": question, "answer": None}
-    correct, *_ = texts = [text.strip() for text in texts]
+    correct = texts[0]
     texts.sort(key=lambda text: hashlib.sha256(f"{question.strip()}\n{text}".encode()).digest())
     options = [f"{letter}. {text}" for letter, text in zip("ABCD", texts, strict=True)]
     return {
