@@ -73,17 +73,21 @@ def entropy(shares: Sequence[float]) -> float:
 
 
 def measured(
-    samples: Sequence[Sequence[Sample]], pool: Pool, kind: str, answer_format: str = "boxed"
+    problems: Sequence[Problem],
+    samples: Sequence[Sequence[Sample]],
+    pool: Pool,
+    kind: str,
+    answer_format: str = "boxed",
 ) -> list[dict[str, Any]]:
     """``entropy`` and ``clusters`` of each problem from its responses; largest share first."""
     from megatron_ext.rollout.rewards.verify import MAX_ANSWER_CHARS, extract
-
-    from .evaluate import equivalent_answers
+    from megatron_ext.rollout.rewards.voting import equal_answers
 
     found = []
     votes = [[extract(sample.text, answer_format) for sample in row] for row in samples]
     votes = [[None if vote is None or len(vote) > MAX_ANSWER_CHARS else vote for vote in row] for row in votes]
-    for row, answers, known in zip(samples, votes, equivalent_answers(pool, votes, answer_format), strict=True):
+    equal = equal_answers(pool.score, problems, votes, answer_format)
+    for row, answers, known in zip(samples, votes, equal, strict=True):
         members = clusters(answers, lambda key, answer, known=known: (key, answer) in known)
         silent = [i for i, answer in enumerate(answers) if answer is None]
         members += [silent] if silent else []
@@ -123,7 +127,7 @@ def measure(
                 {"row": row, "id": problem.problem_id, **result}
                 for (row, (problem, _)), result in zip(
                     enumerate(part, first),
-                    measured(rows, pool, options.weight, config.prompt.answer_format),
+                    measured([problem for problem, _ in part], rows, pool, options.weight, config.prompt.answer_format),
                     strict=True,
                 )
             ],

@@ -50,10 +50,11 @@ def test_equivalent_answers_and_those_without_one_are_clusters() -> None:
         *(sample(r"\boxed{1+x}", w), sample(r"\boxed{", w), sample(r"\boxed{\frac12}", 3 * w)),
         sample(rf"\boxed{{{'9' * 2000}}}", w),
     ]
-    [found] = measured([row], Equivalence(), "count")
+    asked = [Problem("p", "", "?")]
+    [found] = measured(asked, [row], Equivalence(), "count")
     assert found["clusters"] == [[0.375, 3, None], [0.25, 2, "1/2"], [0.25, 2, "x+1"], [0.125, 1, r"\frac12"]]
     assert found["entropy"] == pytest.approx(entropy([0.375, 0.25, 0.25, 0.125]), abs=1e-6)
-    [found] = measured([row], Equivalence(), "mean")
+    [found] = measured(asked, [row], Equivalence(), "mean")
     # weights .5, but .125 for the unlikely last answer: 7 x .5 + .125 in all
     shares = [weight / 3.625 for weight in (1.5, 1.0, 1.0, 0.125)]
     assert found["entropy"] == pytest.approx(entropy(shares), abs=1e-6)

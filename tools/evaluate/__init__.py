@@ -10,17 +10,14 @@ from .command import main
 from .model import evaluate
 from .results import load_evaluations, save_evaluation, summary
 from .samples_file import read_samples
-from .sampling import Engine, measure
+from .sampling import Engine, Pool, measure
 from .settings import Settings
-from .voting import Pool, equivalent_answers, exact_value
 
 __all__ = [
     "Engine",
     "Pool",
     "Settings",
-    "equivalent_answers",
     "evaluate",
-    "exact_value",
     "load_evaluations",
     "main",
     "measure",

@@ -26,9 +26,8 @@ from .fingerprint import header
 from .problem_set import ProblemSet, SetPlan, left_out, load_set
 from .prompt import ChosenPrompt, choose_prompt
 from .samples_file import Samples, SamplesFile
-from .sampling import Encoded, Lengths, SetEvaluation
+from .sampling import Encoded, Lengths, Pool, SetEvaluation
 from .settings import Settings
-from .voting import Pool
 
 REFILLS = 8  # batches after which an engine that refills its own runs empty, and what it did is written
 
@@ -63,7 +62,7 @@ class ModelEvaluation:
         ]
 
     def run(self, pools: Mapping[str, Pool]) -> dict[str, dict[str, Any]]:
-        """``set -> evaluation``, plain JSON. ``pools``: by answer format, that of the prompt and ``boxed``.
+        """``set -> evaluation``, plain JSON. ``pools``: by answer format, that of the prompt.
 
         Raises VerifierError when rewards cannot be trusted.
         """
@@ -83,7 +82,7 @@ class ModelEvaluation:
             each.samples.close()
             found[each.name] = {
                 **self._about(problem_set, each, missing),
-                **each.result(pools["boxed"]),
+                **each.result(scorer, self.prompt.prompt.answer_format),
                 "time": {"rollout_s": seconds, "rollout_tokens_per_s": num_tokens / max(seconds, 1e-9)},
             }
         if engine is not None:
@@ -207,7 +206,7 @@ def evaluate(
 
 
 def open_pools(stack: ExitStack, workers: int, prompts: Sequence[ChosenPrompt]) -> dict[str, Pool]:
-    """A pool for each answer format of the prompts, and for boxed answers, in which golds and votes are compared."""
+    """A pool for each answer format of the prompts, and for boxed answers, as which golds are checked."""
     from megatron_ext.rollout.rewards.reward_pool import RewardPool
 
     formats = dict.fromkeys(["boxed", *(each.prompt.answer_format for each in prompts)])

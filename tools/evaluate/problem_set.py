@@ -11,8 +11,8 @@ from rich.console import Console
 from megatron_ext.config.errors import ConfigError
 
 from .fingerprint import sha256
+from .sampling import Pool
 from .settings import Settings
-from .voting import Pool
 
 if TYPE_CHECKING:
     from megatron_ext.data.dataset import DataReport

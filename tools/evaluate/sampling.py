@@ -12,14 +12,12 @@ from ..progress import ToolProgress
 from .results import problem_row, results
 from .samples_file import Samples
 from .settings import Settings
-from .voting import Pool, winners
 
 if TYPE_CHECKING:
     from megatron_ext.rollout.base import Request, Sampling
-    from megatron_ext.types import Problem, Sample
+    from megatron_ext.types import Problem, Reward, Sample
 
 Encoded = Sequence[tuple["Problem", tuple[int, ...]]]
-VOTING = ("correct", "wrong")  # other outcomes have no readable answer to the question asked
 
 
 class Engine(Protocol):
@@ -28,6 +26,12 @@ class Engine(Protocol):
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, on_batch: Callable[[list[Sample]], None] | None = None
     ) -> list[Sample]: ...
+
+
+class Pool(Protocol):
+    """What is used of a reward pool."""
+
+    def score(self, answers: Sequence[tuple[Problem, str]]) -> list[Reward]: ...
 
 
 @dataclass(frozen=True)
@@ -98,13 +102,19 @@ class SetEvaluation:
             num_tokens += sum(len(sample.response_ids) for sample in found)
         return num_tokens
 
-    def result(self, pool: Pool) -> dict[str, Any]:
-        """The numbers, when all responses are there; ``pool`` says which answers are the same."""
+    def result(self, pool: Pool, answer_format: str = "boxed") -> dict[str, Any]:
+        """The numbers, when all responses are there; ``pool``, of ``answer_format``, says which answers are the same.
+
+        Raises VerifierError when it cannot.
+        """
+        from megatron_ext.rollout.rewards.voting import equal_answers, votes, winners
+
         numbers = range(self.settings.samples)
         problems = [problem for problem, _ in self.encoded]
         responses = [[self.samples.responses[problem.problem_id, n] for n in numbers] for problem in problems]
-        votes = [[each.extracted if each.outcome in VOTING else None for each in row] for row in responses]
-        rows = [problem_row(*each) for each in zip(problems, responses, winners(pool, votes), strict=True)]
+        cast = [votes(row) for row in responses]
+        won = winners(cast, equal_answers(pool.score, problems, cast, answer_format))
+        rows = [problem_row(*each) for each in zip(problems, responses, won, strict=True)]
         ks = self.settings.reported_ks()
         return {
             "decoding": asdict(self.settings) | {"ks": ks},
@@ -113,15 +123,23 @@ class SetEvaluation:
         }
 
 
-def measure(engine: Engine, pool: Pool, problems: Encoded, settings: Settings, *, console: Console) -> dict[str, Any]:
+def measure(
+    engine: Engine,
+    pool: Pool,
+    problems: Encoded,
+    settings: Settings,
+    *,
+    console: Console,
+    answer_format: str = "boxed",
+) -> dict[str, Any]:
     """Sample every problem ``settings.samples`` times, score, and reduce to metrics with 95 % intervals."""
     each = SetEvaluation("", settings, problems, Lengths.of(problems, settings, None), Samples())
     with ToolProgress(console) as progress:
         each.sample(engine, pool, progress, 1024)
-    return each.result(pool)
+    return each.result(pool, answer_format)
 
 
-def sample_line(name: str, problem: Problem, number: int, sample: Sample, reward: Any) -> dict[str, Any]:
+def sample_line(name: str, problem: Problem, number: int, sample: Sample, reward: Reward) -> dict[str, Any]:
     """A scored response as a line of a samples file."""
     return {
         "set": name,

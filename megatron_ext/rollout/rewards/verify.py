@@ -159,6 +159,15 @@ def letter(text: str) -> str | None:
     return named.upper()
 
 
+def exact_value(text: str) -> Fraction | None:
+    """The value of integers joined by ``+ - * /`` and brackets; None for anything else or longer than 60 characters."""
+    tree = _arithmetic(text, "") if len(text) <= 60 else None
+    try:
+        return None if tree is None else _value(tree.body)
+    except ZeroDivisionError:
+        return None
+
+
 def _score_choice(extracted: str, gold: str, numbers: tuple[int, ...]) -> Outcome:
     del numbers
     right, found = letter(gold), letter(extracted)

@@ -4,41 +4,84 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from fractions import Fraction
+from typing import Protocol
 
+from megatron_ext.metrics.eval_stats import majority
 from megatron_ext.records import Problem, Reward
-from megatron_ext.rollout.rewards.verify import Outcome, as_response
+from megatron_ext.rollout.rewards.verify import Outcome, as_response, exact_value, letter
 
 VOTING = (Outcome.CORRECT, Outcome.WRONG)  # other outcomes have no readable answer to the question asked
 Score = Callable[[Sequence[tuple[Problem, str]]], list[Reward]]
 
 
-def votes(rewards: Sequence[Reward]) -> list[str | None]:
+class Judged(Protocol):
+    """A reward, or what was written of one."""
+
+    @property
+    def outcome(self) -> str: ...
+
+    @property
+    def extracted(self) -> str | None: ...
+
+
+def votes(judged: Sequence[Judged]) -> list[str | None]:
     """The answer of each response to one problem; None where it has none that could be read."""
-    return [reward.extracted if reward.outcome in VOTING else None for reward in rewards]
+    return [each.extracted if each.outcome in VOTING else None for each in judged]
+
+
+def winners(votes: Sequence[Sequence[str | None]], equal: Sequence[set[tuple[str, str]]]) -> list[int | None]:
+    """For each problem which response is the first with the majority's answer; None where nobody answered.
+
+    ``equal``: of ``equal_answers``, or empty sets where only answers of the same text are the same.
+    """
+    return [
+        majority(row, lambda key, answer, known=known: (key, answer) in known)
+        for row, known in zip(votes, equal, strict=True)
+    ]
 
 
 def equal_answers(
     score: Score, problems: Sequence[Problem], votes: Sequence[Sequence[str | None]], answer_format: str = "boxed"
 ) -> list[set[tuple[str, str]]]:
-    """For each problem the pairs ``(key, answer)`` of different texts that its verifier finds equal.
+    """For each problem the pairs ``(key, answer)`` of different texts that are equal.
 
-    ``score`` is asked in rounds, for all problems at once: the first answer that equals none before it against all
-    those after it. So every pair that a clustering by keys can ask for is there. Countdowns are compared as numbers.
-    ``answer_format`` is the one that ``score`` reads.
+    Compared in rounds, for all problems at once: the first answer that equals none before it with all those after it.
+    So every pair that a clustering by keys can ask for is there. Letters of choices and plain arithmetic are compared
+    here, exactly; everything else is asked of ``score``, the verifier, which reads ``answer_format``. Countdowns are
+    compared as numbers.
     """
     found: list[set[tuple[str, str]]] = [set() for _ in votes]
     left = [list(dict.fromkeys(vote for vote in row if vote is not None)) for row in votes]
     while any(len(answers) > 1 for answers in left):
         pairs = [(row, answers[0], other) for row, answers in enumerate(left) for other in answers[1:]]
-        rewards = score([(_asking(problems[row], key), as_response(other, answer_format)) for row, key, other in pairs])
-        for (row, key, other), reward in zip(pairs, rewards, strict=True):
-            if reward.outcome == Outcome.CORRECT:
+        for (row, key, other), is_equal in zip(pairs, _compared(score, problems, pairs, answer_format), strict=True):
+            if is_equal:
                 found[row].add((key, other))
         left = [
             [other for other in answers[1:] if (answers[0], other) not in equal]
             for answers, equal in zip(left, found, strict=True)
         ]
     return found
+
+
+def _compared(
+    score: Score, problems: Sequence[Problem], pairs: Sequence[tuple[int, str, str]], answer_format: str
+) -> list[bool]:
+    """Whether the two answers of each ``(number of the problem, key, answer)`` are equal."""
+    values = [(_value(key, problems[row]), _value(other, problems[row])) for row, key, other in pairs]
+    asked = [
+        (_asking(problems[row], key), as_response(other, answer_format))
+        for (row, key, other), both in zip(pairs, values, strict=True)
+        if None in both
+    ]
+    rewards = iter(score(asked) if asked else [])
+    return [next(rewards).outcome == Outcome.CORRECT if None in (a, b) else a == b for a, b in values]
+
+
+def _value(answer: str, problem: Problem) -> Fraction | str | None:
+    """What is compared without the verifier; None where there is no such value."""
+    return letter(answer) if problem.verifier == "choice" else exact_value(answer)
 
 
 def _asking(problem: Problem, key: str) -> Problem:
