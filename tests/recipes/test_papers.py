@@ -250,8 +250,10 @@ def test_our_numbers_stand_beside_the_published_ones(
         "aime24": result(avg_at_8=0.4, pass_at_8=0.7, pass_at_4=0.6),
         "aime25": result(avg_at_8=0.2, pass_at_8=0.5),
     }
-    plan.evaluation.write_text(json.dumps({"models": {"evaluation": {"sets": sets}}}))
+    averages = [{"mean": 0.31, "low": 0.0, "high": 1.0}, {"mean": 0.3, "low": 0.25, "high": 0.35}]
+    plan.evaluation.write_text(json.dumps({"models": {"evaluation": {"sets": sets, "average": averages}}}))
     found = cells(table, plan)
+    assert (found[-1].low, found[-1].high) == pytest.approx((25, 35))  # of the average that is this one
     assert [cell.ours for cell in found] == pytest.approx([40, 70, 20, 900, 30])
     assert [cell.published for cell in found] == [11.5, 48.0, 8.8, None, 10.1]
     assert (found[0].low, found[0].high) == pytest.approx((39, 41)) and found[1].metric == "pass@8"

@@ -108,6 +108,15 @@ def color(number: int) -> str:
     return PALETTE[number % len(PALETTE)]
 
 
+def legend_below(axes: Axes) -> None:
+    """The legend of one of a figure's axes, below all of them: names may be long."""
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    handles, labels = axes.get_legend_handles_labels()
+    across = max(1, int(1.4 * TITLE_CHARACTERS * figure.get_size_inches()[0] / (max(map(len, labels)) + 6)))
+    figure.legend(handles, labels, loc="outside lower left", ncols=min(across, len(labels)))
+
+
 def percent_axis(axis: Any) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.6g} %"))
 

@@ -148,6 +148,12 @@ class Problems:
         others = [problem for (_, name), problem in self.by_set.items() if name == key[1]]
         return others[0] if len(others) == 1 else None
 
+    def known_sets(self, rows: Sequence[SampleRow]) -> tuple[list[SampleRow], list[str]]:
+        """The rows of the sets of which any problem is here, and the names of the other sets. All rows if none is."""
+        known = {row.set for row in rows if self.find(row.problem)}
+        others = sorted({row.set for row in rows} - known)
+        return ([row for row in rows if row.set in known], others) if known else (list(rows), [])
+
     def require(self, key: tuple[str, str]) -> Problem:
         """Raises ConfigError."""
         problem = self.find(key)

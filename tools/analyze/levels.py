@@ -54,7 +54,7 @@ def analyze(options: argparse.Namespace, console: Console) -> Result:
     axes.set(xlabel=by, ylabel="right responses")
     figures.percent_axis(axes.yaxis)
     if len(counts) > 1:
-        axes.legend(loc="best")
+        figures.legend_below(axes)
     content = {
         "by": by,
         "models": {each.label: each.described() for each in counts},

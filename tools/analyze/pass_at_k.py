@@ -32,10 +32,10 @@ def analyze(options: argparse.Namespace, console: Console) -> Result:
     several = len(counts) > 1
     title = options.title or (f"pass@k of {len(counts)} models" if several else f"pass@k of {counts[0].label}")
     figure, axes = figures.panels(len(sets), title)
-    for number, (name, panel) in enumerate(zip(sets, axes, strict=True)):
+    for name, panel in zip(sets, axes, strict=True):
         _draw(panel, counts, name, numbers[name])
-        if several and number == 0:
-            panel.legend(loc="best")
+    if several:
+        figures.legend_below(axes[0])
     lines = [
         f"{name}, {label}: " + ", ".join(f"pass@{k} {100 * each.mean:.1f} %" for k, each in curve.items())
         for name, curves in numbers.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ def analyze(options: argparse.Namespace, console: Console) -> Result:
     values = [np.array([np.exp(-response.logprob.mean()) for response in source.responses]) for source in found]
     title = options.title or f"Perplexity of responses under {options.base.resolve().name}"
     figure, (axes,) = figures.panels(1, title, width=max(4.6, 1.5 * len(found) + 2.6))
-    names = [f"{source.label}\n{len(source.responses):,} responses" for source in found]
+    names = [f"{fill(source.label, 20)}\n{len(source.responses):,} responses" for source in found]
     boxes = axes.boxplot(
         values, tick_labels=names, whis=(5, 95), showfliers=False, showmeans=True, widths=0.5, patch_artist=True,
         medianprops={"color": INK, "linewidth": 1.6},

@@ -187,9 +187,12 @@ def _scored(
 
     rows = read_samples(samples, limit=limit)
     problems = read_problems(data)
+    rows, others = problems.known_sets(rows)
     scorer = load(path, temperature, dtype)
     prompts = prompt_ids(scorer, rows, problems, prompts_of(samples))
     responses, notes = response_ids(scorer, rows)
+    if others:
+        notes.append(f"sets without a problem in --data are left out: {', '.join(others)}")
     kept = [i for i, ids in enumerate(responses) if ids]
     if not kept:
         raise ConfigError(f"--samples: every response of {samples} is empty; expected text")

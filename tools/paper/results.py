@@ -64,7 +64,8 @@ def cells(table: PaperTable, plan: Plan) -> list[Cell]:
             values = same or [each[0] if each else None for each in alone]
             known = [value for value in values if value is not None]
             ours = sum(known) / len(known) if known and len(known) == len(values) else None
-            found.append(Cell(figure, ours, metric=metric if ours is not None else ""))
+            low, high = _interval_of(ours, plan)
+            found.append(Cell(figure, ours, low, high, metric if ours is not None else ""))
             continue
         value = _ours(evaluations.get(name), metric)
         found.append(Cell(figure, *value) if value else Cell(figure))
@@ -130,14 +131,28 @@ def draw(result: Result, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def _interval_of(mean: float | None, plan: Plan) -> tuple[float | None, float | None]:
+    """The interval of a mean over sets, where the evaluation has the average of the same sets and metric."""
+    if mean is not None:
+        for each in _evaluated(plan, "average") or ():
+            if math.isclose(100 * each["mean"], mean, abs_tol=1e-6):
+                return 100 * each["low"], 100 * each["high"]
+    return None, None
+
+
 def _evaluations(plan: Plan) -> Mapping[str, Any]:
     """``set -> evaluation`` of the row's model; empty where there is none yet."""
+    return _evaluated(plan, "sets") or {}
+
+
+def _evaluated(plan: Plan, key: str) -> Any:
+    """What the suite's result says of the row's model, None without one."""
     if plan.evaluation is None or not plan.evaluation.is_file():
-        return {}
+        return None
     try:
         found = read_json(plan.evaluation, max_bytes=LARGE_BYTES)
         models = list(found["models"].values())
-        return models[-1]["sets"]
+        return models[-1].get(key) if key == "average" else models[-1][key]
     except (KeyError, TypeError, IndexError, AttributeError, ValueError, OSError) as error:
         raise ConfigError(
             f"{plan.evaluation} is no result of megatron-entropy evaluate --suite ({type(error).__name__}: {error}); "

@@ -106,14 +106,20 @@ def _short(row: Row, key: str, value: str) -> str:
 
 def analysis(table: PaperTable, made: Sequence[Plan]) -> str:
     """The command that draws the table's figure, with what its rows are made of; empty if there is none."""
-    runs = [quoted(plan.run) for plan in made if plan.run]
-    results = [plan.evaluation.parent for plan in made if plan.evaluation]
-    samples = [quoted(results / "samples") for results in results]
-    models = [quoted(plan.model) for plan in made if plan.model]
-    if not table.analysis or len(runs) == 1 and table.analysis.startswith("compare"):
-        return f"{PROGRAM} report {runs[0]}" if table.analysis else ""
-    parts = {"runs": " ".join(runs), "samples": " ".join(samples), "models": " ".join(models)}
-    return f"{PROGRAM} {table.analysis.format(**parts)}"
+    made_of = {
+        "runs": [(plan, plan.run) for plan in made if plan.run],
+        "samples": [(plan, plan.evaluation.parent / "samples") for plan in made if plan.evaluation],
+        "models": [(plan, plan.model) for plan in made if plan.model],
+    }
+    parts = {name: " ".join(quoted(path) for _, path in found) for name, found in made_of.items()}
+    if not table.analysis or len(made_of["runs"]) == 1 and table.analysis.startswith("compare"):
+        return f"{PROGRAM} report {parts['runs']}" if table.analysis else ""
+    command = f"{PROGRAM} {table.analysis.format(**parts)}"
+    inputs = re.search(r"\{(\w+)\}", table.analysis)
+    labels = [plan.row.label for plan, _ in made_of[inputs[1]]] if inputs else []
+    if not table.analysis.startswith("analyze") or len(set(labels)) < len(labels):
+        return command
+    return f"{command} --labels {shlex.join(labels)}"
 
 
 def row_config(row: Row) -> Config:
