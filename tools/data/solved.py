@@ -1,6 +1,7 @@
 """How many of a model's responses to each problem are right: what filters by solve rate ask for.
 
-A samples file is JSON Lines, one response a line, of which ``id`` and ``correct`` count (``tools.evaluate`` writes it).
+A samples file is JSON Lines, one response a line, of which ``id`` and ``correct`` count. ``tools.evaluate`` writes it,
+with a header before the responses, which is passed over.
 """
 
 from __future__ import annotations
@@ -76,6 +77,8 @@ def read_samples(paths: Sequence[Path]) -> SolveCounts:
 
 
 def _count(counts: SolveCounts, record: object) -> None:
+    if isinstance(record, dict) and set(record) == {"header"}:
+        return
     if not isinstance(record, dict) or "id" not in record or not isinstance(record.get("correct"), bool):
         raise ValueError(f"found {str(record)[:80]}")
     counts.sampled[str(record["id"])] += 1

@@ -79,8 +79,9 @@ def test_a_planted_evaluation_problem_is_found_and_left_out(run: Run, tmp_path: 
 
 
 def samples(path: Path, right: dict[str, int], count: int = 8) -> Path:
+    """As evaluate writes them: a header, then the responses."""
     lines = [{"set": "d", "id": name, "sample": i, "correct": i < k} for name, k in right.items() for i in range(count)]
-    return write(path, lines)
+    return write(path, [{"header": {"set": "d"}}, *lines])
 
 
 def test_solve_rates_choose_problems(run: Run, tmp_path: Path) -> None:
