@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.parallel_checks import model_faults, nearest_divisor
 from megatron_ext.config.public_sets import how_to_make
 from megatron_ext.config.schema import Config, OptimizerConfig
-from megatron_ext.files import read_json
+from megatron_ext.files import read_json, read_small
 from megatron_ext.rollout.registry import find_engine
 from megatron_ext.rollout.rewards.functions import find_reward
 
@@ -138,8 +139,10 @@ def file_faults(config: Config) -> list[str]:
     """Files that a run needs and that are not there; the model's weights are looked for when they are loaded."""
     data, weights, faults = config.data, config.model.weights, []
     if weights and not os.path.isfile(os.path.join(weights, "MANIFEST.json")):
+        found = "names no checkpoint that is beside it" if os.path.isfile(weights) else "is no checkpoint"
         faults.append(
-            f"model.weights: {weights} is no checkpoint; give a step_* directory of a run, or make one with\n"
+            f"model.weights: {weights} {found}; give a step_* directory of a run, or RUN/checkpoints/best where it was "
+            "validated (validation.every, validation.keep_best), or make one with\n"
             "  megatron-entropy convert from-hf MODEL OUT\n"
             'or start from the safetensors of model.path with model.weights = ""'
         )
@@ -160,6 +163,16 @@ def file_faults(config: Config) -> list[str]:
             'or train on the data in any order with data.curriculum = ""'
         )
     return faults
+
+
+def marked_checkpoint(path: str) -> str:
+    """The directory that the marker ``path`` of a run, its ``checkpoints/best`` or ``latest``, names; else ``path``."""
+    try:
+        name = read_small(Path(path), max_bytes=1000).decode(errors="replace").strip() if os.path.isfile(path) else ""
+    except OSError:
+        return path
+    beside = os.path.join(os.path.dirname(path), name)
+    return beside if re.fullmatch(r"step_[0-9]+", name) and os.path.isdir(beside) else path
 
 
 def read_hf_config(path: str | Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_ext.config.aliases import unknown_keys, with_new_names
-from megatron_ext.config.checks import check_layout
+from megatron_ext.config.checks import check_layout, marked_checkpoint
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.redact import redact
 from megatron_ext.config.schema import Config, PromptConfig
@@ -44,7 +44,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def read_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """``load_config`` without the rules between fields."""
+    """``load_config`` without the rules between fields. ``model.weights`` is the checkpoint that ``best`` names now."""
     merged = _merge_chain(_read_chain(find_recipe(path)))
     for override in overrides or []:
         _apply_override(merged, override)
@@ -53,7 +53,8 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         config = Config.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(_readable(error, path, given)) from None
-    return config.model_copy(update={"prompt": with_template_text(config.prompt)})
+    model = config.model.model_copy(update={"weights": marked_checkpoint(config.model.weights)})
+    return config.model_copy(update={"prompt": with_template_text(config.prompt), "model": model})
 
 
 def with_template_text(prompt: PromptConfig) -> PromptConfig:

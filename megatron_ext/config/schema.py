@@ -53,7 +53,8 @@ class ModelConfig(Section):
     )
     weights: str = Field(
         default="",
-        description="start from this checkpoint (a step_* directory of any layout) instead of path's safetensors",
+        description="start from this checkpoint (a step_* directory of any layout, or a run's checkpoints/best) "
+        "instead of path's safetensors",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="bfloat16", description="precision of weights and activations"

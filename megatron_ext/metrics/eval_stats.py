@@ -78,6 +78,17 @@ def majority(answers: Sequence[str | None], equivalent: Callable[[str, str], boo
     return max(found, key=len)[0] if found else None  # max keeps the first of equals
 
 
+def winners(votes: Sequence[Sequence[str | None]], equal: Sequence[set[tuple[str, str]]]) -> list[int | None]:
+    """For each problem which response is the first with the majority's answer; None where nobody answered.
+
+    ``equal``: of each problem the pairs ``(key, answer)`` of different texts that are equal.
+    """
+    return [
+        majority(row, lambda key, answer, known=known: (key, answer) in known)
+        for row, known in zip(votes, equal, strict=True)
+    ]
+
+
 def bootstrap(values_PM: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> list[Interval]:
     """Mean and 95 % interval over problems of each of ``M`` metrics, ``values_PM`` ``[P, M]``.
 

@@ -24,13 +24,13 @@ import torch.distributed as dist
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.schema import Config
 from megatron_ext.metrics.display import Phase
-from megatron_ext.metrics.eval_stats import avg_at_k, pass_at_k
+from megatron_ext.metrics.eval_stats import avg_at_k, pass_at_k, winners
 from megatron_ext.model import parallel
 from megatron_ext.rollout.base import Request, RolloutEngine, RolloutError, Sampling
 from megatron_ext.rollout.rewards.function_pool import FunctionPool
 from megatron_ext.rollout.rewards.reward_pool import RewardPool
 from megatron_ext.rollout.rewards.verify import Outcome
-from megatron_ext.rollout.rewards.voting import equal_answers, votes, winners
+from megatron_ext.rollout.rewards.voting import equal_answers, votes
 from megatron_ext.rollout.sampling import seed_of
 from megatron_ext.train.collect_rollouts import EncodedProblem, gathered
 from megatron_ext.train.training_data import load_problems

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from megatron_ext.checkpoint.best import mark
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.loading import load_config
 from tests.train import whole_run
 from tools import convert
 
@@ -27,6 +32,26 @@ def test_a_run_starts_from_a_checkpoint_of_any_layout(recipe: str, world: int, w
     for name, options in (("path", ()), ("weights", (f'model.weights="{weights}"',))):
         assert whole_run.train(tmp_path / name, recipe, *layout, *options, world=world) == 0
     assert whole_run.metrics(tmp_path / "path") == whole_run.metrics(tmp_path / "weights")
+
+
+def test_a_run_starts_from_the_best_checkpoint_of_another(weights: Path, tmp_path: Path) -> None:
+    """A copy of its one checkpoint is the best; the run keeps which one that was, though ``best`` moves on."""
+    root = tmp_path / "other" / "checkpoints"
+    for step in (0, 10):
+        shutil.copytree(weights, root / f"step_{step:06d}")
+    mark(root, 0)
+    recipe, best = "grpo/grpo-tiny-cpu.toml", f'model.weights="{root}/best"'
+    assert whole_run.train(tmp_path, recipe, best, "train.steps=1") == 0
+    mark(root, 10)
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert kept["model"]["weights"] == f"{root}/step_000000"
+    assert load_config(whole_run.RECIPES / recipe, [best]).model.weights == f"{root}/step_000010"
+    shutil.rmtree(root / "step_000010")
+    with pytest.raises(ConfigError, match="best names no checkpoint that is beside it; give a step_"):
+        load_config(whole_run.RECIPES / recipe, [best])
+    (root / "best").unlink()
+    with pytest.raises(ConfigError, match=r"best is no checkpoint; .* where it was validated \(validation.every"):
+        load_config(whole_run.RECIPES / recipe, [best])
 
 
 def test_a_damaged_or_absent_start_is_refused(weights: Path, tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ from fractions import Fraction
 
 import pytest
 
+from megatron_ext.metrics.eval_stats import winners
 from megatron_ext.records import Problem, Reward
 from megatron_ext.rollout.rewards.reward_pool import RewardPool
 from megatron_ext.rollout.rewards.verify import exact_value
-from megatron_ext.rollout.rewards.voting import equal_answers, votes, winners
+from megatron_ext.rollout.rewards.voting import equal_answers, votes
 
 
 def test_only_readable_answers_vote() -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 
+from megatron_ext.metrics.eval_stats import winners
+
 from ..progress import ToolProgress
 from .results import problem_row, results
 from .samples_file import Samples
@@ -107,7 +109,7 @@ class SetEvaluation:
 
         Raises VerifierError when it cannot.
         """
-        from megatron_ext.rollout.rewards.voting import equal_answers, votes, winners
+        from megatron_ext.rollout.rewards.voting import equal_answers, votes
 
         numbers = range(self.settings.samples)
         problems = [problem for problem, _ in self.encoded]

@@ -1,4 +1,4 @@
-"""Which answers to a problem are the same answer, for a majority vote (metrics/eval_stats.py::majority)."""
+"""Which answers to a problem are the same answer, for a majority vote (metrics/eval_stats.py::winners)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Protocol
 
-from megatron_ext.metrics.eval_stats import majority
 from megatron_ext.records import Problem, Reward
 from megatron_ext.rollout.rewards.verify import Outcome, as_response, exact_value, letter
 
@@ -15,7 +14,7 @@ VOTING = (Outcome.CORRECT, Outcome.WRONG)  # other outcomes have no readable ans
 Score = Callable[[Sequence[tuple[Problem, str]]], list[Reward]]
 
 
-class Judged(Protocol):
+class Scored(Protocol):
     """A reward, or what was written of one."""
 
     @property
@@ -25,20 +24,9 @@ class Judged(Protocol):
     def extracted(self) -> str | None: ...
 
 
-def votes(judged: Sequence[Judged]) -> list[str | None]:
+def votes(scored: Sequence[Scored]) -> list[str | None]:
     """The answer of each response to one problem; None where it has none that could be read."""
-    return [each.extracted if each.outcome in VOTING else None for each in judged]
-
-
-def winners(votes: Sequence[Sequence[str | None]], equal: Sequence[set[tuple[str, str]]]) -> list[int | None]:
-    """For each problem which response is the first with the majority's answer; None where nobody answered.
-
-    ``equal``: of ``equal_answers``, or empty sets where only answers of the same text are the same.
-    """
-    return [
-        majority(row, lambda key, answer, known=known: (key, answer) in known)
-        for row, known in zip(votes, equal, strict=True)
-    ]
+    return [each.extracted if each.outcome in VOTING else None for each in scored]
 
 
 def equal_answers(
