@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import sys
+from dataclasses import replace
 from typing import Any
 
 from megatron_ext.plugins import load
@@ -34,7 +35,7 @@ def main() -> None:
     for line in sys.stdin:
         signal.alarm(int(sys.argv[1]))
         problem, response = json.loads(line)
-        reply = scored(function, _problem(*problem), _response(*response), options)
+        reply = scored(function, _problem(problem), _response(response), options)
         signal.alarm(0)
         print(json.dumps(reply), file=replies)
 
@@ -55,12 +56,15 @@ def scored(function: Any, problem: Problem, response: Response, options: dict[st
         return [0.0, Outcome.ERROR, f"{type(error).__name__}: {error}"[:1000]]
 
 
-def _problem(problem_id: str, prompt: str, answer: str, verifier: str, numbers: list[int], kind: str) -> Problem:
-    return Problem(problem_id, prompt, answer, verifier, tuple(numbers), kind)
+def _problem(fields: list[Any]) -> Problem:
+    """From the values of its fields; JSON has made lists of tuples."""
+    problem = Problem(*fields)
+    return replace(problem, numbers=tuple(problem.numbers))
 
 
-def _response(text: str, token_ids: list[int], truncated: bool) -> Response:
-    return Response(text, tuple(token_ids), truncated)
+def _response(fields: list[Any]) -> Response:
+    response = Response(*fields)
+    return replace(response, token_ids=tuple(response.token_ids))
 
 
 if __name__ == "__main__":
