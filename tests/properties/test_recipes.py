@@ -46,7 +46,10 @@ FIELDS = dict(fields())
 SECTIONS = ["", *(f"{name}." for name, field in FIELDS.items() if is_section(field))]
 OPTIONS = ("method.name", "method.coef", "method.target", "method.clip_low")
 # files, code of one's own, and sizes that must fit one another
-BOUND = ("data.", "rollout.", "parallel.", "model.", "train.", "method", "reward.function", "reward.options")
+BOUND = (
+    *("data.", "rollout.", "parallel.", "model.", "train.", "method", "validation."),
+    *("reward.function", "reward.options"),
+)
 FALLING = (".min_lr", ".decay_steps")  # belong to some schedules of the learning rate alone
 
 

@@ -238,10 +238,10 @@ def _with_good_golds(
 def _token_counter(tokenizer: Path | None) -> Callable[[str], int | None]:
     if tokenizer is None:
         return lambda text: None
-    from transformers import AutoTokenizer
+    from megatron_ext.rollout.model_files import load_tokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        loaded = load_tokenizer(tokenizer)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"--tokenizer: {tokenizer} holds no tokenizer: {str(error)[:200]}") from None
     return lambda text: len(loaded.encode(text))
