@@ -48,7 +48,7 @@ OPTIONS = ("method.name", "method.coef", "method.target", "method.clip_low")
 # files, code of one's own, and sizes that must fit one another
 BOUND = (
     *("data.", "rollout.", "parallel.", "model.", "train.", "method", "validation."),
-    *("reward.function", "reward.options"),
+    *("reward.function", "reward.options", "prompt.template"),
 )
 FALLING = (".min_lr", ".decay_steps")  # belong to some schedules of the learning rate alone
 
