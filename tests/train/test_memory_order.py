@@ -103,9 +103,9 @@ def watched(rank: int, world: int, folder: Path, stop_in: int | None) -> tuple[i
     device.watch_trained()
     create, step, save = setup.create_engine, loop.train_step, kind.save
 
-    def saved(self: checkpoint.Checkpoints, number: int, state: dict) -> None:
+    def saved(self: checkpoint.Checkpoints, number: int, state: dict, **named: Any) -> None:
         device.note(f"save {number}")
-        save(self, number, state)
+        save(self, number, state, **named)
         device.note("saved")
 
     def stepped(trainer: loop.Trainer, watch: Any) -> Any:
