@@ -54,7 +54,8 @@ class Result:
 
 def cells(table: PaperTable, plan: Plan) -> list[Cell]:
     """A row's cells. Raises ConfigError for an evaluation that cannot be read."""
-    evaluations = _evaluations(plan)
+    evaluated = _evaluated(plan)
+    evaluations, averages = evaluated.get("sets", {}), evaluated.get("average", ())
     published = [None if math.isnan(each) else each for each in plan.row.published] or [None] * len(table.columns)
     found: list[Cell] = []
     for (_, name, metric), figure in zip(table.columns, published, strict=True):
@@ -64,7 +65,7 @@ def cells(table: PaperTable, plan: Plan) -> list[Cell]:
             values = same or [each[0] if each else None for each in alone]
             known = [value for value in values if value is not None]
             ours = sum(known) / len(known) if known and len(known) == len(values) else None
-            low, high = _interval_of(ours, plan)
+            low, high = _interval_of(ours, averages)
             found.append(Cell(figure, ours, low, high, metric if ours is not None else ""))
             continue
         value = _ours(evaluations.get(name), metric)
@@ -131,28 +132,23 @@ def draw(result: Result, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _interval_of(mean: float | None, plan: Plan) -> tuple[float | None, float | None]:
+def _interval_of(mean: float | None, averages: Sequence[Mapping[str, float]]) -> tuple[float | None, float | None]:
     """The interval of a mean over sets, where the evaluation has the average of the same sets and metric."""
     if mean is not None:
-        for each in _evaluated(plan, "average") or ():
+        for each in averages:
             if math.isclose(100 * each["mean"], mean, abs_tol=1e-6):
                 return 100 * each["low"], 100 * each["high"]
     return None, None
 
 
-def _evaluations(plan: Plan) -> Mapping[str, Any]:
-    """``set -> evaluation`` of the row's model; empty where there is none yet."""
-    return _evaluated(plan, "sets") or {}
-
-
-def _evaluated(plan: Plan, key: str) -> Any:
-    """What the suite's result says of the row's model, None without one."""
+def _evaluated(plan: Plan) -> Mapping[str, Any]:
+    """``sets`` and ``average`` of the row's model in the suite's result; empty where there is none yet."""
     if plan.evaluation is None or not plan.evaluation.is_file():
-        return None
+        return {}
     try:
         found = read_json(plan.evaluation, max_bytes=LARGE_BYTES)
-        models = list(found["models"].values())
-        return models[-1].get(key) if key == "average" else models[-1][key]
+        model = list(found["models"].values())[-1]
+        return {"sets": model["sets"], "average": model.get("average", ())}
     except (KeyError, TypeError, IndexError, AttributeError, ValueError, OSError) as error:
         raise ConfigError(
             f"{plan.evaluation} is no result of megatron-entropy evaluate --suite ({type(error).__name__}: {error}); "

@@ -112,8 +112,10 @@ def analysis(table: PaperTable, made: Sequence[Plan]) -> str:
         "models": [(plan, plan.model) for plan in made if plan.model],
     }
     parts = {name: " ".join(quoted(path) for _, path in found) for name, found in made_of.items()}
-    if not table.analysis or len(made_of["runs"]) == 1 and table.analysis.startswith("compare"):
-        return f"{PROGRAM} report {parts['runs']}" if table.analysis else ""
+    if not table.analysis:
+        return ""
+    if len(made_of["runs"]) == 1 and table.analysis.startswith("compare"):
+        return f"{PROGRAM} report {parts['runs']}"
     command = f"{PROGRAM} {table.analysis.format(**parts)}"
     inputs = re.search(r"\{(\w+)\}", table.analysis)
     labels = [plan.row.label for plan, _ in made_of[inputs[1]]] if inputs else []
