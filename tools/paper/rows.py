@@ -31,6 +31,12 @@ class Step:
     state: str
     commands: tuple[str, ...] = ()
 
+    @classmethod
+    def of_file(cls, what: str, file: Path, *commands: str) -> Step:
+        """Done when ``file`` is there."""
+        done = file.is_file()
+        return cls(what, done, "yes" if done else "no", commands)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -57,24 +63,20 @@ def _plan(paper: Paper, table: PaperTable, row: Row) -> Plan:
         return Plan(row, ())
     suite = paper.folder / table.suite if table.suite else None
     if row.recipe:
-        folder, steps = _run(row)
-        config = Path(row_config(row).model.path)
-        model, results, run = folder / "hf", folder / "evaluation", folder
-        steps = [*steps, exported(folder, best=row_config(row).validation.every > 0)] if suite else steps
+        config = row_config(row)
+        run, steps = _run(row, config)
+        model, results, source = run / "hf", run / "evaluation", Path(config.model.path)
+        steps = [*steps, exported(run, best=config.validation.every > 0)] if suite else steps
     else:
         model, results = here(RECIPES / "models" / row.model), Path("runs") / row.model
-        config = model
+        source = model
         run, steps = None, [_weights(model, row.hub or hub_of(paper, row.model))]
     if suite is None:
         return Plan(row, tuple(steps), run=run, model=model)
     out = results / f"{suite_name(suite)}.json"
     command = f"{PROGRAM} evaluate {quoted(model)} --suite {suite_argument(suite)} --out {quoted(results)}"
-    command += f"{' --allow-shorter' if _too_long(suite, config) else ''} --engine vllm"
-    steps = [
-        *steps,
-        *_suite_data(suite),
-        Step("evaluated", out.is_file(), "yes" if out.is_file() else "no", (command,)),
-    ]
+    command += f"{' --allow-shorter' if _too_long(suite, source) else ''} --engine vllm"
+    steps = [*steps, *_suite_data(suite), Step.of_file("evaluated", out, command)]
     return Plan(row, tuple(steps), out, run, model)
 
 
@@ -146,17 +148,16 @@ def hub_of(paper: Paper, model: str) -> str:
     return next((config.model.hub for config in configs if Path(config.model.path).name == model), "")
 
 
-def _run(row: Row) -> tuple[Path, list[Step]]:
-    name, config = run_name(row), row_config(row)
+def _run(row: Row, config: Config) -> tuple[Path, list[Step]]:
+    name = run_name(row)
     named = [f"name={name}"] if row.set else []
     train = shlex.join([PROGRAM, "train", row.recipe, *row.set, *named])
     folder = Path(config.log.dir) / name
     steps = [*_data(Path(config.data.train), config.data.hub), _weights(Path(config.model.path), config.model.hub)]
     if config.data.curriculum:
-        there = Path(config.data.curriculum).is_file()
         sort = f"{PROGRAM} semantic-entropy {row.recipe} --out {quoted(Path(config.data.curriculum))}"
         sort += f" --stages {row.stages}" if row.stages else ""
-        steps.append(Step("curriculum", there, "yes" if there else "no", (sort,)))
+        steps.append(Step.of_file("curriculum", Path(config.data.curriculum), sort))
     return folder, [*steps, trained(folder, config.train.steps, train)]
 
 
@@ -169,9 +170,8 @@ def trained(folder: Path, steps: int, command: str) -> Step:
 
 def exported(folder: Path, *, best: bool) -> Step:
     """``best``: the paper reports the best validated checkpoint."""
-    done = (folder / "hf" / "config.json").is_file()
     command = f"{PROGRAM} convert to-hf {quoted(folder)} {quoted(folder / 'hf')}{' --best' if best else ''}"
-    return Step("export", done, "yes" if done else "no", (command,))
+    return Step.of_file("export", folder / "hf" / "config.json", command)
 
 
 def _weights(model: Path, hub: str) -> Step:

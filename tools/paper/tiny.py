@@ -104,7 +104,7 @@ def _plan(paper: Paper, table: PaperTable, row: Row) -> Plan:
     out = results / f"{suite_name(suite)}.json"
     command = f"{PROGRAM} evaluate {quoted(model)} --suite {suite_argument(suite)} --data-dir {DATA} {EVALUATION}"
     command += f"{'' if run else f' {NO_PROMPT}'} --out {quoted(results)}"
-    steps.append(Step("evaluated", out.is_file(), "yes" if out.is_file() else "no", (command,)))
+    steps.append(Step.of_file("evaluated", out, command))
     return Plan(row, tuple(steps), out, run, model)
 
 
@@ -119,7 +119,7 @@ def _run(row: Row, sets: Sequence[str]) -> tuple[Path, list[Step]]:
     curriculum = DATA / f"{data}.semantic_entropy.jsonl" if full.data.curriculum else None
     if curriculum:
         sort = shlex.join([PROGRAM, "semantic-entropy", recipe, *own, "--out", str(curriculum)])
-        made.append(Step("curriculum", curriculum.is_file(), "yes" if curriculum.is_file() else "no", (sort,)))
+        made.append(Step.of_file("curriculum", curriculum, sort))
     name = f"tiny/{run_name(row)}"
     validated = [f"validation.data={DATA / sets[0]}.jsonl", *VALIDATION] if sets else []
     own += [f"data.curriculum={curriculum or ''}"] if read_config(recipe).data.curriculum else []
@@ -140,7 +140,7 @@ def _made(name: str, against: Sequence[str] = ()) -> Step:
     sources = [str(DATA / f"{part}.jsonl") for part in parts] or [quoted(PUBLIC / name)]
     beside = [] if parts or not against else ["--against", *(str(DATA / f"{each}.jsonl") for each in against)]
     command = " ".join([PROGRAM, "data", name, *sources, *beside, "--out", str(file)])
-    return Step(name, file.is_file(), "yes" if file.is_file() else "no", (command,))
+    return Step.of_file(name, file, command)
 
 
 def _toml(value: Any) -> str:
