@@ -4,11 +4,13 @@
     megatron-entropy lab --only 'entropic*' --seeds 1
     megatron-entropy lab --dry-run                the commands, one a line; nothing is run
     megatron-entropy lab --page                   only write the page of what is finished
+    megatron-entropy lab --out docs/lab           only what docs/lab/results does not have yet
     megatron-entropy lab --page --out docs/lab    draw the repository's page anew from docs/lab/results
 
 Two trainings at a time on two cores (--jobs), one process each. A finished run is never repeated and a stopped one
 continues from its checkpoint. The page is OUT/index.html, its tables are OUT/README.md, and the numbers of both are
-OUT/results/RUN.json, which a page without runs is drawn from.
+OUT/results/RUN.json, which a page without runs is drawn from. With an OUT of its own, seeds that are there stay and are
+not done again, so that a lab may be made in parts, on several machines (remove a file to have its run made anew).
 
 Exit codes: 0 done, 75 stopped by a signal with everything saved (run it again), 2 configuration, 1 a run failed
 (its log is named).
@@ -33,7 +35,7 @@ from ..arguments import command_parser
 from .page import write
 from .plan import Job, LabPlan, jobs, load_plan
 from .runs import EVALUATION_STEPS, LOG, Running, RunResult, alone, preload, steps_done, work
-from .store import collect
+from .store import collect, left_to_do
 
 CONFIGURATION, REQUEUE = 2, 75
 LINE_EVERY_S = 30.0  # without a terminal
@@ -47,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
             plan = plan.select(options.only)
         plan = replace(plan, seeds=options.seeds or plan.seeds, steps=options.steps)
         todo = jobs(plan, options.dir)
+        if options.out and options.out != options.dir:
+            todo = left_to_do(plan, todo, options.out)
         if options.dry_run:
             return dry_run(todo)
         outcome = RunResult()

@@ -4,6 +4,9 @@
 the page and the claims use, of every held-out problem how many of its n responses were right (``c``) and their mean
 length, and the commit and the machine. The untrained model is ``results/untrained.json``. docs/lab/results holds those
 of the page in the repository.
+
+Where the results lie in another folder than the runs, they stay when the runs are gone: what is there is not done again
+(``left_to_do``), and seeds from other machines and days come together in one file.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from megatron_ext.metrics.writer import METRICS, SAMPLES, read_steps
 
 from ..evaluate import load_evaluations
 from . import provenance
-from .plan import BASE, EVALUATION, LABEL, LabPlan, LabRun, configuration, job_name
+from .plan import BASE, EVALUATION, LABEL, Job, LabPlan, LabRun, configuration, job_name
 
 RESULTS = "results"
 UNTRAINED = "untrained"
@@ -35,7 +38,8 @@ KEPT = (
 
 
 def collect(plan: LabPlan, folder: Path, out: Path) -> None:
-    """Write the results of every run of the plan that has a finished seed in ``folder``.
+    """Write the results of every run of the plan that has a finished seed in ``folder``, beside the seeds that ``out``,
+    if it is another folder, has of it.
 
     Raises ConfigError where ``out`` holds results of a run that was made with other settings.
     """
@@ -48,22 +52,48 @@ def collect(plan: LabPlan, folder: Path, out: Path) -> None:
         finished = [(seed, path, found) for seed, path in folders if (found := _evaluation(path)) is not None]
         if not finished:
             continue
+        there = {} if folder == out else {seed["seed"]: seed for seed in (_checked(out, run) or {"seeds": ()})["seeds"]}
         config, _ = configuration(plan, run, 0, folder)
         controller = methods.create(config.method).controller
         own = () if controller is None else (controller.measured, controller.target, controller.output)
         keys = (*KEPT, *(key for key in own if isinstance(key, str)))
         with_tokens = run.name in plan.details.tokens
+        there |= {seed: _seed(seed, path, found, keys, with_tokens) for seed, path, found in finished}
         content = _settings(run) | {
             "method": config.method["name"],
             "prompts": config.rollout.prompts,
             "controller": None if controller is None else vars(controller),
-            "seeds": [_seed(seed, path, found, keys, with_tokens) for seed, path, found in finished],
+            "seeds": [there[seed] for seed in sorted(there)],
         }
         _write(made / f"{run.name}.json", content)
 
 
+def left_to_do(plan: LabPlan, jobs: Sequence[Job], out: Path) -> list[Job]:
+    """The jobs whose results ``out`` does not have, and those whose model one of them starts from.
+
+    Raises ConfigError where it holds results of other settings.
+    """
+    steps = {job.name: job.steps for job in jobs}
+    collected = {BASE} if read_untrained(out) else set[str]()
+    for run in plan.runs:
+        for seed in (read(plan, out, run) or {"seeds": ()})["seeds"]:
+            name = job_name(run.name, seed["seed"])
+            if len(seed["curves"]["entropy/full"]) == steps[name]:
+                collected.add(name)
+    needed = {job.needs for job in jobs if job.name not in collected}
+    return [job for job in jobs if job.name not in collected or job.name in needed]
+
+
 def read(plan: LabPlan, out: Path, run: LabRun) -> Mapping[str, Any] | None:
-    """A run's results; None where there are none. Raises ConfigError for those of other settings."""
+    """A run's results with the plan's seeds; None where there are none. Raises ConfigError for those of other
+    settings."""
+    content = _checked(out, run)
+    if content is None:
+        return None
+    return dict(content) | {"seeds": [seed for seed in content["seeds"] if seed["seed"] < plan.seeds]}
+
+
+def _checked(out: Path, run: LabRun) -> Mapping[str, Any] | None:
     content = _read(out / RESULTS / f"{run.name}.json")
     if content is None:
         return None
@@ -72,7 +102,7 @@ def read(plan: LabPlan, out: Path, run: LabRun) -> Mapping[str, Any] | None:
     if found != now:
         path = out / RESULTS / f"{run.name}.json"
         raise ConfigError(f"{path}: results of other settings: found {found}, expected {now}; remove it or run it anew")
-    return dict(content) | {"seeds": [seed for seed in content["seeds"] if seed["seed"] < plan.seeds]}
+    return content
 
 
 def read_untrained(out: Path) -> Mapping[str, Any] | None:

@@ -15,9 +15,9 @@ from tests.tools.runs import evaluation, sample
 from tools.evaluate import save_evaluation
 from tools.lab import page
 from tools.lab.page import cell, method_rows, table_metrics, write
-from tools.lab.plan import BASE, LABEL, LabPlan, load_plan
+from tools.lab.plan import BASE, LABEL, LabPlan, jobs, load_plan
 from tools.lab.results import load, seconds, where_entropy_is
-from tools.lab.store import collect
+from tools.lab.store import collect, left_to_do
 from tools.tiny.tabular import SETTINGS
 
 ROOT = Path(__file__).parents[3]
@@ -109,6 +109,27 @@ def test_results_are_small_files_that_stand_for_the_runs(plan: LabPlan, folder: 
     alone = load(plan, folder)
     assert method_rows(alone) == method_rows(with_runs) and set(alone.runs) == set(with_runs.runs)
     assert (alone["aer"].seeds[1].c == [2, 4]).all()
+
+
+def test_a_lab_in_parts_does_only_what_its_results_do_not_have(plan: LabPlan, tmp_path: Path) -> None:
+    plan = replace(plan, seeds=2, steps=STEPS).select(["grpo", "aer", "entropic_pi_off_below"])
+    first, second, third, out = (tmp_path / name for name in ("first", "second", "third", "out"))
+    for name in (BASE, "grpo-s0", "aer-s0"):
+        save_run(first, name, entropy=FALLING)
+    collect(plan, first, out)
+    left = [job.name for job in left_to_do(plan, jobs(plan, second), out)]
+    assert left == ["grpo-s0", "entropic_pi_off_below-s0", "grpo-s1", "aer-s1", "entropic_pi_off_below-s1"]  # from grpo
+    save_run(second, "grpo-s1", entropy=FLAT)
+    save_run(second, "aer-s1", entropy=FLAT[1:])
+    collect(plan, second, out)
+    assert [seed.number for seed in load(plan, out)["grpo"].seeds] == [0, 1]
+    assert load(plan, out)["grpo"].curves("entropy/full") == [FALLING, FLAT]
+    plan = plan.select(["grpo", "aer"])
+    left = [job.name for job in left_to_do(plan, jobs(plan, third), out)]
+    assert left == ["aer-s1"]  # of fewer steps than the plan's
+    save_run(second, "grpo-s1", entropy=FALLING)
+    collect(plan, second, out)
+    assert load(plan, out)["grpo"].curves("entropy/full")[1] == FALLING  # made anew
 
 
 def test_results_of_other_settings_are_refused(plan: LabPlan, folder: Path) -> None:
