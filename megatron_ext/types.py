@@ -12,9 +12,10 @@ Shape suffixes (capital letters name logical axes):
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,8 @@ class Sample:
 
     ``logprobs`` are the engine's own, at the sampling temperature, one per response token.
     ``weight_version`` counts the weight updates the engine had received when it sampled.
+    ``routing`` has the experts, from 0, of every token that the engine has read, prompt and response but for its last
+    token: ``[tokens, layers, top_k]``, whole numbers. Entries of layers without experts have no meaning. None: not told.
     """
 
     prompt_ids: tuple[int, ...]
@@ -35,6 +38,7 @@ class Sample:
     text: str
     truncated: bool
     weight_version: int
+    routing: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class PackedSequences:
     logit_positions: Tensor  # [T] int64
     targets: Tensor  # [T] int64
     response_lengths: tuple[int, ...]  # one per sequence, without the padding
+    routing: Tensor | None = None  # [S, layers, top_k] int16, experts of the engine; -1: not told. None: of no token
 
 
 @dataclass(frozen=True, kw_only=True)

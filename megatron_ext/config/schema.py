@@ -172,6 +172,11 @@ class RolloutConfig(Section):
     samples: Positive = Field(default=8, description="responses per prompt: the group size G")
     temperature: float = Field(default=1.0, gt=0, le=100, description="sampling temperature")
     top_p: Fraction = Field(default=1.0, description="nucleus sampling mass; 1 samples from the whole vocabulary")
+    routing_replay: bool = Field(
+        default=False,
+        description="the trainer sends each token through the experts that the engine chose for it; of models with "
+        "experts, on an engine that tells them",
+    )
     max_response_tokens: Positive = Field(
         default=3072, description="longest response, in tokens; longer ones are truncated"
     )

@@ -17,11 +17,13 @@ from megatron_ext.types import Sample
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are sampled. ``temperature`` 0 means greedy."""
+    """How responses are sampled. ``temperature`` 0 means greedy. ``routing``: with the experts of their tokens
+    (``Sample.routing``), for which only engines are asked that heed ``rollout.routing_replay``."""
 
     temperature: float = 1.0
     top_p: float = 1.0
     max_response_tokens: int = 1024
+    routing: bool = False
 
 
 @dataclass(frozen=True)

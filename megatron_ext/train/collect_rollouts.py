@@ -91,7 +91,9 @@ class Rollouts:
             Request(encoded[prompt_index][1], seed_of(seed, self.step, prompt_index, sample))
             for prompt_index, sample in own
         ]
-        sampling = Sampling(rollout.temperature, rollout.top_p, rollout.max_response_tokens)
+        sampling = Sampling(
+            rollout.temperature, rollout.top_p, rollout.max_response_tokens, routing=rollout.routing_replay
+        )
         with self.watch.phase("rollout", total=len(own)) as phase:
             samples = self.engine.generate(
                 requests,
