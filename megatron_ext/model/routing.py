@@ -106,8 +106,8 @@ class PolicyRouting:
             replay.counts.zero_()
 
     def differing(self) -> float:
-        """Of the (token, layer) pairs with experts of the engine, the share where they are not the router's own top-k of
-        the same scores, as sets. Collective over all ranks; 0 where there are none."""
+        """Of the (token, layer) pairs with experts of the engine, the share where they are not the router's own top-k
+        of the same scores, as sets. Collective over all ranks; 0 where there are none."""
         total = torch.zeros(2, dtype=torch.int64, device=cpu_compat.device())
         for replay in self._replays():
             total += replay.counts

@@ -115,7 +115,7 @@ def pack(sequences: Sequence[Pair], *, multiple: int = 1) -> PackedSequences:
 
 
 def lay_out_routing(routing: Sequence[np.ndarray | None], packed: PackedSequences) -> Tensor | None:
-    """The experts of each sequence's tokens (``Sample.routing``) as ``PackedSequences.routing``, ``[S, layers, top_k]``.
+    """``PackedSequences.routing``, ``[S, layers, top_k]``, from the experts of each sequence (``Sample.routing``).
 
     None where they are known of no sequence. Those of a response's last token and of padding are not known.
     """
