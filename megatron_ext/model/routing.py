@@ -77,7 +77,7 @@ class PolicyRouting:
     def __init__(self, modules: Sequence[GPTModel]) -> None:
         self._sequence = modules[0].config.sequence_parallel
         self._recomputes = modules[0].config.recompute_granularity is not None
-        self._chunks = [_replays(module) for module in modules]
+        self._chunks = [_place_replays(module) for module in modules]
 
     @contextmanager
     def replayed(self, chunk: int, micro_batch: PackedSequences, *, with_grad: bool) -> Iterator[None]:
@@ -126,7 +126,7 @@ class PolicyRouting:
         return routing.chunk(groups.tensor().size())[groups.tensor().rank()]
 
 
-def _replays(module: GPTModel) -> dict[int, RoutingReplay]:
+def _place_replays(module: GPTModel) -> dict[int, RoutingReplay]:
     """Put one before each router of the module; by the layer's number in the whole model, from 0."""
     found: dict[int, RoutingReplay] = {}
     for each in module.modules():

@@ -1,9 +1,9 @@
 """The experts that the rollout engine chose, checked before the trainer replays them, and compared with its own choice.
 
 Under ``rollout.routing_replay`` every pass of the policy takes them: the one before the update, the update's own, and
-those between updates. The reference and the critic, which did not sample, choose for themselves. An engine does not know
-the experts of a response's last token, which it never reads: the policy's own are taken there. Nothing comes of it: that
-token's logits predict nothing, and no token attends to it.
+those between updates. The reference and the critic, which did not sample, choose for themselves. An engine does not
+know the experts of a response's last token, which it never reads: the policy takes its own top-k there. Nothing comes of
+it, since that token's logits predict nothing and no other token attends to it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from megatron_ext.types import Episode, Sample
 
 
 def of_episodes(episodes: Sequence[Episode], policy: Policy) -> list[np.ndarray | None] | None:
-    """``Sample.routing`` of each episode; None where the policy replays none. Raises RolloutError for an impossible one."""
+    """``Sample.routing`` of each episode; None where the policy replays none. Raises RolloutError for a wrong one."""
     if policy.routing is None:
         return None
     for episode in episodes:
         if fault := _fault(episode.sample, policy.architecture):
             raise RolloutError(
-                f"rollout.routing_replay: the engine's experts of a response {fault}: it samples from another model, or "
-                "is at fault; set rollout.routing_replay = false to train without them"
+                f"rollout.routing_replay: the engine's experts of a response {fault}: it samples from another model; "
+                "set rollout.routing_replay = false to train without them"
             )
     return [episode.sample.routing for episode in episodes]
 

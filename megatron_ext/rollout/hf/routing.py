@@ -19,7 +19,8 @@ class RoutingRecorder:
     def __init__(self, model: Any, batch: int) -> None:
         self.batch = batch
         layers = model.model.layers
-        self._gates = {number: layer.mlp.gate for number, layer in enumerate(layers) if hasattr(layer.mlp, "gate")}
+        gates = {number: getattr(layer.mlp, "gate", None) for number, layer in enumerate(layers)}
+        self._gates: dict[int, Any] = {number: gate for number, gate in gates.items() if gate is not None}
         if not self._gates:
             raise ValueError(
                 f"rollout.routing_replay: {type(model).__name__} of transformers has no router (mlp.gate of a layer) "
