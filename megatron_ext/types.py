@@ -28,8 +28,8 @@ class Sample:
 
     ``logprobs`` are the engine's own, at the sampling temperature, one per response token.
     ``weight_version`` counts the weight updates the engine had received when it sampled.
-    ``routing`` are the experts, from 0, of every token that the engine has read, which are all of prompt and response but
-    the last: ``[tokens, layers, top_k]``, whole numbers; of layers without experts they mean nothing. None: not told.
+    ``routing`` are the experts, from 0, of every token that the engine has read: prompt and response without the last
+    token. ``[tokens, layers, top_k]``, whole numbers; of layers without experts they mean nothing. None: not told.
     """
 
     prompt_ids: tuple[int, ...]

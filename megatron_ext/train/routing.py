@@ -2,8 +2,8 @@
 
 Under ``rollout.routing_replay`` every pass of the policy takes them: the one before the update, the update's own, and
 those between updates. The reference and the critic, which did not sample, choose for themselves. An engine does not
-know the experts of a response's last token, which it never reads: the policy takes its own top-k there. Nothing comes of
-it, since that token's logits predict nothing and no other token attends to it.
+know the experts of a response's last token, which it never reads: the policy takes its own top-k there. Nothing comes
+of it, since that token's logits predict nothing and no other token attends to it.
 """
 
 from __future__ import annotations
