@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -46,6 +47,7 @@ def finished_sample(
     logprobs: Iterable[float],
     finish_reason: str | None,
     versions: Iterable[str],
+    routing: np.ndarray | None = None,
 ) -> Sample:
     """vLLM's answer as a sample. ``versions`` are the labels of the weights it was sampled with: the oldest counts."""
     return Sample(
@@ -55,6 +57,7 @@ def finished_sample(
         text=tokenizer.decode(response, skip_special_tokens=True),
         truncated=finish_reason == "length",
         weight_version=min(version_of(label) for label in versions),
+        routing=routing,
     )
 
 

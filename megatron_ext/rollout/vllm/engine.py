@@ -32,6 +32,7 @@ from megatron_ext.rollout.vllm.common import (
     model_runner_variable,
     sampling_parameters,
 )
+from megatron_ext.rollout.vllm.spec import NEEDS_V2
 from megatron_ext.types import Sample
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vllm is imported
@@ -67,9 +68,16 @@ class VLLMEngine:
         gpu_memory_utilization: float = 0.5,
         enforce_eager: bool = False,
         model_runner: str = "auto",
+        routing_replay: bool = False,
     ) -> None:
         """``max_tokens``: of prompt and response together. ``gpu_memory_utilization``: of the GPU's total memory,
-        while awake. ``model_runner``: vLLM's, auto, v1 or v2."""
+        while awake. ``model_runner``: vLLM's, auto, v1 or v2. ``routing_replay``: whether ``Sampling.routing`` may be
+        asked for. Raises ValueError where vLLM cannot."""
+        if routing_replay and not torch.cuda.is_available():
+            raise ValueError(
+                f'rollout.routing_replay: {NEEDS_V2}, which its build for CPUs does not have; set rollout.engine = "hf", '
+                "or rollout.routing_replay = false"
+            )
         self.tokenizer = load_tokenizer(model_path)
         self.group = _engine_group(tensor_parallel_size)
         self.here = (
@@ -96,6 +104,7 @@ class VLLMEngine:
             enforce_eager=enforce_eager,
             logprobs_mode="processed_logprobs",
             enable_prefix_caching=True,
+            enable_return_routed_experts=routing_replay,
             weight_transfer_config=WeightTransferConfig(backend=weight_transfer.IN_PROCESS) if self.here else None,
             disable_log_stats=True,
             use_tqdm_on_load=False,
@@ -148,7 +157,7 @@ class VLLMEngine:
             finished = [output for output in self.llm.llm_engine.step() if output.finished]
             numbers = [int(output.request_id) - first for output in finished]
             own = {
-                number: self._sample(requests[number], output)
+                number: self._sample(requests[number], output, sampling)
                 for number, output in zip(numbers, finished, strict=True)
                 if 0 <= number < len(requests)
             }
@@ -178,7 +187,7 @@ class VLLMEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _sample(self, request: Request, output: RequestOutput) -> Sample:
+    def _sample(self, request: Request, output: RequestOutput, sampling: Sampling) -> Sample:
         answer = output.outputs[0]
         response = tuple(answer.token_ids)
         assert answer.logprobs is not None and answer.weight_versions is not None
@@ -189,6 +198,7 @@ class VLLMEngine:
             logprobs=(at[token].logprob for at, token in zip(answer.logprobs, response, strict=True)),
             finish_reason=answer.finish_reason,
             versions=(span.version for span in answer.weight_versions),
+            routing=answer.routed_experts if sampling.routing else None,
         )
 
 
