@@ -75,8 +75,8 @@ class VLLMEngine:
         asked for. Raises ValueError where vLLM cannot."""
         if routing_replay and not torch.cuda.is_available():
             raise ValueError(
-                f'rollout.routing_replay: {NEEDS_V2}, which its build for CPUs does not have; set rollout.engine = "hf", '
-                "or rollout.routing_replay = false"
+                f"rollout.routing_replay: {NEEDS_V2}, which its build for CPUs lacks; set "
+                'rollout.engine = "hf", or rollout.routing_replay = false'
             )
         self.tokenizer = load_tokenizer(model_path)
         self.group = _engine_group(tensor_parallel_size)
