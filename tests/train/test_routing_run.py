@@ -61,7 +61,7 @@ def test_a_replaying_run_is_the_same_under_another_layout_and_without_a_pass_bef
     [
         (
             (),
-            r"rollout.routing_replay: true, but the model has no experts: there is no num_experts in .*config.json; set",
+            r"rollout.routing_replay: true, but the model has no experts: there is no num_experts in .*config.json;",
         ),
         (
             ('rollout.engine="vllm_server"',),
