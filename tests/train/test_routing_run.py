@@ -1,4 +1,4 @@
-"""Whole runs of a model with experts, whose engine computes in bf16 and whose trainer in fp32, with replay and without."""
+"""Whole runs of a model with experts, its engine in bf16 and its trainer in fp32, with replay and without."""
 
 from __future__ import annotations
 
