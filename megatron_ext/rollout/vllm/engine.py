@@ -104,11 +104,11 @@ class VLLMEngine:
             enforce_eager=enforce_eager,
             logprobs_mode="processed_logprobs",
             enable_prefix_caching=True,
-            enable_return_routed_experts=routing_replay,
             weight_transfer_config=WeightTransferConfig(backend=weight_transfer.IN_PROCESS) if self.here else None,
             disable_log_stats=True,
             use_tqdm_on_load=False,
             seed=0,
+            **({"enable_return_routed_experts": True} if routing_replay else {}),
             **_for_device(config, gpu_memory_utilization, batch_size=batch_size, max_tokens=max_tokens, dtype=dtype),
         )
         self.model_runner = 2 if self.llm.llm_engine.vllm_config.use_v2_model_runner else 1
