@@ -219,6 +219,30 @@ METRICS = (
         good="1", low="see mismatch/mean", high="see mismatch/mean",
     ),
     Metric(
+        name="support/size", section=RESPONSES, title="Support", unit="tokens",
+        meaning="mean number of tokens of the vocabulary that the sampler kept, under sampling replay",
+        low="near 1: rollout.top_k, rollout.top_p or rollout.min_p leave hardly a choice, and little is learnt",
+        high="the distribution becomes flat: see entropy/full",
+    ),
+    *(
+        Metric(
+            name=f"support/{name}", section=RESPONSES, title="Kept tokens", unit="share of tokens",
+            meaning=meaning, good=good, low=low, high=high,
+        )
+        for name, meaning, good, low, high in (
+            (
+                "outside", "sampled tokens that were not among those that the sampler kept; they were put there",
+                "0 where support/recorded is 1, else rare: rounding at the edge", "",
+                "engine and trainer restrict differently, or see mismatch/mean; rollout.sampling_replay = off trains "
+                "on the whole policy",
+            ),
+            (
+                "recorded", "tokens for which the engine recorded what the sampler kept; the trainer recomputes others",
+                "1 for rollout.engine hf", "the engine cannot tell: see support/outside", "",
+            ),
+        )
+    ),
+    Metric(
         name="response/unknown_logprobs", section=RESPONSES, title="Unknown log-probs", unit="tokens per response",
         meaning="sampled tokens whose log-prob the engine does not report (NaN or infinite)",
         good="0",
