@@ -199,13 +199,14 @@ METRICS = (
     Metric(
         name="logprob/mean", section=RESPONSES, title="Log-probability", unit=NATS,
         meaning="mean log-prob of the sampled tokens under the policy that sampled them",
-        good="near minus entropy/full (at rollout.top_p 1)",
+        good="near minus entropy/full (where sampling leaves no token out)",
         low="sampled tokens are less likely than the policy says: see mismatch/mean",
     ),
     Metric(
         name="mismatch/mean", section=RESPONSES, title="Mismatch", unit=NATS,
         meaning="mean |log-prob of the rollout engine - log-prob of the trainer| over the same tokens",
-        good="near 0, of the size of rounding in model.dtype (at rollout.top_p 1)",
+        good="near 0, of the size of rounding in model.dtype (unless rollout.sampling_replay is off under a top-p, top-k "
+        "or min-p)",
         high="the engine samples from other weights or in too low a precision: try model.dtype = float32, or "
         "train.importance_cap; above alarms.mismatch the run stops",
     ),

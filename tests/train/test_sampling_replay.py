@@ -276,11 +276,12 @@ def test_a_sampled_token_that_was_not_kept_is_put_there_and_counted(
         assert step["mismatch/mean"] < 0.2 and step["grad/skipped"] == 0
 
 
-def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_bits_of_the_run_that_was_not(tmp_path: Path) -> None:
     assert whole_run.train(tmp_path / "whole", RECIPE, *RESTRICTED) == 0
-    for steps in (1, 2):
-        assert whole_run.train(tmp_path / "parts", RECIPE, *RESTRICTED, f"train.steps={steps}") == 0
-    assert whole_run.metrics(tmp_path / "parts") == whole_run.metrics(tmp_path / "whole")
+    whole_run.train_and_die(tmp_path / "killed", RECIPE, *RESTRICTED, after=1)
+    assert whole_run.train(tmp_path / "killed", RECIPE, *RESTRICTED) == 0
+    assert whole_run.metrics(tmp_path / "killed") == whole_run.metrics(tmp_path / "whole")
+    assert whole_run.contents(tmp_path / "killed", 2) == whole_run.contents(tmp_path / "whole", 2)
 
 
 def test_a_run_of_before_sampling_replay_goes_on_without_it(tmp_path: Path) -> None:
