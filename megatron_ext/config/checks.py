@@ -156,11 +156,12 @@ def file_faults(config: Config) -> list[str]:
             f"data.train: no such file: {data.train}; {_remedy(data.train)}give a path from here or from the recipe"
         )
     validation = config.validation
-    if validation.every and validation.data and not os.path.isfile(validation.data):
-        faults.append(
-            f"validation.data: no such file: {validation.data}; {_remedy(validation.data)}give a path from here or "
-            "from the recipe, or set validation.every = 0"
-        )
+    for path in validation.data if validation.every else ():
+        if not os.path.isfile(path):
+            faults.append(
+                f"validation.data: no such file: {path}; {_remedy(path)}give a path from here or from the recipe, or "
+                "set validation.every = 0"
+            )
     if data.curriculum and not os.path.isfile(data.curriculum):
         faults.append(
             f"data.curriculum: no such file: {data.curriculum}; make it from the initial policy with\n"

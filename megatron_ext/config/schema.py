@@ -337,7 +337,9 @@ class ValidationConfig(Section):
         default=0,
         description="steps between validations; one more comes before training and one after the last step; 0: off",
     )
-    data: str = Field(default="", description="JSON Lines file of problems, with the keys of data.train")
+    data: list[str] = Field(
+        default=[], description="JSON Lines files of problems, with the keys of data.train: one, or one per benchmark"
+    )
     samples: Positive = Field(default=1, description="responses per problem")
     temperature: float = Field(default=1.0, ge=0, le=100, description="sampling temperature; 0: greedy")
     top_p: Fraction = Field(default=1.0, description="nucleus sampling mass; 1 samples from the whole vocabulary")
@@ -350,6 +352,19 @@ class ValidationConfig(Section):
     keep_best: bool = Field(
         default=True, description="keep the checkpoint of the best validated step beside the checkpoint.keep newest"
     )
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_file(cls, data: object) -> object:
+        return [data] * bool(data) if isinstance(data, str) else data
+
+    @field_validator("data")
+    @classmethod
+    def _own_names(cls, data: list[str]) -> list[str]:
+        stems = [Path(path).stem for path in data]
+        if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+            raise ValueError(f"several files are called {', '.join(twice)}: their metrics need different names")
+        return data
 
 
 class LogConfig(Section):

@@ -117,7 +117,7 @@ METRICS = (
     *(
         Metric(
             name=f"validation/{name}/<kind>", section=VALIDATION, title=f"Validated by kind: {name}", unit=unit,
-            meaning=f"validation/{name} of the problems of one kind, where there are several",
+            meaning=f"validation/{name} of the problems of one kind, or one file, where there are several",
         )
         for name, unit in (("avg", OF_RESPONSES), ("pass", OF_PROBLEMS), ("maj", OF_PROBLEMS))
     ),
