@@ -59,6 +59,11 @@ def layout_faults(config: Config) -> list[str]:
         )
     faults += _engine_faults(config) + _schedule_faults("optimizer", config.optimizer)
     faults += _schedule_faults("critic", config.critic)
+    if config.rollout.top_k == 1:
+        faults.append(
+            f"rollout.top_k: 1 samples the same response {config.rollout.samples} times, of which nothing can be "
+            "learnt; set rollout.top_k = 0 (all tokens), or at least 2"
+        )
     if config.rollout.dynamic_sampling and config.rollout.samples == 1:
         faults.append(
             "rollout.dynamic_sampling: keeps groups whose rewards differ, but rollout.samples is 1: raise "

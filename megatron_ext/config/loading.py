@@ -80,8 +80,14 @@ def with_template_text(prompt: PromptConfig) -> PromptConfig:
 
 
 def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration that an older version wrote, under today's names and with the keys that it did not have."""
-    return _merge(Config().model_dump(), with_new_names(config))
+    """A configuration that an older version wrote, under today's names and with the keys that it did not have.
+
+    Before there was ``rollout.sampling_replay``, a run with a nucleus trained on the whole policy.
+    """
+    merged = _merge(Config().model_dump(), with_new_names(config))
+    if "sampling_replay" not in config.get("rollout", {}) and merged["rollout"]["top_p"] < 1:
+        merged["rollout"]["sampling_replay"] = "off"
+    return merged
 
 
 def _merge_chain(chain: list[dict[str, Any]]) -> dict[str, Any]:

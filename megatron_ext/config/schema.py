@@ -172,6 +172,15 @@ class RolloutConfig(Section):
     samples: Positive = Field(default=8, description="responses per prompt: the group size G")
     temperature: float = Field(default=1.0, gt=0, le=100, description="sampling temperature")
     top_p: Fraction = Field(default=1.0, description="nucleus sampling mass; 1 samples from the whole vocabulary")
+    top_k: NonNegative = Field(default=0, description="sample from the so many likeliest tokens; 0: from all")
+    min_p: float = Field(
+        default=0.0, ge=0, lt=1, description="leave out tokens below this share of the likeliest token's probability"
+    )
+    sampling_replay: Literal["auto", "off"] = Field(
+        default="auto",
+        description="train on the distribution that was sampled from, where top_k, min_p or top_p leave tokens out; "
+        "off: on the whole policy",
+    )
     max_response_tokens: Positive = Field(
         default=3072, description="longest response, in tokens; longer ones are truncated"
     )
@@ -188,6 +197,16 @@ class RolloutConfig(Section):
     max_generations: Positive = Field(
         default=10, description="dynamic sampling: rounds per step; after the last one, dropped groups fill the batch"
     )
+
+    @property
+    def restricts_sampling(self) -> bool:
+        """Whether sampling leaves tokens of the vocabulary out."""
+        return self.top_k > 0 or self.min_p > 0 or self.top_p < 1
+
+    @property
+    def replays_sampling(self) -> bool:
+        """Whether training restricts the policy to the tokens that the sampler kept."""
+        return self.restricts_sampling and self.sampling_replay == "auto"
 
 
 class RewardConfig(Section):
