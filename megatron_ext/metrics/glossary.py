@@ -205,8 +205,8 @@ METRICS = (
     Metric(
         name="mismatch/mean", section=RESPONSES, title="Mismatch", unit=NATS,
         meaning="mean |log-prob of the rollout engine - log-prob of the trainer| over the same tokens",
-        good="near 0, of the size of rounding in model.dtype (unless rollout.sampling_replay is off under a top-p, top-k "
-        "or min-p)",
+        good="near 0, of the size of rounding in model.dtype (unless rollout.sampling_replay is off under a top-p, "
+        "top-k or min-p)",
         high="the engine samples from other weights or in too low a precision: try model.dtype = float32, or "
         "train.importance_cap; above alarms.mismatch the run stops",
     ),
