@@ -92,7 +92,13 @@ class Rollouts:
             for prompt_index, sample in own
         ]
         sampling = Sampling(
-            rollout.temperature, rollout.top_p, rollout.max_response_tokens, routing=rollout.routing_replay
+            rollout.temperature,
+            rollout.top_p,
+            rollout.max_response_tokens,
+            top_k=rollout.top_k,
+            min_p=rollout.min_p,
+            keeps_support=rollout.replays_sampling,
+            routing=rollout.routing_replay,
         )
         with self.watch.phase("rollout", total=len(own)) as phase:
             samples = self.engine.generate(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_ext.types import Batch, PackedSequences
+from megatron_ext.types import Batch, KeptTokens, PackedSequences, PackedSupport, Restriction
 
 Pair = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids
 
@@ -39,6 +39,24 @@ class MiniBatch:
             parts = zip(packed, bins, strict=True)
             packed = [replace(part, routing=lay_out_routing([routing[i] for i in each], part)) for part, each in parts]
         return cls(tuple(map(tuple, bins)), tuple(packed))
+
+    def with_support(self, restriction: Restriction, supports: Sequence[KeptTokens | None]) -> MiniBatch:
+        """With what the sampler kept for the tokens of each response of the mini-batch; None: it is not known."""
+
+        def joined(sequences: Sequence[int], packed: PackedSequences) -> PackedSupport:
+            lengths = dict(zip(sequences, packed.response_lengths, strict=True))
+            kept = [supports[i] or KeptTokens.empty(lengths[i]) for i in sequences]
+            unknown = np.repeat([supports[i] is None for i in sequences], [lengths[i] for i in sequences]).astype(bool)
+            return PackedSupport.recorded(restriction, KeptTokens.join(kept), unknown, packed.targets.numpy())
+
+        pairs = zip(self.sequences, self.micro_batches, strict=True)
+        replayed = tuple(replace(packed, support=joined(sequences, packed)) for sequences, packed in pairs)
+        return replace(self, micro_batches=replayed)
+
+    @property
+    def is_support_known(self) -> bool:
+        """Whether no pass has to find out what the sampler kept."""
+        return all(packed.support is None or packed.support.is_known for packed in self.micro_batches)
 
     def split(self, batch: Batch) -> list[tuple[Batch, Tensor]]:
         """Each micro-batch's part of the mini-batch's ``batch``, and the positions of its tokens in that."""

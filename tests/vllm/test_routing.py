@@ -22,9 +22,7 @@ SAMPLING = Sampling(1.0, 1.0, 4, routing=True)
 def test_an_engine_on_a_cpu_is_refused_before_it_is_built(tmp_path: Path) -> None:
     """As vLLM itself refuses it: with its own runner there, and with the other one."""
     model = tiny.experts_model(tmp_path / "moe", layers=2, experts=4)
-    with pytest.raises(
-        ValueError, match=r"rollout.routing_replay: vLLM tells .* V2 only, which its build for CPUs"
-    ):
+    with pytest.raises(ValueError, match=r"rollout.routing_replay: vLLM tells .* V2 only, which its build for CPUs"):
         VLLMEngine(model, dtype="float32", max_tokens=64, routing_replay=True)
     options: dict[str, Any] = {"dtype": "float32", "max_model_len": 64, "enforce_eager": True}
     for variable, message in ((None, "AuxOutput Connector requires Model Runner V2"), ("1", "V2 requires Triton")):
