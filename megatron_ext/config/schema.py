@@ -181,6 +181,11 @@ class RolloutConfig(Section):
         description="train on the distribution that was sampled from, where top_k, min_p or top_p leave tokens out; "
         "off: on the whole policy",
     )
+    routing_replay: bool = Field(
+        default=False,
+        description="the trainer sends each token through the experts that the engine chose for it; of models with "
+        "experts, on an engine that tells them",
+    )
     max_response_tokens: Positive = Field(
         default=3072, description="longest response, in tokens; longer ones are truncated"
     )

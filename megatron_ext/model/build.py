@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from megatron_ext.model import groups, rope
 from megatron_ext.model.architectures import Architecture
 from megatron_ext.model.layers import block_spec
 from megatron_ext.model.megatron_config import ModelLayout, ModelOptions, stage_sizes, transformer_config
+from megatron_ext.model.routing import PolicyRouting
 from megatron_ext.ops.shard import VocabShard
 
 
@@ -58,12 +59,14 @@ class Policy:
     """This rank's part of a model. ``chunks`` are Megatron's model chunks: ``modules``, wrapped for DDP if trained.
 
     ``fused_head``: its statistics are taken from hidden states, the logits of a micro-batch never exist together.
+    ``routing``: its routers choose the experts that a micro-batch's tokens come with (routing.py).
     """
 
     architecture: Architecture
     modules: list[GPTModel]
     chunks: list[Any]
     fused_head: bool = False
+    routing: PolicyRouting | None = None
 
     @property
     def head_weight(self) -> Tensor:
@@ -194,9 +197,12 @@ def build_policy(
     *,
     overlap: Overlap = OVERLAPPED,
     fused_head: bool = False,
+    routing_replay: bool = False,
 ) -> Policy:
     """This rank's part of the policy with uninitialised weights, ready for training."""
-    return wrap(architecture, build_modules(architecture, layout, options), overlap, fused_head=fused_head)
+    modules = build_modules(architecture, layout, options)
+    routing = PolicyRouting(modules) if routing_replay else None
+    return replace(wrap(architecture, modules, overlap, fused_head=fused_head), routing=routing)
 
 
 def wrap(architecture: Architecture, modules: list[GPTModel], overlap: Overlap, *, fused_head: bool = False) -> Policy:
