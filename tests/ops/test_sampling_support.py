@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -81,6 +82,13 @@ def test_wide_logits_are_searched_at_their_highest_blocks(dtype, monkeypatch):
     flat = torch.randn(3, 9001, generator=torch.Generator().manual_seed(0)).to(dtype)
     for rule in ({"top_k": 5000}, {"top_p": 0.99}, {"min_p": 1e-3}):
         assert rows_of(sampling_support(flat, **rule)) == expected_rows(flat, 1.0, rule), rule
+
+
+def test_ties_with_the_last_of_top_k_count_in_the_mass_of_top_p_beyond_the_candidates():
+    """Of the 3001 tokens that top_k leaves the likeliest has a quarter of the mass, of the 401 candidates 71 %."""
+    logits = torch.full((1, 5000), -5.0)
+    logits[0, 3], logits[0, 1000:4000] = math.log(1000), 0.0
+    assert rows_of(sampling_support(logits, top_k=400, top_p=0.5)) == [[3, *range(1000, 4000)]]
 
 
 def test_a_nan_leaves_its_token_unrestricted_and_no_tokens_have_no_support():
