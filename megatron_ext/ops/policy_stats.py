@@ -52,6 +52,7 @@ def policy_stats(
     grad: Sequence[str] = ("logprob",),
     num_candidates: int = NUM_CANDIDATES,
     inplace_backward: bool = False,
+    deterministic: bool = False,
 ) -> PolicyStats:
     """``logp = (logits / temperature).log_softmax(-1)``: ``logp[range(T), targets]``, ``-(logp.exp() * logp).sum(-1)``.
 
@@ -72,6 +73,8 @@ def policy_stats(
         num_candidates: logits of a token that are sent to its owner rank; more resolve flatter distributions.
         inplace_backward: the backward writes the gradient over ``logits``, for a buffer nobody else reads; a second
             backward then raises.
+        deterministic: every output and gradient has the same bits however the vocabulary is sharded, and whatever the
+            number of threads (deterministic.py); on a CPU alone, and slower: every token's nucleus is searched.
 
     Raises:
         ValueError: shapes, dtypes, names or numbers that do not fit.
@@ -83,7 +86,7 @@ def policy_stats(
         raise ValueError(f"policy_stats: logits are {list(logits.shape)}, expected {expected}")
     options = checked_options(
         "policy_stats", T=len(logits), dtype=logits.dtype, shard=shard, targets=targets, temperature=temperature,
-        top_p=top_p, nucleus=nucleus, want=want, grad=grad, num_candidates=num_candidates,
+        top_p=top_p, nucleus=nucleus, want=want, grad=grad, num_candidates=num_candidates, deterministic=deterministic,
     )  # fmt: skip
     scale = inverse_temperature(temperature, len(logits), logits)
     return PolicyStats(*_PolicyStatsFunction.apply(logits, targets, scale, options, inplace_backward))
@@ -104,7 +107,8 @@ class _PolicyStatsFunction(torch.autograd.Function):
     line are all that must be kept. The portable path also keeps where the nucleus is, [T, K] twice.
 
     Collectives over the shard's group, none of one rank: without a nucleus one all-gather; with one an all-to-all and
-    an all-gather, and the gathers of the fallback where it is taken (a GPU always sends them). Backward: none.
+    an all-gather, and the gathers of the fallback where it is taken (a GPU always sends them). Backward: none. With
+    ``deterministic`` two all-gathers without a nucleus, and with one the search's gathers besides.
 
     (1) again for tokens that take the fallback; on a GPU once more in the groups of columns that hold candidates.
     (2) fp64 for fp64 logits.
