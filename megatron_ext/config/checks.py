@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.config.deterministic_checks import deterministic_faults
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.parallel_checks import model_faults, nearest_divisor
 from megatron_ext.config.public_sets import how_to_make
@@ -222,4 +223,4 @@ def _check_model(config: Config) -> list[str]:
             f"validation.max_response_tokens: data.max_prompt_tokens + {config.max_validation_tokens} = {validated} "
             f"exceed the model's {positions} positions; lower it"
         )
-    return faults + model_faults(hf, config.parallel)
+    return faults + model_faults(hf, config.parallel) + deterministic_faults(hf, config)

@@ -103,7 +103,7 @@ def _statistics(
     shard = policy.vocab_shard
     want, grad = _outputs(needs)
     options: Any = {"temperature": temperature, "top_p": needs.nucleus_p, "nucleus": needs.nucleus}
-    options |= {"want": want, "grad": grad if with_grad else ()}
+    options |= {"want": want, "grad": grad if with_grad else (), "deterministic": policy.deterministic}
 
     def read(output: Tensor, micro_batch: PackedSequences) -> TokenStats:
         hidden, targets = select_hidden(policy, output, micro_batch), micro_batch.targets.to(output.device)

@@ -1,8 +1,8 @@
 """Products in blocks of a fixed shape, and sums over the blocks in a fixed tree: the same bits on any number of ranks.
 
 A matrix product may round otherwise where it has more columns, and ranks add their shares in an order of their own. So
-the sharded dimension is cut into ``num`` blocks, a power of two, whatever the layout: each block is multiplied by itself
-from tensors of its own, and what the blocks have to add is added in the tree
+the sharded dimension is cut into blocks, a power of two of them, whatever the layout: each is multiplied alone, from
+tensors of its own, and what the blocks have to add is added in the tree
 
     ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))
 
@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_ext.ops.collectives import all_gather
 from megatron_ext.ops.shard import VocabShard
@@ -34,9 +34,9 @@ def vocabulary(shard: VocabShard, caller: str) -> list[Leaf]:
     width = -(-shard.vocab_size // NUM)
     if any(edge % width and edge < shard.vocab_size for edge in (shard.start, shard.stop)):
         raise ValueError(
-            f"{caller}: deterministic=True multiplies blocks of ceil({shard.vocab_size} / {NUM}) = {width} columns, which "
-            f"columns {shard.start} to {shard.stop} of this rank cut; split the vocabulary over 1, 2, 4 or {NUM} ranks, "
-            f"padded to {NUM * width} columns"
+            f"{caller}: deterministic=True multiplies blocks of ceil({shard.vocab_size} / {NUM}) = {width} columns, "
+            f"which columns {shard.start} to {shard.stop} of this rank cut; split the vocabulary over 1, 2, 4 or {NUM} "
+            f"ranks, padded to {NUM * width} columns"
         )
     last = max(0, shard.real)
     return [[slice(i, min(i + width, last))] for i in range(0, last, width)]
@@ -50,7 +50,7 @@ def product(x: Tensor, weight: Tensor, leaves: Sequence[Leaf]) -> Tensor:
     return out
 
 
-def input_gradient(d_out: Tensor, weight: Tensor, leaves: Sequence[Leaf], group: torch.distributed.ProcessGroup | None):
+def input_gradient(d_out: Tensor, weight: Tensor, leaves: Sequence[Leaf], group: ProcessGroup | None) -> Tensor:
     """``d_out [T, N] @ weight [N, K]`` over all ranks of the group: the blocks' products added in the tree."""
     parts = [
         _left_to_right([d_out[:, rows].contiguous() @ weight[rows].contiguous() for rows in leaf]) for leaf in leaves
@@ -65,8 +65,8 @@ def weight_gradient(d_out: Tensor, x: Tensor, leaves: Sequence[Leaf], out: Tenso
         out[rows] += d_out[:, rows].to(out.dtype).contiguous().T @ x
 
 
-def tree_sum(parts: Sequence[Tensor], group: torch.distributed.ProcessGroup | None) -> Tensor:
-    """The sum of all ranks' blocks, in order, on every rank; as many on each, a power of two, or the last ones fewer."""
+def tree_sum(parts: Sequence[Tensor], group: ProcessGroup | None) -> Tensor:
+    """The sum of all ranks' blocks, in order, on every rank; as many on each, a power of two (the last ones fewer)."""
     return _tree(list(all_gather(_tree(list(parts)), group)))
 
 

@@ -68,7 +68,7 @@ def exponential(x: Tensor) -> Tensor:
 def global_stats(logits: Tensor, column: Tensor, scale: Tensor, options: Options) -> GlobalStats:
     """The statistics of every token over the whole vocabulary ``[T, 1]`` each, in fp64, the same bits on every rank.
 
-    ``logits`` ``[T, W]``; ``column`` ``[T, 1]`` is the target's in this shard, -1 where it has none; ``scale`` ``[T, 1]``.
+    ``logits`` ``[T, W]`` with ``column`` ``[T, 1]``, the target's in this shard or -1, and ``scale`` ``[T, 1]``.
     """
     shard, rule, dtype = options.shard, options.rule, scale.dtype
     x, unit = logits[:, : shard.real], _unit(shard)

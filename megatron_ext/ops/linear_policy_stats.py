@@ -71,8 +71,8 @@ def linear_policy_stats(
         chunk: tokens whose logits exist at once; None: as many as CHUNK_BYTES hold.
         main_grad: fp32 ``[shard.width, D]`` that the gradient of the weight is added to, chunk by chunk; autograd then
             gets zeros in its place.
-        deterministic: as for :func:`policy_stats`; the products are of blocks of the vocabulary (blocks.py), so the shard
-            must not cut one. The same number of threads, no ``sequence_parallel``.
+        deterministic: as for :func:`policy_stats`; the products are of blocks of the vocabulary (blocks.py), so the
+            shard must not cut one. The same number of threads, no ``sequence_parallel``.
 
     The other arguments, the outputs and the errors are those of :func:`policy_stats`. Without ``main_grad`` the
     gradient of the weight is summed in fp32 over the chunks, then rounded to the weight's dtype; the sum over

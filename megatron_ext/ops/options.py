@@ -177,8 +177,8 @@ def checked_options(
         raise ValueError(f"{caller}: num_candidates is {num_candidates}, expected at least 1")
     if deterministic and targets.device.type != "cpu":
         raise ValueError(
-            f"{caller}: deterministic=True runs on a CPU alone, found tensors on {targets.device}; the Triton kernels add "
-            "in an order that the layout decides: leave it False there"
+            f"{caller}: deterministic=True runs on a CPU alone, found tensors on {targets.device}; the Triton kernels "
+            "add in an order that the layout decides: leave it False there"
         )
     rule = NucleusRule(top_p, nucleus) if wants_nucleus and top_p is not None else None
     return Options(shard, rule, tuple(want), tuple(grad), num_candidates, deterministic)
