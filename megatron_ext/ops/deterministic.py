@@ -121,8 +121,8 @@ def _unit(shard: VocabShard) -> int:
 
 
 def _counts(value: Tensor, unit: int) -> Tensor:
-    """``value`` in [-1, 1] as whole numbers of 2^-unit."""
-    return (value.double() * 2.0**unit).round_().long()
+    """``value`` in [-1, 1] as whole numbers of 2^-unit. The product with a power of two is exact."""
+    return (value * 2.0**unit).round_().long()
 
 
 def _amount(count: Tensor, unit: int) -> Tensor:

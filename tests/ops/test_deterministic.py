@@ -68,6 +68,19 @@ def test_any_number_of_ranks_gives_the_same_bits(dtype: torch.dtype) -> None:
         assert differing(*plain)
 
 
+def test_any_number_of_threads_gives_the_same_bits() -> None:
+    logits, targets = language_like(40, 5003)
+    logits.requires_grad_()
+    found, before = [], torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        out = policy_stats(logits, targets, top_p=0.8, want=ALL, grad=DIFFERENTIABLE, deterministic=True)
+        (gradient,) = torch.autograd.grad(weighted({name: out[name] for name in DIFFERENTIABLE}), logits)
+        found.append({name: out[name].detach() for name in ALL} | {"gradient": gradient})
+    torch.set_num_threads(before)
+    assert differing(found[0], found[1]) == differing(found[0], found[2]) == []
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("nucleus", RULES)
 def test_values_and_gradients_equal_the_reference(dtype: torch.dtype, nucleus: str) -> None:

@@ -32,6 +32,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--top-p", type=float, default=0.8, help="of the nucleus (%(default)s)")
     parser.add_argument("--repeat", type=int, default=9, help="interleaved repetitions; medians are reported")
     parser.add_argument(
+        "--deterministic", action="store_true", help="of ops: time the statistics with deterministic=True too"
+    )
+    parser.add_argument(
         "--count", action="store_true", help="of ops: count what a GPU would be asked for, time nothing"
     )
     parser.add_argument("--out", default="runs/bench", help="folder (%(default)s)")
