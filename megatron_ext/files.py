@@ -1,4 +1,4 @@
-"""Small files that anybody may have written: read whole, but never more than they should have.
+"""Files: read whole, but never more than they should have, and written whole or not at all.
 
 A device, a pipe or a file of many gigabytes in the place of a configuration is refused before it is read; JSON is
 refused as one kind of error, whatever is wrong with it. No torch: the schema imports it.
@@ -7,6 +7,7 @@ refused as one kind of error, whatever is wrong with it. No torch: the schema im
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import stat
@@ -60,6 +61,25 @@ def parse_json(text: bytes) -> Any:
     if level:
         raise ValueError("its values are nested too deeply")
     return value
+
+
+def sha256(path: str | Path) -> str:
+    """Of a regular file's bytes, streamed. Raises OSError."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """All of it or nothing, in the place of what is there: on the disk before its name. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.tmp")  # of one writer: what a kill leaves, the next one takes
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def first_fault(error: ValidationError) -> str:

@@ -38,6 +38,7 @@ from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.loading import read_config
 from megatron_ext.config.schema import Config
 from megatron_ext.config.shipped import outside
+from megatron_ext.files import write_atomically
 from megatron_ext.metrics.eval_stats import clusters
 
 from .arguments import add_recipe, command_parser
@@ -185,9 +186,7 @@ def write_curriculum(path: Path, header: dict[str, Any], rows: Sequence[dict[str
         {"row": row["row"], "id": row["id"], "stage": stage_of(rank, len(rows), header["stages"])} | row
         for rank, row in enumerate(ordered)
     ]
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text("".join(_line(record) for record in [header, *staged]), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, "".join(_line(record) for record in [header, *staged]))
     return staged
 
 

@@ -60,6 +60,11 @@ def layout_faults(config: Config) -> list[str]:
         )
     faults += _engine_faults(config) + _schedule_faults("optimizer", config.optimizer)
     faults += _schedule_faults("critic", config.critic)
+    if config.rollout.top_k == 1:
+        faults.append(
+            f"rollout.top_k: 1 samples the same response {config.rollout.samples} times, of which nothing can be "
+            "learnt; set rollout.top_k = 0 (all tokens), or at least 2"
+        )
     if config.rollout.dynamic_sampling and config.rollout.samples == 1:
         faults.append(
             "rollout.dynamic_sampling: keeps groups whose rewards differ, but rollout.samples is 1: raise "
@@ -152,11 +157,12 @@ def file_faults(config: Config) -> list[str]:
             f"data.train: no such file: {data.train}; {_remedy(data.train)}give a path from here or from the recipe"
         )
     validation = config.validation
-    if validation.every and validation.data and not os.path.isfile(validation.data):
-        faults.append(
-            f"validation.data: no such file: {validation.data}; {_remedy(validation.data)}give a path from here or "
-            "from the recipe, or set validation.every = 0"
-        )
+    for path in validation.data if validation.every else ():
+        if not os.path.isfile(path):
+            faults.append(
+                f"validation.data: no such file: {path}; {_remedy(path)}give a path from here or from the recipe, or "
+                "set validation.every = 0"
+            )
     if data.curriculum and not os.path.isfile(data.curriculum):
         faults.append(
             f"data.curriculum: no such file: {data.curriculum}; make it from the initial policy with\n"

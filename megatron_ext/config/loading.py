@@ -80,8 +80,14 @@ def with_template_text(prompt: PromptConfig) -> PromptConfig:
 
 
 def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration that an older version wrote, under today's names and with the keys that it did not have."""
-    return _merge(Config().model_dump(), with_new_names(config))
+    """A configuration that an older version wrote, under today's names and with the keys that it did not have.
+
+    Before there was ``rollout.sampling_replay``, a run with a nucleus trained on the whole policy.
+    """
+    merged = _merge(Config().model_dump(), with_new_names(config))
+    if "sampling_replay" not in config.get("rollout", {}) and merged["rollout"]["top_p"] < 1:
+        merged["rollout"]["sampling_replay"] = "off"
+    return merged
 
 
 def _merge_chain(chain: list[dict[str, Any]]) -> dict[str, Any]:
@@ -114,16 +120,15 @@ def _read_chain(path: Path, children: tuple[Path, ...] = ()) -> list[dict[str, A
         raise ConfigError(f"recipe: {path} is its own parent; a chain of parents ends with a recipe that names none")
     for name, key in _PATHS:
         section = own.get(name)
-        if not isinstance(section, dict) or not isinstance(value := section.get(key), str):
+        if not isinstance(section, dict):
             continue  # the schema says what is wrong with it
-        if not value or os.path.exists(value):
-            continue
-        beside = os.path.normpath(path.parent / value)
-        made_later = name in ("data", "validation")  # by a tool, where the recipe says
-        if not os.path.exists(beside) and (found := shipped(value)):
-            section[key] = str(found)
-        elif made_later or os.path.exists(beside):
-            section[key] = expected_at(beside)
+        value, made_later = section.get(key), name in ("data", "validation")  # by a tool, where the recipe says
+        if isinstance(value, str):
+            section[key] = _resolved(value, path.parent, made_later=made_later)
+        elif isinstance(value, list):
+            section[key] = [
+                _resolved(each, path.parent, made_later=made_later) if isinstance(each, str) else each for each in value
+            ]
     _resolve_code(own, path.parent)
     parent = own.pop("parent", None)
     if parent is None:
@@ -133,6 +138,16 @@ def _read_chain(path: Path, children: tuple[Path, ...] = ()) -> list[dict[str, A
     above = path.parent / parent
     above = above if os.path.exists(above) else shipped(parent) or above
     return [*_read_chain(above, (*children, path.resolve())), own]
+
+
+def _resolved(value: str, folder: Path, *, made_later: bool) -> str:
+    """A path of a recipe in ``folder``, as ``load_config`` looks for it."""
+    if not value or os.path.exists(value):
+        return value
+    beside = os.path.normpath(folder / value)
+    if not os.path.exists(beside) and (found := shipped(value)):
+        return str(found)
+    return expected_at(beside) if made_later or os.path.exists(beside) else value
 
 
 def _resolve_code(own: dict[str, Any], folder: Path) -> None:

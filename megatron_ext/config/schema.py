@@ -177,6 +177,15 @@ class RolloutConfig(Section):
     samples: Positive = Field(default=8, description="responses per prompt: the group size G")
     temperature: float = Field(default=1.0, gt=0, le=100, description="sampling temperature")
     top_p: Fraction = Field(default=1.0, description="nucleus sampling mass; 1 samples from the whole vocabulary")
+    top_k: NonNegative = Field(default=0, description="sample from the so many likeliest tokens; 0: from all")
+    min_p: float = Field(
+        default=0.0, ge=0, lt=1, description="leave out tokens below this share of the likeliest token's probability"
+    )
+    sampling_replay: Literal["auto", "off"] = Field(
+        default="auto",
+        description="train on the distribution that was sampled from, where top_k, min_p or top_p leave tokens out; "
+        "off: on the whole policy",
+    )
     max_response_tokens: Positive = Field(
         default=3072, description="longest response, in tokens; longer ones are truncated"
     )
@@ -193,6 +202,16 @@ class RolloutConfig(Section):
     max_generations: Positive = Field(
         default=10, description="dynamic sampling: rounds per step; after the last one, dropped groups fill the batch"
     )
+
+    @property
+    def restricts_sampling(self) -> bool:
+        """Whether sampling leaves tokens of the vocabulary out."""
+        return self.top_k > 0 or self.min_p > 0 or self.top_p < 1
+
+    @property
+    def replays_sampling(self) -> bool:
+        """Whether training restricts the policy to the tokens that the sampler kept."""
+        return self.restricts_sampling and self.sampling_replay == "auto"
 
 
 class RewardConfig(Section):
@@ -323,7 +342,9 @@ class ValidationConfig(Section):
         default=0,
         description="steps between validations; one more comes before training and one after the last step; 0: off",
     )
-    data: str = Field(default="", description="JSON Lines file of problems, with the keys of data.train")
+    data: list[str] = Field(
+        default=[], description="JSON Lines files of problems, with the keys of data.train: one, or one per benchmark"
+    )
     samples: Positive = Field(default=1, description="responses per problem")
     temperature: float = Field(default=1.0, ge=0, le=100, description="sampling temperature; 0: greedy")
     top_p: Fraction = Field(default=1.0, description="nucleus sampling mass; 1 samples from the whole vocabulary")
@@ -336,6 +357,19 @@ class ValidationConfig(Section):
     keep_best: bool = Field(
         default=True, description="keep the checkpoint of the best validated step beside the checkpoint.keep newest"
     )
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_file(cls, data: object) -> object:
+        return [data] * bool(data) if isinstance(data, str) else data
+
+    @field_validator("data")
+    @classmethod
+    def _own_names(cls, data: list[str]) -> list[str]:
+        stems = [Path(path).stem for path in data]
+        if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+            raise ValueError(f"several files are called {', '.join(twice)}: their metrics need different names")
+        return data
 
 
 class LogConfig(Section):

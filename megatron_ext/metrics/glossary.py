@@ -117,7 +117,7 @@ METRICS = (
     *(
         Metric(
             name=f"validation/{name}/<kind>", section=VALIDATION, title=f"Validated by kind: {name}", unit=unit,
-            meaning=f"validation/{name} of the problems of one kind, where there are several",
+            meaning=f"validation/{name} of the problems of one kind, or one file, where there are several",
         )
         for name, unit in (("avg", OF_RESPONSES), ("pass", OF_PROBLEMS), ("maj", OF_PROBLEMS))
     ),
@@ -199,13 +199,14 @@ METRICS = (
     Metric(
         name="logprob/mean", section=RESPONSES, title="Log-probability", unit=NATS,
         meaning="mean log-prob of the sampled tokens under the policy that sampled them",
-        good="near minus entropy/full (at rollout.top_p 1)",
+        good="near minus entropy/full (where sampling leaves no token out)",
         low="sampled tokens are less likely than the policy says: see mismatch/mean",
     ),
     Metric(
         name="mismatch/mean", section=RESPONSES, title="Mismatch", unit=NATS,
         meaning="mean |log-prob of the rollout engine - log-prob of the trainer| over the same tokens",
-        good="near 0, of the size of rounding in model.dtype (at rollout.top_p 1)",
+        good="near 0, of the size of rounding in model.dtype (unless rollout.sampling_replay is off under a top-p, "
+        "top-k or min-p)",
         high="the engine samples from other weights or in too low a precision: try model.dtype = float32, or "
         "train.importance_cap; above alarms.mismatch the run stops",
     ),
@@ -217,6 +218,30 @@ METRICS = (
         name="mismatch/ratio", section=RESPONSES, title="Probability ratio", unit="ratio",
         meaning="mean probability ratio, trainer to engine, of the sampled tokens",
         good="1", low="see mismatch/mean", high="see mismatch/mean",
+    ),
+    Metric(
+        name="support/size", section=RESPONSES, title="Support", unit="tokens",
+        meaning="mean number of tokens of the vocabulary that the sampler kept, under sampling replay",
+        low="near 1: rollout.top_k, rollout.top_p or rollout.min_p leave hardly a choice, and little is learnt",
+        high="the distribution becomes flat: see entropy/full",
+    ),
+    *(
+        Metric(
+            name=f"support/{name}", section=RESPONSES, title="Kept tokens", unit="share of tokens",
+            meaning=meaning, good=good, low=low, high=high,
+        )
+        for name, meaning, good, low, high in (
+            (
+                "outside", "sampled tokens that were not among those that the sampler kept; they were put there",
+                "0 where support/recorded is 1, else rare: rounding at the edge", "",
+                "engine and trainer restrict differently, or see mismatch/mean; rollout.sampling_replay = off trains "
+                "on the whole policy",
+            ),
+            (
+                "recorded", "tokens for which the engine recorded what the sampler kept; the trainer recomputes others",
+                "1 for rollout.engine hf", "the engine cannot tell: see support/outside", "",
+            ),
+        )
     ),
     Metric(
         name="response/unknown_logprobs", section=RESPONSES, title="Unknown log-probs", unit="tokens per response",

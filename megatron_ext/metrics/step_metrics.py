@@ -50,6 +50,13 @@ def summarise(batch: Batch, old: TokenStats, episodes: Sequence[Episode], reduce
         "mismatch/mean": gap.abs(),
         "mismatch/ratio": (-gap).exp(),
     }
+    if old.support_size is not None and old.outside_support is not None:
+        recorded = torch.tensor([e.sample.support is not None for e in episodes], device=batch.reward.device)
+        per_token |= {
+            "support/size": old.support_size,
+            "support/outside": old.outside_support,
+            "support/recorded": batch.token(recorded),
+        }
     sums = [torch.where(batch.mask, value.double(), 0.0).sum() for value in per_token.values()]
     sums += [value.double().sum().to(batch.reward.device) for value in {**per_sequence, **per_group}.values()]
     counts = [batch.mask.sum(), torch.tensor(len(episodes)), leaders.sum()]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from megatron_ext.config.redact import redact
-from megatron_ext.files import parse_json, read_lines
+from megatron_ext.files import parse_json, read_lines, write_atomically
 from megatron_ext.metrics.glossary import GLOSSARY, Glossary
 from megatron_ext.metrics.trackers import FINISH_S, Trackers
 
@@ -213,9 +213,7 @@ def _cut_after(path: Path, step: int) -> None:
 
 
 def _replace(target: Path, value: Any) -> None:
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, target)
+    write_atomically(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

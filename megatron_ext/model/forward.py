@@ -5,6 +5,9 @@ multiplied by the output layer:
 
     hidden [S, 1, D] or [S/TP, 1, D]  ->  hidden [T, D]  ->  logits [T, V/TP]  ->  statistics [T]
 
+Where the micro-batch says what the sampler kept of the vocabulary, the log-prob is that of the policy renormalised on
+it.
+
 ``forward`` runs without gradient; ``forward_backward`` adds the loss's gradient into Megatron's buffers.
 Both return the statistics of each micro-batch on the last pipeline stage and None on the others.
 """
@@ -24,7 +27,9 @@ from megatron_ext import cpu_compat, heartbeat
 from megatron_ext.methods.base import Needs
 from megatron_ext.model import groups
 from megatron_ext.model.build import Policy
+from megatron_ext.model.supports import logits_in_parts, support_of
 from megatron_ext.ops import linear_policy_stats, policy_stats
+from megatron_ext.ops.shard import VocabShard
 from megatron_ext.types import PackedSequences, TokenStats
 
 LossFunction = Callable[[int, TokenStats], Tensor]  # (number of the micro-batch, statistics) -> scalar
@@ -101,23 +106,42 @@ def _statistics(
 ) -> Callable[[Tensor, PackedSequences], TokenStats]:
     """Reads token statistics from hidden states, through the output layer or the fused head."""
     shard = policy.vocab_shard
-    want, grad = _outputs(needs)
-    options: Any = {"temperature": temperature, "top_p": needs.nucleus_p, "nucleus": needs.nucleus}
-    options |= {"want": want, "grad": grad if with_grad else (), "deterministic": policy.deterministic}
 
     def read(output: Tensor, micro_batch: PackedSequences) -> TokenStats:
         hidden, targets = select_hidden(policy, output, micro_batch), micro_batch.targets.to(output.device)
-        if policy.fused_head:
+        logits = None if policy.fused_head else logits_of(policy, hidden)
+        parts = logits_in_parts(policy, hidden) if logits is None else [logits.detach()]
+        support = support_of(micro_batch, policy, parts, temperature, output.device)
+        want, grad = _outputs(needs, logprob="logprob" if support is None else "support_logprob")
+        options: Any = {"temperature": temperature, "top_p": needs.nucleus_p, "nucleus": needs.nucleus}
+        options |= {"want": want, "grad": grad if with_grad else (), "support": support}
+        options |= {"deterministic": policy.deterministic}
+        if logits is None:
             weight: Any = policy.head_weight
             if with_grad:  # Megatron's buffer takes the gradient as it is made, not a second time from autograd
                 weight.grad_added_to_main_grad = True
             main_grad = weight.main_grad if with_grad else None
             found = linear_policy_stats(hidden, weight, targets, shard, main_grad=main_grad, **options)
         else:  # nobody else reads these logits: the backward writes their gradient over them
-            found = policy_stats(logits_of(policy, hidden), targets, shard, inplace_backward=with_grad, **options)
-        return TokenStats(**{name: found[name] for name in want})
+            found = policy_stats(logits, targets, shard, inplace_backward=with_grad, **options)
+        logprob, *others = want
+        return TokenStats(
+            found[logprob], **{name: found[name] for name in others}, **_of_support(micro_batch, shard, output.device)
+        )
 
     return read
+
+
+def _of_support(micro_batch: PackedSequences, shard: VocabShard, device: torch.device) -> dict[str, Tensor]:
+    """The statistics of what the sampler kept, fp32 ``[T]``."""
+    if (support := micro_batch.support) is None:
+        return {}
+    sizes = torch.from_numpy(support.kept.sizes)
+    values = {
+        "support_size": torch.where(sizes > 0, sizes, shard.vocab_size),
+        "outside_support": torch.from_numpy(support.outside),
+    }
+    return {name: value.to(device, torch.float32) for name, value in values.items()}
 
 
 def logits_of(policy: Policy, hidden: Tensor) -> Tensor:
@@ -138,8 +162,8 @@ def select_hidden(policy: Policy, output: Tensor, micro_batch: PackedSequences) 
     return output[:, 0].index_select(0, micro_batch.logit_positions.to(output.device))
 
 
-def _outputs(needs: Needs) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    want, grad = ["logprob"], ["logprob"]
+def _outputs(needs: Needs, *, logprob: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    want, grad = [logprob], [logprob]
     if needs.entropy:
         want.append("entropy")
     if needs.entropy and needs.entropy_grad:

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ext.ops import blocks
-from megatron_ext.ops.backend import implementation
+from megatron_ext.ops import blocks, support_stats
 from megatron_ext.ops.collectives import all_gather, group_size, reduce_scatter, sum_over_ranks
 from megatron_ext.ops.options import (
     NUM_CANDIDATES,
@@ -34,6 +33,7 @@ from megatron_ext.ops.options import (
     without_gradient,
 )
 from megatron_ext.ops.shard import VocabShard
+from megatron_ext.ops.support import Support
 
 CHUNK_BYTES = 1 << 29  # of logits that exist at once: fewer chunks as tensor parallelism narrows the shard
 
@@ -55,6 +55,7 @@ def linear_policy_stats(
     want: Sequence[str] = ("logprob", "entropy"),
     grad: Sequence[str] = ("logprob",),
     num_candidates: int = NUM_CANDIDATES,
+    support: Support | None = None,
     sequence_parallel: bool = False,
     chunk: int | None = None,
     main_grad: Tensor | None = None,
@@ -89,9 +90,10 @@ def linear_policy_stats(
     T = len(hidden) * (group_size(shard.group) if sequence_parallel else 1)
     options = checked_options(
         "linear_policy_stats", T=T, dtype=hidden.dtype, shard=shard, targets=targets, temperature=temperature,
-        top_p=top_p, nucleus=nucleus, want=want, grad=grad, num_candidates=num_candidates, deterministic=deterministic,
+        top_p=top_p, nucleus=nucleus, want=want, grad=grad, num_candidates=num_candidates, support=support,
+        deterministic=deterministic,
     )  # fmt: skip
-    scale = inverse_temperature(temperature, T, hidden)
+    scale, support = inverse_temperature(temperature, T, hidden), support if options.over_support else None
     if deterministic and sequence_parallel:
         raise ValueError("linear_policy_stats: deterministic=True takes no sequence_parallel; gather the tokens first")
     leaves = blocks.vocabulary(shard, "linear_policy_stats") if deterministic else None
@@ -99,7 +101,7 @@ def linear_policy_stats(
     chunk = chunk or chunk_tokens(width, hidden.element_size())
     return PolicyStats(
         *_LinearPolicyStatsFunction.apply(
-            hidden, weight, targets, scale, options, sequence_parallel, chunk, main_grad, leaves
+            hidden, weight, targets, scale, support, options, sequence_parallel, chunk, main_grad, leaves
         )
     )
 
@@ -111,6 +113,7 @@ class _LinearPolicyStatsFunction(torch.autograd.Function):
     hidden                [T, D]*      bf16, fp32, fp64  read                     read
     weight                [W, D]       that of hidden    read once a chunk        read twice a chunk
     targets, scale        [T], [T, 1]  int64, fp32 (1)   read                     read
+    support               [N], [T+1]   int64             read                     read
     each wanted output    [T]          fp32 (1)          written                  its upstream gradient is read
     logits                [C, W]       that of hidden    made, read, dropped      made, the gradient written over them
     gradient of hidden    [T, D]*      that of hidden    -                        written once
@@ -132,6 +135,7 @@ class _LinearPolicyStatsFunction(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         scale: Tensor,
+        support: Support | None,
         options: Options,
         sequence_parallel: bool,
         chunk: int,
@@ -139,14 +143,14 @@ class _LinearPolicyStatsFunction(torch.autograd.Function):
         leaves: list[blocks.Leaf] | None,
     ) -> tuple:
         everything, parts = _all_tokens(hidden, options.shard, sequence_parallel), []
-        for index in _chunks(len(targets), chunk):
+        for index, own in _chunks(len(targets), chunk, support):
             logits = _logits(everything[index], weight, leaves)
-            parts.append(implementation(logits).forward(logits, targets[index], scale[index], options))
+            parts.append(support_stats.forward(logits, targets[index], scale[index], own, options))
         found = join(parts)
         outputs = returned(found, options)
         ctx.options, ctx.sequence_parallel, ctx.chunk, ctx.main_grad = options, sequence_parallel, chunk, main_grad
-        ctx.leaves = leaves
-        ctx.save_for_backward(hidden, weight, targets, scale, *found.saved)
+        ctx.has_support, ctx.leaves = support is not None, leaves
+        ctx.save_for_backward(hidden, weight, targets, scale, *(support or ()), *found.saved)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*without_gradient(outputs, options))
         return outputs
@@ -154,17 +158,18 @@ class _LinearPolicyStatsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, weight, targets, scale, *saved = ctx.saved_tensors
+        support, saved = (Support(*saved[:2]), saved[2:]) if ctx.has_support else (None, saved)
         options, shard = ctx.options, ctx.options.shard
         gradients = given(upstream, options)
         everything = _all_tokens(hidden, shard, ctx.sequence_parallel)
         d_hidden, d_weight = torch.empty_like(everything), ctx.main_grad
         if d_weight is None and ctx.needs_input_grad[1]:
             d_weight = torch.zeros_like(weight, dtype=scale.dtype)
-        for index in _chunks(len(targets), ctx.chunk):
+        for index, own in _chunks(len(targets), ctx.chunk, support):
             logits = _logits(everything[index], weight, ctx.leaves)
             part = tuple(value[index] for value in saved)
-            own = {name: value[index] for name, value in gradients.items()}
-            implementation(logits).backward(logits, targets[index], scale[index], part, own, options, logits)
+            upstream_of = {name: value[index] for name, value in gradients.items()}
+            support_stats.backward(logits, targets[index], scale[index], part, upstream_of, own, options, logits)
             if ctx.leaves is not None:
                 d_hidden[index] = blocks.input_gradient(logits, weight, ctx.leaves, shard.group)
             else:
@@ -179,7 +184,7 @@ class _LinearPolicyStatsFunction(torch.autograd.Function):
             d_hidden = sum_over_ranks(d_hidden, shard.group)
         if ctx.main_grad is not None:
             d_weight = torch.zeros_like(weight)
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), *[None] * 7
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), *[None] * 8
 
 
 def _logits(hidden: Tensor, weight: Tensor, leaves: list[blocks.Leaf] | None) -> Tensor:
@@ -190,8 +195,10 @@ def _all_tokens(hidden: Tensor, shard: VocabShard, sequence_parallel: bool) -> T
     return all_gather(hidden, shard.group).flatten(0, 1) if sequence_parallel else hidden
 
 
-def _chunks(T: int, chunk: int) -> list[slice]:
-    return [slice(start, min(start + chunk, T)) for start in range(0, max(T, 1), chunk)]
+def _chunks(T: int, chunk: int, support: Support | None) -> list[tuple[slice, Support | None]]:
+    """The tokens of every chunk, and their part of the support."""
+    tokens = [slice(start, min(start + chunk, T)) for start in range(0, max(T, 1), chunk)]
+    return list(zip(tokens, support.split(chunk) if support else [None] * len(tokens), strict=True))
 
 
 def _accumulate(d_weight: Tensor, d_logits: Tensor, hidden: Tensor) -> None:

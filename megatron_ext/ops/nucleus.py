@@ -8,6 +8,8 @@ search for the cutoff token's key with all ranks' masses, four bits a round. Mas
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,9 @@ from megatron_ext.ops.options import NucleusRule
 from megatron_ext.ops.shard import VocabShard
 from megatron_ext.ops.sorting import ascending, from_order_key, order_key
 from megatron_ext.ops.stats import GlobalStats, NucleusStats, ShardStats
+
+Decide = Callable[[Tensor, list[Candidates], Tensor], Tensor]
+"""Packed ``ShardStats`` ``[world, n, 4]``, the ranks' candidates and the scale of n tokens -> ``[n, columns]`` fp64."""
 
 PIVOTS = 15  # keys compared in one round: four bits of the cutoff token's key
 BLOCK = 1 << 19  # candidates, or logits, handled at once
@@ -44,6 +49,13 @@ def exchange_candidates(
     sums: Tensor, candidates: Candidates, scale: Tensor, shard: VocabShard, rule: NucleusRule
 ) -> GlobalStats:
     """With a nucleus: candidates to the owners, results to everybody."""
+    return GlobalStats.unpack(ask_owners(sums, candidates, scale, shard, partial(_decide, rule=rule), columns=8))
+
+
+def ask_owners(
+    sums: Tensor, candidates: Candidates, scale: Tensor, shard: VocabShard, decide: Decide, *, columns: int
+) -> Tensor:
+    """``[T, columns]`` in the dtype of ``sums``, on every rank: what each token's owner decides of all ranks' parts."""
     T, world = len(sums), group_size(shard.group)
     own = -(-T // world)
     payload = torch.cat([_words(sums), _words(candidates.floor), _words(candidates.entries)], 1)
@@ -53,11 +65,11 @@ def exchange_candidates(
     scale = torch.nn.functional.pad(scale, (0, 0, 0, own * world - T), value=1)[first : first + own]
     step = max(1, BLOCK // (candidates.entries.shape[1] * world))
     results = [
-        _decide(*_unpacked(payload[:, i : i + step], sums.dtype, candidates.entries.dtype), scale[i : i + step], rule)
+        decide(*_unpacked(payload[:, i : i + step], sums.dtype, candidates.entries.dtype), scale[i : i + step])
         for i in range(0, own, step)
     ]
-    result = torch.cat(results) if results else torch.empty((0, 8), dtype=torch.float64, device=sums.device)
-    return GlobalStats.unpack(all_gather(result.to(sums.dtype), shard.group).flatten(0, 1)[:T])
+    result = torch.cat(results) if results else sums.new_empty((0, columns))
+    return all_gather(result.to(sums.dtype), shard.group).flatten(0, 1)[:T]
 
 
 def _words(value: Tensor) -> Tensor:
@@ -73,7 +85,7 @@ def _unpacked(payload: Tensor, dtype: torch.dtype, entries: torch.dtype) -> tupl
     return sums, [Candidates(candidates[r], floor[r]) for r in range(len(payload))]
 
 
-def _decide(sums: Tensor, candidates: list[Candidates], scale: Tensor, rule: NucleusRule) -> Tensor:
+def _decide(sums: Tensor, candidates: list[Candidates], scale: Tensor, *, rule: NucleusRule) -> Tensor:
     """The packed ``GlobalStats`` of the owner's tokens ``[n, 8]``, in fp64."""
     stats, scale = merge(sums, scale), scale.double()
     maxima = [part[:, :1] for part in sums]

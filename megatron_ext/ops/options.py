@@ -11,9 +11,11 @@ from torch import Tensor
 
 from megatron_ext.ops.collectives import group_size
 from megatron_ext.ops.shard import VocabShard
+from megatron_ext.ops.support import Support
 
 NUCLEUS = ("nucleus_entropy", "nucleus_mass", "nucleus_size", "nucleus_logprob")
-DIFFERENTIABLE = ("logprob", "entropy", "nucleus_entropy", "nucleus_logprob")
+SUPPORT = ("support_logprob", "support_entropy")  # over the caller's support
+DIFFERENTIABLE = ("logprob", "entropy", "nucleus_entropy", "nucleus_logprob")  # and those of SUPPORT
 NUM_CANDIDATES = (
     256  # highest logits of a token that a rank sends; of bf16 logits twice as many counts, in as many bytes
 )
@@ -24,7 +26,9 @@ class PolicyStats:
     """Statistics of every token, ``[T]`` fp32 (fp64 for fp64 logits), in nats; None where not wanted.
 
     ``nucleus_logprob`` is the log-probability renormalised inside the nucleus, minus infinity for a target outside:
-    what the replay of a rollout that was sampled with top-p needs.
+    for rollouts that were sampled with top-p by the same logits.
+    ``support_logprob`` and ``support_entropy`` are those of the policy renormalised on the caller's support, the tokens
+    that a sampler kept (support.py): what the replay of a rollout needs. Minus infinity for a target outside.
     ``num_fallback`` counts the tokens that the candidates left unresolved; int64 scalar on the device of the logits,
     None without a nucleus.
 
@@ -38,6 +42,8 @@ class PolicyStats:
     nucleus_mass: Tensor | None = None
     nucleus_size: Tensor | None = None
     nucleus_logprob: Tensor | None = None
+    support_logprob: Tensor | None = None
+    support_entropy: Tensor | None = None
     num_fallback: Tensor | None = None
 
     def __getitem__(self, name: str) -> Tensor:
@@ -75,6 +81,16 @@ class Options(NamedTuple):
     grad: tuple[str, ...]
     num_candidates: int
     deterministic: bool = False
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """What is wanted that needs a pass over the logits."""
+        return tuple(name for name in self.want if name not in SUPPORT)
+
+    @property
+    def over_support(self) -> tuple[str, ...]:
+        """What is wanted of the caller's support."""
+        return tuple(name for name in self.want if name in SUPPORT)
 
     @property
     def moment(self) -> bool:
@@ -152,6 +168,7 @@ def checked_options(
     want: Sequence[str],
     grad: Sequence[str],
     num_candidates: int,
+    support: Support | None,
     deterministic: bool,
 ) -> Options:
     """The options of a call. Raises ValueError, naming the caller, for arguments that do not fit together."""
@@ -167,8 +184,9 @@ def checked_options(
         raise ValueError(f"{caller}: temperature is {temperature}, expected more than 0")
     if unknown := [name for name in want if name not in known]:
         raise ValueError(f"{caller}: want has unknown outputs {unknown}; known are {known}")
-    if wrong := [name for name in grad if name not in want or name not in DIFFERENTIABLE]:
-        raise ValueError(f"{caller}: grad names {wrong}; expected wanted outputs among {list(DIFFERENTIABLE)}")
+    if wrong := [name for name in grad if name not in want or name not in (*DIFFERENTIABLE, *SUPPORT)]:
+        expected = [*DIFFERENTIABLE, *SUPPORT]
+        raise ValueError(f"{caller}: grad names {wrong}; expected wanted outputs among {expected}")
     if wants_nucleus and (top_p is None or not 0 < top_p <= 1):
         raise ValueError(f"{caller}: nucleus outputs need top_p in (0, 1], found {top_p}")
     if nucleus not in ("inclusive", "exclusive"):
@@ -180,5 +198,9 @@ def checked_options(
             f"{caller}: deterministic=True runs on a CPU alone, found tensors on {targets.device}; the Triton kernels "
             "add in an order that the layout decides: leave it False there"
         )
+    if support is None and (of_support := [name for name in want if name in SUPPORT]):
+        raise ValueError(f"{caller}: want has {of_support}, which are of a support: pass support=, found None")
+    if support is not None:
+        support.check(caller, T, shard.vocab_size, targets.device)
     rule = NucleusRule(top_p, nucleus) if wants_nucleus and top_p is not None else None
     return Options(shard, rule, tuple(want), tuple(grad), num_candidates, deterministic)

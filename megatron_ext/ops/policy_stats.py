@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ext.ops.backend import implementation
+from megatron_ext.ops import support_stats
 from megatron_ext.ops.options import (
     DIFFERENTIABLE,
     NUCLEUS,
@@ -36,6 +36,7 @@ from megatron_ext.ops.options import (
     without_gradient,
 )
 from megatron_ext.ops.shard import VocabShard
+from megatron_ext.ops.support import Support
 
 __all__ = ["DIFFERENTIABLE", "NUCLEUS", "PolicyStats", "policy_stats"]
 
@@ -51,6 +52,7 @@ def policy_stats(
     want: Sequence[str] = ("logprob", "entropy"),
     grad: Sequence[str] = ("logprob",),
     num_candidates: int = NUM_CANDIDATES,
+    support: Support | None = None,
     inplace_backward: bool = False,
     deterministic: bool = False,
 ) -> PolicyStats:
@@ -69,8 +71,12 @@ def policy_stats(
         nucleus: ``inclusive`` keeps the cutoff token, at which the mass reaches top_p; ``exclusive`` does not and may
             be empty (entropy 0, no gradient).
         want: names of the outputs to compute: the fields of ``PolicyStats`` but for ``num_fallback``.
-        grad: names of the wanted outputs that carry a gradient: logprob, entropy, nucleus_entropy, nucleus_logprob.
+        grad: names of the wanted outputs that carry a gradient: logprob, entropy, nucleus_entropy, nucleus_logprob,
+            support_logprob, support_entropy.
         num_candidates: logits of a token that are sent to its owner rank; more resolve flatter distributions.
+        support: the tokens of the vocabulary that a sampler kept for each of the T tokens, the same on every rank;
+            needed by the support outputs. Where only those are wanted the logits are read at its ids alone, but for
+            tokens with an empty row: their support is the whole vocabulary.
         inplace_backward: the backward writes the gradient over ``logits``, for a buffer nobody else reads; a second
             backward then raises.
         deterministic: every output and gradient has the same bits however the vocabulary is sharded, and whatever the
@@ -86,10 +92,11 @@ def policy_stats(
         raise ValueError(f"policy_stats: logits are {list(logits.shape)}, expected {expected}")
     options = checked_options(
         "policy_stats", T=len(logits), dtype=logits.dtype, shard=shard, targets=targets, temperature=temperature,
-        top_p=top_p, nucleus=nucleus, want=want, grad=grad, num_candidates=num_candidates, deterministic=deterministic,
+        top_p=top_p, nucleus=nucleus, want=want, grad=grad, num_candidates=num_candidates, support=support,
+        deterministic=deterministic,
     )  # fmt: skip
-    scale = inverse_temperature(temperature, len(logits), logits)
-    return PolicyStats(*_PolicyStatsFunction.apply(logits, targets, scale, options, inplace_backward))
+    scale, support = inverse_temperature(temperature, len(logits), logits), support if options.over_support else None
+    return PolicyStats(*_PolicyStatsFunction.apply(logits, targets, scale, support, options, inplace_backward))
 
 
 class _PolicyStatsFunction(torch.autograd.Function):
@@ -99,27 +106,39 @@ class _PolicyStatsFunction(torch.autograd.Function):
     logits                [T, W]       bf16, fp32, fp64  read once (1)      read once, written over if ``inplace``
     targets               [T]          int64             read               read
     scale                 [T, 1]       fp32 (2)          read               read
+    support               [N], [T+1]   int64             read               read
     each wanted output    [T]          fp32 (2)          written            its upstream gradient is read
     gradient of logits    [T, W]       that of logits    -                  written once
 
     Saved: logits, targets and scale as they are (no copy), and the packed ``GlobalStats`` of stats.py, [T, 4] or with a
     nucleus [T, 8] in the dtype of scale: the gradient is e^d times a line in d for each part, so the two ends of that
-    line are all that must be kept. The portable path also keeps where the nucleus is, [T, K] twice.
+    line are all that must be kept. The portable path also keeps where the nucleus is, [T, K] twice. Of a support, N ids
+    of all tokens: it as it is, and [T, 4].
 
     Collectives over the shard's group, none of one rank: without a nucleus one all-gather; with one an all-to-all and
-    an all-gather, and the gathers of the fallback where it is taken (a GPU always sends them). Backward: none. With
-    ``deterministic`` two all-gathers without a nucleus, and with one the search's gathers besides.
+    an all-gather, and the gathers of the fallback where it is taken (a GPU always sends them). With a support one
+    all-gather more, and the others only where something of the whole vocabulary is wanted. With ``deterministic`` two
+    without a nucleus, the search's gathers besides with one, and 8 B an id for a support. Backward: none.
 
-    (1) again for tokens that take the fallback; on a GPU once more in the groups of columns that hold candidates.
+    (1) again for tokens that take the fallback; on a GPU once more in the groups of columns that hold candidates. Only
+    at the support's ids where nothing of the whole vocabulary is wanted.
     (2) fp64 for fp64 logits.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, scale: Tensor, options: Options, inplace: bool) -> tuple:
-        found = implementation(logits).forward(logits, targets, scale, options)
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        scale: Tensor,
+        support: Support | None,
+        options: Options,
+        inplace: bool,
+    ) -> tuple:
+        found = support_stats.forward(logits, targets, scale, support, options)
         outputs = returned(found, options)
-        ctx.options, ctx.inplace = options, inplace
-        ctx.save_for_backward(logits, targets, scale, *found.saved)
+        ctx.options, ctx.inplace, ctx.has_support = options, inplace, support is not None
+        ctx.save_for_backward(logits, targets, scale, *(support or ()), *found.saved)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*without_gradient(outputs, options))
         return outputs
@@ -127,8 +146,8 @@ class _PolicyStatsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         logits, targets, scale, *saved = ctx.saved_tensors
+        support, saved = (Support(*saved[:2]), saved[2:]) if ctx.has_support else (None, saved)
         out = logits.detach() if ctx.inplace else torch.empty_like(logits)
-        implementation(logits).backward(
-            logits.detach(), targets, scale, tuple(saved), given(upstream, ctx.options), ctx.options, out
-        )
-        return out, None, None, None, None
+        upstream_of = given(upstream, ctx.options)
+        support_stats.backward(logits.detach(), targets, scale, tuple(saved), upstream_of, support, ctx.options, out)
+        return out, None, None, None, None, None

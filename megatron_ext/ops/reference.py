@@ -55,3 +55,23 @@ def nucleus_logprob(logits: Tensor, targets: Tensor, mask: Tensor, temperature: 
 
 def nucleus_mass(logits: Tensor, mask: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     return (log_softmax(logits, temperature).exp() * mask).sum(-1)
+
+
+def sampling_mask(
+    logits: Tensor, temperature: float | Tensor = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Tensor:
+    """``[T, V]`` bool: what a sampler keeps after temperature, then min_p, top_k and top_p on the renormalised rest.
+
+    Tokens of the same logit as the last one kept are kept. ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 restrict nothing.
+    """
+    p = log_softmax(logits.detach().double(), temperature).exp()
+    kept = p >= min_p * p.amax(-1, keepdim=True)
+    if top_k:
+        ordered = p.sort(dim=-1, descending=True).values
+        kept &= p >= ordered[:, min(top_k, p.shape[1]) - 1, None]
+    if top_p < 1:
+        q = torch.where(kept, p, 0) / torch.where(kept, p, 0).sum(-1, keepdim=True)
+        ordered = q.sort(dim=-1, descending=True).values
+        before = ordered.cumsum(-1) - ordered
+        kept &= q >= ordered.gather(-1, (before < top_p).sum(-1, keepdim=True) - 1)
+    return kept & (logits > -torch.inf)

@@ -34,6 +34,8 @@ RECOMPUTE: tuple[Recompute, ...] = ("none", "mlp", "full")
 IMBALANCE = 1.5  # assumed: tokens of the busiest expert-parallel rank over the mean
 HEAD_CHUNK_BYTES = 1 << 29  # of logits that the fused head holds at once (ops/linear_policy_stats.py)
 MAXIMA_SHARE = 1 / 32  # of bf16 logits: a 2-byte maximum for every 32 columns (ops/kernels/summary.py)
+KEPT_TOKENS = 128  # assumed: that the sampler keeps for a token on average, where there is no top-k
+BYTES_PER_KEPT_TOKEN = 128  # at their peak: id, token, column, masks, and fp64 sums (ops/support_stats.py)
 EXCHANGE_PER_TOKEN = 4096  # 256 keys and logits a token position, sent and received (ops/nucleus.py)
 PHASES = ("rollout", "score", "update")
 
@@ -138,7 +140,17 @@ def head(a: Architecture, config: Config, *, grad: bool) -> float:
     weight, logits = width * a.hidden_size, tokens * width * element
     hidden = tokens * a.hidden_size * element * (2 + grad)  # gathered, selected, its gradient
     alive = min(HEAD_CHUNK_BYTES, logits) if config.model.fused_head else logits
-    return hidden + tokens * EXCHANGE_PER_TOKEN + alive * (1 + MAXIMA_SHARE) + weight * element * grad
+    each = EXCHANGE_PER_TOKEN + kept_bytes(config)
+    return hidden + tokens * each + alive * (1 + MAXIMA_SHARE) + weight * element * grad
+
+
+def kept_bytes(config: Config) -> int:
+    """A token's, of the tokens that the sampler kept, where they are replayed; those of the whole step lie on the host.
+
+    All of top-k: the plan does not know what top-p and min-p leave of them.
+    """
+    rollout = config.rollout
+    return (rollout.top_k or KEPT_TOKENS) * BYTES_PER_KEPT_TOKEN if rollout.replays_sampling else 0
 
 
 def element_bytes(config: Config) -> int:

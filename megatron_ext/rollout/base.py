@@ -12,16 +12,26 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_ext.types import Sample
+from megatron_ext.types import Restriction, Sample
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are sampled. ``temperature`` 0 means greedy."""
+    """How responses are sampled. ``temperature`` 0 means greedy, ``top_k`` 0 all tokens.
+
+    ``keeps_support``: samples bear the tokens that the sampler kept, where the engine can tell and leaves some out.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     max_response_tokens: int = 1024
+    top_k: int = 0
+    min_p: float = 0.0
+    keeps_support: bool = False
+
+    @property
+    def restriction(self) -> Restriction:
+        return Restriction(self.top_k, self.top_p, self.min_p)
 
 
 @dataclass(frozen=True)

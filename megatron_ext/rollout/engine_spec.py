@@ -19,13 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStart:
-    """What an engine is created from, the same on every rank. ``log_dir`` takes the output of servers it starts."""
+    """What an engine is created from, the same on every rank. ``log_dir`` takes the output of servers it starts.
+
+    ``keeps_support``: every request has a top-k, and its sample is to bear the tokens that the sampler kept.
+    """
 
     model_path: str | Path
     rollout: RolloutConfig
     dtype: str
     max_prompt_tokens: int
     log_dir: Path
+    keeps_support: bool = False
 
     @property
     def max_tokens(self) -> int:

@@ -50,15 +50,26 @@ def check_engine(rollout: RolloutConfig) -> EngineSpec:
 
 
 def create_engine(
-    model_path: str | Path, rollout: RolloutConfig, *, dtype: str, max_prompt_tokens: int, log_dir: Path
+    model_path: str | Path,
+    rollout: RolloutConfig,
+    *,
+    dtype: str,
+    max_prompt_tokens: int,
+    log_dir: Path,
+    keeps_support: bool = False,
 ) -> RolloutEngine:
     """Build it, on every rank. Raises ConfigError for a model directory that no engine can serve.
 
-    ``log_dir`` takes the output of servers that are started.
+    ``log_dir`` takes the output of servers that are started. ``keeps_support``: see EngineStart.
     """
     spec = check_engine(rollout)
     start = EngineStart(
-        model_path=model_path, rollout=rollout, dtype=dtype, max_prompt_tokens=max_prompt_tokens, log_dir=log_dir
+        model_path=model_path,
+        rollout=rollout,
+        dtype=dtype,
+        max_prompt_tokens=max_prompt_tokens,
+        log_dir=log_dir,
+        keeps_support=keeps_support,
     )
     try:
         return spec.create(start, spec.options(**rollout.options))

@@ -91,7 +91,14 @@ class Rollouts:
             Request(encoded[prompt_index][1], seed_of(seed, self.step, prompt_index, sample))
             for prompt_index, sample in own
         ]
-        sampling = Sampling(rollout.temperature, rollout.top_p, rollout.max_response_tokens)
+        sampling = Sampling(
+            rollout.temperature,
+            rollout.top_p,
+            rollout.max_response_tokens,
+            top_k=rollout.top_k,
+            min_p=rollout.min_p,
+            keeps_support=rollout.replays_sampling,
+        )
         with self.watch.phase("rollout", total=len(own)) as phase:
             samples = self.engine.generate(
                 requests,

@@ -1,7 +1,8 @@
 """Where the rollout engine's distribution is not the trainer's: checked, counted, and corrected if asked.
 
 The engine computes the same log-probs with other kernels, or other weights if something is wrong. Its own are in
-``Sample.logprobs``, of the distribution that was sampled from: under ``rollout.top_p`` the renormalised nucleus.
+``Sample.logprobs``, of the distribution that was sampled from: renormalised on what ``rollout.top_k``, ``min_p`` and
+``top_p`` leave of the vocabulary. So are the trainer's under sampling replay. Without it they are the whole policy's.
 
     gap_t          = log mu(a_t) - log pi_old(a_t)                 the engine's mu, the trainer's pi_old
     importance_t   = min(exp(-gap_t), cap)                         truncated importance sampling, off by default
@@ -18,7 +19,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_ext.config.schema import Config
+from megatron_ext.config.schema import Config, RolloutConfig
 
 
 class MismatchError(RuntimeError):
@@ -41,7 +42,8 @@ def check(metrics: Mapping[str, float], config: Config) -> None:
     """Raise MismatchError when engine and trainer disagree by more than ``alarms.mismatch`` nats a token on average, or
     when the engine does not tell more than ``alarms.unknown_logprobs`` of its log-probs, which cannot be compared.
 
-    A nucleus may raise the engine's log-probs by up to ``-log(rollout.top_p)``, which is allowed for.
+    Without sampling replay a nucleus may raise the engine's log-probs by up to ``-log(rollout.top_p)``, which is
+    allowed for; top-k and min-p may raise them by any amount: then they are not compared.
     """
     share, unknown = config.alarms.unknown_logprobs, metrics["response/unknown_logprobs"]
     unknown /= max(metrics["response/length"], 1.0)
@@ -52,7 +54,7 @@ def check(metrics: Mapping[str, float], config: Config) -> None:
             "model.dtype=float32, then rollout.engine=hf; alarms.unknown_logprobs=1 turns this check off"
         )
     limit, found = config.alarms.mismatch, metrics["mismatch/mean"]
-    allowed = limit - math.log(config.rollout.top_p)
+    allowed = limit + largest_rise(config.rollout)
     if not limit or found <= allowed:
         return
     raise MismatchError(
@@ -60,3 +62,10 @@ def check(metrics: Mapping[str, float], config: Config) -> None:
         f"at most {allowed:.3g} (alarms.mismatch = {limit:g}): it samples from other weights, or its precision is too "
         "low. Try model.dtype=float32, then rollout.engine=hf; alarms.mismatch=0 turns this check off"
     )
+
+
+def largest_rise(rollout: RolloutConfig) -> float:
+    """By how many nats the sampling distribution's log-prob of a token may lie above the trainer's."""
+    if rollout.replays_sampling:
+        return 0.0
+    return math.inf if rollout.top_k or rollout.min_p else -math.log(rollout.top_p)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_ext.types import Batch, PackedSequences
+from megatron_ext.types import Batch, KeptTokens, PackedSequences, PackedSupport, Restriction
 
 Pair = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids
 
@@ -28,6 +29,24 @@ class MiniBatch:
         """One micro-batch of each of the ``bins``, whose indices count in ``pairs``."""
         packed = tuple(pack([pairs[i] for i in each], multiple=multiple) for each in bins)
         return cls(tuple(map(tuple, bins)), packed)
+
+    def with_support(self, restriction: Restriction, supports: Sequence[KeptTokens | None]) -> MiniBatch:
+        """With what the sampler kept for the tokens of each response of the mini-batch; None: it is not known."""
+
+        def joined(sequences: Sequence[int], packed: PackedSequences) -> PackedSupport:
+            lengths = dict(zip(sequences, packed.response_lengths, strict=True))
+            kept = [supports[i] or KeptTokens.empty(lengths[i]) for i in sequences]
+            unknown = np.repeat([supports[i] is None for i in sequences], [lengths[i] for i in sequences]).astype(bool)
+            return PackedSupport.recorded(restriction, KeptTokens.join(kept), unknown, packed.targets.numpy())
+
+        pairs = zip(self.sequences, self.micro_batches, strict=True)
+        replayed = tuple(replace(packed, support=joined(sequences, packed)) for sequences, packed in pairs)
+        return replace(self, micro_batches=replayed)
+
+    @property
+    def is_support_known(self) -> bool:
+        """Whether no pass has to find out what the sampler kept."""
+        return all(packed.support is None or packed.support.is_known for packed in self.micro_batches)
 
     def split(self, batch: Batch) -> list[tuple[Batch, Tensor]]:
         """Each micro-batch's part of the mini-batch's ``batch``, and the positions of its tokens in that."""

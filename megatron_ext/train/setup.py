@@ -66,6 +66,7 @@ def build(config: Config, pool: RewardPool | FunctionPool) -> Trainer:
         dtype=config.model.dtype,
         max_prompt_tokens=config.data.max_prompt_tokens,
         log_dir=config.run_dir,
+        keeps_support=config.rollout.replays_sampling and config.rollout.top_k > 0 and not config.validation.every,
     )
     trainer = Trainer(config, learner, engine, pool, problems, order, Alarms(config.alarms), checkpoints, validation)
     if loaded is not None:

@@ -2,6 +2,7 @@
 
 old         = statistics of the policy that sampled, over the whole step    (no gradient; not by a pass of its own
                                                                             where the only update can measure them)
+              and, under sampling replay, what its sampler kept where the engine does not tell
 value       = the critic's values, where the method has one                 (no gradient)
 advantages  = method.compute_advantages(rollouts)                           and the returns that the critic learns
 method.on_step_start(batch, old)                                            anchors, controllers
@@ -35,7 +36,7 @@ from megatron_ext.model.trainable import TrainableModel, totals
 from megatron_ext.train import critic, mismatch, packing
 from megatron_ext.train.packing import MiniBatch
 from megatron_ext.train.token_weights import token_weights
-from megatron_ext.types import Advantages, Batch, Episode, RolloutBatch, TokenStats
+from megatron_ext.types import Advantages, Batch, Episode, Restriction, RolloutBatch, TokenStats
 
 NUCLEUS_P = 0.8  # of the reported nucleus where the method has none
 
@@ -122,6 +123,15 @@ class Learner:
         single = config.train.mini_batch_prompts == config.rollout.prompts
         return single and not (needs.old or needs.current or needs.value or config.train.importance_cap)
 
+    def reference_waits_for_support(self, mini_batches: Sequence[MiniBatch]) -> bool:
+        """Whether a pass of the policy must find what the sampler kept before the reference is measured on it.
+
+        Without a reference the step's only update finds it in its own forward: the policy has not moved by then.
+        """
+        if self.reference is None or not self.config.rollout.replays_sampling:
+            return False
+        return bool(parallel.max_over_ranks(not all(each.is_support_known for each in mini_batches)))
+
     @property
     def reported(self) -> Needs:
         """What the method needs, and what a step reports of the policy that sampled."""
@@ -138,7 +148,7 @@ class Learner:
         """
         old = ref = value = None
         with watch.phase("old_logprob", total=len(mini_batches)) as phase:
-            if not self.update_measures_old:
+            if not self.update_measures_old or self.reference_waits_for_support(mini_batches):
                 parts = []
                 for mini_batch in mini_batches:
                     parts.append(self.statistics(self.policy, mini_batch, self.reported))
@@ -216,7 +226,12 @@ class Learner:
         budget = self.config.train.micro_batch_tokens
         num_bins = parallel.num_micro_batches(len(packing.split(lengths, budget)), self.config.parallel)
         multiple = self.config.parallel.tensor if self.config.parallel.sequence else 1
-        return MiniBatch.pack(pairs, packing.split(lengths, budget, num_bins), multiple=multiple)
+        packed = MiniBatch.pack(pairs, packing.split(lengths, budget, num_bins), multiple=multiple)
+        rollout = self.config.rollout
+        if not rollout.replays_sampling:
+            return packed
+        restriction = Restriction(rollout.top_k, rollout.top_p, rollout.min_p)
+        return packed.with_support(restriction, [e.sample.support for e in episodes])
 
     def statistics(self, policy: Policy, mini_batch: MiniBatch, needs: Needs) -> TokenStats:
         """Statistics of a mini-batch without gradient, in the order of its tokens, on every stage."""

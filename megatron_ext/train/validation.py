@@ -1,6 +1,6 @@
 """Validation during training: a fixed set of problems, answered by the policy as it is, before training and on the way.
 
-It leaves training as it finds it, to the bit. Seeds follow from the run's seed, the problem's number in the file and
+It leaves training as it finds it, to the bit. Seeds follow from the run's seed, the problem's number in its file and
 the response's number, so they are the same at every step, and those of ``megatron-entropy evaluate --seed`` with the
 same problems; no random number is drawn. The engine gets the weights again before the next step's rollout, so what it
 keeps of the validated prompts is gone by then.
@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -32,7 +33,7 @@ from megatron_ext.rollout.rewards.reward_pool import RewardPool
 from megatron_ext.rollout.rewards.verify import Outcome
 from megatron_ext.rollout.rewards.voting import equal_answers, votes
 from megatron_ext.rollout.sampling import seed_of
-from megatron_ext.train.collect_rollouts import EncodedProblem, gathered
+from megatron_ext.train.collect_rollouts import gathered
 from megatron_ext.train.training_data import load_problems
 from megatron_ext.types import Problem, Reward
 
@@ -48,12 +49,22 @@ class Answer:
     truncated: bool
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A problem of a validation: its file's stem, its number there, the problem and its prompt's tokens."""
+
+    file: str
+    number: int
+    problem: Problem
+    prompt_ids: tuple[int, ...]
+
+
 @dataclass
 class Validation:
     """The validations of a run: when they are due, what they measure, and which step was the best so far."""
 
     config: Config
-    problems: Sequence[EncodedProblem] = ()
+    problems: Sequence[Asked] = ()
     baseline: dict[str, float] = field(default_factory=dict)  # metrics before training
     best_step: int | None = None  # of those whose checkpoint is kept
     best_value: float = 0.0
@@ -83,20 +94,21 @@ class Validation:
             part = range(first, min(first + size, len(self.problems)))
             indices = [(number, sample) for number in part for sample in range(settings.samples)]
             mine = indices[dist.get_rank() :: world]
-            requests = [Request(self.problems[number][1], seed_of(seed, number, sample)) for number, sample in mine]
+            asked = [(self.problems[place], sample) for place, sample in mine]
+            requests = [Request(each.prompt_ids, seed_of(seed, each.number, sample)) for each, sample in asked]
             samples = engine.generate(requests, sampling, lambda done: phase.advance(len(done)))
             if stale := {sample.weight_version for sample in samples} - {version}:
                 raise RolloutError(f"validation: samples of weight versions {sorted(stale)}, expected {version} only")
-            asked = [self.problems[number][0] for number, _ in mine]
-            rewards = pool.score_samples(list(zip(asked, samples, strict=True)))
+            pairs = [(each.problem, answer) for (each, _), answer in zip(asked, samples, strict=True)]
+            rewards = pool.score_samples(pairs)
             own |= {
                 index: Answer(reward, len(sample.response_ids), sample.truncated)
                 for index, sample, reward in zip(mine, samples, rewards, strict=True)
             }
         everyone = gathered(own, parallel.gloo())
         answers = [[everyone[n, sample] for sample in range(settings.samples)] for n in range(len(self.problems))]
-        problems = [problem for problem, _ in self.problems]
-        return summarise(problems, answers, self._majorities(pool, problems, answers))
+        majorities = self._majorities(pool, [each.problem for each in self.problems], answers)
+        return summarise(self.problems, answers, majorities)
 
     def _majorities(
         self, pool: RewardPool | FunctionPool, problems: Sequence[Problem], answers: Sequence[Sequence[Answer]]
@@ -156,26 +168,31 @@ class Validation:
         """What follows from problems and settings: values are comparable only where it is the same."""
         s = self.config.validation
         settings = (s.metric, s.samples, s.temperature, s.top_p, self.config.max_validation_tokens)
-        problems = [(ids, problem.answer, problem.verifier) for problem, ids in self.problems]
+        problems = [(each.prompt_ids, each.problem.answer, each.problem.verifier) for each in self.problems]
         return hashlib.sha256(json.dumps([settings, problems]).encode()).hexdigest()
 
 
 def summarise(
-    problems: Sequence[Problem], answers: Sequence[Sequence[Answer]], majorities: Sequence[bool]
+    problems: Sequence[Asked], answers: Sequence[Sequence[Answer]], majorities: Sequence[bool]
 ) -> dict[str, float]:
-    """Means over problems of avg@n, pass@n and maj@n, of all and of each kind where there are several; over responses
-    of their length and of those cut off."""
+    """Means over problems of avg@n, pass@n and maj@n, and over responses of their length and of those cut off.
+
+    Of several files each has its own, and the whole is the mean of theirs, as papers average over benchmarks; of one
+    file each kind of problem, where there are several.
+    """
+    files = {each.file for each in problems}
     shares: dict[str, list[dict[str, float]]] = {}
-    for problem, row, right in zip(problems, answers, majorities, strict=True):
+    for each, row, right in zip(problems, answers, majorities, strict=True):
         n, c = len(row), sum(answer.reward.outcome == Outcome.CORRECT for answer in row)
-        kind = re.sub(r"[^\w .-]", "-", problem.kind or problem.verifier)  # a slash would make it two parts of a name
+        part = each.file if len(files) > 1 else each.problem.kind or each.problem.verifier
+        part = re.sub(r"[^\w .-]", "-", part)  # a slash would make it two parts of a name
         values = {"avg": avg_at_k(n, c), "pass": pass_at_k(n, c, n), "maj": float(right)}
-        shares.setdefault(kind, []).append(values)
-    everything = [values for part in shares.values() for values in part]
-    metrics = {PREFIX + name: mean for name, mean in _means(everything).items()}
+        shares.setdefault(part, []).append(values)
+    means = {part: _means(shares[part]) for part in sorted(shares)}
+    whole = _means(list(means.values()) if len(files) > 1 else [each for part in shares.values() for each in part])
+    metrics = {PREFIX + name: mean for name, mean in whole.items()}
     if len(shares) > 1:
-        for kind in sorted(shares):
-            metrics |= {f"{PREFIX}{name}/{kind}": mean for name, mean in _means(shares[kind]).items()}
+        metrics |= {f"{PREFIX}{name}/{part}": mean for part in means for name, mean in means[part].items()}
     responses = [answer for row in answers for answer in row]
     metrics[f"{PREFIX}length"] = sum(answer.length for answer in responses) / len(responses)
     metrics[f"{PREFIX}truncated"] = sum(answer.truncated for answer in responses) / len(responses)
@@ -193,9 +210,12 @@ def load_validation(config: Config, pool: RewardPool | FunctionPool, *, vocab_si
     """
     if not config.validation.every:
         return Validation(config)
-    data = config.data.model_copy(update={"train": config.validation.data, "strict": False})
-    try:
-        problems = load_problems(config.model_copy(update={"data": data}), pool, vocab_size=vocab_size)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("data.train", "validation.data")) from error
-    return Validation(config, problems)
+    asked = []
+    for path in config.validation.data:
+        data = config.data.model_copy(update={"train": path, "strict": False})
+        try:
+            problems = load_problems(config.model_copy(update={"data": data}), pool, vocab_size=vocab_size)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("data.train", "validation.data")) from error
+        asked += [Asked(Path(path).stem, number, problem, ids) for number, (problem, ids) in enumerate(problems)]
+    return Validation(config, asked)

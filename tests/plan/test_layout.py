@@ -98,6 +98,9 @@ def test_the_head_counts_what_is_alive_at_once() -> None:
     assert memory.head(SEVEN, config(), grad=False) == logits + 2 * 2 * tokens * D + exchange
     unfused = memory.head(SEVEN, config(), grad=True)
     assert unfused == logits + 2 * width * D + 3 * 2 * tokens * D + exchange
+    kept = memory.head(SEVEN, config(rollout={"top_k": 20}), grad=True) - unfused
+    assert kept == 20 * 128 * tokens and memory.kept_bytes(config(rollout={"top_p": 0.9})) == 128 * 128
+    assert memory.kept_bytes(config(rollout={"top_k": 20, "sampling_replay": "off"})) == 0
     fused = memory.head(SEVEN, config(model={"fused_head": True}), grad=True)
     assert unfused - fused == logits - CHUNK_BYTES * 33 / 32  # a chunk of logits
 

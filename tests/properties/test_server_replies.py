@@ -20,6 +20,7 @@ RESPONSES = st.fixed_dictionaries(
     {
         "token_ids": st.lists(st.sampled_from([0, 7, VOCAB - 1, VOCAB, -1]), min_size=2, max_size=2),
         "logprobs": st.just(logprobs(-1.0, -2.0)),
+        "sampling_mask": st.none() | st.lists(st.lists(st.sampled_from([0, 7, VOCAB - 1, VOCAB, -1])), max_size=3),
     }
 ).map(lambda changes: reply(**changes))
 
@@ -35,4 +36,6 @@ def test_a_reply_is_right_or_refused(body: bytes) -> None:
     assert choice.finish_reason in ("stop", "length") and choice.versions
     assert 1 <= len(choice.token_ids) == len(choice.token_logprobs) <= MAX_TOKENS
     assert all(type(each) is int and 0 <= each < VOCAB for each in choice.token_ids)
+    for own, kept in zip(choice.token_ids, choice.sampling_mask or [], strict=choice.sampling_mask is not None):
+        assert own in kept and all(0 <= each < VOCAB for each in kept) and len(set(kept)) == len(kept)
     assert all(math.isnan(each) or -9999 < each <= ROUNDING for each in choice.token_logprobs)

@@ -196,7 +196,7 @@ def test_steps_of_a_row_become_done(
     monkeypatch.setattr(tables.Paper, "tables", lambda *_: (table,))
     run = "siren-qwen2.5-math-7b-2n8g-coef0.001"
     [plan] = plans(read_paper("siren"), table)
-    assert [step.what for step in plan.steps] == ["data", "weights", "run", "export", "sets", "evaluated"]
+    assert [step.what for step in plan.steps] == ["data", "weights", "sets", "run", "export", "evaluated"]
     states = {step.what: step for step in plan.steps}
     assert states["run"].commands == (
         f"megatron-entropy train siren-qwen2.5-math-7b-2n8g method.coef=0.001 name={run}",

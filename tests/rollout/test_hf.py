@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,8 @@ import torch
 
 from megatron_ext.rollout.base import Request, Sampling
 from megatron_ext.rollout.hf.engine import HFEngine
-from megatron_ext.rollout.sampling import gumbel, nucleus_logprobs, seed_of
-from megatron_ext.types import Sample
+from megatron_ext.rollout.sampling import gumbel, sampling_logprobs, seed_of
+from megatron_ext.types import Restriction, Sample
 from tests import tiny
 
 SAMPLING = Sampling(temperature=0.7, max_response_tokens=9)
@@ -57,7 +60,7 @@ def test_log_probs_are_the_sampling_distributions(path: Path) -> None:
         ):
             ids = [*request.prompt_ids, *sample.response_ids]
             logits = model(torch.tensor([ids])).logits[0, len(request.prompt_ids) - 1 : -1]
-            logp = nucleus_logprobs(logits, temperature=0.7, top_p=top_p)
+            logp = sampling_logprobs(logits, temperature=0.7, restriction=Restriction(top_p=top_p))
             expected = logp.gather(1, torch.tensor(sample.response_ids)[:, None])[:, 0]
             assert sample.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
 
@@ -107,5 +110,69 @@ def test_gumbel_noise_is_independent_over_positions_and_seeds() -> None:
 
 def test_the_nucleus_keeps_the_token_that_crosses() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    kept = nucleus_logprobs(logits, temperature=1.0, top_p=0.7).exp()
+    kept = sampling_logprobs(logits, temperature=1.0, restriction=Restriction(top_p=0.7)).exp()
     torch.testing.assert_close(kept, torch.tensor([[0.625, 0.375, 0.0, 0.0]]))
+
+
+def left(row: list[float], restriction: Restriction, temperature: float) -> dict[int, float]:
+    """Id -> probability of what sampling may give, by the words of the definition, in fp64."""
+    z = [x / temperature for x in row]
+    p = {i: math.exp(x - max(z)) for i, x in enumerate(z)}
+    p = {i: x for i, x in p.items() if x >= restriction.min_p * max(p.values())}
+    if restriction.top_k:
+        last = sorted(p.values())[-restriction.top_k :][0]
+        p = {i: x for i, x in p.items() if x >= last}
+    p, mass, last = {i: x / sum(p.values()) for i, x in p.items()}, 0.0, 0.0
+    for x in sorted(p.values(), reverse=True):
+        if mass < restriction.top_p:
+            mass, last = mass + x, x
+    p = {i: x for i, x in p.items() if x >= last}
+    return {i: x / sum(p.values()) for i, x in p.items()}
+
+
+RESTRICTIONS = [
+    *(Restriction(), Restriction(top_p=0.6), Restriction(top_k=5), Restriction(min_p=0.2)),
+    *(Restriction(top_k=20, top_p=0.95), Restriction(top_k=9, top_p=0.7, min_p=0.02)),
+]
+
+
+@pytest.mark.parametrize("restriction", RESTRICTIONS, ids=str)
+def test_the_sampling_distribution_is_that_of_its_definition(restriction: Restriction) -> None:
+    logits = torch.randn((40, 61), generator=torch.Generator().manual_seed(5)) * 2
+    logits[:, 30] = logits[:, 31]  # a tie
+    found = sampling_logprobs(logits, temperature=0.8, restriction=restriction)
+    for row, logprob in zip(logits.tolist(), found, strict=True):
+        expected = left(row, restriction, 0.8)
+        assert (logprob > -torch.inf).nonzero()[:, 0].tolist() == sorted(expected)
+        values = [expected[i] for i in sorted(expected)]
+        torch.testing.assert_close(logprob[logprob > -torch.inf].exp(), torch.tensor(values), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("restriction", RESTRICTIONS[1:], ids=str)
+def test_the_kept_tokens_are_recorded(path: Path, restriction: Restriction) -> None:
+    """Those of the definition on the logits of a pass over the whole response, in fp64."""
+    model = copy.deepcopy(tiny.hf_model()[0]).double()
+    sampling = replace(SAMPLING, **restriction._asdict(), keeps_support=True)
+    samples, kept = HFEngine(path, batch_size=7).generate(requests(20), sampling), 0
+    for request, sample in zip(requests(20), samples, strict=True):
+        assert sample.support is not None and sample.support.ids.dtype == "int32"
+        with torch.no_grad():
+            logits = model(torch.tensor([[*request.prompt_ids, *sample.response_ids]])).logits[0]
+        starts = sample.support.starts.tolist()
+        assert len(starts) == len(sample.response_ids) + 1
+        for t, token in enumerate(sample.response_ids):
+            expected = left(logits[len(request.prompt_ids) - 1 + t].tolist(), restriction, 0.7)
+            found = sample.support.ids[starts[t] : starts[t + 1]].tolist()
+            assert found == sorted(expected) and token in found
+            assert sample.logprobs[t] == pytest.approx(math.log(expected[token]), abs=1e-5)
+            kept += len(found)
+    assert 1.5 < kept / sum(len(sample.response_ids) for sample in samples) < 30
+
+
+def test_nothing_is_recorded_where_nothing_is_left_out_or_nobody_asks(path: Path) -> None:
+    for sampling in (
+        replace(SAMPLING, keeps_support=True),
+        replace(SAMPLING, top_k=5),
+        replace(SAMPLING, temperature=0, top_k=5, keeps_support=True),
+    ):
+        assert {sample.support for sample in HFEngine(path).generate(requests(3), sampling)} == {None}

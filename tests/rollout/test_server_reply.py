@@ -46,7 +46,9 @@ def read(value: Any) -> Any:
 def test_what_vllm_sends_is_read() -> None:
     choice = read(reply())
     assert (choice.token_ids, choice.token_logprobs) == ([14, 43, 7], [-2.5, -1.5, 0.0])
-    assert (choice.finish_reason, choice.versions) == ("stop", ["3"])
+    assert (choice.finish_reason, choice.versions, choice.sampling_mask) == ("stop", ["3"], None)
+    masked = read(reply(sampling_mask=[[14, 3], [43], [9, 7, 8]]))
+    assert masked.sampling_mask == [[14, 3], [43], [9, 7, 8]]
 
 
 @pytest.mark.parametrize("unknown", [-9999.0, -1e30, math.nan, -math.inf])
@@ -71,6 +73,13 @@ def test_a_log_prob_that_the_server_does_not_know_is_nan(unknown: float) -> None
         (reply(logprobs={}), "logprobs.content"),
         (reply(logprobs={"content": [{}, {}, {}]}), "logprobs.content.0.logprob"),
         (reply(token_ids=[14, -1, 7]), "token -1, expected ids from 0 to 99"),
+        (reply(sampling_mask=[[14], [43]]), "sampling masks of 2 tokens for 3 tokens"),
+        (reply(sampling_mask=[[14], [43, 100], [7]]), "token 100 in a sampling mask, expected ids from 0 to 99"),
+        (reply(sampling_mask=[[14], [43, -1], [7]]), "token -1 in a sampling mask"),
+        (reply(sampling_mask=[[14], [4], [7]]), "the sampling mask of token 43 does not hold it"),
+        (reply(sampling_mask=[[14], [], [7]]), "the sampling mask of token 43 does not hold it"),
+        (reply(sampling_mask=[[14], [43, 1, 1], [7]]), "the sampling mask of token 43"),
+        (reply(sampling_mask=[[14], [43.0], [7]]), "sampling_mask.1.0"),
         (reply(token_ids=[14, 100, 7]), "token 100"),
         (reply(token_ids=[14, 2**70, 7]), "token 1180591620717411303424"),
         (reply(token_ids=[14, 1.5, 7]), "token_ids.1"),

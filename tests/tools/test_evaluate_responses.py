@@ -10,7 +10,8 @@ import pytest
 
 from megatron_ext.config.errors import ConfigError
 from tools.evaluate.responses import has_loop, reflective_words, repeated_share
-from tools.evaluate.samples_file import SamplesFile, read_samples
+from tools.evaluate.samples_file import SamplesFile
+from tools.samples import read_samples
 
 HEADER = {"set": "a", "decoding": {"temperature": 1.0}, "model": {"model.safetensors": "1f"}}
 
@@ -63,13 +64,13 @@ def test_responses_are_there_again(tmp_path: Path) -> None:
     file.close()
     whole = path.read_bytes()
     path.write_bytes(whole + json.dumps(line("q", 0)).encode()[:40])  # killed in the middle of a line
-    assert [(each["id"], each["sample"]) for each in read_samples(path)] == [("p", 0), ("p", 1)]
+    assert [(each.id, each.sample) for each in read_samples(path)] == [("p", 0), ("p", 1)]
     again = SamplesFile(path, HEADER)
     assert again.responses == file.responses and list(again.responses) == [("p", 0), ("p", 1)]
     assert path.read_bytes() == whole
     again.append([line("q", 0)])
     again.close()
-    assert [each["id"] for each in read_samples(path)] == ["p", "p", "q"]
+    assert [each.id for each in read_samples(path)] == ["p", "p", "q"]
     path.write_bytes(b'{"header": {"se')  # killed in the first
     assert not SamplesFile(path, HEADER).responses
     assert path.read_bytes() == whole[: whole.index(b"\n") + 1]
@@ -91,7 +92,7 @@ def test_responses_of_another_evaluation_are_refused(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"my notes", "is no samples file"),
-        (b"my notes\n", "line 1 is not a response"),
+        (b"my notes\n", "line 1: Expecting value.*remove or rename it"),
         (json.dumps(line("p", 0)).encode() + b"\n", "does not begin with the header"),
         (json.dumps({"header": HEADER}).encode() + b'\n{"id": "p"}\n', "line 2 is not a response"),
         (json.dumps({"header": HEADER}).encode() + 2 * (b"\n" + json.dumps(line("p", 0)).encode()) + b"\n", "twice"),

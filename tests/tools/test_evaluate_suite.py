@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from megatron_ext.config.shipped import RECIPES
 from megatron_ext.rollout.base import Request
 from megatron_ext.rollout.hf.engine import HFEngine
-from tools.evaluate import main, read_samples
+from tools.evaluate import main
+from tools.samples import read_samples
 
 ROOT = Path(__file__).parents[2]
 BASE = RECIPES / "tiny" / "base"
@@ -84,7 +85,7 @@ def test_a_killed_suite_goes_on_and_ends_as_an_uninterrupted_one(
                 time.sleep(0.05)
         finally:
             process.send_signal(signal.SIGKILL)
-    done = {name: [(r["id"], r["sample"]) for r in read_samples(samples / f"{name}.jsonl")] for name in SETS}
+    done = {name: [(r.id, r.sample) for r in read_samples(samples / f"{name}.jsonl")] for name in SETS}
     num_done = sum(map(len, done.values()))
     assert len(done["sums"]) == 32 and 48 <= num_done < 192
     with (samples / "large.jsonl").open("a") as file:
@@ -95,7 +96,7 @@ def test_a_killed_suite_goes_on_and_ends_as_an_uninterrupted_one(
     assert "sums: 32 of 32 responses are there" in capsys.readouterr().out
     assert len(asked.requests) == 192 - num_done
     for name in SETS:
-        keys = [(r["id"], r["sample"]) for r in read_samples(samples / f"{name}.jsonl")]
+        keys = [(r.id, r.sample) for r in read_samples(samples / f"{name}.jsonl")]
         assert len(keys) == len(set(keys)) == 32 and keys[: len(done[name])] == done[name]
 
     assert main([*common, "--out", str(tmp_path / "whole")]) == 0
@@ -243,7 +244,7 @@ def test_data_of_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         assert found["data"]["path"] == str(folder / f"{name}.jsonl")
         assert (found["decoding"]["samples"], found["decoding"]["max_response_tokens"]) == (2, 3)
         responses = list(read_samples(tmp_path / "out/samples/base" / f"{name}.jsonl"))
-        assert len(responses) == 2 and all(each["length"] <= 3 for each in responses)
+        assert len(responses) == 2 and all(each.length <= 3 for each in responses)
     (folder / "sums.jsonl").unlink()
     command += ["--data-dir", folder]
     file = folder / "sums.jsonl"
@@ -310,9 +311,9 @@ def test_responses_beyond_the_positions_are_refused_or_said(
     assert used.replace(" ", "") in "".join(said.split())
     prompts = {row["id"]: len(row["prompt"]) + 2 for row in result["problems"]}  # tokens: its characters and two marks
     responses = list(read_samples(tmp_path / "out/samples/short/sums.jsonl"))
-    assert all(prompts[r["id"]] + r["length"] <= 12 for r in responses)
-    cut = [r for r in responses if r["truncated"]]
-    assert cut and all(prompts[r["id"]] + r["length"] == 12 for r in cut)
+    assert all(prompts[r.id] + r.length <= 12 for r in responses)
+    cut = [r for r in responses if r.truncated]
+    assert cut and all(prompts[r.id] + r.length == 12 for r in cut)
 
 
 def _positions(model: Path, positions: int) -> list[str]:
@@ -357,5 +358,5 @@ def test_levels_and_kinds(tmp_path: Path) -> None:
     assert sum(value["problems"] for value in found["accuracy"]["level"].values()) == len(rows) == 12
     assert list(found["accuracy"]["kind"]) == ["countdown"]
     responses = list(read_samples(tmp_path / "samples/base/pairs.jsonl"))
-    right = [r["length"] for r in responses if r["correct"]]
+    right = [r.length for r in responses if r.correct]
     assert found["length_of"]["correct"] == {"mean": np.mean(right) if right else None, "responses": len(right)}

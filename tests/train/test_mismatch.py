@@ -73,7 +73,7 @@ def test_a_run_stops_when_the_engine_samples_from_another_policy(tmp_path: Path)
     recipe = "siren/siren-tiny-cpu.toml"
     with pytest.raises(AssertionError, match=r"MismatchError: rollout: the engine's log-probs differ .* expected at"):
         whole_run.train(tmp_path / "strict", recipe, "alarms.mismatch=1e-12")
-    assert whole_run.train(tmp_path / "default", recipe, "rollout.top_p=0.7") == 0
+    assert whole_run.train(tmp_path / "default", recipe, "rollout.top_p=0.7", "rollout.sampling_replay=off") == 0
     steps = whole_run.metrics(tmp_path / "default")
     assert all(0 < step["mismatch/mean"] < -math.log(0.7) and step["response/unknown_logprobs"] == 0 for step in steps)
 
@@ -100,16 +100,27 @@ def test_a_run_of_unknown_log_probs_stops(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_nucleus_may_raise_the_engines_log_probs() -> None:
-    config = Config.model_validate({"rollout": {"top_p": 0.5}, "alarms": {"mismatch": 0.1}})
+    nucleus = {"top_p": 0.5, "sampling_replay": "off"}
+    config = Config.model_validate({"rollout": nucleus, "alarms": {"mismatch": 0.1}})
     mismatch.check(KNOWN | {"mismatch/mean": 0.79}, config)  # log 2 + .1
     with pytest.raises(mismatch.MismatchError, match=r"0\.8 nats"):
         mismatch.check(KNOWN | {"mismatch/mean": 0.8}, config)
+    top_k = Config.model_validate({"rollout": nucleus | {"top_k": 5}, "alarms": {"mismatch": 0.1}})
+    mismatch.check(KNOWN | {"mismatch/mean": 9.9}, top_k)
     mismatch.check(KNOWN | {"mismatch/mean": 9.9}, Config.model_validate({"alarms": {"mismatch": 0}}))
 
 
+def test_sampling_replay_leaves_nothing_to_allow_for() -> None:
+    restricted = {"top_p": 0.5, "top_k": 5, "min_p": 0.1}
+    config = Config.model_validate({"rollout": restricted, "alarms": {"mismatch": 0.1}})
+    mismatch.check(KNOWN | {"mismatch/mean": 0.09}, config)
+    with pytest.raises(mismatch.MismatchError, match=r"0\.11 nats .* at most 0\.1 "):
+        mismatch.check(KNOWN | {"mismatch/mean": 0.11}, config)
+
+
 def test_importance_changes_a_run_only_where_the_engine_differs(tmp_path: Path) -> None:
-    recipe, nucleus = "grpo/grpo-tiny-cpu.toml", "rollout.top_p=0.6"
-    for name, options in (("off", [nucleus]), ("on", [nucleus, "train.importance_cap=2.0"])):
+    recipe, nucleus = "grpo/grpo-tiny-cpu.toml", ["rollout.top_p=0.6", "rollout.sampling_replay=off"]
+    for name, options in (("off", nucleus), ("on", [*nucleus, "train.importance_cap=2.0"])):
         assert whole_run.train(tmp_path / name, recipe, *options, "train.steps=1") == 0
     off, on = (whole_run.metrics(tmp_path / name)[0] for name in ("off", "on"))
     assert off["mismatch/mean"] == on["mismatch/mean"] and off["grad/norm"] != on["grad/norm"]

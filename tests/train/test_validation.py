@@ -22,7 +22,7 @@ from megatron_ext.rollout.base import Request, Sampling
 from megatron_ext.rollout.hf.engine import HFEngine
 from megatron_ext.rollout.sampling import seed_of
 from megatron_ext.train.trainer import Trainer
-from megatron_ext.train.validation import Answer, Validation, summarise
+from megatron_ext.train.validation import Answer, Asked, Validation, summarise
 from megatron_ext.types import Problem, Reward
 from tests import gloo
 from tests.train import whole_run
@@ -298,7 +298,8 @@ def answer(outcome: str, length: int = 4, truncated: bool = False) -> Answer:
 
 def test_shares_are_means_over_problems() -> None:
     """By hand: 1 and 0 of two right, and 2 of two in the other kind."""
-    asked = [Problem("1", "", "", kind="a/b"), Problem("2", "", "", kind="a/b"), Problem("3", "", "", "math")]
+    problems = [Problem("1", "", "", kind="a/b"), Problem("2", "", "", kind="a/b"), Problem("3", "", "", "math")]
+    asked = [Asked("one", number, problem, ()) for number, problem in enumerate(problems)]
     right, wrong = answer("correct"), answer("no_answer", length=10, truncated=True)
     found = summarise(asked, [[wrong, right], [wrong, wrong], [right, right]], [True, False, True])
     assert found == pytest.approx(
@@ -317,6 +318,34 @@ def test_shares_are_means_over_problems() -> None:
         }
     )
     assert not [name for name in summarise(asked[:2], [[right], [wrong]], [True, False]) if name.count("/") > 1]
+
+
+def test_of_several_files_the_whole_is_the_mean_of_theirs() -> None:
+    """By hand: 1 of 2 and 0 of 2 right in the one file, 2 of 2 in the other; kinds count no more."""
+    problems = [("aime24", "a"), ("aime24", "b"), ("math500", "a")]
+    asked = [Asked(file, 0, Problem("1", "", "", kind=kind), ()) for file, kind in problems]
+    right, wrong = answer("correct"), answer("no_answer")
+    found = summarise(asked, [[wrong, right], [wrong, wrong], [right, right]], [False, False, True])
+    assert found["validation/avg/aime24"] == 0.25 and found["validation/avg/math500"] == 1.0
+    assert (found["validation/avg"], found["validation/pass"], found["validation/maj"]) == (0.625, 0.75, 0.5)
+    assert {name for name in found if name.count("/") > 1} == {
+        f"validation/{name}/{file}" for name in ("avg", "pass", "maj") for file in ("aime24", "math500")
+    }
+
+
+def test_files_are_validated_as_they_would_be_alone(tmp_path: Path) -> None:
+    rows = problems().read_text().splitlines(keepends=True)
+    files = [tmp_path / name for name in ("sums.jsonl", "countdowns.jsonl")]
+    for path, part in zip(files, (rows[:8], rows[8:]), strict=True):
+        path.write_text("".join(part))
+    named = {"alone": f'"{files[1]}"', "both": json.dumps([str(path) for path in files])}
+    for name, data in named.items():
+        assert whole_run.train(tmp_path / name, GRPO, *options(f"validation.data={data}", every=2)) == 0
+    alone, both = (validated(tmp_path / name) for name in named)
+    assert [each["validation/avg/countdowns"] for each in both] == [each["validation/avg"] for each in alone]
+    for each in both:
+        means = [each[f"validation/avg/{name}"] for name in ("sums", "countdowns")]
+        assert each["validation/avg"] == pytest.approx(sum(means) / 2)
 
 
 def test_of_equal_steps_the_first_is_best_and_step_0_never() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import shutil
@@ -20,9 +21,11 @@ from megatron_ext.rollout.hf.engine import HFEngine
 from megatron_ext.rollout.sampling import seed_of
 from megatron_ext.types import Sample
 from tests import gloo
+from tests.rollout.test_hf import left
 
 BASE = Path(__file__).parents[2] / "recipes" / "tiny" / "base"
 GREEDY, NUCLEUS = Sampling(0.0, 1.0, 16), Sampling(0.8, 0.7, 16)
+RESTRICTED = Sampling(0.8, 0.9, 16, top_k=8, min_p=0.02)
 UPDATES = 3
 KEPT: list[Any] = []  # engines live as long as their rank: vLLM takes the process group down with it
 
@@ -52,8 +55,8 @@ def requests(count: int) -> list[Request]:
     return [Request(tuple(draw.randrange(2, vocab) for _ in range(n)), seed_of(0, i)) for i, n in enumerate(lengths)]
 
 
-def rollouts(rank: int, world: int, folders: list[Path], shared: int) -> list[tuple[list[Sample], list[Sample]]]:
-    """This rank's greedy and drawn samples after each update of a policy whose training is tensor-parallel."""
+def rollouts(rank: int, world: int, folders: list[Path], shared: int) -> list[dict[Sampling, list[Sample]]]:
+    """This rank's samples after each update of a policy whose training is tensor-parallel."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1"}
     from megatron_ext import cpu_compat
@@ -79,7 +82,7 @@ def rollouts(rank: int, world: int, folders: list[Path], shared: int) -> list[tu
         finished: list[Sample] = []
         greedy = engine.generate(mine, GREEDY, finished.extend)
         assert sorted(map(str, finished)) == sorted(map(str, greedy))
-        found.append((greedy, engine.generate(mine, NUCLEUS)))
+        found.append({GREEDY: greedy, **{way: engine.generate(mine, way) for way in (NUCLEUS, RESTRICTED)}})
     return found
 
 
@@ -90,7 +93,7 @@ def test_training_at_tp_2_feeds_engines_at_tp_1_and_2(policies: list[Path], shar
     for update, folder in enumerate(policies[1:]):
         reference = HFEngine(folder)
         for rank in range(2):
-            greedy, drawn = ranks[rank][update]
+            greedy = ranks[rank][update][GREEDY]
             expected = reference.generate(wanted[rank::2], GREEDY)
             for a, b in zip(greedy, expected, strict=True):
                 assert (a.prompt_ids, a.response_ids, a.text, a.truncated) == (
@@ -98,24 +101,18 @@ def test_training_at_tp_2_feeds_engines_at_tp_1_and_2(policies: list[Path], shar
                 )
                 assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
                 assert a.weight_version == update + 1
-            for sample in drawn:
-                assert sample.logprobs == pytest.approx(nucleus_of(reference, sample, NUCLEUS), abs=1e-4)
+            for way in (NUCLEUS, RESTRICTED):
+                for sample in ranks[rank][update][way]:
+                    assert sample.logprobs == pytest.approx(logprobs_of(reference, sample, way), abs=1e-4)
 
 
-def nucleus_of(reference: HFEngine, sample: Sample, sampling: Sampling) -> list[float]:
-    """Log-probs of a given response under temperature and a renormalised nucleus, in fp64, by definition."""
+def logprobs_of(reference: HFEngine, sample: Sample, sampling: Sampling) -> list[float]:
+    """Of a given response under the sampling distribution, in fp64, by definition."""
     ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids]])
     with torch.no_grad():
-        logits = reference.model(ids).logits[0, len(sample.prompt_ids) - 1 : -1].double() / sampling.temperature
-    found = []
-    for row, token in zip(logits.softmax(-1), sample.response_ids, strict=True):
-        order = row.argsort(descending=True).tolist()
-        kept: list[int] = []
-        while sum(float(row[i]) for i in kept) < sampling.top_p:
-            kept.append(order[len(kept)])
-        assert token in kept
-        found.append(float((row[token] / row[kept].sum()).log()))
-    return found
+        logits = reference.model(ids).logits[0, len(sample.prompt_ids) - 1 : -1].tolist()
+    kept = [left(row, sampling.restriction, sampling.temperature) for row in logits]
+    return [math.log(p[token]) for p, token in zip(kept, sample.response_ids, strict=True)]
 
 
 def alone(_rank: int, _world: int, folder: Path, case: str) -> Any:

@@ -1,13 +1,8 @@
-"""The files that analyses read, checked: samples of an evaluation, problems, folders of runs and of models.
-
-A samples file is JSON Lines, one response a line: ``set``, ``id``, ``sample``, ``text`` and optionally
-``response_ids``, ``truncated``, ``outcome``, ``correct``. A line ``{"header": ...}`` says what its responses depend on;
-it is passed over.
-"""
+"""The files that analyses read, checked: samples of an evaluation, problems, folders of runs and of models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,36 +11,14 @@ from pydantic import ValidationError
 
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.schema import PromptConfig
-from megatron_ext.files import first_fault, parse_json, read_lines
+from megatron_ext.files import first_fault
 from megatron_ext.metrics.writer import METRICS, SAMPLES
 from megatron_ext.records import Problem
 
-from ..report.data import Record
+from ..samples import EXAMPLE, SampleRow, damaged, sample_lines
+from ..samples import read_samples as rows_of
 
 Kind = Literal["run", "model", "evaluation", "samples"]
-SAMPLE_LINE = '{"set": "aime24", "id": "7", "sample": 0, "text": "...", "correct": true}'
-
-
-class SampleRow(Record):
-    """A line of a samples file."""
-
-    set: str = ""
-    id: str
-    sample: int = 0
-    text: str
-    response_ids: list[int] | None = None
-    truncated: bool = False
-    outcome: str = ""
-    correct: bool | None = None
-
-    @property
-    def problem(self) -> tuple[str, str]:
-        return self.set, self.id
-
-    @property
-    def is_correct(self) -> bool | None:
-        """None: the response was not scored."""
-        return (self.outcome == "correct" if self.outcome else None) if self.correct is None else self.correct
 
 
 def kind_of(path: Path) -> Kind:
@@ -92,13 +65,13 @@ def read_samples(path: Path, *, limit: int | None = None) -> list[SampleRow]:
     rows: list[SampleRow] = []
     for file in files:
         first: dict[tuple[str, str], None] = {}
-        for row in _rows(file):
+        for row in rows_of(file):
             if row.problem not in first and limit is not None and len(first) >= limit:
                 continue
             first[row.problem] = None
             rows.append(row)
         if not first:
-            raise ConfigError(f"--samples: {file} is empty, expected lines like {SAMPLE_LINE}")
+            raise ConfigError(f"--samples: {file} is empty, expected lines like {EXAMPLE}")
     seen: set[tuple[str, str, int]] = set()
     for row in rows:
         if (key := (row.set, row.id, row.sample)) in seen:
@@ -122,13 +95,12 @@ def prompts_of(path: Path) -> dict[str, PromptConfig]:
     """``set -> prompt`` that the responses of the samples below a path were sampled with, where headers say it."""
     found: dict[str, PromptConfig] = {}
     for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
-        first = parse_json(next(read_lines(file)))  # read_samples has read it before
-        header = first.get("header") if isinstance(first, dict) else None
-        if isinstance(header, dict) and isinstance(header.get("prompt"), dict):
+        header = next((line.header for line in sample_lines(file)), None)
+        if header is not None and isinstance(header.get("prompt"), dict):
             try:
                 found[str(header.get("set", ""))] = PromptConfig.model_validate(header["prompt"])
             except ValidationError as error:
-                raise _damaged(file, 1, f"prompt in the header: {first_fault(error)}") from None
+                raise damaged(file, 1, f"prompt in the header: {first_fault(error)}") from None
     return found
 
 
@@ -176,24 +148,3 @@ def read_problems(paths: Sequence[Path]) -> Problems:
         problems, _ = load_problems(path, score=None)
         found |= {(path.stem, problem.problem_id): problem for problem in problems}
     return Problems(found)
-
-
-def _rows(path: Path) -> Iterator[SampleRow]:
-    """The rows of a file; a half-written last line is left out."""
-    try:
-        for number, raw in enumerate(read_lines(path), 1):
-            try:
-                line = parse_json(raw)
-                if not (isinstance(line, dict) and "header" in line):
-                    yield SampleRow.model_validate(line)
-            except ValidationError as error:
-                raise _damaged(path, number, first_fault(error)) from None
-            except ValueError as error:
-                if raw.endswith(b"\n"):
-                    raise _damaged(path, number, str(error)) from None
-    except OSError as error:
-        raise ConfigError(f"--samples: {path} cannot be read: {error.strerror}; give a samples file") from None
-
-
-def _damaged(path: Path, number: int, fault: str) -> ConfigError:
-    return ConfigError(f"--samples: {path}, line {number}: {fault}; expected lines like {SAMPLE_LINE}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,7 +12,7 @@ from rich.console import Console
 from megatron_ext.metrics.eval_stats import Interval, bootstrap, pass_at_k
 
 from . import figures
-from .counts import Counts, Solved, counted, sets_of
+from .counts import Solved, counted, sets_of
 from .figures import Result
 
 MEANING = (
@@ -33,7 +33,9 @@ def analyze(options: argparse.Namespace, console: Console) -> Result:
     title = options.title or (f"pass@k of {len(counts)} models" if several else f"pass@k of {counts[0].label}")
     figure, axes = figures.panels(len(sets), title)
     for name, panel in zip(sets, axes, strict=True):
-        _draw(panel, counts, name, numbers[name])
+        problems = len({row.id for each in counts for row in each.of_set(name)})
+        colors = {each.label: figures.color(number) for number, each in enumerate(counts)}
+        draw(panel, numbers[name], f"{name} ({problems} problems)", colors)
     if several:
         figures.legend_below(axes[0])
     lines = [
@@ -59,18 +61,16 @@ def _curve(rows: Sequence[Solved]) -> dict[int, Interval]:
     return dict(zip(ks, bootstrap(values), strict=True))
 
 
-def _draw(axes: Axes, counts: Sequence[Counts], name: str, curves: dict[str, dict[int, Interval]]) -> None:
-    every = sorted({k for curve in curves.values() for k in curve})
-    for number, each in enumerate(counts):
-        if each.label not in curves:
-            continue
-        curve, color = curves[each.label], figures.color(number)
-        ks = list(curve)
-        axes.fill_between(
-            ks, [v.low for v in curve.values()], [v.high for v in curve.values()], color=color, alpha=0.13, lw=0
-        )
-        axes.plot(ks, [v.mean for v in curve.values()], color=color, marker="o", markersize=4, label=each.label)
-    figures.powers_axis(axes, every)
+def draw(
+    axes: Axes, curves: Mapping[str, Mapping[int, Interval]], title: str, colors: Mapping[str, str] | None = None
+) -> None:
+    """Curves ``label -> k -> pass@k`` with their intervals as bands."""
+    for number, (label, curve) in enumerate(curves.items()):
+        color = colors[label] if colors else figures.color(number)
+        ends = [[getattr(value, end) for value in curve.values()] for end in ("low", "high")]
+        axes.fill_between(list(curve), *ends, color=color, alpha=0.13, lw=0)
+        means = [value.mean for value in curve.values()]
+        axes.plot(list(curve), means, color=color, marker="o", markersize=4, label=label)
+    figures.powers_axis(axes, sorted({k for curve in curves.values() for k in curve}))
     figures.percent_axis(axes.yaxis)
-    problems = len({row.id for each in counts for row in each.of_set(name)})
-    axes.set(xlabel="k: responses (log scale)", ylabel="pass@k", title=f"{name} ({problems} problems)")
+    axes.set(xlabel="k: responses (log scale)", ylabel="pass@k", title=title)

@@ -2,11 +2,12 @@
 
     megatron-entropy bench ops [--device cpu|cuda] [--tp N] [--tokens 256] [--vocab 151936 32000] [--dtype float32]
     megatron-entropy bench ops --count      launches, synchronisations, bytes and compiled kernels, on any machine
+    megatron-entropy bench ops --replay     log-probabilities on a sampler's support (tools/bench/replay.py)
     megatron-entropy bench rollout [--engines hf vllm vllm_server] [--steps 8]        (tools/bench/rollout.py)
 
-Writes ``runs/bench/ops-<device>-tp<N>.json`` and ``.svg``, or ``runs/bench/rollout.json``. A result that is wrong ends
-the run before any speed is printed. Peers that are not installed are named as such: ``make bench`` runs the operators
-in an environment that has them; ``make .venv-vllm/.installed`` makes the one with vLLM.
+Writes ``ops-<device>-tp<N>.json`` and ``.svg``, ``replay-<device>-tp<N>.json`` or ``rollout.json`` to ``runs/bench``. A
+result that is wrong ends the run before any speed is printed. Peers that are not installed are named as such: ``make
+bench`` runs the operators in an environment that has them; ``make .venv-vllm/.installed`` makes the one with vLLM.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("what", choices=["ops", "rollout"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(%(default)s)")
     parser.add_argument("--tp", type=int, default=1, help="ranks that share the vocabulary, all on this machine")
-    parser.add_argument("--tokens", type=int, default=256, help="token positions (%(default)s)")
+    parser.add_argument("--tokens", type=int, help="token positions (256; 2048 of --replay)")
     parser.add_argument("--vocab", type=int, nargs="+", default=[151_936, 32_000], help="tokens of the vocabulary")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    parser.add_argument("--top-p", type=float, default=0.8, help="of the nucleus (%(default)s)")
+    parser.add_argument("--top-p", type=float, default=0.8, help="of the nucleus and of --replay (%(default)s)")
+    parser.add_argument("--top-k", type=int, default=0, help="of --replay; 0: all tokens")
     parser.add_argument("--repeat", type=int, default=9, help="interleaved repetitions; medians are reported")
     parser.add_argument(
         "--deterministic", action="store_true", help="of ops: time the statistics with deterministic=True too"
@@ -37,11 +39,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--count", action="store_true", help="of ops: count what a GPU would be asked for, time nothing"
     )
+    parser.add_argument("--replay", action="store_true", help="of ops: time sampling replay")
     parser.add_argument("--out", default="runs/bench", help="folder (%(default)s)")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="of rollout")
     parser.add_argument("--steps", type=int, default=8, help="of rollout: of every run")
     parser.add_argument("--compile", action="store_true", help="of rollout: vLLM compiles")
     options = parser.parse_args(arguments)
+    options.tokens = options.tokens or (2048 if options.replay else 256)
     if options.what == "rollout":
         from .rollout import run as run_rollout
 
@@ -52,6 +56,10 @@ def main(arguments: Sequence[str]) -> int:
         return run_count(options)
     if options.tp > 1 and not launched():
         return run_ranks(module_of("bench"), arguments, options.tp)
+    if options.replay:
+        from .replay import run as run_replay
+
+        return run_replay(options)
     from .ops import run
 
     return run(options)

@@ -178,7 +178,7 @@ class _Bench:
             self._memory(line)
         for _ in range(self.options.repeat):
             for line in timed:
-                line.times.append(self._time(lambda name=line.name: self.step(name)))
+                line.times.append(milliseconds(lambda name=line.name: self.step(name), self.options.device, self.world))
         for line in timed:
             line.milliseconds = statistics.median(line.times)
 
@@ -191,7 +191,7 @@ class _Bench:
 
         elements = self.logits.numel()
         leaf = self.logits.detach().requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), _exchanged() as seen:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), exchanged() as seen:
             outputs = self.calls[line.name](leaf)
         line.saved_bytes_per_element = sum(saved.values()) / elements
         line.exchanged_bytes_per_token, line.collectives = sum(seen) / self.options.tokens, len(seen)
@@ -200,26 +200,27 @@ class _Bench:
             self.step(line.name)
         line.peak_bytes_per_element = peak[0] / elements
 
-    def _time(self, step: Callable[[], object]) -> float:
-        """Milliseconds of the slowest rank."""
-        if self.world > 1:
-            dist.barrier()
-        if self.options.device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        step()
-        if self.options.device == "cuda":
-            torch.cuda.synchronize()
-        took = torch.tensor(1e3 * (time.perf_counter() - start), device=self.options.device)
-        if self.world > 1:
-            dist.all_reduce(took, op=dist.ReduceOp.MAX)
-        return float(took)
-
     def floor_ms(self) -> float:
         """Reading the logits twice and writing the gradient, at the rate of a copy into mapped memory."""
         target = torch.empty_like(self.logits)
-        copies = [self._time(lambda: target.copy_(self.logits)) for _ in range(5)]
+        copies = [milliseconds(lambda: target.copy_(self.logits), self.options.device, self.world) for _ in range(5)]
         return statistics.median(copies[1:]) * 3 / 2
+
+
+def milliseconds(step: Callable[[], object], device: str, world: int) -> float:
+    """How long the slowest rank takes for ``step``."""
+    if world > 1:
+        dist.barrier()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    took = torch.tensor(1e3 * (time.perf_counter() - start), device=device)
+    if world > 1:
+        dist.all_reduce(took, op=dist.ReduceOp.MAX)
+    return float(took)
 
 
 def language_like(T: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -239,7 +240,7 @@ def language_like(T: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 
 @contextmanager
-def _exchanged() -> Iterator[list[int]]:
+def exchanged() -> Iterator[list[int]]:
     """Bytes this rank hands to every collective."""
     seen: list[int] = []
     names = {"all_reduce": 0, "all_gather_into_tensor": 1, "all_to_all_single": 1, "reduce_scatter_tensor": 1}

@@ -67,13 +67,18 @@ class _Gather(torch.autograd.Function):
         return gradient[0][:, ctx.rank * ctx.width : (ctx.rank + 1) * ctx.width], None
 
 
+def gathered(logits: Tensor, group: Any) -> Tensor:
+    """``[T, V/TP] -> [T, V]``, with the gradient of this rank's columns."""
+    full = _Gather.apply(logits, group)
+    assert isinstance(full, Tensor)
+    return full
+
+
 def gather_and_sort(top_p: float) -> Peer:
     """Gather the logits, sort, mask the top-p set: what exists where a nucleus is needed under tensor parallelism."""
 
     def call(logits: Tensor, targets: Tensor, vocab: int, group: Any) -> Outputs:
-        full = _Gather.apply(logits, group)
-        assert isinstance(full, Tensor)
-        logp = torch.log_softmax(full[:, :vocab].float(), -1)
+        logp = torch.log_softmax(gathered(logits, group)[:, :vocab].float(), -1)
         p = logp.exp()
         with torch.no_grad():
             ordered, order = p.sort(-1, descending=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 from megatron_ext import __version__
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.data.dataset import load_problems
-from megatron_ext.files import open_regular, read_json
+from megatron_ext.files import read_json, sha256
 
 FORMAT = "problems/1"
 PACKAGES = ("datasets", "pyarrow", "math-verify", "latex2sympy2_extended", "sympy")
@@ -30,24 +28,9 @@ def versions() -> dict[str, str]:
 def file_record(path: Path, name: str) -> dict[str, Any]:
     """Name, size and sha256. Raises ConfigError where it cannot be read."""
     try:
-        with open_regular(path) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return {"name": name, "bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
+        return {"name": name, "bytes": path.stat().st_size, "sha256": sha256(path)}
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """All of it or nothing, on the disk before its name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def to_json(value: Any) -> bytes:

@@ -18,14 +18,15 @@ from rich.console import Console
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.public_sets import public_sets
 from megatron_ext.data.dataset import Fault, Score, check_gold, check_record, load_problems
+from megatron_ext.files import write_atomically
 from megatron_ext.types import Problem
 
 from ..progress import ToolProgress
 from .adapters import PROBLEM_ROWS, Form, form_of
 from .filters import LeftOut, Seen, question_type, summary
-from .manifest import FORMAT, file_record, manifest_of, to_json, versions, write_atomically
+from .manifest import FORMAT, file_record, manifest_of, to_json, versions
 from .overlap import EvaluationSets
-from .solved import Range, SolveCounts, read_samples
+from .solved import Range, SolveCounts, count_solved
 from .sources import Row, Source, open_source, revision_of
 
 GOLDS_PER_BATCH = 1024
@@ -112,7 +113,7 @@ class _Reader:
 
     def __init__(self, name: str, options: Options) -> None:
         self.name, self.options = name, options
-        self.samples = read_samples(options.solved) if options.keep_solved else None
+        self.samples = count_solved(options.solved) if options.keep_solved else None
         self.left_out, self.kept = LeftOut(), list[Candidate]()
         self._seen, self._ids = Seen(), set[str]()
         self._count_tokens = _token_counter(options.tokenizer)

@@ -1,8 +1,4 @@
-"""How many of a model's responses to each problem are right: what filters by solve rate ask for.
-
-A samples file is JSON Lines, one response a line, of which ``id`` and ``correct`` count. ``tools.evaluate`` writes it,
-with a header before the responses, which is passed over.
-"""
+"""How many of a model's responses to each problem are right: what filters by solve rate ask for."""
 
 from __future__ import annotations
 
@@ -15,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_ext.config.errors import ConfigError
-from megatron_ext.files import parse_json, read_lines
+
+from ..samples import read_samples
 
 
 @dataclass(frozen=True)
@@ -54,32 +51,16 @@ class SolveCounts:
         return ("solved_too_often", words) if correct > wanted.high else None
 
 
-def read_samples(paths: Sequence[Path]) -> SolveCounts:
-    """Raises ConfigError for a file that cannot be read and a line that is no response."""
+def count_solved(paths: Sequence[Path]) -> SolveCounts:
+    """Counts of samples files. Raises ConfigError for one that cannot be read, that is empty, or was not scored."""
     counts = SolveCounts()
     for path in paths:
-        before, number = counts.sampled.total(), 0
-        try:
-            for line in read_lines(path):
-                number += 1
-                if line.strip():
-                    _count(counts, parse_json(line))
-        except OSError as error:
-            raise ConfigError(f"--solved: cannot read {path}: {error.strerror}; give a samples file") from None
-        except ValueError as error:
-            raise ConfigError(
-                f"--solved: {path}, line {number}: {error}; expected a response a line with "
-                '"id" and "correct", as megatron-entropy evaluate writes them'
-            ) from None
+        before = counts.sampled.total()
+        for row in read_samples(path):
+            if row.is_correct is None:
+                raise ConfigError(f"--solved: {path}: a response to problem {row.id} was not scored; evaluate it")
+            counts.sampled[row.id] += 1
+            counts.correct[row.id] += row.is_correct
         if counts.sampled.total() == before:
             raise ConfigError(f"--solved: {path} has no responses")
     return counts
-
-
-def _count(counts: SolveCounts, record: object) -> None:
-    if isinstance(record, dict) and set(record) == {"header"}:
-        return
-    if not isinstance(record, dict) or "id" not in record or not isinstance(record.get("correct"), bool):
-        raise ValueError(f"found {str(record)[:80]}")
-    counts.sampled[str(record["id"])] += 1
-    counts.correct[str(record["id"])] += record["correct"]

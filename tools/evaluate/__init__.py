@@ -9,7 +9,6 @@ from __future__ import annotations
 from .command import main
 from .model import evaluate
 from .results import load_evaluations, save_evaluation, summary
-from .samples_file import read_samples
 from .sampling import Engine, Pool, measure
 from .settings import Settings
 
@@ -21,7 +20,6 @@ __all__ = [
     "load_evaluations",
     "main",
     "measure",
-    "read_samples",
     "save_evaluation",
     "summary",
 ]

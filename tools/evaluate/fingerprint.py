@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from megatron_ext.files import sha256
 
 from .settings import Settings
 
@@ -16,12 +17,6 @@ DESCRIPTIONS = (
     *("chat_template.jinja", "chat_template.json"),
 )
 DECODING = ("temperature", "top_p", "max_prompt_tokens", "max_response_tokens", "seed")
-
-
-def sha256(path: str | Path) -> str:
-    """Of a file's bytes, streamed."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @cache

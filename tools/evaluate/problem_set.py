@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from megatron_ext.config.errors import ConfigError
+from megatron_ext.files import sha256
 
-from .fingerprint import sha256
 from .sampling import Pool
 from .settings import Settings
 

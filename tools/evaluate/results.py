@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_ext.config.errors import ConfigError
-from megatron_ext.files import LARGE_BYTES, read_json
+from megatron_ext.files import LARGE_BYTES, read_json, write_atomically
 from megatron_ext.metrics.eval_stats import CONFIDENCE, bootstrap, per_problem
 
 from .responses import REFLECTIVE, Response
@@ -114,6 +113,4 @@ def save_evaluation(path: str | Path, label: str, evaluation: dict[str, Any]) ->
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """In the place of what is there, at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

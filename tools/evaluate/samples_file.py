@@ -1,8 +1,7 @@
 """The responses of one model to one set, on disk as they come: an evaluation that was stopped goes on with them.
 
-JSON Lines. The first line, ``{"header": ...}``, says what the responses depend on; every other is one of them:
-``set, id, sample, text, response_ids, length, truncated, outcome, extracted, correct``. Lines are flushed and synced
-batch by batch; a torn last line, of a process that was killed in the middle of it, is removed.
+A samples file (tools/samples.py) whose first line is its header. Lines are flushed and synced batch by batch; a torn
+last line, of a process that was killed in the middle of it, is removed.
 """
 
 from __future__ import annotations
@@ -15,21 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.config.errors import ConfigError
-from megatron_ext.files import read_lines
 
+from ..samples import SampleLine, sample_lines
 from .responses import Response
 
 Key = tuple[str, int]  # a problem's id and the number of its response
-
-
-def read_samples(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The responses of a samples file, one after the other, without its header and a torn last line.
-
-    Raises ConfigError for a file that cannot be read, or another line that is no response.
-    """
-    for line, _ in _lines(Path(path)):
-        if "header" not in line:
-            yield line
 
 
 class Samples:
@@ -83,20 +72,31 @@ class SamplesFile(Samples):
     def _take_over(self) -> dict[Key, Response]:
         found: dict[Key, Response] = {}
         good = 0  # bytes
-        for line, end in _lines(self.path):
+        for line in self._lines():
+            if not line.whole:  # what follows is never written behind it
+                break
+            content = line.content
             if not good:
-                self._check(line.get("header"))
-            elif (key := (line["id"], line["sample"])) in found:
+                self._check(line.header)
+            elif not _is_response(content):
+                raise ConfigError(f"{self.path}: line {line.number} is not a response of a samples file; {_REMOVE}")
+            elif (key := (content["id"], content["sample"])) in found:
                 raise ConfigError(f"{self.path}: has response {key[1]} of problem {key[0]} twice; {_REMOVE}")
             else:
-                found[key] = Response.of_line(line)
-            good = end
+                found[key] = Response.of_line(content)
+            good = line.end
         if not good and not _HEADER.startswith(self._head()):
             raise ConfigError(f"{self.path}: is no samples file; {_REMOVE}")
         self._file.truncate(good)
         if not good:
             self._write([{"header": self.header}])
         return found
+
+    def _lines(self) -> Iterator[SampleLine]:
+        try:
+            yield from sample_lines(self.path)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; {_REMOVE}") from None
 
     def _head(self) -> bytes:
         self._file.seek(0)
@@ -123,25 +123,6 @@ class SamplesFile(Samples):
 _HEADER = b'{"header": '
 _REMOVE = "remove or rename it"
 _FIELDS = {"set": str, "id": str, "sample": int, "text": str, "length": int, "truncated": bool, "outcome": str}
-
-
-def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """The header and the responses, each with the number of bytes to its end. Raises ConfigError."""
-    end = number = 0
-    try:
-        for text in read_lines(path):
-            number += 1
-            if not text.endswith(b"\n"):
-                return  # torn: what follows is never written behind it
-            end += len(text)
-            line = json.loads(text)
-            if not isinstance(line, dict) or not ("header" in line or _is_response(line)):
-                raise ValueError("not a response")
-            yield line, end
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise ConfigError(f"{path}: line {number} is not a response of a samples file; {_REMOVE}") from None
 
 
 def _is_response(line: Mapping[str, Any]) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_ext.metrics.eval_stats import (
     CONFIDENCE,
     Difference,
+    Interval,
     average,
     average_difference,
     paired_bootstrap,
@@ -67,28 +68,19 @@ def pass_curve(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 def pass_figure(result: Mapping[str, Any], path: Path) -> None:
     """A panel for each set, a line for each model: pass@k against k, with the intervals as bands."""
-    from matplotlib.figure import Figure
+    from ..analyze import figures  # matplotlib, only where a figure is drawn
+    from ..analyze.pass_at_k import draw
 
     titles = {column["set"]: column["title"] for column in result["columns"]}
-    across = min(3, len(titles))
-    down = -(-len(titles) // across)
-    figure = Figure(figsize=(4 * across, 3.2 * down + 0.4), layout="constrained")
-    panels = figure.subplots(down, across, squeeze=False).flat
-    for panel, (name, title) in zip(panels, titles.items(), strict=False):
-        ks: list[int] = []
-        for label, sets in result["pass_at_k"].items():
-            ks = [int(k) for k in sets[name]]
-            mean, low, high = ([100 * at[end] for at in sets[name].values()] for end in ("mean", "low", "high"))
-            (line,) = panel.plot(ks, mean, marker="o", markersize=3, label=label)
-            panel.fill_between(ks, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        panel.set_xscale("log", base=2)
-        panel.set_xticks(ks, [str(k) for k in ks])
-        panel.set(title=title, xlabel="k", ylabel="pass@k, %")
-        panel.grid(alpha=0.3)
-    for panel in list(figure.axes)[len(titles) :]:
-        panel.remove()
-    figure.axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    with figures.styled():
+        figure, panels = figures.panels(len(titles), f"pass@k, {result['title']}")
+        for panel, (name, title) in zip(panels, titles.items(), strict=True):
+            found = {label: sets[name] for label, sets in result["pass_at_k"].items()}
+            curves = {label: {int(k): Interval(**at) for k, at in curve.items()} for label, curve in found.items()}
+            draw(panel, curves, title)
+        if len(result["pass_at_k"]) > 1:
+            figures.legend_below(panels[0])
+        figure.savefig(path, dpi=figures.DPI)
 
 
 def _values(evaluation: Mapping[str, Any]) -> dict[str, list[float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +64,8 @@ def _plan(paper: Paper, table: PaperTable, row: Row) -> Plan:
     suite = paper.folder / table.suite if table.suite else None
     if row.recipe:
         config = row_config(row)
-        run, steps = _run(row, config)
+        validated = config.validation.data if config.validation.every else []
+        run, steps = _run(row, config, _sets([*validated, *(suite_files(suite) if suite else [])]))
         model, results, source = run / "hf", run / "evaluation", Path(config.model.path)
         steps = [*steps, exported(run, best=config.validation.every > 0)] if suite else steps
     else:
@@ -76,7 +77,7 @@ def _plan(paper: Paper, table: PaperTable, row: Row) -> Plan:
     out = results / f"{suite_name(suite)}.json"
     command = f"{PROGRAM} evaluate {quoted(model)} --suite {suite_argument(suite)} --out {quoted(results)}"
     command += f"{' --allow-shorter' if _too_long(suite, source) else ''} --engine vllm"
-    steps = [*steps, *_suite_data(suite), Step.of_file("evaluated", out, command)]
+    steps = [*steps, *(() if row.recipe else _sets(suite_files(suite))), Step.of_file("evaluated", out, command)]
     return Plan(row, tuple(steps), out, run, model)
 
 
@@ -148,7 +149,8 @@ def hub_of(paper: Paper, model: str) -> str:
     return next((config.model.hub for config in configs if Path(config.model.path).name == model), "")
 
 
-def _run(row: Row, config: Config) -> tuple[Path, list[Step]]:
+def _run(row: Row, config: Config, sets: Iterable[Step]) -> tuple[Path, list[Step]]:
+    """The folder of a row's run, and the steps to it: ``sets`` are what it validates on and is evaluated on."""
     name = run_name(row)
     named = [f"name={name}"] if row.set else []
     train = shlex.join([PROGRAM, "train", row.recipe, *row.set, *named])
@@ -158,7 +160,7 @@ def _run(row: Row, config: Config) -> tuple[Path, list[Step]]:
         sort = f"{PROGRAM} semantic-entropy {row.recipe} --out {quoted(Path(config.data.curriculum))}"
         sort += f" --stages {row.stages}" if row.stages else ""
         steps.append(Step.of_file("curriculum", Path(config.data.curriculum), sort))
-    return folder, [*steps, trained(folder, config.train.steps, train)]
+    return folder, [*steps, *sets, trained(folder, config.train.steps, train)]
 
 
 def trained(folder: Path, steps: int, command: str) -> Step:
@@ -186,8 +188,10 @@ def _data(file: Path, hub: str) -> Iterator[Step]:
     yield Step("data", file.is_file(), state, make_data(file, hub))
 
 
-def _suite_data(suite: Path) -> Iterator[Step]:
-    files = [find(data) for data in suite_files(suite)]
+def _sets(data: Sequence[str]) -> Iterator[Step]:
+    files = list(dict.fromkeys(map(find, data)))
+    if not files:
+        return
     lacking = [file for file in files if not file.is_file()]
     commands = tuple(command for file in lacking for command in make_data(file, ""))
     yield Step("sets", not lacking, f"{len(files) - len(lacking)}/{len(files)}", commands)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
@@ -14,8 +15,8 @@ from transformers.utils import logging
 from megatron_ext import cpu_compat, heartbeat
 from megatron_ext.rollout.base import Request, Sampling
 from megatron_ext.rollout.model_files import eos_ids, load_tokenizer
-from megatron_ext.rollout.sampling import gumbel, nucleus_logprobs
-from megatron_ext.types import Sample
+from megatron_ext.rollout.sampling import gumbel, sampling_logprobs
+from megatron_ext.types import KeptTokens, Restriction, Sample
 
 
 class HFEngine:
@@ -90,11 +91,18 @@ class HFEngine:
         tokens = output[:, longest:].cpu().tolist()
         logprobs = torch.stack(sampler.logprobs, 1).cpu().tolist()
         return [
-            self._sample(request, row, logprob, sampling)
-            for request, row, logprob in zip(requests, tokens, logprobs, strict=True)
+            self._sample(request, row, logprob, sampling, sampler.support(number))
+            for number, (request, row, logprob) in enumerate(zip(requests, tokens, logprobs, strict=True))
         ]
 
-    def _sample(self, request: Request, row: list[int], logprobs: list[float], sampling: Sampling) -> Sample:
+    def _sample(
+        self,
+        request: Request,
+        row: list[int],
+        logprobs: list[float],
+        sampling: Sampling,
+        support: Sequence[np.ndarray] | None,
+    ) -> Sample:
         end = next((i + 1 for i, token in enumerate(row) if token in self._eos), None)
         response = row[:end]
         return Sample(
@@ -104,16 +112,20 @@ class HFEngine:
             text=self.tokenizer.decode(response, skip_special_tokens=True),
             truncated=end is None and len(response) >= sampling.max_response_tokens,
             weight_version=self.version,
+            support=None if support is None else _in_csr_form(support[: len(response)]),
         )
 
 
 class _Sampler(LogitsProcessor):
-    """Turns greedy decoding into exact sampling: leaves only the sampled token, and keeps its log-prob."""
+    """Turns greedy decoding into exact sampling: leaves only the sampled token, and keeps its log-prob and, if asked,
+    the tokens it was sampled from."""
 
     def __init__(self, seeds: Tensor, sampling: Sampling) -> None:
         self.seeds = seeds
         self.sampling = sampling
         self.logprobs: list[Tensor] = []
+        is_restricted = sampling.temperature > 0 and sampling.restriction != Restriction()
+        self.kept: list[list[np.ndarray]] | None = [] if sampling.keeps_support and is_restricted else None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore
         heartbeat.progress()
@@ -121,10 +133,24 @@ class _Sampler(LogitsProcessor):
             logprob = scores.float().log_softmax(-1)
             sampled = logprob.argmax(-1, keepdim=True)
         else:
-            logprob = nucleus_logprobs(scores, temperature=self.sampling.temperature, top_p=self.sampling.top_p)
+            options = {"temperature": self.sampling.temperature, "restriction": self.sampling.restriction}
+            logprob = sampling_logprobs(scores, **options)
             sampled = (logprob + gumbel(self.seeds, len(self.logprobs), scores.shape[-1])).argmax(-1, keepdim=True)
         self.logprobs.append(logprob.gather(-1, sampled)[:, 0])
+        if self.kept is not None:
+            kept = logprob > -torch.inf
+            ids = kept.nonzero()[:, 1].to(torch.int32).cpu().numpy()
+            self.kept.append(np.split(ids, kept.sum(-1).cumsum(0)[:-1].cpu().numpy()))
         return torch.full_like(scores, -torch.inf).scatter(-1, sampled, 0.0)
+
+    def support(self, number: int) -> list[np.ndarray] | None:
+        """The ids kept for each token of the batch's response ``number``, ascending."""
+        return None if self.kept is None else [ids[number] for ids in self.kept]
+
+
+def _in_csr_form(kept: Sequence[np.ndarray]) -> KeptTokens:
+    starts = np.cumsum([0, *(len(ids) for ids in kept)], dtype=np.int64)
+    return KeptTokens(np.concatenate([np.empty(0, np.int32), *kept]), starts)
 
 
 def _as_stored(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:

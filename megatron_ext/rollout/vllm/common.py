@@ -12,7 +12,8 @@ import psutil
 import torch
 
 from megatron_ext.rollout.base import Request, Sampling
-from megatron_ext.types import Sample
+from megatron_ext.rollout.vllm.version import returns_sampling_masks
+from megatron_ext.types import KeptTokens, Sample
 
 CACHE_SLACK = 64 * 2**20  # bytes of a CPU's KV cache for blocks that are not full
 
@@ -25,11 +26,22 @@ def model_runner_variable(choice: str) -> dict[str, str]:
     return {} if choice == "auto" else {"VLLM_USE_V2_MODEL_RUNNER": str(int(choice == "v2"))}
 
 
+def mask_arguments(keeps_support: bool, model_runner: str) -> dict[str, Any]:
+    """The engine argument that makes vLLM return the tokens its sampler kept, where it is asked for and vLLM can.
+
+    Only its model runner V2 can, which has no form for CPUs, and only where every request has a top-k.
+    """
+    is_v2 = torch.cuda.is_available() and model_runner != "v1"
+    return {"return_sampling_mask": True} if keeps_support and is_v2 and returns_sampling_masks() else {}
+
+
 def sampling_parameters(request: Request, sampling: Sampling, eos: list[int]) -> dict[str, Any]:
     """Of vllm.SamplingParams, for one response with the log-probs of its own tokens."""
     return {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
         "max_tokens": sampling.max_response_tokens,
         "seed": request.seed,
         "stop_token_ids": eos,
@@ -46,8 +58,10 @@ def finished_sample(
     logprobs: Iterable[float],
     finish_reason: str | None,
     versions: Iterable[str],
+    mask: Sequence[Sequence[int]] | None = None,
 ) -> Sample:
-    """vLLM's answer as a sample. ``versions`` are the labels of the weights it was sampled with: the oldest counts."""
+    """vLLM's answer as a sample. ``versions`` are the labels of the weights it was sampled with: the oldest counts.
+    ``mask`` are the tokens of the vocabulary that its sampler kept for each token of the response."""
     return Sample(
         prompt_ids=request.prompt_ids,
         response_ids=tuple(response),
@@ -55,6 +69,7 @@ def finished_sample(
         text=tokenizer.decode(response, skip_special_tokens=True),
         truncated=finish_reason == "length",
         weight_version=min(version_of(label) for label in versions),
+        support=None if mask is None else KeptTokens.of_lists(mask),
     )
 
 

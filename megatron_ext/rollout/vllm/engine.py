@@ -29,6 +29,7 @@ from megatron_ext.rollout.model_files import eos_ids, load_config, load_tokenize
 from megatron_ext.rollout.vllm.common import (
     cpu_arguments,
     finished_sample,
+    mask_arguments,
     model_runner_variable,
     sampling_parameters,
 )
@@ -67,9 +68,11 @@ class VLLMEngine:
         gpu_memory_utilization: float = 0.5,
         enforce_eager: bool = False,
         model_runner: str = "auto",
+        keeps_support: bool = False,
     ) -> None:
         """``max_tokens``: of prompt and response together. ``gpu_memory_utilization``: of the GPU's total memory,
-        while awake. ``model_runner``: vLLM's, auto, v1 or v2."""
+        while awake. ``model_runner``: vLLM's, auto, v1 or v2. ``keeps_support``: samples bear the tokens that the
+        sampler kept, if vLLM can tell; then every request has a top-k."""
         self.tokenizer = load_tokenizer(model_path)
         self.group = _engine_group(tensor_parallel_size)
         self.here = (
@@ -100,6 +103,7 @@ class VLLMEngine:
             disable_log_stats=True,
             use_tqdm_on_load=False,
             seed=0,
+            **mask_arguments(keeps_support, model_runner),
             **_for_device(config, gpu_memory_utilization, batch_size=batch_size, max_tokens=max_tokens, dtype=dtype),
         )
         self.model_runner = 2 if self.llm.llm_engine.vllm_config.use_v2_model_runner else 1
@@ -189,6 +193,7 @@ class VLLMEngine:
             logprobs=(at[token].logprob for at, token in zip(answer.logprobs, response, strict=True)),
             finish_reason=answer.finish_reason,
             versions=(span.version for span in answer.weight_versions),
+            mask=None if (mask := getattr(answer, "sampling_mask", None)) is None else mask.token_ids,
         )
 
 

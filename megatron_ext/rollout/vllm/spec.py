@@ -21,6 +21,7 @@ def arguments(start: EngineStart) -> dict[str, Any]:
         "dtype": start.dtype,
         "max_tokens": start.max_tokens,
         "batch_size": start.rollout.batch_size,
+        "keeps_support": start.keeps_support,
         **{key: getattr(start.rollout, key) for key in KEYS},
     }
 

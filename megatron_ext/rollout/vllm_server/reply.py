@@ -12,6 +12,8 @@ from megatron_ext.files import first_fault
 NO_LOGPROB = -9999.0  # what a server sends in place of NaN, which JSON does not have
 ROUNDING = 1e-3  # nats by which the log-prob of a sure token may lie above 0
 LARGEST_BYTES, BYTES_PER_TOKEN = 2**16, 512  # of a reply: at most so many, and so many for each token asked for
+BYTES_PER_ID = 9  # of a token of the vocabulary that the sampler kept
+TIED = 2  # times top-k: more tokens are kept where many are tied with the last one
 
 
 class _Token(BaseModel, strict=True):
@@ -33,6 +35,7 @@ class Choice(BaseModel, strict=True):
     token_ids: list[int]
     logprobs: _Logprobs
     weight_versions: Annotated[list[_Span], Field(min_length=1)]
+    sampling_mask: list[list[int]] | None = None  # the ids that the sampler kept for each token
 
     @property
     def versions(self) -> list[str]:
@@ -57,9 +60,9 @@ class _AbortedReply(BaseModel):
     choices: Annotated[list[_Aborted], Field(min_length=1, max_length=1)]
 
 
-def max_bytes(max_tokens: int) -> int:
-    """Of a reply with a response of up to ``max_tokens``."""
-    return LARGEST_BYTES + BYTES_PER_TOKEN * max_tokens
+def max_bytes(max_tokens: int, top_k: int = 0) -> int:
+    """Of a reply with a response of up to ``max_tokens``, and with what its sampler kept where that has a top-k."""
+    return LARGEST_BYTES + (BYTES_PER_TOKEN + BYTES_PER_ID * TIED * top_k) * max_tokens
 
 
 def read_reply(body: bytes, *, vocab_size: int, max_tokens: int) -> Choice:
@@ -96,4 +99,17 @@ def _fault(choice: Choice, vocab_size: int, max_tokens: int) -> str | None:
         return f"token {str(bad[0])[:30]}, expected ids from 0 to {vocab_size - 1}"
     if bad := [each for each in logprobs if each > ROUNDING]:
         return f"log-prob {bad[0]:g}, expected at most 0"
+    return _mask_fault(choice, vocab_size)
+
+
+def _mask_fault(choice: Choice, vocab_size: int) -> str | None:
+    ids, mask = choice.token_ids, choice.sampling_mask
+    if mask is None:
+        return None
+    if len(mask) != len(ids):
+        return f"sampling masks of {len(mask)} tokens for {len(ids)} tokens"
+    if bad := [each for kept in mask for each in kept if not 0 <= each < vocab_size]:
+        return f"token {str(bad[0])[:30]} in a sampling mask, expected ids from 0 to {vocab_size - 1}"
+    if bad := [own for own, kept in zip(ids, mask, strict=True) if len(set(kept)) < len(kept) or own not in kept]:
+        return f"the sampling mask of token {bad[0]} does not hold it, or holds a token twice"
     return None

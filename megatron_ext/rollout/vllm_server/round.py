@@ -102,7 +102,7 @@ class Round:
             token=self.servers[url],
             body=body,
             deadline_s=self.deadline_s,
-            max_bytes=max_bytes(sampling.max_response_tokens),
+            max_bytes=max_bytes(sampling.max_response_tokens, sampling.top_k),
         )
         try:
             choice = read_reply(reply, vocab_size=self.vocab_size, max_tokens=sampling.max_response_tokens)
@@ -118,6 +118,7 @@ class Round:
             logprobs=choice.token_logprobs,
             finish_reason=choice.finish_reason,
             versions=labels,
+            mask=choice.sampling_mask,
         )
 
     async def _watch(self, session: aiohttp.ClientSession, url: str) -> None:

@@ -46,6 +46,25 @@ def test_without_entropy_nothing_more_is_saved_and_exchanged(tmp_path):
     assert lines["log-prob + nucleus"]["collectives"] == 2
 
 
+def test_replay_is_compared_with_gather_and_sort(tmp_path):
+    done = bench(tmp_path, "--replay", "--tp", "2", "--top-k", "20")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (table,) = json.loads((tmp_path / "replay-cpu-tp2.json").read_text())["tables"]
+    lines = {line["name"]: line for line in table["lines"]}
+    assert lines["replayed log-prob"]["exchanged_bytes_per_token"] == 16
+    assert lines["replayed log-prob + entropy"]["exchanged_bytes_per_token"] == 32
+    assert lines["gather + sort"]["exchanged_bytes_per_token"] == 4 * 256
+    assert 1 <= table["ids_per_token"] <= 20
+
+
+def test_a_wrong_replay_prints_no_speed(tmp_path):
+    broken = "import megatron_ext.ops.support_stats as stats\nstats._gradient = lambda entries, *_: 0 * entries.logit"
+    done = bench(tmp_path, "--replay", code=broken)
+    assert done.returncode == 1
+    assert "nothing is timed" in done.stdout and " ms" not in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_wrong_result_prints_no_speed(tmp_path):
     broken = (
         "import megatron_ext.ops.logit_passes as logit_passes\n"

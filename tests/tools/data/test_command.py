@@ -80,7 +80,11 @@ def test_a_planted_evaluation_problem_is_found_and_left_out(run: Run, tmp_path: 
 
 def samples(path: Path, right: dict[str, int], count: int = 8) -> Path:
     """As evaluate writes them: a header, then the responses."""
-    lines = [{"set": "d", "id": name, "sample": i, "correct": i < k} for name, k in right.items() for i in range(count)]
+    lines = [
+        {"set": "d", "id": name, "sample": i, "text": "", "correct": i < k}
+        for name, k in right.items()
+        for i in range(count)
+    ]
     return write(path, [{"header": {"set": "d"}}, *lines])
 
 
@@ -236,7 +240,7 @@ def test_columns_of_any_schema_are_mapped(run: Run, tmp_path: Path) -> None:
             "x.jsonl",
             b'{"problem": "a", "answer": "1"}\n',
             ["--solved", "x.jsonl", "--keep-solved", "1..7"],
-            "x.jsonl, line 1: found {'problem'",
+            "x.jsonl, line 1: id: Field required; expected lines like",
         ),
         (
             "x.jsonl",
