@@ -8,10 +8,13 @@ from torch import Tensor
 
 from megatron_ext.ops import VocabShard, linear_policy_stats, policy_stats
 from megatron_ext.ops.deterministic import exponential
+from megatron_ext.ops.options import SUPPORT
 from megatron_ext.ops.policy_stats import DIFFERENTIABLE
 from tests import gloo
 from tests.ops.cases import ALL, assert_values, language_like, padded_shard, reference_stats, truth, weighted
 from tests.ops.test_policy_stats import extreme_logits
+from tests.ops.test_support import VOCAB as SMALL
+from tests.ops.test_support import some_support
 
 T, VOCAB, D = 12, 1001, 48
 RULES = ("inclusive", "exclusive")
@@ -145,6 +148,27 @@ def test_the_exponential_is_right_to_three_ulp_and_knows_no_position(dtype: torc
         assert torch.equal(exponential(x[start:].clone()), got[start:])
         assert torch.equal(exponential(x[:-start].clone()), got[:-start])
     assert torch.equal(exponential(torch.tensor([-torch.inf, -1e30, 0.0], dtype=dtype)), x.new_tensor([0.0, 0.0, 1.0]))
+
+
+def run_support(rank: int, world: int) -> dict[str, Tensor]:
+    """Over a support whose rows lie on one shard, on all, nowhere (the whole vocabulary), or without the target."""
+    logits, targets = language_like(T, SMALL)
+    local, shard = padded_shard(logits, rank, world, world_group(world))
+    local.requires_grad_()
+    want = (*SUPPORT, "entropy")
+    out = policy_stats(
+        local, targets, shard, temperature=0.7, want=want, grad=want, support=some_support(targets), deterministic=True
+    )
+    outside = out["support_logprob"] == -torch.inf
+    loss = torch.where(outside, 0, out["support_logprob"]).sum() + 2 * out["support_entropy"].sum()
+    (gradient,) = torch.autograd.grad(loss - out["entropy"].sum(), local)
+    return {name: out[name].detach() for name in want} | {"gradient": gradient[:, : shard.real]}
+
+
+def test_a_support_gives_the_same_bits() -> None:
+    one = whole(on(1, run_support), {"gradient": 1})
+    for world in (2, 3, 4):
+        assert differing(one, whole(on(world, run_support), {"gradient": 1})) == [], world
 
 
 def run_linear(rank: int, world: int, vocab: int, dtype: torch.dtype) -> dict[str, Tensor]:
