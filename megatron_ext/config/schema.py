@@ -63,6 +63,11 @@ class ModelConfig(Section):
         default=False,
         description="log-prob and entropy from hidden states: logits are never stored whole; 4 GEMMs, not 3",
     )
+    deterministic: bool = Field(
+        default=False,
+        description="the same bits at every parallel.tensor, on a CPU in float32; docs/architecture.md says what it "
+        "covers and costs",
+    )
     offload_reference: bool = Field(
         default=False, description="keep the reference model in host memory between its uses"
     )
