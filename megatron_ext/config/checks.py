@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.config.deterministic_checks import deterministic_faults
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.parallel_checks import model_faults, nearest_divisor
 from megatron_ext.config.public_sets import how_to_make
@@ -239,4 +240,4 @@ def _check_model(config: Config) -> list[str]:
             "rollout.routing_replay: true, but the model has no experts: there is no num_experts in "
             f"{config.model.path}/config.json; set rollout.routing_replay = false"
         )
-    return faults + model_faults(hf, config.parallel)
+    return faults + model_faults(hf, config.parallel) + deterministic_faults(hf, config)

@@ -25,7 +25,7 @@ from megatron.core.tensor_parallel.layers import (
 from torch import Tensor
 
 from megatron_ext import cpu_compat
-from megatron_ext.model import groups, rope
+from megatron_ext.model import deterministic, groups, rope
 from megatron_ext.model.architectures import Architecture
 from megatron_ext.model.layers import block_spec
 from megatron_ext.model.megatron_config import ModelLayout, ModelOptions, stage_sizes, transformer_config
@@ -73,6 +73,11 @@ class Policy:
         """``[V/TP, D]``: this rank's shard of the output layer's weight, on the last stage."""
         last: Any = self.modules[-1]
         return last.shared_embedding_or_output_weight() if self.architecture.tied else last.output_layer.weight
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether its bits are the same at every tensor-parallel size."""
+        return self.modules[0].config.deterministic_mode
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -139,6 +144,8 @@ def build_modules(architecture: Architecture, layout: ModelLayout, options: Mode
         _mark_parameters(module)
         if module.post_process:
             _take_full_hidden_states(module.output_layer)
+        if options.deterministic:
+            deterministic.install(module, architecture)
         if options.fusions.here().gradient_accumulation:
             _accumulate_in_fp32(module)
     return [module.to(device=cpu_compat.device(), dtype=options.dtype) for module in modules]
@@ -286,7 +293,10 @@ def build_optimizer(
         use_distributed_optimizer=True,
         overlap_param_gather=policy.chunks[0].ddp_config.overlap_param_gather,
     )
-    return get_megatron_optimizer(config, policy.chunks)  # pyright: ignore[reportArgumentType]
+    optimizer = get_megatron_optimizer(config, policy.chunks)  # pyright: ignore[reportArgumentType]
+    if policy.deterministic:
+        deterministic.install_norm(optimizer)
+    return optimizer
 
 
 def build_scheduler(

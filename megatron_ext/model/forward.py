@@ -119,6 +119,7 @@ def _statistics(
         want, grad = _outputs(needs, logprob="logprob" if support is None else "support_logprob")
         options: Any = {"temperature": temperature, "top_p": needs.nucleus_p, "nucleus": needs.nucleus}
         options |= {"want": want, "grad": grad if with_grad else (), "support": support}
+        options |= {"deterministic": policy.deterministic}
         if logits is None:
             weight: Any = policy.head_weight
             if with_grad:  # Megatron's buffer takes the gradient as it is made, not a second time from autograd

@@ -122,7 +122,7 @@ class Learner:
         """Whether the step's only update sees the policy that sampled before anything needs its statistics."""
         config, needs = self.config, self.method.needs
         single = config.train.mini_batch_prompts == config.rollout.prompts
-        return single and not (needs.old or needs.current or needs.value or config.train.importance_cap)
+        return single and not (needs.old or needs.current or needs.value or config.importance.mode != "off")
 
     def reference_waits_for_support(self, mini_batches: Sequence[MiniBatch]) -> bool:
         """Whether a pass of the policy must find what the sampler kept before the reference is measured on it.
@@ -165,6 +165,7 @@ class Learner:
     def describe(self, batch: Batch, old: TokenStats, episodes: Sequence[Episode]) -> dict[str, float]:
         """What the step's batch looks like. Raises MismatchError where the engine samples from another policy."""
         metrics = summarise(batch, old, episodes, self.reduce) | routing.describe(episodes, self.policy, self.reduce)
+        metrics |= mismatch.corrections(batch, self.config.importance, self.reduce)
         mismatch.check(metrics, self.config)
         return metrics
 
@@ -270,7 +271,7 @@ class Learner:
             group=torch.tensor([e.group for e in episodes], device=to),
             truncated=torch.tensor([e.sample.truncated for e in episodes], device=to),
             old_value=value,
-            importance=mismatch.importance(old_logprob, rollout_logprob, self.config.train.importance_cap),
+            importance=mismatch.importance(old_logprob, rollout_logprob, sequence, self.config.importance),
         )
 
     def batch(self, rollouts: RolloutBatch, advantages: Advantages) -> Batch:

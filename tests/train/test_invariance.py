@@ -51,6 +51,7 @@ def one_step(
     fused_head: bool = False,
     recompute: str = "none",
     routing_replay: bool = False,
+    deterministic: bool = False,
     **more: Any,
 ) -> Any:
     """Metrics and whole gradients of one mini-batch, as this rank sees them; ``more`` of the layout's fields."""
@@ -65,7 +66,7 @@ def one_step(
     parallel.initialize(config.parallel)
     architecture = architectures.read_architecture(read_hf_config(path))
     spread = parallel.model_layout(config.parallel)
-    options = ModelOptions(torch.float32, recompute)
+    options = ModelOptions(torch.float32, recompute, deterministic=deterministic)
     policy = build.build_policy(architecture, spread, options, fused_head=fused_head, routing_replay=routing_replay)
     for module in policy.modules:
         hf_weights.load_weights(module, architecture, path)
