@@ -102,8 +102,8 @@ def test_the_norm_is_that_of_fp64_in_any_order() -> None:
 def test_what_it_does_not_cover_is_an_error(model: dict, parallel: dict, hf: dict, message: str) -> None:
     sizes = {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 48, "vocab_size": VOCAB}
     config = Config(
-        model=ModelConfig(**({"dtype": "float32", "deterministic": True} | model)),
-        parallel=ParallelConfig(**({"ranks_per_node": 1} | parallel)),
+        model=ModelConfig.model_validate({"dtype": "float32", "deterministic": True} | model),
+        parallel=ParallelConfig.model_validate({"ranks_per_node": 1} | parallel),
     )
     [fault] = deterministic_faults(sizes | hf, config)
     assert re.search(message, fault), fault
