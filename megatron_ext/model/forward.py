@@ -75,16 +75,18 @@ def run_pipeline(
         heartbeat.progress()
         number, micro_batch = next(numbered)
         tokens = micro_batch.tokens.to(cpu_compat.device())[None]
-        output = model(
-            input_ids=tokens,
-            position_ids=micro_batch.position.to(cpu_compat.device())[None],
-            attention_mask=None,
-            packed_seq_params=_packed_params(micro_batch),
-        )
+        with cpu_compat.as_it_is():
+            output = model(
+                input_ids=tokens,
+                position_ids=micro_batch.position.to(cpu_compat.device())[None],
+                attention_mask=None,
+                packed_seq_params=_packed_params(micro_batch),
+            )
 
         def finish(output: Tensor):
-            found = read(output, micro_batch)
-            total = torch.zeros(()) if loss is None else loss(number, found)
+            with cpu_compat.as_it_is():
+                found = read(output, micro_batch)
+                total = torch.zeros(()) if loss is None else loss(number, found)
             return total, torch.tensor(0, dtype=torch.int), found.detach()
 
         return output, finish
