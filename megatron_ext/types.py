@@ -226,8 +226,10 @@ class RolloutBatch:
         """The given sequences, in the given order, and the positions ``[T']`` of their tokens here."""
         device = self.reward.device
         order = torch.tensor(index, dtype=torch.int64, device=device)
-        positions = [torch.nonzero(self.sequence == sequence)[:, 0] for sequence in index]
-        position = torch.cat([self.sequence.new_empty(0), *positions])
+        length = torch.bincount(self.sequence, minlength=len(self.reward))
+        shift = (length.cumsum(0) - length)[order] - (length[order].cumsum(0) - length[order])
+        position = torch.repeat_interleave(shift, length[order])
+        position += torch.arange(len(position), device=device)
         renumber = torch.empty(len(self.reward), dtype=torch.int64, device=device)
         renumber[order] = torch.arange(len(index), device=device)
         per_token = {name: getattr(self, name) for name in self.PER_TOKEN}

@@ -122,6 +122,8 @@ def build_modules(architecture: Architecture, layout: ModelLayout, options: Mode
     Megatron's process groups must exist. Raises ValueError when the layers do not fit the stages.
     """
     config = transformer_config(architecture, layout, options)
+    if cpu_compat.device().type != "cuda":
+        rope.use_rotate_packed()
     stages, rank = layout.stages(architecture.num_layers), groups.pipeline().rank()
     own = range(rank, len(stages), layout.pipeline)
     modules = [

@@ -76,7 +76,7 @@ def run_pipeline(
         heartbeat.progress()
         number, micro_batch = next(numbered)
         tokens = micro_batch.tokens.to(cpu_compat.device())[None]
-        with _replayed(policy, model, micro_batch, with_grad=loss is not None):
+        with cpu_compat.as_it_is(), _replayed(policy, model, micro_batch, with_grad=loss is not None):
             output = model(
                 input_ids=tokens,
                 position_ids=micro_batch.position.to(cpu_compat.device())[None],
@@ -85,8 +85,9 @@ def run_pipeline(
             )
 
         def finish(output: Tensor):
-            found = read(output, micro_batch)
-            total = torch.zeros(()) if loss is None else loss(number, found)
+            with cpu_compat.as_it_is():
+                found = read(output, micro_batch)
+                total = torch.zeros(()) if loss is None else loss(number, found)
             return total, torch.tensor(0, dtype=torch.int), found.detach()
 
         return output, finish

@@ -18,6 +18,7 @@ from megatron_ext.model.megatron_config import ModelLayout, ModelOptions
 from megatron_ext.model.trainable import TrainableModel
 from megatron_ext.train import mismatch
 from megatron_ext.train.step import Learner
+from megatron_ext.types import Episode
 from tests import gloo, tiny
 from tests.methods.cases import OPTIONS
 from tests.train.test_invariance import gathered_gradients, moved, worst
@@ -39,6 +40,14 @@ LAYOUTS = {"one": (1, 1, 1000), "tensor": (2, 1, 130), "data": (1, 2, 80)}  # te
 
 def options_of(name: str) -> dict[str, Any]:
     return OPTIONS["grpo" if name in CORRECTED else name] | TUNED.get(name, {})
+
+
+def near_uniform(episodes: list[Episode]) -> list[Episode]:
+    """The episodes of an engine whose log-probs are around the tiny model's: -6.1 to -2.1."""
+    return [
+        replace(each, sample=replace(each.sample, logprobs=tuple(x - 2.1 for x in each.sample.logprobs)))
+        for each in episodes
+    ]
 
 
 def every_method(rank: int, world: int, path: str, layout: tuple[int, int, int]) -> dict[str, Any]:
@@ -73,7 +82,8 @@ def every_method(rank: int, world: int, path: str, layout: tuple[int, int, int])
         learner.config = config.model_copy(update={"importance": importance})
         current = rules[method.needs.nucleus]
         old = replace(current, logprob=moved(current.logprob, own))
-        rollouts = learner.rollout_batch(own, old, current.logprob - 0.1, current.logprob / 4)
+        sampled = near_uniform(own) if name in CORRECTED else own
+        rollouts = learner.rollout_batch(sampled, old, current.logprob - 0.1, current.logprob / 4)
         batch = learner.batch(rollouts, method.compute_advantages(rollouts, learner.reduce))
         report = method.on_step_start(batch, current, learner.reduce)
         if name.startswith("siren"):

@@ -60,7 +60,8 @@ class HFEngine:
         samples: dict[int, Sample] = {}
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
-            batch = self._generate([requests[i] for i in chosen], sampling)
+            with cpu_compat.as_it_is():
+                batch = self._generate([requests[i] for i in chosen], sampling)
             samples.update(zip(chosen, batch, strict=True))
             if on_batch is not None:
                 on_batch(batch)
