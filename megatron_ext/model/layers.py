@@ -97,7 +97,7 @@ def _slots(packed_seq_params: PackedSeqParams) -> tuple[Tensor, int, int]:
 
 
 class SwiGLU(MLP):
-    """Megatron's MLP of a dense layer, its activation in one step (model.deterministic has an activation of its own)."""
+    """Megatron's MLP of a dense layer, its activation in one step. model.deterministic has one of its own."""
 
     def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_unused) -> tuple[Tensor, None]:
         assert per_token_scale is None and not self.config.add_bias_linear
