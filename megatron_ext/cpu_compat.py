@@ -54,6 +54,11 @@ def enter() -> None:
         _entered.enter_context(_CudaMeansCpu())
 
 
+def as_it_is() -> contextlib.AbstractContextManager[None]:
+    """Within, torch is called directly: for code that names no CUDA, whose every call would else be looked at first."""
+    return contextlib.nullcontext() if _entered is None or _host.type == "meta" else torch._C.DisableTorchFunction()
+
+
 @contextlib.contextmanager
 def on_meta() -> Iterator[None]:
     """Within, tensors have a shape and no storage, whatever device is asked for. Only without CUDA, after ``enter``."""

@@ -97,6 +97,8 @@ class Sample:
     ``logprobs`` are the engine's own, of the distribution it sampled from, one per response token.
     ``weight_version`` counts the weight updates the engine had received when it sampled.
     ``support`` are the tokens that the sampler kept for each response token, where the engine tells.
+    ``routing`` are the experts, from 0, of every token that the engine has read: prompt and response without the last
+    token. ``[tokens, layers, top_k]``, whole numbers; of layers without experts they mean nothing. None: not told.
     """
 
     prompt_ids: tuple[int, ...]
@@ -106,6 +108,7 @@ class Sample:
     truncated: bool
     weight_version: int
     support: KeptTokens | None = field(default=None, compare=False)
+    routing: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,7 @@ class PackedSequences:
     targets: Tensor  # [T] int64
     response_lengths: tuple[int, ...]  # one per sequence, without the padding
     support: PackedSupport | None = None  # under sampling replay
+    routing: Tensor | None = None  # [S, layers, top_k] int16, experts of the engine; -1: not told. None: of no token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,8 +226,10 @@ class RolloutBatch:
         """The given sequences, in the given order, and the positions ``[T']`` of their tokens here."""
         device = self.reward.device
         order = torch.tensor(index, dtype=torch.int64, device=device)
-        positions = [torch.nonzero(self.sequence == sequence)[:, 0] for sequence in index]
-        position = torch.cat([self.sequence.new_empty(0), *positions])
+        length = torch.bincount(self.sequence, minlength=len(self.reward))
+        shift = (length.cumsum(0) - length)[order] - (length[order].cumsum(0) - length[order])
+        position = torch.repeat_interleave(shift, length[order])
+        position += torch.arange(len(position), device=device)
         renumber = torch.empty(len(self.reward), dtype=torch.int64, device=device)
         renumber[order] = torch.arange(len(index), device=device)
         per_token = {name: getattr(self, name) for name in self.PER_TOKEN}

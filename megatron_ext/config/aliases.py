@@ -17,6 +17,7 @@ _PROMPTS = "(counted in prompts, not in responses)"
 _TOKENS = "(a budget of tokens, not a number of sequences)"
 _STEPS = "(counted in rollout steps)"
 _BY_ROLLOUT = '(verl counts training steps: with optimizer.step_unit = "rollout")'
+_TRUNCATED = '(with importance.mode = "truncate")'
 _ZERO = "(0 switches it off)"
 _DEEPEST = 8  # of an unknown section, which may be nested without end
 _TRACKERS = '(a list: ["tensorboard"], or [] for none)'
@@ -164,9 +165,16 @@ ALIASES = {
     "max_tokens_per_gpu": "train.micro_batch_tokens",
     "train_mb_tokens": "train.micro_batch_tokens",
     "data_seed": "train.seed",
-    "tis_imp_ratio_cap": "train.importance_cap",
-    "vllm_importance_sampling_cap": "train.importance_cap",
-    "tis_clip": "train.importance_cap",
+    "router_replay.mode": "rollout.routing_replay",
+    "use_routing_replay": "rollout.routing_replay",
+    "use_rollout_routing_replay": "rollout.routing_replay",
+    "moe_enable_routing_replay": "rollout.routing_replay",
+    "enable_return_routed_experts": "rollout.routing_replay",
+    "tis_imp_ratio_cap": f"importance.cap {_TRUNCATED}",
+    "vllm_importance_sampling_cap": f"importance.cap {_TRUNCATED}",
+    "tis_clip": f"importance.cap {_TRUNCATED}",
+    "rollout_is": "importance.level and importance.mode",
+    "rollout_is_threshold": f"importance.cap {_TRUNCATED}",
     # layout
     "nnodes": "parallel.nodes",
     "num_nodes": "parallel.nodes",
@@ -222,7 +230,8 @@ ALIASES = {
 }
 
 
-RENAMED = {  # our own keys of before
+RENAMED = {  # our own keys of before; what follows ours says where its meaning differs
+    "train.importance_cap": f"importance.cap {_TRUNCATED}",
     "data.prompt_suffix": "prompt.suffix",
     "rollout.tensor": "rollout.tensor_parallel_size",
     "rollout.memory_share": "rollout.gpu_memory_utilization",
@@ -262,6 +271,8 @@ def unknown_keys(schema: type[BaseModel], where: str, value: Any) -> list[str]:
 def with_new_names(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration that an older version wrote, under today's names."""
     config = {name: dict(value) if isinstance(value, dict) else value for name, value in config.items()}
+    if (cap := config.get("train", {}).pop("importance_cap", 0)) > 0:  # 0 was off
+        config["importance"] = {"mode": "truncate", "cap": cap}
     for old, new in RENAMED.items():
         section, _, key = old.partition(".")
         now, _, name = new.partition(".")

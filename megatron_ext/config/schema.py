@@ -63,6 +63,11 @@ class ModelConfig(Section):
         default=False,
         description="log-prob and entropy from hidden states: logits are never stored whole; 4 GEMMs, not 3",
     )
+    deterministic: bool = Field(
+        default=False,
+        description="the same bits at every parallel.tensor, on a CPU in float32; docs/architecture.md says what it "
+        "covers and costs",
+    )
     offload_reference: bool = Field(
         default=False, description="keep the reference model in host memory between its uses"
     )
@@ -181,6 +186,11 @@ class RolloutConfig(Section):
         description="train on the distribution that was sampled from, where top_k, min_p or top_p leave tokens out; "
         "off: on the whole policy",
     )
+    routing_replay: bool = Field(
+        default=False,
+        description="the trainer sends each token through the experts that the engine chose for it; of models with "
+        "experts, on an engine that tells them",
+    )
     max_response_tokens: Positive = Field(
         default=3072, description="longest response, in tokens; longer ones are truncated"
     )
@@ -280,9 +290,20 @@ class TrainConfig(Section):
     hang_minutes: float = Field(
         default=15.0, ge=0, le=10080, description="minutes without progress of a rank after which the run ends; 0: off"
     )
-    importance_cap: float = Field(
-        default=0.0, ge=0, description="cap of the truncated importance weights between engine and trainer; 0: off"
+
+
+class ImportanceConfig(Section):
+    """Weights of the policy loss where the engine samples from another distribution than the trainer's old policy."""
+
+    level: Literal["token", "sequence"] = Field(
+        default="token",
+        description="whose probability ratio, trainer to engine: each token's, or the geometric mean of its response's",
     )
+    mode: Literal["off", "truncate", "mask"] = Field(
+        default="off",
+        description="weight of the policy loss: 1; the ratio, at most cap; or the ratio, 0 outside 1 / cap to cap",
+    )
+    cap: float = Field(default=2.0, ge=1, le=1e6, description="largest ratio that is used as it is")
 
 
 class ParallelConfig(Section):
@@ -426,6 +447,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     critic: CriticConfig = CriticConfig()
     train: TrainConfig = TrainConfig()
+    importance: ImportanceConfig = ImportanceConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()

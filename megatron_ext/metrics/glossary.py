@@ -17,7 +17,7 @@ FINITE = ("loss/", "grad/", "entropy/", "logprob/", "reward/", "mismatch/")  # N
 LEARNING, VALIDATION, ENTROPY, UPDATE = "Learning", "Validation", "Entropy", "Update"
 CRITIC, RESPONSES, MACHINE = "Critic", "Responses", "Machine"
 OF_RESPONSES, OF_GROUPS = "share of responses", "share of groups"
-OF_PROBLEMS = "share of problems"
+OF_PROBLEMS, OF_TOKENS = "share of problems", "share of tokens"
 NATS, SECONDS, SPEED = "nats per token", "seconds", "tokens per second"
 
 METRICS = (
@@ -208,7 +208,7 @@ METRICS = (
         good="near 0, of the size of rounding in model.dtype (unless rollout.sampling_replay is off under a top-p, "
         "top-k or min-p)",
         high="the engine samples from other weights or in too low a precision: try model.dtype = float32, or "
-        "train.importance_cap; above alarms.mismatch the run stops",
+        "importance.mode; above alarms.mismatch the run stops",
     ),
     Metric(
         name="mismatch/max", section=RESPONSES, title="Mismatch", unit=NATS,
@@ -218,6 +218,35 @@ METRICS = (
         name="mismatch/ratio", section=RESPONSES, title="Probability ratio", unit="ratio",
         meaning="mean probability ratio, trainer to engine, of the sampled tokens",
         good="1", low="see mismatch/mean", high="see mismatch/mean",
+    ),
+    Metric(
+        name="routing/differing", section=RESPONSES, title="Experts", unit="share of tokens and layers",
+        meaning="(token, layer) pairs of prompts and responses where the engine's experts are not the trainer's own "
+        "top-k; under rollout.routing_replay, which alone measures it, the trainer takes the engine's",
+        good="low: without the replay, each such token would train through other experts than sampled it",
+        high="the engine computes in a lower precision than the trainer, or samples from other weights: see "
+        "mismatch/mean",
+    ),
+    Metric(
+        name="routing/unknown", section=RESPONSES, title="Experts", unit="share of tokens",
+        meaning="tokens that the engine read and whose experts it did not tell: the trainer takes its own",
+        good="0", high="the engine loses them: see its output",
+    ),
+    Metric(
+        name="importance/weight", section=RESPONSES, title="Importance weight", unit="weight",
+        meaning="mean weight that importance.mode gives the policy loss of a token",
+        good="near 1", low="much is masked, or the engine overrates what it samples: see mismatch/mean",
+    ),
+    Metric(
+        name="importance/truncated", section=RESPONSES, title="Corrected tokens", unit=OF_TOKENS,
+        meaning="tokens whose ratio, trainer to engine, is above importance.cap and was cut off there",
+        good="a few percent at most", high="see mismatch/mean",
+    ),
+    Metric(
+        name="importance/masked", section=RESPONSES, title="Corrected tokens", unit=OF_TOKENS,
+        meaning="tokens without policy loss: their ratio, trainer to engine, is outside 1 / importance.cap to "
+        "importance.cap",
+        good="a few percent at most", high="see mismatch/mean",
     ),
     Metric(
         name="support/size", section=RESPONSES, title="Support", unit="tokens",

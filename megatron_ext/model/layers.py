@@ -19,11 +19,14 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import LayerNormImpl, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
+
+from megatron_ext.model import eager
 
 
 class RMSNorm(torch.nn.Module):
@@ -36,7 +39,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return eager.rms_norm(x, self.weight, self.eps)
 
 
 class PackedAttention(torch.nn.Module):
@@ -61,14 +64,10 @@ class PackedAttention(torch.nn.Module):
         packed_seq_params: PackedSeqParams,
         **_unused,
     ) -> Tensor:
-        starts = packed_seq_params.cu_seqlens_q.long()
-        lengths = starts.diff()
-        position = torch.arange(int(lengths.max()), device=query.device)
-        real = position < lengths[:, None]  # [B, longest]
-        index = (starts[:-1, None] + position).clamp(max=len(query) - 1)
+        slots, num_sequences, longest = _slots(packed_seq_params)
 
         def side_by_side(x: Tensor) -> Tensor:  # [S, heads, head_dim] -> [B, heads, longest, head_dim]
-            return x[index].transpose(1, 2)
+            return eager.put(x, slots, num_sequences * longest).unflatten(0, (num_sequences, longest)).transpose(1, 2)
 
         out = F.scaled_dot_product_attention(
             side_by_side(query),
@@ -78,7 +77,33 @@ class PackedAttention(torch.nn.Module):
             scale=self.scale,
             enable_gqa=True,
         )
-        return out.transpose(1, 2)[real].flatten(1)
+        return eager.take(out.transpose(1, 2).flatten(0, 1).flatten(1), slots)
+
+
+def _slots(packed_seq_params: PackedSeqParams) -> tuple[Tensor, int, int]:
+    """Where each of the S tokens stands if sequences are padded to the longest: ``[S]``; their number and length.
+
+    Found once for all layers of a micro-batch.
+    """
+    known = vars(packed_seq_params)
+    if "slots" not in known:
+        starts = packed_seq_params.cu_seqlens_q.long()
+        lengths = starts.diff()
+        longest = int(lengths.max())
+        shift = torch.arange(len(lengths), device=starts.device) * longest - starts[:-1]
+        slots = torch.arange(int(starts[-1]), device=starts.device) + shift.repeat_interleave(lengths)
+        known["slots"] = slots, len(lengths), longest
+    return known["slots"]
+
+
+class SwiGLU(MLP):
+    """Megatron's MLP of a dense layer, its activation in one step (model.deterministic has an activation of its own)."""
+
+    def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_unused) -> tuple[Tensor, None]:
+        assert per_token_scale is None and not self.config.add_bias_linear
+        hidden, _ = self.linear_fc1(hidden_states)
+        output, _ = self.linear_fc2(eager.swiglu(hidden))
+        return output, None
 
 
 def have_transformer_engine() -> bool:
@@ -105,6 +130,7 @@ def layer_spec(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
         del names["pre_mlp_layernorm."]  # which stays apart from the experts there too
     layer = dataclasses.replace(
         layer,
+        mlp=layer.mlp if experts or config.deterministic_mode else dataclasses.replace(layer.mlp, module=SwiGLU),
         input_layernorm=RMSNorm,
         pre_mlp_layernorm=RMSNorm,
         self_attention=dataclasses.replace(layer.self_attention, submodules=attention),

@@ -9,15 +9,21 @@ Llama 3.1 and later divide the frequencies of long wavelengths by a factor, and 
     between  s f_i + (1 - s) f_i / factor,  s = (L / wavelength - low) / (high - low)
 
 with L the context length before the extension (``original_max_position_embeddings``).
+
+Without Transformer Engine Megatron-Core rotates packed sequences by walking over them in every layer, and computes cos
+and sin each time. On a CPU ``rotate_packed`` takes the place of that function.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
+from megatron.core.models.common.embeddings import rope_utils
 from torch import Tensor
 
+from megatron_ext.model import eager
 from megatron_ext.model.architectures import Architecture
 
 
@@ -35,3 +41,22 @@ def frequencies(a: Architecture, device: torch.device | str) -> Tensor:
     smooth = (length / wavelength - low) / (high - low)
     between = (1 - smooth) * stretched / scaling.factor + smooth * stretched
     return torch.where(~short & ~long, between, stretched)
+
+
+def rotate_packed(x: Tensor, starts: Tensor, angles: Tensor, **_unused: Any) -> Tensor:
+    """``[S, heads, head_dim]`` rotated by each token's position in its sequence.
+
+    ``starts [B + 1]`` are cumulative lengths, ``angles [longest, 1, 1, head_dim]`` those of each position. The cos and
+    sin of the last sequences are kept with the angles: all layers ask for the same ones.
+    """
+    known = vars(angles)
+    if known.get("starts") is not starts or known["cos"].dtype != x.dtype:
+        position = torch.arange(len(x), device=x.device) - starts[:-1].repeat_interleave(starts.diff())
+        cos, sin = (function(angles)[position, 0].to(x.dtype) for function in (torch.cos, torch.sin))
+        known.update(starts=starts, cos=cos, sin=sin)
+    return eager.rotate(x, known["cos"], known["sin"])
+
+
+def use_rotate_packed() -> None:
+    """From now on Megatron-Core's layers rotate by ``rotate_packed``, where they would not by Transformer Engine."""
+    cast(Any, rope_utils)._apply_rotary_pos_emb_thd = rotate_packed

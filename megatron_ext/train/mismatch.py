@@ -4,11 +4,14 @@ The engine computes the same log-probs with other kernels, or other weights if s
 ``Sample.logprobs``, of the distribution that was sampled from: renormalised on what ``rollout.top_k``, ``min_p`` and
 ``top_p`` leave of the vocabulary. So are the trainer's under sampling replay. Without it they are the whole policy's.
 
-    gap_t          = log mu(a_t) - log pi_old(a_t)                 the engine's mu, the trainer's pi_old
-    importance_t   = min(exp(-gap_t), cap)                         truncated importance sampling, off by default
+    rho_t = pi_old(y_t) / mu(y_t)                                  the trainer's pi_old, the engine's mu
+    rho   = exp(mean of log rho_t over the response)               at importance.level "sequence", for all its tokens
 
-``train.importance_cap`` multiplies a token's policy loss by ``importance_t``, as if it had been drawn from pi_old with
-the weight's tail cut off; regularisers keep their weight.
+    importance_t = min(rho_t, C)                                   importance.mode "truncate"
+    importance_t = rho_t where 1 / C <= rho_t <= C, else 0         importance.mode "mask"
+
+It multiplies a token's policy loss, as if the token had been drawn from pi_old with the weight's tail cut off.
+Regularisers keep their weight, and the aggregation's denominators count masked tokens too (docs/corrections.md).
 """
 
 from __future__ import annotations
@@ -19,18 +22,43 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_ext.config.schema import Config, RolloutConfig
+from megatron_ext.config.schema import Config, ImportanceConfig, RolloutConfig
+from megatron_ext.methods.base import Reducer, token_mean
+from megatron_ext.types import Batch
 
 
 class MismatchError(RuntimeError):
     """The rollout engine samples from another policy than the one that is trained. Exit code 3."""
 
 
-def importance(old_logprob: Tensor, rollout_logprob: Tensor, cap: float) -> Tensor | None:
-    """Weight of each token's policy loss, fp32 ``[T]``; None when ``cap`` is 0."""
-    if cap == 0:
+def importance(
+    old_logprob: Tensor, rollout_logprob: Tensor, sequence: Tensor, config: ImportanceConfig
+) -> Tensor | None:
+    """Weight of each token's policy loss, fp32 ``[T]``; None when the mode is "off".
+
+    ``sequence [T]`` numbers the responses, each of which is whole: none is split over ranks.
+    """
+    if config.mode == "off":
         return None
-    return (old_logprob - rollout_logprob).clamp(max=math.log(cap)).exp()
+    log_ratio = old_logprob - rollout_logprob
+    if config.level == "sequence" and len(log_ratio):
+        mean_B = torch.segment_reduce(log_ratio.double(), "mean", lengths=torch.bincount(sequence))
+        log_ratio = mean_B.float()[sequence]
+    if config.mode == "truncate":
+        return log_ratio.exp().clamp(max=config.cap)
+    return torch.where(log_ratio.abs() <= math.log(config.cap), log_ratio.exp(), 0.0)
+
+
+def corrections(batch: Batch, config: ImportanceConfig, reduce: Reducer) -> dict[str, float]:
+    """How much is corrected: the mean weight, and the share of the valid tokens that are truncated or masked."""
+    if batch.importance is None:
+        return {}
+    weight = batch.importance
+    name, counted = ("truncated", weight >= config.cap) if config.mode == "truncate" else ("masked", weight == 0)
+    return {
+        "importance/weight": token_mean(weight, batch.mask, reduce),
+        f"importance/{name}": token_mean(counted.float(), batch.mask, reduce),
+    }
 
 
 def known(rollout_logprob: Tensor, old_logprob: Tensor) -> Tensor:

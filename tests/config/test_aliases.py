@@ -10,8 +10,8 @@ import pytest
 
 from megatron_ext.config.aliases import ALIASES, find, keys
 from megatron_ext.config.errors import ConfigError
-from megatron_ext.config.loading import read_config
-from megatron_ext.config.schema import Config
+from megatron_ext.config.loading import read_config, with_defaults
+from megatron_ext.config.schema import Config, ImportanceConfig
 from megatron_ext.methods import METHODS
 from megatron_ext.train.method_factory import create_method
 
@@ -59,6 +59,7 @@ def test_every_answer_is_a_key_of_ours_and_no_key_of_ours_is_asked_for() -> None
         ("method.clip_ratio_low=0.1", "method.clip_ratio_low: unknown option; here it is method.clip_low"),
         ("rollout.memory_share=0.4", "rollout.memory_share: unknown key; here it is rollout.gpu_memory_utilization"),
         ('method={name="siren", nucleus="reach"}', "method.nucleus: 'reach' is called 'inclusive' now"),
+        ("train.importance_cap=2", 'here it is importance.cap (with importance.mode = "truncate")'),
         ("rollout.tensor=2", "here it is rollout.tensor_parallel_size"),
         ("rollout.eager=true", "here it is rollout.enforce_eager"),
         ("rollout.max_completion_length=9", "here it is rollout.max_response_tokens"),
@@ -73,6 +74,14 @@ def test_every_answer_is_a_key_of_ours_and_no_key_of_ours_is_asked_for() -> None
 )
 def test_an_unknown_key(override: str, answer: str) -> None:
     assert answer in fault(override)
+
+
+def test_the_truncated_weights_of_an_old_checkpoint_are_read_under_their_new_keys() -> None:
+    for cap, section in ((0.0, ImportanceConfig()), (2.5, ImportanceConfig(mode="truncate", cap=2.5))):
+        old = Config().model_dump()
+        del old["importance"]
+        old["train"]["importance_cap"] = cap
+        assert with_defaults(old) == Config(importance=section).model_dump()
 
 
 def test_an_unknown_key_with_dots_in_it(tmp_path: Path) -> None:

@@ -10,13 +10,15 @@ import torch
 
 from megatron_ext import cpu_compat, methods
 from megatron_ext.config.checks import read_hf_config
-from megatron_ext.config.schema import Config, ParallelConfig, RolloutConfig, TrainConfig
+from megatron_ext.config.schema import Config, ImportanceConfig, ParallelConfig, RolloutConfig, TrainConfig
 from megatron_ext.methods.base import Needs
 from megatron_ext.metrics.glossary import Glossary
 from megatron_ext.model import architectures, build, hf_weights, parallel
 from megatron_ext.model.megatron_config import ModelLayout, ModelOptions
 from megatron_ext.model.trainable import TrainableModel
+from megatron_ext.train import mismatch
 from megatron_ext.train.step import Learner
+from megatron_ext.types import Episode
 from tests import gloo, tiny
 from tests.methods.cases import OPTIONS
 from tests.train.test_invariance import gathered_gradients, moved, worst
@@ -31,8 +33,21 @@ TUNED: dict[str, dict[str, Any]] = {
     "entropic, authors": {"threshold": 0.01, "target": 3.2},
     "entropic, full": {"target": 3.2},
 }
-NAMES = list(OPTIONS)
+CORRECTED = {f"grpo, {level} {mode}": (level, mode) for level in ("token", "sequence") for mode in ("truncate", "mask")}
+NAMES = [*OPTIONS, *CORRECTED]
 LAYOUTS = {"one": (1, 1, 1000), "tensor": (2, 1, 130), "data": (1, 2, 80)}  # tensor, data, budget of a micro-batch
+
+
+def options_of(name: str) -> dict[str, Any]:
+    return OPTIONS["grpo" if name in CORRECTED else name] | TUNED.get(name, {})
+
+
+def near_uniform(episodes: list[Episode]) -> list[Episode]:
+    """The episodes of an engine whose log-probs are around the tiny model's: -6.1 to -2.1."""
+    return [
+        replace(each, sample=replace(each.sample, logprobs=tuple(x - 2.1 for x in each.sample.logprobs)))
+        for each in episodes
+    ]
 
 
 def every_method(rank: int, world: int, path: str, layout: tuple[int, int, int]) -> dict[str, Any]:
@@ -61,17 +76,22 @@ def every_method(rank: int, world: int, path: str, layout: tuple[int, int, int])
     }
     found = {}
     for name in NAMES:
-        method = learner.method = methods.create(OPTIONS[name] | TUNED.get(name, {}))
+        method = learner.method = methods.create(options_of(name))
+        level, mode = CORRECTED.get(name, ("token", "off"))
+        importance = ImportanceConfig.model_validate({"level": level, "mode": mode, "cap": 1.4})
+        learner.config = config.model_copy(update={"importance": importance})
         current = rules[method.needs.nucleus]
         old = replace(current, logprob=moved(current.logprob, own))
-        rollouts = learner.rollout_batch(own, old, current.logprob - 0.1, current.logprob / 4)
+        sampled = near_uniform(own) if name in CORRECTED else own
+        rollouts = learner.rollout_batch(sampled, old, current.logprob - 0.1, current.logprob / 4)
         batch = learner.batch(rollouts, method.compute_advantages(rollouts, learner.reduce))
         report = method.on_step_start(batch, current, learner.reduce)
         if name.startswith("siren"):
             method.load_state_dict({"h_anchor": 0.5})
         prepared, metrics = learner.gradients(batch, current, mini_batch)
         gradients = {n: g.clone() for n, g in hf_weights.stream(policy, gathered_gradients(policy))}
-        found[name] = metrics, report | prepared.report, gradients
+        report |= prepared.report | mismatch.corrections(batch, importance, learner.reduce)
+        found[name] = metrics, report, gradients
     return found
 
 
@@ -97,7 +117,7 @@ def test_a_layout_does_not_change_a_method(name: str, results: dict[str, list[di
 @pytest.mark.parametrize("name", NAMES)
 def test_a_method_describes_what_it_reports(name: str, results: dict[str, list[dict[str, Any]]]) -> None:
     metrics, report, _ = results["one"][0][name]
-    glossary = Glossary(type(methods.create(OPTIONS[name] | TUNED.get(name, {}))).glossary())
+    glossary = Glossary(type(methods.create(options_of(name))).glossary())
     for key in metrics | report:
         glossary.require(key)
 
@@ -107,4 +127,6 @@ def test_the_thresholds_are_at_work(results: dict[str, list[dict[str, Any]]]) ->
     assert metrics["clip_cov"]["clip_cov/stopped"] > 0
     assert all(0 < metrics[name]["dmmpt/mastered"] < 0.5 for name in ("dmmpt", "dmmpt, batch"))
     report = {name: values[1] for name, values in results["one"][0].items()}
+    assert all(0 < report[name].get("importance/truncated", 0.5) < 1 for name in CORRECTED)
+    assert all(0 < report[name].get("importance/masked", 0.5) < 1 for name in CORRECTED)
     assert 0 < abs(report["entropic"]["entropic/alpha"]) < 1 and 0 < report["clip_higher"]["overlong/share"] < 1

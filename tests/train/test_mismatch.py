@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from megatron_ext import methods
-from megatron_ext.config.schema import Config
+from megatron_ext.config.schema import Config, ImportanceConfig
 from megatron_ext.methods.base import OneRank
 from megatron_ext.rollout.hf.engine import HFEngine
 from megatron_ext.train import mismatch
@@ -24,11 +25,46 @@ KNOWN = {"response/length": 50.0, "response/unknown_logprobs": 0.0}
 OFF = {"unknown_logprobs": 1.0}
 
 
-def test_the_importance_is_the_ratio_with_its_tail_cut_off() -> None:
-    old, rollout = torch.tensor([-1.0, -1.0, -2.0]), torch.tensor([-1.5, -0.5, -9.0])
-    found = mismatch.importance(old, rollout, 2.0)
-    assert found is not None and found.tolist() == pytest.approx([math.exp(0.5), math.exp(-0.5), 2.0])
-    assert mismatch.importance(old, rollout, 0.0) is None
+# Responses of 3, 1 and 2 tokens: probabilities pi_old / mu, whose geometric means are 1, 4 and (3 * 1/27)**.5 = 1/3.
+RATIOS, SEQUENCE = [0.25, 8.0, 0.5, 4.0, 3.0, 1 / 27], torch.tensor([0, 0, 0, 1, 2, 2])
+
+
+@pytest.mark.parametrize(
+    ("level", "mode", "expected"),
+    [
+        ("token", "truncate", [0.25, 3.5, 0.5, 3.5, 3.0, 1 / 27]),
+        ("token", "mask", [0.0, 0.0, 0.5, 0.0, 3.0, 0.0]),  # 1 / 3.5 is above .25
+        ("sequence", "truncate", [1.0, 1.0, 1.0, 3.5, 1 / 3, 1 / 3]),
+        ("sequence", "mask", [1.0, 1.0, 1.0, 0.0, 1 / 3, 1 / 3]),
+    ],
+)
+def test_the_importance_of_each_mode_by_hand(level: str, mode: str, expected: list[float]) -> None:
+    mu = torch.tensor([0.9, 0.05, 0.6, 0.2, 0.3, 0.81])
+    config = ImportanceConfig.model_validate({"level": level, "mode": mode, "cap": 3.5})
+    found = mismatch.importance((mu * torch.tensor(RATIOS)).log(), mu.log(), SEQUENCE, config)
+    assert found is not None and found.dtype == torch.float32 and found.tolist() == pytest.approx(expected, rel=1e-5)
+    empty = mismatch.importance(torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.int64), config)
+    assert empty is not None and len(empty) == 0
+
+
+def test_no_importance_is_the_default() -> None:
+    assert mismatch.importance(torch.zeros(1), torch.ones(1), torch.zeros(1), Config().importance) is None
+
+
+@pytest.mark.parametrize(
+    ("mode", "weights", "expected"),
+    [
+        ("truncate", [0.5, 2.0, 2.0, 1.5], {"importance/weight": 4 / 3, "importance/truncated": 1 / 3}),
+        ("mask", [0.5, 0.0, 0.0, 0.0], {"importance/weight": 0.5 / 3, "importance/masked": 2 / 3}),
+    ],
+)
+def test_what_is_corrected_is_counted_over_the_valid_tokens(mode: str, weights: list, expected: dict) -> None:
+    """The second token is of a response without reward."""
+    whole = cases.batch(cases.Case(), methods.create({"name": "grpo"}))
+    batch = cases.replace(whole, importance=torch.tensor(weights), mask=torch.tensor([True, False, True, True]))
+    config = ImportanceConfig.model_validate({"mode": mode})
+    assert mismatch.corrections(batch, config, OneRank()) == pytest.approx(expected)
+    assert mismatch.corrections(whole, ImportanceConfig(), OneRank()) == {}
 
 
 def test_what_the_engine_does_not_know_is_the_trainers() -> None:
@@ -51,12 +87,52 @@ def importance(weight: float) -> torch.Tensor:
     return torch.full_like(cases.Case().sequence, weight, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("name", sorted(set(methods.METHODS) - {"ppo", "entropy_advantage_ppo"}))
-def test_importance_scales_the_policy_loss(name: str) -> None:
-    """Linearly: known at weights 1 and 3, it is known at 2."""
-    one, two, three = (gradient(name, importance=importance(weight)) for weight in (1.0, 2.0, 3.0))
-    assert torch.equal(gradient(name), one) and not torch.allclose(one, three)
-    assert (two - (one + three) / 2).norm() <= 1e-6 * two.norm()
+LEVELS_AND_MODES = [(level, mode) for level in ("token", "sequence") for mode in ("truncate", "mask")]
+
+
+@pytest.mark.parametrize(("level", "mode"), LEVELS_AND_MODES)
+@pytest.mark.parametrize("name", sorted(cases.OPTIONS))
+def test_the_weight_reaches_every_methods_loss_in_the_same_way(name: str, level: str, mode: str) -> None:
+    """The loss is that of an identical batch whose policy loss is scaled by hand, token by token.
+
+    Without ``Batch.corrected``: the gradient is linear in each token's policy loss, so what a weight of 1 adds over a
+    weight of 0 (nothing but regularisers), times the weight, is what each weight adds.
+    """
+    case = cases.Case()
+    method = methods.create(cases.OPTIONS[name])
+    whole = cases.batch(case, method)
+    draw = torch.Generator().manual_seed(5)
+    mu = whole.old_logprob + 0.6 * torch.randn(len(whole.mask), generator=draw)
+    config = ImportanceConfig.model_validate({"level": level, "mode": mode, "cap": 1.3})
+    weight = mismatch.importance(whole.old_logprob, mu, whole.sequence, config)
+    assert weight is not None and weight.unique().numel() > 2
+    assert (weight == 0).any() if mode == "mask" else (weight == weight.max()).sum() > 1
+
+    def losses(factor: torch.Tensor | None) -> torch.Tensor:
+        own, batch = copy.deepcopy(method), cases.replace(whole, importance=factor)
+        own.on_step_start(batch, cases.statistics(case, case.old, observed).detach(), OneRank())
+        prepared = own.prepare(batch, stats.detach() if own.needs.current else None, OneRank())
+        return own.loss(batch, stats, prepared)
+
+    observed = cases.replace(method.needs, entropy=True, nucleus_p=method.needs.nucleus_p or 0.8)
+    stats = cases.statistics(case, case.logits, method.needs)
+    off, rest = losses(None), losses(importance(0.0))
+    assert (off - rest).detach().abs().max() > 1e-3
+    by_hand = rest + weight * (off - rest)
+    found = losses(weight)
+    assert torch.allclose(found, by_hand, rtol=1e-6, atol=1e-9)
+    expected = case.gradient(by_hand.sum())
+    assert (case.gradient(found.sum()) - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_masked_tokens_stay_in_the_denominators() -> None:
+    """With every token's policy loss -1, the loss is minus the kept share of all valid tokens."""
+    case, method = cases.Case(), methods.create({"name": "grpo", "aggregation": "token-mean"})
+    whole = cases.replace(cases.batch(case, method), advantage=torch.ones(len(case.sequence)))
+    stats = cases.statistics(case, case.old, method.needs)
+    kept = torch.arange(len(case.sequence)) % 2 == 0
+    loss = method.loss(cases.replace(whole, importance=kept.float()), stats, method.prepare(whole, None, OneRank()))
+    assert float(loss.sum()) == pytest.approx(-int((kept & whole.mask).sum()) / whole.num_tokens)
 
 
 @pytest.mark.parametrize("name", ["grpo", "entropy_bonus", "siren", "kl_cov"])
@@ -120,10 +196,15 @@ def test_sampling_replay_leaves_nothing_to_allow_for() -> None:
 
 def test_importance_changes_a_run_only_where_the_engine_differs(tmp_path: Path) -> None:
     recipe, nucleus = "grpo/grpo-tiny-cpu.toml", ["rollout.top_p=0.6", "rollout.sampling_replay=off"]
-    for name, options in (("off", nucleus), ("on", [*nucleus, "train.importance_cap=2.0"])):
-        assert whole_run.train(tmp_path / name, recipe, *options, "train.steps=1") == 0
-    off, on = (whole_run.metrics(tmp_path / name)[0] for name in ("off", "on"))
-    assert off["mismatch/mean"] == on["mismatch/mean"] and off["grad/norm"] != on["grad/norm"]
+    mask = ["importance.mode=mask", "importance.level=sequence", "importance.cap=1.1"]
+    for name, options in (("off", []), ("truncate", ["importance.mode=truncate"]), ("mask", mask)):
+        assert whole_run.train(tmp_path / name, recipe, *nucleus, *options, "train.steps=1") == 0
+    off, truncate, mask = (whole_run.metrics(tmp_path / name)[0] for name in ("off", "truncate", "mask"))
+    assert off["mismatch/mean"] == truncate["mismatch/mean"] == mask["mismatch/mean"]
+    assert len({off["grad/norm"], truncate["grad/norm"], mask["grad/norm"]}) == 3
+    assert not any(key.startswith("importance/") for key in off)
+    assert 0 < truncate["importance/weight"] < 1 and "importance/masked" not in truncate
+    assert 0 < mask["importance/masked"] < 1 and "importance/truncated" not in mask
 
 
 def test_offloading_the_optimizer_changes_no_bit(tmp_path: Path) -> None:

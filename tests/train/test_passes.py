@@ -13,6 +13,7 @@ from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.schema import (
     AlarmsConfig,
     Config,
+    ImportanceConfig,
     LogConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -54,7 +55,7 @@ def learner_of(path: str, world: int, method: dict, layout: dict, mini_batch: in
     config = Config(
         parallel=spread,
         rollout=RolloutConfig(prompts=4, samples=4, temperature=0.8, max_response_tokens=12),
-        train=TrainConfig(mini_batch_prompts=mini_batch, micro_batch_tokens=60, **options.pop("train", {})),
+        train=TrainConfig(mini_batch_prompts=mini_batch, micro_batch_tokens=60),
         method=method,
         **options,
     )
@@ -148,7 +149,7 @@ FORWARD, NUCLEUS_FORWARD, UPDATE, NUCLEUS_UPDATE = (False, False), (False, True)
     [
         ({"name": "grpo"}, 4, {}, [UPDATE]),
         ({"name": "grpo"}, 2, {}, [FORWARD, FORWARD, UPDATE, UPDATE]),
-        ({"name": "grpo"}, 4, {"train": {"importance_cap": 2.0}}, [FORWARD, UPDATE]),
+        ({"name": "grpo"}, 4, {"importance": ImportanceConfig(mode="truncate")}, [FORWARD, UPDATE]),
         ({"name": "grpo"}, 4, {"log": LogConfig(nucleus=True)}, [NUCLEUS_UPDATE]),
         ({"name": "grpo"}, 2, {"log": LogConfig(nucleus=True)}, [NUCLEUS_FORWARD, NUCLEUS_FORWARD, UPDATE, UPDATE]),
         ({"name": "aec"}, 4, {}, [FORWARD, UPDATE]),
