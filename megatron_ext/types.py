@@ -97,6 +97,8 @@ class Sample:
     ``logprobs`` are the engine's own, of the distribution it sampled from, one per response token.
     ``weight_version`` counts the weight updates the engine had received when it sampled.
     ``support`` are the tokens that the sampler kept for each response token, where the engine tells.
+    ``routing`` are the experts, from 0, of every token that the engine has read: prompt and response without the last
+    token. ``[tokens, layers, top_k]``, whole numbers; of layers without experts they mean nothing. None: not told.
     """
 
     prompt_ids: tuple[int, ...]
@@ -106,6 +108,7 @@ class Sample:
     truncated: bool
     weight_version: int
     support: KeptTokens | None = field(default=None, compare=False)
+    routing: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,7 @@ class PackedSequences:
     targets: Tensor  # [T] int64
     response_lengths: tuple[int, ...]  # one per sequence, without the padding
     support: PackedSupport | None = None  # under sampling replay
+    routing: Tensor | None = None  # [S, layers, top_k] int16, experts of the engine; -1: not told. None: of no token
 
 
 @dataclass(frozen=True, kw_only=True)

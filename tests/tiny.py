@@ -53,12 +53,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @functools.cache
-def hf_model(kind: str = "qwen2", tied: bool = False) -> tuple[PreTrainedModel, Path]:
+def hf_model(kind: str = "qwen2", tied: bool = False, vocab_size: int = VOCAB) -> tuple[PreTrainedModel, Path]:
     """A random 4-layer model in fp32 and the directory it is saved in."""
     config_class, model_class = KINDS[kind]
     torch.manual_seed(0)
     config = config_class(
-        vocab_size=VOCAB,
+        vocab_size=vocab_size,
         hidden_size=32,
         num_hidden_layers=4,
         num_attention_heads=8,

@@ -7,12 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.config.deterministic_checks import deterministic_faults
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.parallel_checks import model_faults, nearest_divisor
 from megatron_ext.config.public_sets import how_to_make
 from megatron_ext.config.schema import Config, OptimizerConfig
 from megatron_ext.files import read_json, read_small
-from megatron_ext.rollout.registry import find_engine
+from megatron_ext.rollout.registry import ENGINES, find_engine
 from megatron_ext.rollout.rewards.functions import find_reward
 
 FROM_THE_PUBLISHER = "take the file of the model's publisher"
@@ -118,6 +119,12 @@ def _engine_faults(config: Config) -> list[str]:
         faults.append(
             f"rollout.tensor_parallel_size: {shared} ranks cannot share an engine: rollout.engine is {rollout.engine}, "
             "which takes 1"
+        )
+    if rollout.routing_replay and "routing_replay" not in spec.keys:
+        able = " or ".join(name for name, each in ENGINES.items() if "routing_replay" in each.keys)
+        faults.append(
+            f"rollout.routing_replay: true, but rollout.engine is {rollout.engine}, which does not tell the experts of "
+            f"its tokens; expected {able}. Set rollout.engine, or rollout.routing_replay = false"
         )
     return faults
 
@@ -228,4 +235,9 @@ def _check_model(config: Config) -> list[str]:
             f"validation.max_response_tokens: data.max_prompt_tokens + {config.max_validation_tokens} = {validated} "
             f"exceed the model's {positions} positions; lower it"
         )
-    return faults + model_faults(hf, config.parallel)
+    if config.rollout.routing_replay and not (hf.get("num_experts") or hf.get("num_local_experts")):
+        faults.append(
+            "rollout.routing_replay: true, but the model has no experts: there is no num_experts in "
+            f"{config.model.path}/config.json; set rollout.routing_replay = false"
+        )
+    return faults + model_faults(hf, config.parallel) + deterministic_faults(hf, config)

@@ -63,6 +63,11 @@ class ModelConfig(Section):
         default=False,
         description="log-prob and entropy from hidden states: logits are never stored whole; 4 GEMMs, not 3",
     )
+    deterministic: bool = Field(
+        default=False,
+        description="the same bits at every parallel.tensor, on a CPU in float32; docs/architecture.md says what it "
+        "covers and costs",
+    )
     offload_reference: bool = Field(
         default=False, description="keep the reference model in host memory between its uses"
     )
@@ -180,6 +185,11 @@ class RolloutConfig(Section):
         default="auto",
         description="train on the distribution that was sampled from, where top_k, min_p or top_p leave tokens out; "
         "off: on the whole policy",
+    )
+    routing_replay: bool = Field(
+        default=False,
+        description="the trainer sends each token through the experts that the engine chose for it; of models with "
+        "experts, on an engine that tells them",
     )
     max_response_tokens: Positive = Field(
         default=3072, description="longest response, in tokens; longer ones are truncated"

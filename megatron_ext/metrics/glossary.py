@@ -220,6 +220,19 @@ METRICS = (
         good="1", low="see mismatch/mean", high="see mismatch/mean",
     ),
     Metric(
+        name="routing/differing", section=RESPONSES, title="Experts", unit="share of tokens and layers",
+        meaning="(token, layer) pairs of prompts and responses where the engine's experts are not the trainer's own "
+        "top-k; under rollout.routing_replay, which alone measures it, the trainer takes the engine's",
+        good="low: without the replay, each such token would train through other experts than sampled it",
+        high="the engine computes in a lower precision than the trainer, or samples from other weights: see "
+        "mismatch/mean",
+    ),
+    Metric(
+        name="routing/unknown", section=RESPONSES, title="Experts", unit="share of tokens",
+        meaning="tokens that the engine read and whose experts it did not tell: the trainer takes its own",
+        good="0", high="the engine loses them: see its output",
+    ),
+    Metric(
         name="importance/weight", section=RESPONSES, title="Importance weight", unit="weight",
         meaning="mean weight that importance.mode gives the policy loss of a token",
         good="near 1", low="much is masked, or the engine overrates what it samples: see mismatch/mean",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,10 +25,11 @@ from megatron.core.tensor_parallel.layers import (
 from torch import Tensor
 
 from megatron_ext import cpu_compat
-from megatron_ext.model import groups, rope
+from megatron_ext.model import deterministic, groups, rope
 from megatron_ext.model.architectures import Architecture
 from megatron_ext.model.layers import block_spec
 from megatron_ext.model.megatron_config import ModelLayout, ModelOptions, stage_sizes, transformer_config
+from megatron_ext.model.routing import PolicyRouting
 from megatron_ext.ops.shard import VocabShard
 
 
@@ -58,18 +59,25 @@ class Policy:
     """This rank's part of a model. ``chunks`` are Megatron's model chunks: ``modules``, wrapped for DDP if trained.
 
     ``fused_head``: its statistics are taken from hidden states, the logits of a micro-batch never exist together.
+    ``routing``: its routers choose the experts that a micro-batch's tokens come with (routing.py).
     """
 
     architecture: Architecture
     modules: list[GPTModel]
     chunks: list[Any]
     fused_head: bool = False
+    routing: PolicyRouting | None = None
 
     @property
     def head_weight(self) -> Tensor:
         """``[V/TP, D]``: this rank's shard of the output layer's weight, on the last stage."""
         last: Any = self.modules[-1]
         return last.shared_embedding_or_output_weight() if self.architecture.tied else last.output_layer.weight
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether its bits are the same at every tensor-parallel size."""
+        return self.modules[0].config.deterministic_mode
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -138,6 +146,8 @@ def build_modules(architecture: Architecture, layout: ModelLayout, options: Mode
         _mark_parameters(module)
         if module.post_process:
             _take_full_hidden_states(module.output_layer)
+        if options.deterministic:
+            deterministic.install(module, architecture)
         if options.fusions.here().gradient_accumulation:
             _accumulate_in_fp32(module)
     return [module.to(device=cpu_compat.device(), dtype=options.dtype) for module in modules]
@@ -196,9 +206,12 @@ def build_policy(
     *,
     overlap: Overlap = OVERLAPPED,
     fused_head: bool = False,
+    routing_replay: bool = False,
 ) -> Policy:
     """This rank's part of the policy with uninitialised weights, ready for training."""
-    return wrap(architecture, build_modules(architecture, layout, options), overlap, fused_head=fused_head)
+    modules = build_modules(architecture, layout, options)
+    routing = PolicyRouting(modules) if routing_replay else None
+    return replace(wrap(architecture, modules, overlap, fused_head=fused_head), routing=routing)
 
 
 def wrap(architecture: Architecture, modules: list[GPTModel], overlap: Overlap, *, fused_head: bool = False) -> Policy:
@@ -282,7 +295,10 @@ def build_optimizer(
         use_distributed_optimizer=True,
         overlap_param_gather=policy.chunks[0].ddp_config.overlap_param_gather,
     )
-    return get_megatron_optimizer(config, policy.chunks)  # pyright: ignore[reportArgumentType]
+    optimizer = get_megatron_optimizer(config, policy.chunks)  # pyright: ignore[reportArgumentType]
+    if policy.deterministic:
+        deterministic.install_norm(optimizer)
+    return optimizer
 
 
 def build_scheduler(

@@ -15,6 +15,7 @@ Both return the statistics of each micro-batch on the last pipeline stage and No
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
@@ -75,7 +76,7 @@ def run_pipeline(
         heartbeat.progress()
         number, micro_batch = next(numbered)
         tokens = micro_batch.tokens.to(cpu_compat.device())[None]
-        with cpu_compat.as_it_is():
+        with cpu_compat.as_it_is(), _replayed(policy, model, micro_batch, with_grad=loss is not None):
             output = model(
                 input_ids=tokens,
                 position_ids=micro_batch.position.to(cpu_compat.device())[None],
@@ -91,6 +92,8 @@ def run_pipeline(
 
         return output, finish
 
+    if policy.routing is not None:
+        policy.routing.begin_pass()
     results = get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=[iter(enumerate(packed)) for _ in policy.chunks],
@@ -117,6 +120,7 @@ def _statistics(
         want, grad = _outputs(needs, logprob="logprob" if support is None else "support_logprob")
         options: Any = {"temperature": temperature, "top_p": needs.nucleus_p, "nucleus": needs.nucleus}
         options |= {"want": want, "grad": grad if with_grad else (), "support": support}
+        options |= {"deterministic": policy.deterministic}
         if logits is None:
             weight: Any = policy.head_weight
             if with_grad:  # Megatron's buffer takes the gradient as it is made, not a second time from autograd
@@ -174,6 +178,15 @@ def _outputs(needs: Needs, *, logprob: str) -> tuple[tuple[str, ...], tuple[str,
     if needs.nucleus_p is not None and needs.nucleus_grad:
         grad.append("nucleus_entropy")
     return tuple(want), tuple(grad)
+
+
+def _replayed(
+    policy: Policy, model: Any, micro_batch: PackedSequences, *, with_grad: bool
+) -> AbstractContextManager[None]:
+    """Within, the routers of the chunk ``model`` take the experts of the micro-batch's tokens, if the policy is to."""
+    if policy.routing is None:
+        return nullcontext()
+    return policy.routing.replayed(policy.chunks.index(model), micro_batch, with_grad=with_grad)
 
 
 def _packed_params(micro_batch: PackedSequences) -> PackedSeqParams:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from megatron_ext import cpu_compat
 from megatron_ext.config.schema import ModelConfig
+from megatron_ext.model import deterministic
 from megatron_ext.model.architectures import Architecture
 from megatron_ext.model.layers import have_transformer_engine
 
@@ -81,10 +82,13 @@ class ModelOptions:
     dtype: torch.dtype
     recompute: str = "none"  # a key of RECOMPUTE
     fusions: Fusions = Fusions()
+    deterministic: bool = False
 
     @classmethod
     def from_config(cls, model: ModelConfig) -> ModelOptions:
-        return cls(getattr(torch, model.dtype), model.recompute, Fusions(**model.fusions.model_dump()))
+        return cls(
+            getattr(torch, model.dtype), model.recompute, Fusions(**model.fusions.model_dump()), model.deterministic
+        )
 
 
 def transformer_config(architecture: Architecture, layout: ModelLayout, options: ModelOptions) -> TransformerConfig:
@@ -106,7 +110,7 @@ def transformer_config(architecture: Architecture, layout: ModelLayout, options:
         kv_channels=a.head_dim,
         ffn_hidden_size=a.ffn_size,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=deterministic.silu if options.deterministic else F.silu,
         normalization="RMSNorm",
         layernorm_epsilon=a.norm_eps,
         qk_layernorm=a.qk_norm,
@@ -131,6 +135,7 @@ def transformer_config(architecture: Architecture, layout: ModelLayout, options:
         use_cpu_initialization=not cuda,
         perform_initialization=False,
         persist_layer_norm=False,
+        deterministic_mode=options.deterministic,
         bias_activation_fusion=fused.bias_activation,
         bias_dropout_fusion=False,  # there is neither
         gradient_accumulation_fusion=False,

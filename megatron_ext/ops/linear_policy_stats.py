@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ext.ops import support_stats
+from megatron_ext.ops import blocks, support_stats
 from megatron_ext.ops.collectives import all_gather, group_size, reduce_scatter, sum_over_ranks
 from megatron_ext.ops.options import (
     NUM_CANDIDATES,
@@ -59,6 +59,7 @@ def linear_policy_stats(
     sequence_parallel: bool = False,
     chunk: int | None = None,
     main_grad: Tensor | None = None,
+    deterministic: bool = False,
 ) -> PolicyStats:
     """``policy_stats(hidden @ weight.T, targets, shard, ...)``, with gradients for hidden and weight.
 
@@ -71,6 +72,8 @@ def linear_policy_stats(
         chunk: tokens whose logits exist at once; None: as many as CHUNK_BYTES hold.
         main_grad: fp32 ``[shard.width, D]`` that the gradient of the weight is added to, chunk by chunk; autograd then
             gets zeros in its place.
+        deterministic: as for :func:`policy_stats`; the products are of blocks of the vocabulary (blocks.py), so the
+            shard must not cut one. The same number of threads, no ``sequence_parallel``.
 
     The other arguments, the outputs and the errors are those of :func:`policy_stats`. Without ``main_grad`` the
     gradient of the weight is summed in fp32 over the chunks, then rounded to the weight's dtype; the sum over
@@ -88,12 +91,17 @@ def linear_policy_stats(
     options = checked_options(
         "linear_policy_stats", T=T, dtype=hidden.dtype, shard=shard, targets=targets, temperature=temperature,
         top_p=top_p, nucleus=nucleus, want=want, grad=grad, num_candidates=num_candidates, support=support,
+        deterministic=deterministic,
     )  # fmt: skip
     scale, support = inverse_temperature(temperature, T, hidden), support if options.over_support else None
-    chunk = chunk or chunk_tokens(shard.width, hidden.element_size())
+    if deterministic and sequence_parallel:
+        raise ValueError("linear_policy_stats: deterministic=True takes no sequence_parallel; gather the tokens first")
+    leaves = blocks.vocabulary(shard, "linear_policy_stats") if deterministic else None
+    width = shard.vocab_size if deterministic else shard.width  # as many tokens at once under every layout
+    chunk = chunk or chunk_tokens(width, hidden.element_size())
     return PolicyStats(
         *_LinearPolicyStatsFunction.apply(
-            hidden, weight, targets, scale, support, options, sequence_parallel, chunk, main_grad
+            hidden, weight, targets, scale, support, options, sequence_parallel, chunk, main_grad, leaves
         )
     )
 
@@ -132,15 +140,16 @@ class _LinearPolicyStatsFunction(torch.autograd.Function):
         sequence_parallel: bool,
         chunk: int,
         main_grad: Tensor | None,
+        leaves: list[blocks.Leaf] | None,
     ) -> tuple:
         everything, parts = _all_tokens(hidden, options.shard, sequence_parallel), []
         for index, own in _chunks(len(targets), chunk, support):
-            logits = everything[index] @ weight.T
+            logits = _logits(everything[index], weight, leaves)
             parts.append(support_stats.forward(logits, targets[index], scale[index], own, options))
         found = join(parts)
         outputs = returned(found, options)
         ctx.options, ctx.sequence_parallel, ctx.chunk, ctx.main_grad = options, sequence_parallel, chunk, main_grad
-        ctx.has_support = support is not None
+        ctx.has_support, ctx.leaves = support is not None, leaves
         ctx.save_for_backward(hidden, weight, targets, scale, *(support or ()), *found.saved)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*without_gradient(outputs, options))
@@ -157,20 +166,29 @@ class _LinearPolicyStatsFunction(torch.autograd.Function):
         if d_weight is None and ctx.needs_input_grad[1]:
             d_weight = torch.zeros_like(weight, dtype=scale.dtype)
         for index, own in _chunks(len(targets), ctx.chunk, support):
-            logits = everything[index] @ weight.T
+            logits = _logits(everything[index], weight, ctx.leaves)
             part = tuple(value[index] for value in saved)
             upstream_of = {name: value[index] for name, value in gradients.items()}
             support_stats.backward(logits, targets[index], scale[index], part, upstream_of, own, options, logits)
-            torch.mm(logits, weight, out=d_hidden[index])
-            if d_weight is not None:
+            if ctx.leaves is not None:
+                d_hidden[index] = blocks.input_gradient(logits, weight, ctx.leaves, shard.group)
+            else:
+                torch.mm(logits, weight, out=d_hidden[index])
+            if d_weight is not None and ctx.leaves is not None:
+                blocks.weight_gradient(logits, everything[index], ctx.leaves, d_weight)
+            elif d_weight is not None:
                 _accumulate(d_weight, logits, everything[index])
         if ctx.sequence_parallel:
             d_hidden = reduce_scatter(d_hidden, shard.group)
-        else:
+        elif ctx.leaves is None:  # else each chunk's is the sum already
             d_hidden = sum_over_ranks(d_hidden, shard.group)
         if ctx.main_grad is not None:
             d_weight = torch.zeros_like(weight)
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), *[None] * 7
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), *[None] * 8
+
+
+def _logits(hidden: Tensor, weight: Tensor, leaves: list[blocks.Leaf] | None) -> Tensor:
+    return hidden @ weight.T if leaves is None else blocks.product(hidden, weight, leaves)
 
 
 def _all_tokens(hidden: Tensor, shard: VocabShard, sequence_parallel: bool) -> Tensor:

@@ -80,6 +80,7 @@ class Options(NamedTuple):
     want: tuple[str, ...]
     grad: tuple[str, ...]
     num_candidates: int
+    deterministic: bool = False
 
     @property
     def whole(self) -> tuple[str, ...]:
@@ -168,6 +169,7 @@ def checked_options(
     grad: Sequence[str],
     num_candidates: int,
     support: Support | None,
+    deterministic: bool,
 ) -> Options:
     """The options of a call. Raises ValueError, naming the caller, for arguments that do not fit together."""
     known = [name for name in OUTPUTS if name != "num_fallback"]
@@ -191,9 +193,14 @@ def checked_options(
         raise ValueError(f"{caller}: nucleus is {nucleus!r}, expected 'inclusive' or 'exclusive'")
     if num_candidates < 1:
         raise ValueError(f"{caller}: num_candidates is {num_candidates}, expected at least 1")
+    if deterministic and targets.device.type != "cpu":
+        raise ValueError(
+            f"{caller}: deterministic=True runs on a CPU alone, found tensors on {targets.device}; the Triton kernels "
+            "add in an order that the layout decides: leave it False there"
+        )
     if support is None and (of_support := [name for name in want if name in SUPPORT]):
         raise ValueError(f"{caller}: want has {of_support}, which are of a support: pass support=, found None")
     if support is not None:
         support.check(caller, T, shard.vocab_size, targets.device)
     rule = NucleusRule(top_p, nucleus) if wants_nucleus and top_p is not None else None
-    return Options(shard, rule, tuple(want), tuple(grad), num_candidates)
+    return Options(shard, rule, tuple(want), tuple(grad), num_candidates, deterministic)

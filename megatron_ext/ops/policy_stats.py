@@ -54,6 +54,7 @@ def policy_stats(
     num_candidates: int = NUM_CANDIDATES,
     support: Support | None = None,
     inplace_backward: bool = False,
+    deterministic: bool = False,
 ) -> PolicyStats:
     """``logp = (logits / temperature).log_softmax(-1)``: ``logp[range(T), targets]``, ``-(logp.exp() * logp).sum(-1)``.
 
@@ -78,6 +79,8 @@ def policy_stats(
             tokens with an empty row: their support is the whole vocabulary.
         inplace_backward: the backward writes the gradient over ``logits``, for a buffer nobody else reads; a second
             backward then raises.
+        deterministic: every output and gradient has the same bits however the vocabulary is sharded, and whatever the
+            number of threads (deterministic.py); on a CPU alone, and slower: every token's nucleus is searched.
 
     Raises:
         ValueError: shapes, dtypes, names or numbers that do not fit.
@@ -90,6 +93,7 @@ def policy_stats(
     options = checked_options(
         "policy_stats", T=len(logits), dtype=logits.dtype, shard=shard, targets=targets, temperature=temperature,
         top_p=top_p, nucleus=nucleus, want=want, grad=grad, num_candidates=num_candidates, support=support,
+        deterministic=deterministic,
     )  # fmt: skip
     scale, support = inverse_temperature(temperature, len(logits), logits), support if options.over_support else None
     return PolicyStats(*_PolicyStatsFunction.apply(logits, targets, scale, support, options, inplace_backward))
@@ -113,7 +117,8 @@ class _PolicyStatsFunction(torch.autograd.Function):
 
     Collectives over the shard's group, none of one rank: without a nucleus one all-gather; with one an all-to-all and
     an all-gather, and the gathers of the fallback where it is taken (a GPU always sends them). With a support one
-    all-gather more, and the others only where something of the whole vocabulary is wanted. Backward: none.
+    all-gather more, and the others only where something of the whole vocabulary is wanted. With ``deterministic`` two
+    without a nucleus, the search's gathers besides with one, and 8 B an id for a support. Backward: none.
 
     (1) again for tokens that take the fallback; on a GPU once more in the groups of columns that hold candidates. Only
     at the support's ids where nothing of the whole vocabulary is wanted.

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_ext.ops import logit_passes
+from megatron_ext.ops import deterministic, logit_passes
 from megatron_ext.ops.candidates import Blocks, in_nucleus
 from megatron_ext.ops.logit_passes import NucleusGradient, TokenGradient
 from megatron_ext.ops.nucleus import exchange, exchange_candidates, search
@@ -23,6 +23,10 @@ from megatron_ext.ops.stats import GlobalStats
 def forward(logits: Tensor, targets: Tensor, scale: Tensor, options: Options) -> Forward:
     """See backend.py::Implementation."""
     shard, rule = options.shard, options.rule
+    if options.deterministic:
+        stats = deterministic.global_stats(logits, _local_columns(targets, shard), scale, options)
+        searched = torch.tensor(len(logits), device=scale.device) if rule else None
+        return Forward(_outputs(stats, scale, options), (_kept(stats, scale, options),), searched)
     sums, candidates = logit_passes.summarise(
         logits,
         _local_columns(targets, shard),
@@ -41,7 +45,7 @@ def forward(logits: Tensor, targets: Tensor, scale: Tensor, options: Options) ->
         if len(unresolved):  # every rank has the same
             stats = search(logits[:, : shard.real], unresolved, stats, scale, shard, rule)
         fallback = torch.tensor(len(unresolved), device=scale.device)
-    saved = [(stats if options.nucleus_grad else stats._replace(nucleus=None)).pack(scale.dtype)]
+    saved = [_kept(stats, scale, options)]
     if options.nucleus_grad and blocks is not None:
         saved += blocks
     return Forward(_outputs(stats, scale, options), tuple(saved), fallback)
@@ -58,7 +62,13 @@ def backward(
 ) -> None:
     """See backend.py::Implementation."""
     token = _token_gradient(saved, scale, upstream, options)
-    logit_passes.gradient(logits, _local_columns(targets, options.shard), scale, options.shard.real, token, out)
+    passes = deterministic if options.deterministic else logit_passes
+    passes.gradient(logits, _local_columns(targets, options.shard), scale, options.shard.real, token, out)
+
+
+def _kept(stats: GlobalStats, scale: Tensor, options: Options) -> Tensor:
+    """What the backward needs of ``stats``, packed."""
+    return (stats if options.nucleus_grad else stats._replace(nucleus=None)).pack(scale.dtype)
 
 
 def _local_columns(targets: Tensor, shard: VocabShard) -> Tensor:

@@ -5,8 +5,9 @@ top_p keeps the likeliest of what is left, renormalised, up to the one at which 
 with the last one kept are kept, by top_k as by top_p: what is kept is everything from one logit, theta, on.
 
 Exchange: each rank's highest logits (candidates.py) go to a token's owner rank, which decides theta where they prove
-it, and theta returns to all, about 1 KB a token (nucleus.py). The rows of the tokens left (flat distributions) are
-gathered, a few at a time, and decided by the same lines. Then the ranks' ids are gathered, 4 B each. Masses are fp64.
+it, and theta returns to all, about 1 KB a token (nucleus.py). For the tokens left (flat distributions) the MANY highest
+logits of every rank are gathered, or all of them where those do not do, and decided by the same lines. Then the ranks'
+ids are gathered, 4 B each. Masses are fp64.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from megatron_ext.ops.shard import VocabShard
 from megatron_ext.ops.sorting import highest
 from megatron_ext.ops.support import Support
 
-MOST_CANDIDATES = 1024  # for a larger top_k rows are gathered
+MOST_CANDIDATES = 1024  # for a larger top_k more logits are gathered
+MANY = 8192  # highest logits of a rank that are gathered for a token that the candidates do not resolve
 GATHERED = 1 << 22  # logits, of all ranks, gathered at once
 BLOCK = 1 << 22  # logits compared at once
 
@@ -103,33 +105,38 @@ def _last_kept(logits: Tensor, scale: Tensor, shard: VocabShard, rule: Restricti
         tail=(1 - rule.top_p) / (2 * group_size(shard.group)) if by_mass else 0.0,
     )
     assert candidates is not None
-    decided = ask_owners(sums, candidates, scale, shard, partial(_decide, rule=rule), columns=2)
-    theta, resolved = decided.split(1, dim=1)
-    theta = theta.clone()
-    for tokens in (
-        (resolved[:, 0] == 0).nonzero()[:, 0].split(max(1, GATHERED // (shard.width * group_size(shard.group))))
-    ):
-        theta[tokens] = _of_whole_rows(logits[tokens], scale[tokens], shard, rule).to(dtype)
+    decided = ask_owners(sums, candidates, scale, shard, partial(_decide, rule=rule), columns=3)
+    theta, proven, total = (part.clone() for part in decided.split(1, dim=1))
+    for k in (min(MANY, shard.width), shard.width):
+        at_once = max(1, GATHERED // (k * group_size(shard.group)))
+        for tokens in (proven[:, 0] == 0).nonzero()[:, 0].split(at_once):  # the same on every rank
+            found = _of_highest(logits[tokens], k, total[tokens], scale[tokens], shard, rule)
+            theta[tokens], proven[tokens] = (value.to(dtype) for value in found)
     return theta, candidates.blocks
 
 
 def _decide(sums: Tensor, candidates: list[Candidates], scale: Tensor, *, rule: Restriction) -> Tensor:
-    """Theta and whether it is proven, of the owner's tokens ``[n, 2]`` fp64."""
+    """Theta, whether it is proven, and the mass of the whole vocabulary, of the owner's tokens ``[n, 3]`` fp64."""
     stats = merge(sums, scale)
     logit, count = merge_candidates(candidates, [part[:, :1] for part in sums])
     floor = torch.stack([part.floor for part in candidates]).amax(0)
-    return torch.cat(_theta(logit.double(), count.double(), floor.double(), stats.total, scale, rule), 1)
+    found = _theta(logit.double(), count.double(), floor.double(), stats.total, scale, rule)
+    return torch.cat([*found, stats.total], 1)
 
 
-def _of_whole_rows(logits: Tensor, scale: Tensor, shard: VocabShard, rule: Restriction) -> Tensor:
-    """Theta ``[n, 1]`` fp64 from every rank's columns."""
-    own = logits.clone()
+def _of_highest(
+    logits: Tensor, k: int, total: Tensor, scale: Tensor, shard: VocabShard, rule: Restriction
+) -> tuple[Tensor, Tensor]:
+    """Theta ``[n, 1]`` and whether it is proven, from the k highest logits of every rank."""
+    own = logits.to(total.dtype, copy=True)
     own[:, shard.real :] = -torch.inf
-    rows = all_gather(own, shard.group).movedim(0, 1).flatten(1).double()
-    rows = highest(rows, rows.shape[1])
-    total = ((rows - rows[:, :1]) * scale).exp().sum(-1, keepdim=True)
-    floor = torch.full_like(total, -torch.inf)
-    return _theta(rows, (rows > -torch.inf).double(), floor, total, scale, rule)[0]
+    own = highest(own, k)
+    floor = own[:, -1:] if k < shard.width else torch.full_like(total, -torch.inf)
+    ranks = all_gather(torch.cat([own, floor], 1), shard.group)
+    found = ranks[..., :-1].movedim(0, 1).flatten(1)
+    found = found if len(ranks) == 1 else highest(found, found.shape[1])
+    count = (found > -torch.inf).double()
+    return _theta(found.double(), count, ranks[..., -1:].amax(0).double(), total.double(), scale, rule)
 
 
 def _theta(

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from megatron_ext.ops.backend import implementation
-from megatron_ext.ops.nucleus import exchange
+from megatron_ext.ops.collectives import all_gather
+from megatron_ext.ops.nucleus import merge
 from megatron_ext.ops.options import SUPPORT, Forward, Options
 from megatron_ext.ops.shard import VocabShard
 from megatron_ext.ops.stats import GlobalStats
@@ -49,7 +50,7 @@ def forward(logits: Tensor, targets: Tensor, scale: Tensor, support: Support | N
     rows = support.unrestricted_tokens()
     whole, at = _whole_options(options, len(rows) > 0), slice(None) if options.whole else rows
     found = work.forward(logits[at], targets[at], scale[at], whole) if whole.want else Forward({}, (), None)
-    stats = _support_stats(_entries(logits, targets, support, options.shard), scale, support, options.shard)
+    stats = _support_stats(_entries(logits, targets, support, options.shard), scale, support, options)
     values = {
         "support_logprob": (stats.target - stats.maximum) * scale.double() - stats.total.log(),
         "support_entropy": stats.entropy,
@@ -121,14 +122,18 @@ def _entries(logits: Tensor, targets: Tensor, support: Support, shard: VocabShar
     return _Entries(token, column, held, support.ids == targets[token], logit)
 
 
-def _support_stats(entries: _Entries, scale: Tensor, support: Support, shard: VocabShard) -> GlobalStats:
-    """``[T, 1]`` each, fp64; meaningless for empty rows."""
+def _support_stats(entries: _Entries, scale: Tensor, support: Support, options: Options) -> GlobalStats:
+    """``[T, 1]`` each, fp64; meaningless for empty rows. If deterministic, every rank sums over all ids by itself."""
+    group = options.shard.group
+    if options.deterministic:
+        entries, group = entries._replace(logit=all_gather(entries.logit, group).amax(0)), None
     at_target = torch.where(entries.is_target, entries.logit, -torch.inf)
     maximum, target = _over_tokens("max", support, entries.logit, at_target)
     finite = torch.where(maximum > -torch.inf, maximum, torch.where(maximum.isnan(), maximum, 0))
     d = ((entries.logit - finite[entries.token]) * scale[entries.token, 0].double()).clamp_min(-1e30)
     total, moment = _over_tokens("sum", support, d.exp(), d.exp() * d)
-    return exchange(torch.stack([maximum, total, moment, target], 1).to(scale.dtype), scale, shard)
+    sums = torch.stack([maximum, total, moment, target], 1).to(scale.dtype)
+    return merge(all_gather(sums, group), scale)
 
 
 def _over_tokens(reduce: str, support: Support, *values: Tensor) -> tuple[Tensor, ...]:

@@ -227,6 +227,10 @@ def rank_memory(
     scored = config.train.micro_batch_tokens * element * working_layer(a, p, layers, "none")
     score = {"activations": scored} | _head_item(a, config, last, grad=False)
     update = {"activations": activations(a, config, rank, config.model.recompute, num_micro_batches)}
+    if config.rollout.routing_replay:
+        kept = 1.0 if config.model.recompute == "none" else in_flight(p, rank, num_micro_batches)
+        score["replayed experts"] = replayed_experts(a, config, layers)
+        update["replayed experts"] = kept * replayed_experts(a, config, layers)
     update |= _head_item(a, config, last, grad=True)
     if spec.colocated:
         cache = max(0.0, engine_cache(a, config, gpu_memory)) if spec.takes_share else kv_cache(a, config)
@@ -242,6 +246,17 @@ def rank_memory(
         "update": state | resident | asleep | update | _fragments(update),
     }
     return RankMemory(rank, own, phases)
+
+
+def replayed_experts(a: Architecture, config: Config, layers: Sequence[int]) -> float:
+    """Of one micro-batch on a rank with ``layers``: 2 bytes an expert of each token (model/routing.py).
+
+    With recomputation every micro-batch in flight keeps its own. Host memory holds those of a whole step's tokens, for
+    all layers: 1 byte an expert up to 256 experts, else 2, and 2 again where they are packed.
+    """
+    p, routed = config.parallel, sum(a.has_experts(layer) for layer in layers)
+    top_k = 0 if a.experts is None else a.experts.top_k
+    return config.train.micro_batch_tokens / (p.tensor if p.sequence else 1) * routed * top_k * 2
 
 
 def trained_bytes(own: Buffers, element: int) -> dict[str, float]:

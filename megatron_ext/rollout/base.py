@@ -20,6 +20,8 @@ class Sampling:
     """How responses are sampled. ``temperature`` 0 means greedy, ``top_k`` 0 all tokens.
 
     ``keeps_support``: samples bear the tokens that the sampler kept, where the engine can tell and leaves some out.
+    ``routing``: and the experts of their tokens (``Sample.routing``), of an engine that heeds
+    ``rollout.routing_replay``.
     """
 
     temperature: float = 1.0
@@ -28,6 +30,7 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     keeps_support: bool = False
+    routing: bool = False
 
     @property
     def restriction(self) -> Restriction:

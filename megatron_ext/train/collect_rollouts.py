@@ -98,6 +98,7 @@ class Rollouts:
             top_k=rollout.top_k,
             min_p=rollout.min_p,
             keeps_support=rollout.replays_sampling,
+            routing=rollout.routing_replay,
         )
         with self.watch.phase("rollout", total=len(own)) as phase:
             samples = self.engine.generate(

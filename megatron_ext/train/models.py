@@ -24,7 +24,14 @@ def build_learner(config: Config, method: Method, architecture: Architecture) ->
     overlap = parallel.overlap(config.parallel)
     with users_files():
         initializer = WeightInitializer(config.model, architecture)  # before a model of any size is built
-    policy = build_policy(architecture, layout, model_options, overlap=overlap, fused_head=config.model.fused_head)
+    policy = build_policy(
+        architecture,
+        layout,
+        model_options,
+        overlap=overlap,
+        fused_head=config.model.fused_head,
+        routing_replay=config.rollout.routing_replay,
+    )
     with users_files():
         initializer.fill(policy.modules)
     reference: Reference | None = None

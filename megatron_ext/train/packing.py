@@ -25,10 +25,20 @@ class MiniBatch:
     micro_batches: tuple[PackedSequences, ...]
 
     @classmethod
-    def pack(cls, pairs: Sequence[Pair], bins: Sequence[Sequence[int]], *, multiple: int = 1) -> MiniBatch:
-        """One micro-batch of each of the ``bins``, whose indices count in ``pairs``."""
-        packed = tuple(pack([pairs[i] for i in each], multiple=multiple) for each in bins)
-        return cls(tuple(map(tuple, bins)), packed)
+    def pack(
+        cls,
+        pairs: Sequence[Pair],
+        bins: Sequence[Sequence[int]],
+        *,
+        multiple: int = 1,
+        routing: Sequence[np.ndarray | None] | None = None,
+    ) -> MiniBatch:
+        """One micro-batch of each of the ``bins``, whose indices count in ``pairs`` and, if given, in ``routing``."""
+        packed = [pack([pairs[i] for i in each], multiple=multiple) for each in bins]
+        if routing is not None:
+            parts = zip(packed, bins, strict=True)
+            packed = [replace(part, routing=lay_out_routing([routing[i] for i in each], part)) for part, each in parts]
+        return cls(tuple(map(tuple, bins)), tuple(packed))
 
     def with_support(self, restriction: Restriction, supports: Sequence[KeptTokens | None]) -> MiniBatch:
         """With what the sampler kept for the tokens of each response of the mini-batch; None: it is not known."""
@@ -120,3 +130,17 @@ def pack(sequences: Sequence[Pair], *, multiple: int = 1) -> PackedSequences:
         targets=torch.tensor(targets, dtype=torch.int64),
         response_lengths=tuple(len(response) for _, response in sequences),
     )
+
+
+def lay_out_routing(routing: Sequence[np.ndarray | None], packed: PackedSequences) -> Tensor | None:
+    """``PackedSequences.routing``, ``[S, layers, top_k]``, from the experts of each sequence (``Sample.routing``).
+
+    None where they are known of no sequence. Those of a response's last token and of padding are not known.
+    """
+    known = [(start, each) for start, each in zip(packed.starts.tolist(), routing, strict=False) if each is not None]
+    if not known:
+        return None
+    experts = np.full((len(packed.tokens), *known[0][1].shape[1:]), -1, dtype=np.int16)
+    for start, each in known:
+        experts[start : start + len(each)] = each
+    return torch.from_numpy(experts)

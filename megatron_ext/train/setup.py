@@ -99,6 +99,11 @@ def _seed(seed: int) -> None:
 
 def _kernels(config: Config, architecture: Architecture) -> str:
     """What the layers run on, in one line. Raises ConfigError where that would not do."""
+    if config.model.deterministic and torch.cuda.is_available():
+        raise ConfigError(
+            "model.deterministic: covers training on a CPU alone, found a GPU; set model.deterministic = false, or "
+            'hide the GPUs with CUDA_VISIBLE_DEVICES=""'
+        )
     try:
         return kernels.describe(
             architecture,

@@ -33,7 +33,7 @@ from megatron_ext.model.build import Policy
 from megatron_ext.model.forward import forward, forward_backward
 from megatron_ext.model.reference import Reference
 from megatron_ext.model.trainable import TrainableModel, totals
-from megatron_ext.train import critic, mismatch, packing
+from megatron_ext.train import critic, mismatch, packing, routing
 from megatron_ext.train.packing import MiniBatch
 from megatron_ext.train.token_weights import token_weights
 from megatron_ext.types import Advantages, Batch, Episode, Restriction, RolloutBatch, TokenStats
@@ -70,6 +70,7 @@ class Learner:
 
     def step(self, episodes: Sequence[Episode], watch: Watch) -> tuple[dict[str, float], TokenStats]:
         """Train on this rank's episodes; metrics over all ranks and the old policy's statistics ``[T]``."""
+        routing.begin_step(self.policy)
         size = len(episodes) * self.config.train.mini_batch_prompts // self.config.rollout.prompts
         spans = [range(start, start + size) for start in range(0, len(episodes), size)]
         mini_batches = [self.pack([episodes[i] for i in span]) for span in spans]
@@ -163,7 +164,7 @@ class Learner:
 
     def describe(self, batch: Batch, old: TokenStats, episodes: Sequence[Episode]) -> dict[str, float]:
         """What the step's batch looks like. Raises MismatchError where the engine samples from another policy."""
-        metrics = summarise(batch, old, episodes, self.reduce)
+        metrics = summarise(batch, old, episodes, self.reduce) | routing.describe(episodes, self.policy, self.reduce)
         metrics |= mismatch.corrections(batch, self.config.importance, self.reduce)
         mismatch.check(metrics, self.config)
         return metrics
@@ -227,7 +228,9 @@ class Learner:
         budget = self.config.train.micro_batch_tokens
         num_bins = parallel.num_micro_batches(len(packing.split(lengths, budget)), self.config.parallel)
         multiple = self.config.parallel.tensor if self.config.parallel.sequence else 1
-        packed = MiniBatch.pack(pairs, packing.split(lengths, budget, num_bins), multiple=multiple)
+        told = routing.of_episodes(episodes, self.policy)
+        bins = packing.split(lengths, budget, num_bins)
+        packed = MiniBatch.pack(pairs, bins, multiple=multiple, routing=told)
         rollout = self.config.rollout
         if not rollout.replays_sampling:
             return packed

@@ -20,6 +20,7 @@ from megatron_ext.ops.kernels import implementation as kernels
 from megatron_ext.ops.kernels import summary
 from megatron_ext.ops.policy_stats import DIFFERENTIABLE
 from tests import gloo
+from tests.ops import test_support
 from tests.ops.cases import ALL, assert_values, language_like, weighted
 
 PADDING = 5
@@ -180,10 +181,31 @@ def whole_nucleus(device: str) -> None:
             assert out["nucleus_entropy"].shape == (0,) and gradient.shape == (0, 300) and out["num_fallback"] == 0
 
 
+def over_support() -> dict[str, float]:
+    """Outputs over a support, which are torch's on a GPU too, beside the kernels' and in their place.
+
+    Where bf16 gradients of both meet they are rounded one after the other, each as it is large.
+    """
+    worst = {}
+    for dtype in DTYPES:
+        expected = test_support.run_cases(0, 1, dtype)
+        with mock.patch.object(backend, "decide", lambda _: kernels):
+            got = test_support.run_cases(0, 1, dtype)
+        for number, values in enumerate(expected):
+            for name in values.keys() - {"gradient"}:
+                torch.testing.assert_close(got[number][name], values[name], rtol=2e-6, atol=2e-6)
+            value, difference = values["gradient"], (got[number]["gradient"] - values["gradient"]).abs().double()
+            unit = 2**-7 if dtype == torch.bfloat16 else 2**-20
+            allowed = unit * value.abs().amax(-1, keepdim=True).double() + 2e-6
+            worst[f"{dtype} {number}"] = float((difference / allowed).max())
+    return worst
+
+
 CASES: dict[str, Callable[[], dict[str, float] | None]] = {
     "tokens": lambda: compare("cpu"),
     "ranks": compare_ranks,
     "edges": lambda: whole_nucleus("cpu"),
+    "support": over_support,
 }
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ import torch
 from megatron_ext.ops import backend, portable
 
 
-@pytest.mark.parametrize(("case", "results"), [("tokens", 3 * 2 * 4), ("ranks", 2 * 2 * 4), ("edges", 0)])
+@pytest.mark.parametrize(
+    ("case", "results"), [("tokens", 3 * 2 * 4), ("ranks", 2 * 2 * 4), ("edges", 0), ("support", 2 * 6)]
+)
 def test_kernels_equal_the_portable_path_in_the_interpreter(case, results):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.ops.kernel_cases", case],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def run_rules(rank: int, world: int, dtype: torch.dtype, tied: bool) -> list[Sup
     return [sampling_support(local, shard, temperature=temperature, **rule) for rule in RULES]
 
 
-@pytest.mark.parametrize("candidates", [256, 8], ids=["candidates", "gathered rows"])
+@pytest.mark.parametrize("candidates", [256, 8], ids=["candidates", "more gathered"])
 @pytest.mark.parametrize("tied", [False, True], ids=["distinct", "tied"])
 @pytest.mark.parametrize(
     ("world", "dtype"), [(1, "float64"), (1, "float32"), (1, "bfloat16"), (2, "bfloat16"), (4, "float32")]
@@ -53,6 +54,7 @@ def test_the_support_is_that_of_the_definition_on_every_shard(world, dtype, tied
     monkeypatch.setattr(MODULE, "NUM_CANDIDATES", candidates)
     monkeypatch.setattr(MODULE, "MOST_CANDIDATES", candidates - 1)
     monkeypatch.setattr(MODULE, "GATHERED", 300)
+    monkeypatch.setattr(MODULE, "MANY", 16)
     arguments = (getattr(torch, dtype), tied)
     ranks = gloo.run(run_rules, world, *arguments) if world > 1 else [run_rules(0, 1, *arguments)]
     temperature = torch.linspace(1.5, 0.6, T).double()
@@ -72,8 +74,8 @@ def test_wide_logits_are_searched_at_their_highest_blocks(dtype, monkeypatch):
     monkeypatch.setattr(MODULE, "BLOCK", 20_000)
     logits, _ = language_like(8, 9001, dtype)
     gathered: list[int] = []
-    original = MODULE._of_whole_rows
-    monkeypatch.setattr(MODULE, "_of_whole_rows", lambda *a: gathered.append(len(a[0])) or original(*a))
+    original = MODULE._of_highest
+    monkeypatch.setattr(MODULE, "_of_highest", lambda *a: gathered.append(len(a[0])) or original(*a))
     for rule in ({"top_k": 20}, {"top_p": 0.9}, {"min_p": 0.05}, {"top_k": 50, "top_p": 0.95, "min_p": 0.01}):
         support = sampling_support(logits, temperature=0.9, **rule)
         assert rows_of(support) == expected_rows(logits, 0.9, rule), rule
@@ -81,6 +83,14 @@ def test_wide_logits_are_searched_at_their_highest_blocks(dtype, monkeypatch):
     flat = torch.randn(3, 9001, generator=torch.Generator().manual_seed(0)).to(dtype)
     for rule in ({"top_k": 5000}, {"top_p": 0.99}, {"min_p": 1e-3}):
         assert rows_of(sampling_support(flat, **rule)) == expected_rows(flat, 1.0, rule), rule
+    assert len(gathered) > 3  # first many, then all
+
+
+def test_ties_with_the_last_of_top_k_count_in_the_mass_of_top_p_beyond_the_candidates():
+    """Of the 3001 tokens that top_k leaves the likeliest has a quarter of the mass, of the 401 candidates 71 %."""
+    logits = torch.full((1, 5000), -5.0)
+    logits[0, 3], logits[0, 1000:4000] = math.log(1000), 0.0
+    assert rows_of(sampling_support(logits, top_k=400, top_p=0.5)) == [[3, *range(1000, 4000)]]
 
 
 def test_a_nan_leaves_its_token_unrestricted_and_no_tokens_have_no_support():

@@ -214,3 +214,16 @@ def test_servers_have_gpus_of_their_own() -> None:
     apart = plan(config(rollout={"engine": "vllm_server", "tensor_parallel_size": 2, "servers": {"num": 3}}))
     assert not {"rollout weights", "KV cache"} & apart.worst.phases["rollout"].keys()
     assert apart.kv_sequences > 50 and memory.num_engines(apart.config) == 3
+
+
+def test_replayed_experts_are_two_bytes_each() -> None:
+    """Of the own tokens and layers of a rank; with recomputation those of every micro-batch in flight."""
+    layout = {"nodes": 4, "tensor": 4, "pipeline": 2, "expert": 4}
+    replay = {"rollout": {"routing_replay": True}, "parallel": layout, "train": {"micro_batch_tokens": 8192}}
+    once = 8192 // 4 * 24 * 8 * 2
+    for recompute, in_flight in (("none", 1), ("full", 2)):
+        found = plan(config("qwen3-30b-a3b", model={"recompute": recompute}, **replay)).ranks[0].phases
+        kept = {phase: found[phase].get("replayed experts") for phase in PHASES}
+        assert kept == {"rollout": None, "score": once, "update": once * in_flight}
+    without = plan(config("qwen3-30b-a3b", parallel=layout)).ranks[0].phases
+    assert not any("replayed experts" in items for items in without.values())

@@ -49,6 +49,9 @@ def one_step(
     method: dict,
     break_sum: bool = False,
     fused_head: bool = False,
+    recompute: str = "none",
+    routing_replay: bool = False,
+    deterministic: bool = False,
     **more: Any,
 ) -> Any:
     """Metrics and whole gradients of one mini-batch, as this rank sees them; ``more`` of the layout's fields."""
@@ -63,7 +66,8 @@ def one_step(
     parallel.initialize(config.parallel)
     architecture = architectures.read_architecture(read_hf_config(path))
     spread = parallel.model_layout(config.parallel)
-    policy = build.build_policy(architecture, spread, ModelOptions(torch.float32), fused_head=fused_head)
+    options = ModelOptions(torch.float32, recompute, deterministic=deterministic)
+    policy = build.build_policy(architecture, spread, options, fused_head=fused_head, routing_replay=routing_replay)
     for module in policy.modules:
         hf_weights.load_weights(module, architecture, path)
     optimizer = build.build_optimizer(policy, lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.99, eps=1e-8, clip_grad=1.0)

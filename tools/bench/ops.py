@@ -29,6 +29,7 @@ WANT = {
     "log-prob + nucleus": ("logprob", "nucleus_entropy"),
     "log-prob + entropy + nucleus": ("logprob", "entropy", "nucleus_entropy"),
 }
+DETERMINISTIC = ", deterministic"  # ends the name of such a line
 CHECKED_TOKENS = 8
 
 
@@ -100,12 +101,16 @@ class _Bench:
         self.unresolved = 0
         for name, want in WANT.items():
             self.calls[name] = self._ours(want)
+            if options.deterministic:
+                self.calls[name + DETERMINISTIC] = self._ours(want, deterministic=True)
         for name, peer in found.items():
             self.calls[name] = self._peer(peer)
 
-    def _ours(self, want: tuple[str, ...]) -> Callable[[Tensor], Outputs]:
+    def _ours(self, want: tuple[str, ...], *, deterministic: bool = False) -> Callable[[Tensor], Outputs]:
+        options: Any = {"top_p": self.options.top_p, "want": want, "grad": want, "deterministic": deterministic}
+
         def call(logits: Tensor) -> Outputs:
-            out = policy_stats(logits, self.targets, self.shard, top_p=self.options.top_p, want=want, grad=want)
+            out = policy_stats(logits, self.targets, self.shard, **options)
             self.unresolved = 0 if out.num_fallback is None else int(out.num_fallback)
             return {name: out[name] for name in want}
 
@@ -118,7 +123,7 @@ class _Bench:
         """Every operator once, against fp64 on the first tokens; what of ours is wrong, in words."""
         lines, wrong = [], []
         for name in list(self.calls):
-            line = Line(name, name in WANT)
+            line = Line(name, name.removesuffix(DETERMINISTIC) in WANT)
             try:
                 outputs, gradient = self.step(name)
             except Exception as error:
@@ -290,15 +295,15 @@ def _text(table: Table) -> str:
     )
     base = next((line for line in table.lines if line.name == "verl pair" and line.times), None)
     text = [
-        f"{'':30}{'ms':>8}{'x verl':>8}{'x floor':>8}{'saved':>8}{'peak':>8}{'sent':>9}{'coll':>5}{'resolved':>9}"
+        f"{'':45}{'ms':>8}{'x verl':>8}{'x floor':>8}{'saved':>8}{'peak':>8}{'sent':>9}{'coll':>5}{'resolved':>9}"
         f"{'error':>10}{'d error':>10}"
     ]
     for line in table.lines:
         if not line.times:
-            text.append(f"{line.name:30}  {line.note}")
+            text.append(f"{line.name:45}  {line.note}")
             continue
         text.append(
-            f"{line.name:30}{line.milliseconds:8.1f}{speedup(base, line):8.2f}"
+            f"{line.name:45}{line.milliseconds:8.1f}{speedup(base, line):8.2f}"
             f"{line.milliseconds / table.floor_ms:8.2f}{line.saved_bytes_per_element:8.2f}"
             f"{line.peak_bytes_per_element:8.2f}{line.exchanged_bytes_per_token:9.0f}{line.collectives:5}"
             f"{'' if line.resolved is None else format(line.resolved, '.3f'):>9}{line.error:10.1e}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers.utils import logging
 
 from megatron_ext import cpu_compat, heartbeat
 from megatron_ext.rollout.base import Request, Sampling
+from megatron_ext.rollout.hf.routing import RoutingRecorder
 from megatron_ext.rollout.model_files import eos_ids, load_tokenizer
 from megatron_ext.rollout.sampling import gumbel, sampling_logprobs
 from megatron_ext.types import KeptTokens, Restriction, Sample
@@ -80,21 +83,29 @@ class HFEngine:
         ids = [[self._eos[0]] * n + list(request.prompt_ids) for n, request in zip(pad, requests, strict=True)]
         mask = [[0] * n + [1] * (longest - n) for n in pad]
         sampler = _Sampler(torch.tensor([request.seed for request in requests], device=cpu_compat.device()), sampling)
-        output = self.model.generate(
-            input_ids=torch.tensor(ids, device=cpu_compat.device()),
-            attention_mask=torch.tensor(mask, device=cpu_compat.device()),
-            logits_processor=LogitsProcessorList([sampler]),
-            do_sample=False,
-            max_new_tokens=sampling.max_response_tokens,
-            eos_token_id=self._eos,
-            pad_token_id=self._eos[0],
-        )
+        recorder = RoutingRecorder(self.model, len(requests)) if sampling.routing else None
+        with recorder or nullcontext():
+            output = self.model.generate(
+                input_ids=torch.tensor(ids, device=cpu_compat.device()),
+                attention_mask=torch.tensor(mask, device=cpu_compat.device()),
+                logits_processor=LogitsProcessorList([sampler]),
+                do_sample=False,
+                max_new_tokens=sampling.max_response_tokens,
+                eos_token_id=self._eos,
+                pad_token_id=self._eos[0],
+            )
         tokens = output[:, longest:].cpu().tolist()
         logprobs = torch.stack(sampler.logprobs, 1).cpu().tolist()
-        return [
+        samples = [
             self._sample(request, row, logprob, sampling, sampler.support(number))
             for number, (request, row, logprob) in enumerate(zip(requests, tokens, logprobs, strict=True))
         ]
+        if recorder is None:
+            return samples
+        experts = recorder.experts()
+        ends = [longest + len(sample.response_ids) - 1 for sample in samples]  # the last token was never read
+        told = [experts[i, start:end].copy() for i, (start, end) in enumerate(zip(pad, ends, strict=True))]
+        return [replace(sample, routing=each) for sample, each in zip(samples, told, strict=True)]
 
     def _sample(
         self,

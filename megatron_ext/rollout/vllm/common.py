@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -59,6 +60,7 @@ def finished_sample(
     finish_reason: str | None,
     versions: Iterable[str],
     mask: Sequence[Sequence[int]] | None = None,
+    routing: np.ndarray | None = None,
 ) -> Sample:
     """vLLM's answer as a sample. ``versions`` are the labels of the weights it was sampled with: the oldest counts.
     ``mask`` are the tokens of the vocabulary that its sampler kept for each token of the response."""
@@ -70,6 +72,7 @@ def finished_sample(
         truncated=finish_reason == "length",
         weight_version=min(version_of(label) for label in versions),
         support=None if mask is None else KeptTokens.of_lists(mask),
+        routing=routing,
     )
 
 

@@ -33,6 +33,7 @@ from megatron_ext.rollout.vllm.common import (
     model_runner_variable,
     sampling_parameters,
 )
+from megatron_ext.rollout.vllm.spec import NEEDS_V2
 from megatron_ext.types import Sample
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vllm is imported
@@ -69,10 +70,17 @@ class VLLMEngine:
         enforce_eager: bool = False,
         model_runner: str = "auto",
         keeps_support: bool = False,
+        routing_replay: bool = False,
     ) -> None:
         """``max_tokens``: of prompt and response together. ``gpu_memory_utilization``: of the GPU's total memory,
         while awake. ``model_runner``: vLLM's, auto, v1 or v2. ``keeps_support``: samples bear the tokens that the
-        sampler kept, if vLLM can tell; then every request has a top-k."""
+        sampler kept, if vLLM can tell; then every request has a top-k. ``routing_replay``: ``Sampling.routing`` may be
+        asked for. Raises ValueError where vLLM cannot."""
+        if routing_replay and not torch.cuda.is_available():
+            raise ValueError(
+                f"rollout.routing_replay: {NEEDS_V2}, which its build for CPUs lacks; set "
+                'rollout.engine = "hf", or rollout.routing_replay = false'
+            )
         self.tokenizer = load_tokenizer(model_path)
         self.group = _engine_group(tensor_parallel_size)
         self.here = (
@@ -104,6 +112,7 @@ class VLLMEngine:
             use_tqdm_on_load=False,
             seed=0,
             **mask_arguments(keeps_support, model_runner),
+            **({"enable_return_routed_experts": True} if routing_replay else {}),
             **_for_device(config, gpu_memory_utilization, batch_size=batch_size, max_tokens=max_tokens, dtype=dtype),
         )
         self.model_runner = 2 if self.llm.llm_engine.vllm_config.use_v2_model_runner else 1
@@ -152,7 +161,7 @@ class VLLMEngine:
             finished = [output for output in self.llm.llm_engine.step() if output.finished]
             numbers = [int(output.request_id) - first for output in finished]
             own = {
-                number: self._sample(requests[number], output)
+                number: self._sample(requests[number], output, sampling)
                 for number, output in zip(numbers, finished, strict=True)
                 if 0 <= number < len(requests)
             }
@@ -182,7 +191,7 @@ class VLLMEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _sample(self, request: Request, output: RequestOutput) -> Sample:
+    def _sample(self, request: Request, output: RequestOutput, sampling: Sampling) -> Sample:
         answer = output.outputs[0]
         response = tuple(answer.token_ids)
         assert answer.logprobs is not None and answer.weight_versions is not None
@@ -194,6 +203,7 @@ class VLLMEngine:
             finish_reason=answer.finish_reason,
             versions=(span.version for span in answer.weight_versions),
             mask=None if (mask := getattr(answer, "sampling_mask", None)) is None else mask.token_ids,
+            routing=answer.routed_experts if sampling.routing else None,
         )
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from megatron_ext.rollout.base import RolloutEngine
 
 KEYS = ("tensor_parallel_size", "gpu_memory_utilization", "enforce_eager", "model_runner")
+NEEDS_V2 = "vLLM tells the experts of its tokens (rollout.routing_replay) with its model runner V2 only"
 PREFILL_TOKENS = 8192  # assumed: of a prompt pass of vLLM, its max_num_batched_tokens
 
 
@@ -30,22 +31,25 @@ def create(start: EngineStart, options: NoOptions) -> RolloutEngine:
     del options
     from megatron_ext.rollout.vllm.engine import VLLMEngine
 
-    return VLLMEngine(start.model_path, **arguments(start))
+    return VLLMEngine(start.model_path, **arguments(start), routing_replay=start.rollout.routing_replay)
 
 
 def faults(config: Config) -> list[str]:
     shared, ranks = config.rollout.tensor_parallel_size, config.parallel.ranks_per_node
-    if ranks % shared == 0:
-        return []
-    return [
-        f"rollout.tensor_parallel_size: {shared} ranks cannot share an engine: parallel.ranks_per_node is {ranks}; "
-        f"{config.rollout.engine} takes a divisor of the ranks of a node"
-    ]
+    found = []
+    if ranks % shared:
+        found.append(
+            f"rollout.tensor_parallel_size: {shared} ranks cannot share an engine: parallel.ranks_per_node is {ranks}; "
+            f"{config.rollout.engine} takes a divisor of the ranks of a node"
+        )
+    if config.rollout.routing_replay and config.rollout.model_runner == "v1":
+        found.append(f'rollout.model_runner: v1, but {NEEDS_V2}; set rollout.model_runner = "auto"')
+    return found
 
 
 SPEC = EngineSpec(
     create=create,
-    keys=KEYS,
+    keys=(*KEYS, "routing_replay"),
     missing_package=vllm_fault,
     faults=faults,
     sleeps=True,

@@ -25,12 +25,13 @@ def bench(folder: Path, *arguments: str, code: str = "") -> subprocess.Completed
 
 
 def test_the_table_is_written_with_its_plot(tmp_path):
-    done = bench(tmp_path)
+    done = bench(tmp_path, "--deterministic")
     assert done.returncode == 0, done.stderr[-2000:]
     (table,) = json.loads((tmp_path / "ops-cpu-tp1.json").read_text())["tables"]
     lines = {line["name"]: line for line in table["lines"]}
     assert lines["log-prob + entropy + nucleus"]["milliseconds"] > 0
     assert lines["log-prob + nucleus"]["resolved"] == 1.0
+    assert lines["log-prob + nucleus, deterministic"]["error"] < 1e-5
     assert lines["gather + sort"]["error"] < 1e-4
     assert "<svg" in (tmp_path / "ops-cpu-tp1.svg").read_text()
 
