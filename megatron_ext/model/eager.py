@@ -31,7 +31,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore
         x, weight, inverse = ctx.saved_tensors
         gradient, wide_weight = gradients[0].float(), weight.float()
         normed = x.float() * inverse
@@ -53,7 +53,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # pyright: ignore
         x, active = ctx.saved_tensors
         [gradient] = gradients
         gate, up = x.chunk(2, -1)
@@ -74,7 +74,7 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
         cos, sin = ctx.saved_tensors
         return _rotated(gradients[0], cos, -sin), None, None
 
@@ -89,7 +89,7 @@ class _Put(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
         [slots] = ctx.saved_tensors
         return gradients[0].index_select(0, slots), None, None
 
@@ -105,7 +105,7 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
         [gradient], [slots] = gradients, ctx.saved_tensors
         return gradient.new_zeros(ctx.count, *gradient.shape[1:]).index_copy_(0, slots, gradient), None
 

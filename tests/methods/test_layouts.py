@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_ext import cpu_compat, methods
 from megatron_ext.config.checks import read_hf_config
@@ -42,11 +43,12 @@ def options_of(name: str) -> dict[str, Any]:
     return OPTIONS["grpo" if name in CORRECTED else name] | TUNED.get(name, {})
 
 
-def near_uniform(episodes: list[Episode]) -> list[Episode]:
-    """The episodes of an engine whose log-probs are around the tiny model's: -6.1 to -2.1."""
+def sampled_with(logprob: Tensor, episodes: list[Episode]) -> list[Episode]:
+    """The episodes of an engine whose log-probs are these, ``[T]``."""
+    parts = logprob.split([len(each.sample.response_ids) for each in episodes])
     return [
-        replace(each, sample=replace(each.sample, logprobs=tuple(x - 2.1 for x in each.sample.logprobs)))
-        for each in episodes
+        replace(each, sample=replace(each.sample, logprobs=tuple(part.tolist())))
+        for each, part in zip(episodes, parts, strict=True)
     ]
 
 
@@ -78,11 +80,11 @@ def every_method(rank: int, world: int, path: str, layout: tuple[int, int, int])
     for name in NAMES:
         method = learner.method = methods.create(options_of(name))
         level, mode = CORRECTED.get(name, ("token", "off"))
-        importance = ImportanceConfig.model_validate({"level": level, "mode": mode, "cap": 1.4})
+        importance = ImportanceConfig.model_validate({"level": level, "mode": mode, "cap": 1.2})
         learner.config = config.model_copy(update={"importance": importance})
         current = rules[method.needs.nucleus]
         old = replace(current, logprob=moved(current.logprob, own))
-        sampled = near_uniform(own) if name in CORRECTED else own
+        sampled = sampled_with(current.logprob, own) if name in CORRECTED else own
         rollouts = learner.rollout_batch(sampled, old, current.logprob - 0.1, current.logprob / 4)
         batch = learner.batch(rollouts, method.compute_advantages(rollouts, learner.reduce))
         report = method.on_step_start(batch, current, learner.reduce)
