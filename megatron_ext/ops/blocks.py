@@ -59,7 +59,7 @@ def input_gradient(d_out: Tensor, weight: Tensor, leaves: Sequence[Leaf], group:
 
 
 def weight_gradient(d_out: Tensor, x: Tensor, leaves: Sequence[Leaf], out: Tensor) -> None:
-    """``out [N, K] += d_out [T, N]^T @ x [T, K]`` in the dtype of ``out``, a block of part at a time."""
+    """``out [N, K] += d_out [T, N]^T @ x [T, K]`` in the dtype of ``out``, a block at a time."""
     x = x.to(out.dtype)
     for part in _ranges(leaves):
         out[part] += d_out[:, part].to(out.dtype).contiguous().T @ x
