@@ -45,24 +45,24 @@ def vocabulary(shard: VocabShard, caller: str) -> list[Leaf]:
 def product(x: Tensor, weight: Tensor, leaves: Sequence[Leaf]) -> Tensor:
     """``x [T, K] @ weight[N, K]^T``, a block of columns at a time; columns in no block are 0."""
     out = x.new_zeros(len(x), len(weight))
-    for rows in _ranges(leaves):
-        out[:, rows] = x @ weight[rows].contiguous().T
+    for part in _ranges(leaves):
+        out[:, part] = x @ weight[part].contiguous().T
     return out
 
 
 def input_gradient(d_out: Tensor, weight: Tensor, leaves: Sequence[Leaf], group: ProcessGroup | None) -> Tensor:
     """``d_out [T, N] @ weight [N, K]`` over all ranks of the group: the blocks' products added in the tree."""
     parts = [
-        _left_to_right([d_out[:, rows].contiguous() @ weight[rows].contiguous() for rows in leaf]) for leaf in leaves
+        _left_to_right([d_out[:, part].contiguous() @ weight[part].contiguous() for part in leaf]) for leaf in leaves
     ]
     return tree_sum(parts or [d_out.new_zeros(len(d_out), weight.shape[1])], group)
 
 
 def weight_gradient(d_out: Tensor, x: Tensor, leaves: Sequence[Leaf], out: Tensor) -> None:
-    """``out [N, K] += d_out [T, N]^T @ x [T, K]`` in the dtype of ``out``, a block of rows at a time."""
+    """``out [N, K] += d_out [T, N]^T @ x [T, K]`` in the dtype of ``out``, a block at a time."""
     x = x.to(out.dtype)
-    for rows in _ranges(leaves):
-        out[rows] += d_out[:, rows].to(out.dtype).contiguous().T @ x
+    for part in _ranges(leaves):
+        out[part] += d_out[:, part].to(out.dtype).contiguous().T @ x
 
 
 def tree_sum(parts: Sequence[Tensor], group: ProcessGroup | None) -> Tensor:
@@ -85,4 +85,4 @@ def _left_to_right(parts: list[Tensor]) -> Tensor:
 
 
 def _ranges(leaves: Sequence[Leaf]) -> list[slice]:
-    return [rows for leaf in leaves for rows in leaf]
+    return [part for leaf in leaves for part in leaf]
