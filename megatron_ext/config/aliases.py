@@ -165,10 +165,11 @@ ALIASES = {
     "max_tokens_per_gpu": "train.micro_batch_tokens",
     "train_mb_tokens": "train.micro_batch_tokens",
     "data_seed": "train.seed",
-    **dict.fromkeys(
-        ("router_replay.mode", "use_rollout_routing_replay", "use_routing_replay"), "rollout.routing_replay"
-    ),
-    **dict.fromkeys(("moe_enable_routing_replay", "enable_return_routed_experts"), "rollout.routing_replay"),
+    "router_replay.mode": "rollout.routing_replay",
+    "use_routing_replay": "rollout.routing_replay",
+    "use_rollout_routing_replay": "rollout.routing_replay",
+    "moe_enable_routing_replay": "rollout.routing_replay",
+    "enable_return_routed_experts": "rollout.routing_replay",
     "tis_imp_ratio_cap": f"importance.cap {_TRUNCATED}",
     "vllm_importance_sampling_cap": f"importance.cap {_TRUNCATED}",
     "tis_clip": f"importance.cap {_TRUNCATED}",

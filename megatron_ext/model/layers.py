@@ -98,7 +98,7 @@ def _slots(packed_seq_params: PackedSeqParams) -> tuple[Tensor, int, int]:
 
 
 class SwiGLU(MLP):
-    """Megatron's MLP of a dense layer, its activation in one step."""
+    """Megatron's MLP of a dense layer, its activation in one step. model.deterministic has one of its own."""
 
     def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_unused) -> tuple[Tensor, None]:
         assert per_token_scale is None and not self.config.add_bias_linear
@@ -126,13 +126,12 @@ def layer_spec(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
     attention = dataclasses.replace(layer.self_attention.submodules, core_attention=PackedAttention)
     if config.qk_layernorm:
         attention = dataclasses.replace(attention, q_layernorm=RMSNorm, k_layernorm=RMSNorm)
-    in_one_step = not experts and config.activation_func is F.silu
     names = dict(layer.sharded_state_dict_keys_map)  # a checkpoint has Transformer Engine's names, whoever wrote it
     if experts:
         del names["pre_mlp_layernorm."]  # which stays apart from the experts there too
     layer = dataclasses.replace(
         layer,
-        mlp=dataclasses.replace(layer.mlp, module=SwiGLU) if in_one_step else layer.mlp,
+        mlp=layer.mlp if experts or config.deterministic_mode else dataclasses.replace(layer.mlp, module=SwiGLU),
         input_layernorm=RMSNorm,
         pre_mlp_layernorm=RMSNorm,
         self_attention=dataclasses.replace(layer.self_attention, submodules=attention),

@@ -147,7 +147,7 @@ def _nucleus(
     """The nucleus of a block of tokens: the search of nucleus.py, four bits of the cutoff token's key a round."""
     unit, group, V = _unit(shard), shard.group, x.shape[1]
     step, rounds = (1 << 16, 4) if x.dtype == torch.bfloat16 else (1, 16 if x.dtype == torch.float64 else 8)
-    stats = GlobalStats(*(value[tokens] for value in stats[:4]))
+    stats = GlobalStats.unpack(stats.pack(torch.float64)[tokens])
     x = ascending(x.to(scale.dtype, copy=True))
     y, e = _weights(x, torch.where(stats.maximum > -torch.inf, stats.maximum, 0).to(scale.dtype), scale)
     mass = torch.nn.functional.pad(_counts(e, unit).cumsum(1), (1, 0))  # of the logits before a column

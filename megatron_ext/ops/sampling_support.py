@@ -108,8 +108,8 @@ def _last_kept(logits: Tensor, scale: Tensor, shard: VocabShard, rule: Restricti
     decided = ask_owners(sums, candidates, scale, shard, partial(_decide, rule=rule), columns=3)
     theta, proven, total = (part.clone() for part in decided.split(1, dim=1))
     for k in (min(MANY, shard.width), shard.width):
-        at_once = max(1, GATHERED // (k * group_size(shard.group)))
-        for tokens in (proven[:, 0] == 0).nonzero()[:, 0].split(at_once):  # the same on every rank
+        left = (proven[:, 0] == 0).nonzero()[:, 0]  # the same on every rank
+        for tokens in left.split(max(1, GATHERED // (k * group_size(shard.group)))) if len(left) else ():
             found = _of_highest(logits[tokens], k, total[tokens], scale[tokens], shard, rule)
             theta[tokens], proven[tokens] = (value.to(dtype) for value in found)
     return theta, candidates.blocks

@@ -21,9 +21,9 @@ class Support(NamedTuple):
     starts: Tensor  # [T + 1] int64, from 0 to N
 
     @staticmethod
-    def from_rows(rows: Sequence[Sequence[int] | Tensor]) -> Support:
+    def from_rows(kept: Sequence[Sequence[int] | Tensor]) -> Support:
         """From the ids of every token, in any order."""
-        parts = [torch.as_tensor(row, dtype=torch.int64).sort().values for row in rows]
+        parts = [torch.as_tensor(row, dtype=torch.int64).sort().values for row in kept]
         ids = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
         return Support(ids, _starts(torch.tensor([len(part) for part in parts], dtype=torch.int64)))
 

@@ -47,8 +47,8 @@ def forward(logits: Tensor, targets: Tensor, scale: Tensor, support: Support | N
     work = implementation(logits)
     if support is None:
         return work.forward(logits, targets, scale, options)
-    rows = support.unrestricted_tokens()
-    whole, at = _whole_options(options, len(rows) > 0), slice(None) if options.whole else rows
+    unrestricted = support.unrestricted_tokens()
+    whole, at = _whole_options(options, len(unrestricted) > 0), slice(None) if options.whole else unrestricted
     found = work.forward(logits[at], targets[at], scale[at], whole) if whole.want else Forward({}, (), None)
     stats = _support_stats(_entries(logits, targets, support, options.shard), scale, support, options)
     values = {
@@ -59,13 +59,13 @@ def forward(logits: Tensor, targets: Tensor, scale: Tensor, support: Support | N
     numbers = stats.pack(scale.dtype)
     for name in options.over_support:
         outputs[name] = values[name][:, 0].to(scale.dtype, copy=True)
-        if len(rows):
+        if len(unrestricted):
             of_whole = found.outputs[ON_WHOLE[name]]
-            outputs[name][rows] = of_whole[rows] if options.whole else of_whole
+            outputs[name][unrestricted] = of_whole[unrestricted] if options.whole else of_whole
     if options.whole:
         return Forward(outputs, (*found.saved, numbers), found.fallback)
-    if len(rows):
-        (numbers[rows],) = found.saved
+    if len(unrestricted):
+        (numbers[unrestricted],) = found.saved
     return Forward(outputs, (numbers,), None)
 
 
@@ -83,9 +83,9 @@ def backward(
     work = implementation(logits)
     if support is None:
         return work.backward(logits, targets, scale, saved, upstream, options, out)
-    rows, numbers = support.unrestricted_tokens(), saved[-1]
-    of_whole = _upstream_of_whole(upstream, support, len(rows) > 0)
-    whole = _whole_options(options, len(rows) > 0)
+    unrestricted, numbers = support.unrestricted_tokens(), saved[-1]
+    of_whole = _upstream_of_whole(upstream, support, len(unrestricted) > 0)
+    whole = _whole_options(options, len(unrestricted) > 0)
     entries = _entries(logits, targets, support, options.shard)
     value = _gradient(entries, GlobalStats.unpack(numbers), scale, upstream)  # before ``out`` is written over
     if not of_whole:
@@ -93,23 +93,23 @@ def backward(
     elif options.whole:
         work.backward(logits, targets, scale, saved[:-1], of_whole, whole, out)
     else:
-        part, own = logits[rows], {name: g[rows] for name, g in of_whole.items()}
-        work.backward(part, targets[rows], scale[rows], (numbers[rows],), own, whole, part)
+        part, own = logits[unrestricted], {name: g[unrestricted] for name, g in of_whole.items()}
+        work.backward(part, targets[unrestricted], scale[unrestricted], (numbers[unrestricted],), own, whole, part)
         out.zero_()
-        out[rows] = part
+        out[unrestricted] = part
     out.index_put_((entries.token, entries.column), value.to(out.dtype), accumulate=True)  # unique, but for added zeros
 
 
-def _whole_options(options: Options, unrestricted: bool) -> Options:
+def _whole_options(options: Options, any_unrestricted: bool) -> Options:
     """The options of the pass over the whole vocabulary: what is wanted of it, and what stands in for empty rows."""
-    more = [ON_WHOLE[name] for name in options.over_support] if unrestricted else []
+    more = [ON_WHOLE[name] for name in options.over_support] if any_unrestricted else []
     return options._replace(want=tuple(dict.fromkeys([*options.whole, *more])))
 
 
-def _upstream_of_whole(upstream: Mapping[str, Tensor], support: Support, unrestricted: bool) -> dict[str, Tensor]:
+def _upstream_of_whole(upstream: Mapping[str, Tensor], support: Support, any_unrestricted: bool) -> dict[str, Tensor]:
     """The upstream gradients of the pass over the whole vocabulary, with those of empty rows."""
     found = {name: g for name, g in upstream.items() if name not in SUPPORT}
-    for name, g in upstream.items() if unrestricted else ():
+    for name, g in upstream.items() if any_unrestricted else ():
         if name in SUPPORT:
             own = torch.where(support.sizes == 0, g, 0)
             found[ON_WHOLE[name]] = found[ON_WHOLE[name]] + own if ON_WHOLE[name] in found else own

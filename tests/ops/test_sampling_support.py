@@ -73,17 +73,19 @@ def test_the_support_is_that_of_the_definition_on_every_shard(world, dtype, tied
 def test_wide_logits_are_searched_at_their_highest_blocks(dtype, monkeypatch):
     monkeypatch.setattr(MODULE, "BLOCK", 20_000)
     logits, _ = language_like(8, 9001, dtype)
-    gathered: list[int] = []
+    gathered: list[tuple[int, int]] = []  # tokens, and how many logits of each
     original = MODULE._of_highest
-    monkeypatch.setattr(MODULE, "_of_highest", lambda *a: gathered.append(len(a[0])) or original(*a))
-    for rule in ({"top_k": 20}, {"top_p": 0.9}, {"min_p": 0.05}, {"top_k": 50, "top_p": 0.95, "min_p": 0.01}):
+    monkeypatch.setattr(MODULE, "_of_highest", lambda x, k, *a: gathered.append((len(x), k)) or original(x, k, *a))
+    rules: list[dict] = [{"top_k": 20}, {"top_p": 0.9}, {"min_p": 0.05}, {"top_k": 50, "top_p": 0.95, "min_p": 0.01}]
+    for rule in rules:
         support = sampling_support(logits, temperature=0.9, **rule)
         assert rows_of(support) == expected_rows(logits, 0.9, rule), rule
-    assert 0 < sum(gathered) < 8  # top_p of the flattest tokens alone
+    assert gathered and all(n < 8 and k == 8192 for n, k in gathered)  # top_p of the flattest tokens alone
     flat = torch.randn(3, 9001, generator=torch.Generator().manual_seed(0)).to(dtype)
-    for rule in ({"top_k": 5000}, {"top_p": 0.99}, {"min_p": 1e-3}):
+    rules = [{"top_k": 5000}, {"top_p": 0.99}, {"min_p": 1e-3}]
+    for rule in rules:
         assert rows_of(sampling_support(flat, **rule)) == expected_rows(flat, 1.0, rule), rule
-    assert len(gathered) > 3  # first many, then all
+    assert (3, 9001) in gathered  # top_p again, beyond the many
 
 
 def test_ties_with_the_last_of_top_k_count_in_the_mass_of_top_p_beyond_the_candidates():

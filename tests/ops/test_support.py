@@ -243,7 +243,8 @@ def test_the_fused_head_in_chunks_gives_the_same(world, sequence_parallel):
     g = torch.Generator().manual_seed(1)
     hidden, weight = torch.randn(T, D, generator=g).double(), torch.randn(VOCAB, D, generator=g).double()
     targets = torch.randint(VOCAB, (T,), generator=g)
-    hidden.requires_grad_(), weight.requires_grad_()
+    for leaf in (hidden, weight):
+        leaf.requires_grad_()
     for number, (want, grad, empty) in enumerate(CASES):
         expected = definition(hidden @ weight.T, targets, temperatures().double(), some_support(targets, empty))
         if "nucleus_entropy" in grad:
