@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_ext.model import eager
+from megatron_ext.model import layer_ops
 
 
 class RMSNorm(torch.nn.Module):
@@ -39,7 +39,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward(self, x: Tensor) -> Tensor:
-        return eager.rms_norm(x, self.weight, self.eps)
+        return layer_ops.rms_norm(x, self.weight, self.eps)
 
 
 class PackedAttention(torch.nn.Module):
@@ -67,7 +67,8 @@ class PackedAttention(torch.nn.Module):
         slots, num_sequences, longest = _slots(packed_seq_params)
 
         def side_by_side(x: Tensor) -> Tensor:  # [S, heads, head_dim] -> [B, heads, longest, head_dim]
-            return eager.put(x, slots, num_sequences * longest).unflatten(0, (num_sequences, longest)).transpose(1, 2)
+            padded = layer_ops.put(x, slots, num_sequences * longest)
+            return padded.unflatten(0, (num_sequences, longest)).transpose(1, 2)
 
         out = F.scaled_dot_product_attention(
             side_by_side(query),
@@ -77,7 +78,7 @@ class PackedAttention(torch.nn.Module):
             scale=self.scale,
             enable_gqa=True,
         )
-        return eager.take(out.transpose(1, 2).flatten(0, 1).flatten(1), slots)
+        return layer_ops.take(out.transpose(1, 2).flatten(0, 1).flatten(1), slots)
 
 
 def _slots(packed_seq_params: PackedSeqParams) -> tuple[Tensor, int, int]:
@@ -102,7 +103,7 @@ class SwiGLU(MLP):
     def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_unused) -> tuple[Tensor, None]:
         assert per_token_scale is None and not self.config.add_bias_linear
         hidden, _ = self.linear_fc1(hidden_states)
-        output, _ = self.linear_fc2(eager.swiglu(hidden))
+        output, _ = self.linear_fc2(layer_ops.swiglu(hidden))
         return output, None
 
 

@@ -23,7 +23,7 @@ import torch
 from megatron.core.models.common.embeddings import rope_utils
 from torch import Tensor
 
-from megatron_ext.model import eager
+from megatron_ext.model import layer_ops
 from megatron_ext.model.architectures import Architecture
 
 
@@ -54,7 +54,7 @@ def rotate_packed(x: Tensor, starts: Tensor, angles: Tensor, **_unused: Any) -> 
         position = torch.arange(len(x), device=x.device) - starts[:-1].repeat_interleave(starts.diff())
         cos, sin = (function(angles)[position, 0].to(x.dtype) for function in (torch.cos, torch.sin))
         known.update(starts=starts, cos=cos, sin=sin)
-    return eager.rotate(x, known["cos"], known["sin"])
+    return layer_ops.rotate(x, known["cos"], known["sin"])
 
 
 def use_rotate_packed() -> None:

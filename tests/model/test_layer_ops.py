@@ -14,7 +14,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_ext.model import eager, rope
+from megatron_ext.model import layer_ops, rope
 from megatron_ext.model.layers import PackedAttention
 
 LENGTHS = (5, 1, 9, 3)
@@ -65,9 +65,9 @@ def plain_swiglu(x: Tensor) -> Tensor:
 
 TOKENS = sum(LENGTHS)
 CASES: dict[str, tuple[Callable, Callable, tuple[Tensor, ...]]] = {
-    "norm": (lambda x, w: eager.rms_norm(x, w, 1e-3), plain_norm, (draw(TOKENS, 1, 32), 1 + draw(32))),
-    "norm of heads": (lambda x, w: eager.rms_norm(x, w, 1e-3), plain_norm, (draw(TOKENS, 1, 4, 8), 1 + draw(8))),
-    "swiglu": (eager.swiglu, plain_swiglu, (draw(TOKENS, 1, 24),)),
+    "norm": (lambda x, w: layer_ops.rms_norm(x, w, 1e-3), plain_norm, (draw(TOKENS, 1, 32), 1 + draw(32))),
+    "norm of heads": (lambda x, w: layer_ops.rms_norm(x, w, 1e-3), plain_norm, (draw(TOKENS, 1, 4, 8), 1 + draw(8))),
+    "swiglu": (layer_ops.swiglu, plain_swiglu, (draw(TOKENS, 1, 24),)),
     "rope": (lambda x: rope.rotate_packed(x, starts_of(LENGTHS), ANGLES.clone()), plain_rope, (draw(TOKENS, 3, 8),)),
     "attention": (
         packed_attention,
