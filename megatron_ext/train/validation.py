@@ -94,7 +94,7 @@ class Validation:
             part = range(first, min(first + size, len(self.problems)))
             indices = [(number, sample) for number in part for sample in range(settings.samples)]
             mine = indices[dist.get_rank() :: world]
-            asked = [(self.problems[place], sample) for place, sample in mine]
+            asked = [(self.problems[number], sample) for number, sample in mine]
             requests = [Request(each.prompt_ids, seed_of(seed, each.number, sample)) for each, sample in asked]
             samples = engine.generate(requests, sampling, lambda done: phase.advance(len(done)))
             if stale := {sample.weight_version for sample in samples} - {version}:
