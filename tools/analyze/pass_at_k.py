@@ -67,10 +67,10 @@ def draw(
     """Curves ``label -> k -> pass@k`` with their intervals as bands."""
     for number, (label, curve) in enumerate(curves.items()):
         color = colors[label] if colors else figures.color(number)
-        ends = [[getattr(value, end) for value in curve.values()] for end in ("low", "high")]
-        axes.fill_between(list(curve), *ends, color=color, alpha=0.13, lw=0)
-        means = [value.mean for value in curve.values()]
-        axes.plot(list(curve), means, color=color, marker="o", markersize=4, label=label)
+        ks, values = list(curve), list(curve.values())
+        low, high = [value.low for value in values], [value.high for value in values]
+        axes.fill_between(ks, low, high, color=color, alpha=0.13, lw=0)
+        axes.plot(ks, [value.mean for value in values], color=color, marker="o", markersize=4, label=label)
     figures.powers_axis(axes, sorted({k for curve in curves.values() for k in curve}))
     figures.percent_axis(axes.yaxis)
     axes.set(xlabel="k: responses (log scale)", ylabel="pass@k", title=title)
