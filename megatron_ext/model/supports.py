@@ -12,10 +12,11 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from megatron_ext.kept_tokens import KeptTokens
 from megatron_ext.model.build import Policy
 from megatron_ext.ops import Support, sampling_support
 from megatron_ext.ops.linear_policy_stats import chunk_tokens
-from megatron_ext.types import KeptTokens, PackedSequences
+from megatron_ext.types import PackedSequences
 
 
 def support_of(

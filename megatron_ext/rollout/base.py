@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_ext.types import Restriction, Sample
+from megatron_ext.kept_tokens import Restriction
+from megatron_ext.types import Sample
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.hashing import GAMMA, mix, shift_right
-from megatron_ext.types import Restriction
+from megatron_ext.kept_tokens import Restriction
 
 NOTHING = Restriction()  # is left out
 

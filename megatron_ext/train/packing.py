@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_ext.types import Batch, KeptTokens, PackedSequences, PackedSupport, Restriction
+from megatron_ext.kept_tokens import KeptTokens, PackedSupport, Restriction
+from megatron_ext.types import Batch, PackedSequences
 
 Pair = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids
 

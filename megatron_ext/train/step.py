@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megatron_ext import cpu_compat
 from megatron_ext.config.schema import Config
+from megatron_ext.kept_tokens import Restriction
 from megatron_ext.methods.base import Method, Needs, Prepared, Reducer, num_valid
 from megatron_ext.metrics.display import Watch
 from megatron_ext.metrics.step_metrics import summarise
@@ -36,7 +37,7 @@ from megatron_ext.model.trainable import TrainableModel, totals
 from megatron_ext.train import critic, mismatch, packing, routing
 from megatron_ext.train.packing import MiniBatch
 from megatron_ext.train.token_weights import token_weights
-from megatron_ext.types import Advantages, Batch, Episode, Restriction, RolloutBatch, TokenStats
+from megatron_ext.types import Advantages, Batch, Episode, RolloutBatch, TokenStats
 
 NUCLEUS_P = 0.8  # of the reported nucleus where the method has none
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ext.kept_tokens import Restriction
 from megatron_ext.rollout.base import Request, Sampling
 from megatron_ext.rollout.hf.engine import HFEngine
 from megatron_ext.rollout.sampling import gumbel, sampling_logprobs, seed_of
-from megatron_ext.types import Restriction, Sample
+from megatron_ext.types import Sample
 from tests import tiny
 
 SAMPLING = Sampling(temperature=0.7, max_response_tokens=9)

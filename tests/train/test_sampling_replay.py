@@ -22,6 +22,7 @@ from megatron_ext import cpu_compat, methods
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.loading import with_defaults
 from megatron_ext.config.schema import AlarmsConfig, Config, OptimizerConfig, ParallelConfig, RolloutConfig, TrainConfig
+from megatron_ext.kept_tokens import KeptTokens, Restriction
 from megatron_ext.metrics.display import Watch
 from megatron_ext.model import architectures, build, hf_weights, parallel
 from megatron_ext.model.megatron_config import ModelOptions
@@ -31,7 +32,7 @@ from megatron_ext.rollout.base import Request, Sampling
 from megatron_ext.rollout.hf.engine import HFEngine
 from megatron_ext.rollout.sampling import seed_of
 from megatron_ext.train.step import Learner
-from megatron_ext.types import Episode, KeptTokens, Restriction, Sample
+from megatron_ext.types import Episode, Sample
 from tests import gloo, tiny
 from tests.rollout.test_hf import left
 from tests.train import whole_run

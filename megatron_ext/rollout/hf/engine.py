@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorL
 from transformers.utils import logging
 
 from megatron_ext import cpu_compat, heartbeat
+from megatron_ext.kept_tokens import KeptTokens, Restriction
 from megatron_ext.rollout.base import Request, Sampling
 from megatron_ext.rollout.hf.routing import RoutingRecorder
 from megatron_ext.rollout.model_files import eos_ids, load_tokenizer
 from megatron_ext.rollout.sampling import gumbel, sampling_logprobs
-from megatron_ext.types import KeptTokens, Restriction, Sample
+from megatron_ext.types import Sample
 
 
 class HFEngine:

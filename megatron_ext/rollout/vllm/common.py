@@ -12,9 +12,10 @@ import numpy as np
 import psutil
 import torch
 
+from megatron_ext.kept_tokens import KeptTokens
 from megatron_ext.rollout.base import Request, Sampling
 from megatron_ext.rollout.vllm.version import returns_sampling_masks
-from megatron_ext.types import KeptTokens, Sample
+from megatron_ext.types import Sample
 
 CACHE_SLACK = 64 * 2**20  # bytes of a CPU's KV cache for blocks that are not full
 
