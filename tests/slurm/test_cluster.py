@@ -129,7 +129,7 @@ def test_a_cancelled_job_does_not_come_back(slurm: Cluster, tmp_path: Path) -> N
     slurm.call("scancel", job)
     wait_until(lambda: "requeued" in slurm.output(job), 60)
     assert "exit code 75" in slurm.output(job) and "not requeued: the job is" in slurm.output(job)
-    assert slurm.field(job, "JobState") == "CANCELLED" and slurm.field(job, "Restarts") == "0"
+    assert slurm.wait(job, "CANCELLED", seconds=60) == "CANCELLED" and slurm.field(job, "Restarts") == "0"
 
 
 @pytest.mark.parametrize(("code", "said"), [(75, "not requeued: MAX_RESTARTS=0"), (3, "exit code 3")])

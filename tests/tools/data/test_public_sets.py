@@ -126,7 +126,9 @@ def test_mixtures_are_made_of_their_parts(name: str, kept: range, prepare: Prepa
     """Every ninth problem has as many right responses of 8: none, one, ... all."""
     parts = [row for part in public_sets()[name].parts for row in prepare(part)]
     right = {row["id"]: number % 9 for number, row in enumerate(parts)}
-    samples = [{"id": each, "correct": i < count} for each, count in right.items() for i in range(8)]
+    samples = [
+        {"id": each, "sample": i, "text": "", "correct": i < count} for each, count in right.items() for i in range(8)
+    ]
     command = shlex.split(public_sets()[name].commands()[-1])
     [file] = [each for each in command if each.startswith("samples-of")]
     write(Path(file), samples)
