@@ -34,10 +34,11 @@ class KeptTokens(NamedTuple):
         return KeptTokens(ids[order].astype(np.int32), np.concatenate([[0], counts.cumsum()]).astype(np.int64))
 
     @staticmethod
-    def of_lists(lists: Sequence[Sequence[int]]) -> KeptTokens:
-        """From each token's ids."""
+    def of_lists(lists: Sequence[Sequence[int] | np.ndarray]) -> KeptTokens:
+        """From each token's ids, in any order."""
         token = np.repeat(np.arange(len(lists)), [len(ids) for ids in lists])
-        return KeptTokens.of_pairs(token, np.array([i for ids in lists for i in ids], dtype=np.int32), len(lists))
+        ids = np.concatenate([np.empty(0, np.int32), *(np.asarray(ids, dtype=np.int32) for ids in lists)])
+        return KeptTokens.of_pairs(token, ids, len(lists))
 
     @staticmethod
     def empty(num_tokens: int) -> KeptTokens:

@@ -66,7 +66,7 @@ class ModelConfig(Section):
     deterministic: bool = Field(
         default=False,
         description="the same bits at every parallel.tensor, on a CPU in float32; docs/architecture.md says what it "
-        "covers and costs",
+        "covers",
     )
     offload_reference: bool = Field(
         default=False, description="keep the reference model in host memory between its uses"

@@ -125,7 +125,7 @@ class HFEngine:
             text=self.tokenizer.decode(response, skip_special_tokens=True),
             truncated=end is None and len(response) >= sampling.max_response_tokens,
             weight_version=self.version,
-            support=None if support is None else _in_csr_form(support[: len(response)]),
+            support=None if support is None else KeptTokens.of_lists(support[: len(response)]),
         )
 
 
@@ -159,11 +159,6 @@ class _Sampler(LogitsProcessor):
     def support(self, number: int) -> list[np.ndarray] | None:
         """The ids kept for each token of the batch's response ``number``, ascending."""
         return None if self.kept is None else [ids[number] for ids in self.kept]
-
-
-def _in_csr_form(kept: Sequence[np.ndarray]) -> KeptTokens:
-    starts = np.cumsum([0, *(len(ids) for ids in kept)], dtype=np.int64)
-    return KeptTokens(np.concatenate([np.empty(0, np.int32), *kept]), starts)
 
 
 def _as_stored(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
