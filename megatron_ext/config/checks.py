@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_ext.config.deterministic_checks import deterministic_faults
 from megatron_ext.config.errors import ConfigError
-from megatron_ext.config.parallel_checks import model_faults, nearest_divisor
+from megatron_ext.config.parallel_checks import model_faults, nearest_divisor, num_experts
 from megatron_ext.config.public_sets import how_to_make
 from megatron_ext.config.schema import Config, OptimizerConfig
 from megatron_ext.files import read_json, read_small
@@ -235,7 +235,7 @@ def _check_model(config: Config) -> list[str]:
             f"validation.max_response_tokens: data.max_prompt_tokens + {config.max_validation_tokens} = {validated} "
             f"exceed the model's {positions} positions; lower it"
         )
-    if config.rollout.routing_replay and not (hf.get("num_experts") or hf.get("num_local_experts")):
+    if config.rollout.routing_replay and not num_experts(hf):
         faults.append(
             "rollout.routing_replay: true, but the model has no experts: there is no num_experts in "
             f"{config.model.path}/config.json; set rollout.routing_replay = false"

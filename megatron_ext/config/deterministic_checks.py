@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from megatron_ext.config.parallel_checks import num_experts
+
 if TYPE_CHECKING:
     from megatron_ext.config.schema import Config
 
@@ -46,7 +48,7 @@ def deterministic_faults(hf: dict[str, Any], config: Config) -> list[str]:
             f"parallel.tensor: model.deterministic cuts the model's {cut} into {most} blocks, found {p.tensor} ranks; "
             f"valid sizes are {valid}"
         )
-    if hf.get("num_experts") or hf.get("num_local_experts"):
+    if num_experts(hf):
         faults.append("model.deterministic: covers no mixture of experts; set model.deterministic = false")
     if model.fused_head and sizes["tokens"] % MOST:
         faults.append(

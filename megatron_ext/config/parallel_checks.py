@@ -10,6 +10,11 @@ if TYPE_CHECKING:
 MOST_STAGES = 256  # that a message spells out; no model has more layers
 
 
+def num_experts(hf: dict[str, Any]) -> int | None:
+    """Of a layer of the model whose ``config.json`` is ``hf``; None for a dense one."""
+    return hf.get("num_experts") or hf.get("num_local_experts")
+
+
 def model_faults(hf: dict[str, Any], p: ParallelConfig) -> list[str]:
     """A line for each rule the layout breaks: rule, values, nearest valid choice."""
     heads = hf["num_attention_heads"]
@@ -64,7 +69,7 @@ def _even(layers: int, stages: int) -> str:
 
 
 def _expert_faults(hf: dict[str, Any], p: ParallelConfig) -> list[str]:
-    experts = hf.get("num_experts") or hf.get("num_local_experts")
+    experts = num_experts(hf)
     if experts is None:
         return [
             f"parallel.{field}: the model has no experts, found {size}; set parallel.{field} = 1"
