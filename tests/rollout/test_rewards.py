@@ -214,6 +214,25 @@ def test_a_verifier_gone_wrong_stops_the_run(monkeypatch: pytest.MonkeyPatch, tm
         pool.score(integers(3))
 
 
+def test_a_process_scores_known_answers_when_it_is_new_and_when_they_are_due(monkeypatch: pytest.MonkeyPatch):
+    asked: list[Question] = []
+    record_questions(monkeypatch, asked)
+    known = {question for question, _ in reward_pool.CANARIES}
+
+    def score() -> int:
+        """How many known answers a batch costs."""
+        asked.clear()
+        assert all_right(pool.score(integers(3, start=500)))
+        return len(known & set(asked))
+
+    with RewardPool(1, deadline_s=20) as pool:
+        assert [score(), score()] == [len(known), 0]
+        monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + worker_pool.CHECK_EVERY_S)
+        assert [score(), score()] == [len(known), 0]
+        pool._workers[0]._replace()
+        assert [score(), score()] == [len(known), 0]
+
+
 def test_one_worker_gone_wrong_ends_the_batch_of_the_others(monkeypatch: pytest.MonkeyPatch):
     with RewardPool(2, deadline_s=20) as pool:
         bad, asked = pool._workers[1], []

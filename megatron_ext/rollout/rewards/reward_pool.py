@@ -1,11 +1,12 @@
 """Rewards of the verifier: a pool of processes that score answers (rollout/rewards/verify.py is what they run).
 
-A verifier that has gone wrong must stop the run, not score it 0: every worker scores known answers before each batch,
-and too large a share of answers without a verdict is an error (rollout/rewards/worker_pool.py).
+A verifier that has gone wrong must stop the run, not score it 0: every worker scores known answers before its first
+batch and then once a minute, and too large a share of answers without a verdict is an error (worker_pool.py).
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -94,7 +95,9 @@ class RewardPool(WorkerPool[Question]):
         return self.score([(problem, sample.text) for problem, sample in samples])
 
     def check_canaries(self) -> None:
-        """Have every worker score the known answers. Raises ``VerifierError``. ``score`` does it by itself."""
+        """Have every worker score the known answers now. Raises ``VerifierError``. ``score`` does it by itself."""
+        for worker in self._workers:
+            worker.check_due = -math.inf
         self.ask_all(Counter(), 0)
 
     def check(self, worker: Worker) -> None:

@@ -30,6 +30,7 @@ from megatron_ext.rollout.rewards import verify
 from megatron_ext.rollout.rewards.verify import Outcome
 
 START_S = 120.0  # to import SymPy, or to score a known answer, on a busy machine
+CHECK_EVERY_S = 60.0  # at most, between known answers of one worker
 MIN_ANSWERS_TO_TRIP = 20
 NO_VERDICT = (Outcome.TIMEOUT, Outcome.CRASHED, Outcome.ERROR)
 INHERITED = (  # of the environment, by a worker: how to find Python and its packages, no secrets
@@ -82,7 +83,8 @@ class WorkerPool(Generic[Question]):
                 self._workers.pop().stop()
 
     def check(self, worker: Worker) -> None:
-        """Before a worker's first question of a batch. Raises ``VerifierError``."""
+        """Before a process's first question, and its first in a batch after ``CHECK_EVERY_S``. Raises
+        ``VerifierError``."""
 
     def outcome(self, reply: str) -> Outcome:
         """Of a worker's reply."""
@@ -103,7 +105,9 @@ class WorkerPool(Generic[Question]):
 
         def work(worker: Worker) -> None:
             try:
-                self.check(worker)
+                if time.monotonic() >= worker.check_due:
+                    self.check(worker)
+                    worker.check_due = time.monotonic() + CHECK_EVERY_S
                 while pending:
                     try:
                         question = pending.popleft()
@@ -142,7 +146,10 @@ class Worker:
     """One killable process. Not thread-safe: a batch gives it to one thread.
 
     After ``orphan_s`` seconds with one question, longer than anybody waits, the process ends itself.
+    ``check_due`` is when it has to score known answers again; a new process at once.
     """
+
+    check_due: float
 
     def __init__(self, program: Program, orphan_s: float) -> None:
         self._program, self._orphan_s = program, math.ceil(orphan_s)
@@ -185,7 +192,7 @@ class Worker:
         )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
-        self._ready = False
+        self._ready, self.check_due = False, -math.inf
         if self._program.greeting:
             with suppress(BrokenPipeError):  # it ended at once: that shows when it is not ready
                 self._stdin.write(self._program.greeting.encode() + b"\n")
