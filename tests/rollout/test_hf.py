@@ -53,6 +53,19 @@ def test_a_request_has_one_answer_whatever_it_is_batched_with(path: Path) -> Non
     assert len({sample.response_ids for sample in whole}) > 12
 
 
+def test_a_prompt_of_several_responses_is_read_once(path: Path) -> None:
+    prompts = [request.prompt_ids for request in requests(4)]
+    prompts += [(5,), (1, 5)]  # the first is padded to the same ids as the second
+    wanted = [Request(prompts[i // 4 % 6], seed_of(1, i)) for i in range(48)]
+    assert len({len(prompt) for prompt in prompts}) > 2
+    engine, read = HFEngine(path), list[int]()
+    engine.model.get_input_embeddings().register_forward_hook(lambda _, args, __: read.append(args[0].numel()))
+    whole = engine.generate(wanted, SAMPLING)
+    longest = max(map(len, prompts))
+    assert read[0] == 6 * (longest - 1) and max(read[1:]) == 48
+    same(HFEngine(path, batch_size=1).generate(wanted, SAMPLING), whole)
+
+
 def test_log_probs_are_the_sampling_distributions(path: Path) -> None:
     model, _ = tiny.hf_model()
     for top_p in (1.0, 0.6):

@@ -81,14 +81,16 @@ class HFEngine:
     def _generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
         longest = max(len(request.prompt_ids) for request in requests)
         pad = [longest - len(request.prompt_ids) for request in requests]
-        ids = [[self._eos[0]] * n + list(request.prompt_ids) for n, request in zip(pad, requests, strict=True)]
-        mask = [[0] * n + [1] * (longest - n) for n in pad]
+        filled = [[self._eos[0]] * n + list(request.prompt_ids) for n, request in zip(pad, requests, strict=True)]
+        ids = torch.tensor(filled, device=cpu_compat.device())
+        mask = torch.tensor([[0] * n + [1] * (longest - n) for n in pad], device=cpu_compat.device())
         sampler = _Sampler(torch.tensor([request.seed for request in requests], device=cpu_compat.device()), sampling)
         recorder = RoutingRecorder(self.model, len(requests)) if sampling.routing else None
         with recorder or nullcontext():
             output = self.model.generate(
-                input_ids=torch.tensor(ids, device=cpu_compat.device()),
-                attention_mask=torch.tensor(mask, device=cpu_compat.device()),
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=None if recorder else self._read_prompts(ids, mask),
                 logits_processor=LogitsProcessorList([sampler]),
                 do_sample=False,
                 max_new_tokens=sampling.max_response_tokens,
@@ -107,6 +109,17 @@ class HFEngine:
         ends = [longest + len(sample.response_ids) - 1 for sample in samples]  # the last token was never read
         told = [experts[i, start:end].copy() for i, (start, end) in enumerate(zip(pad, ends, strict=True))]
         return [replace(sample, routing=each) for sample, each in zip(samples, told, strict=True)]
+
+    def _read_prompts(self, ids: Tensor, mask: Tensor) -> Any:
+        """The cache of all prompts but their last tokens; a prompt of several responses is read once."""
+        different, copies = torch.stack([ids, mask], 1).unique(dim=0, return_inverse=True)
+        if len(different) == len(ids) or ids.shape[1] == 1:
+            return None
+        ids, mask = different[:, :, :-1].unbind(1)
+        position = (mask.cumsum(-1) - 1).clamp(min=0)
+        read = self.model(ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1)
+        read.past_key_values.reorder_cache(copies)
+        return read.past_key_values
 
     def _sample(
         self,
