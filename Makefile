@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BENCH := .venv-bench
+TRL := .venv-trl
 VLLM := .venv-vllm
 STAMP := $(VENV)/.installed
 TE := build/transformer-engine
@@ -81,6 +82,13 @@ $(BENCH)/.installed:
 	$(BENCH)/bin/python -m pip install --quiet torch==2.13.0 ray tensordict==0.10.0 hydra-core codetiming \
 		'transformers==5.10.*' megatron-core==0.16.1 einops psutil liger-kernel triton==3.9.0
 	$(BENCH)/bin/python -m pip install --quiet --no-deps verl==0.9.1
+	touch $@
+
+# TRL, which steps are timed against, with the versions that training has where TRL takes them.
+$(TRL)/.installed: $(STAMP)
+	test -x $(TRL)/bin/python || $(PYTHON) -m venv $(TRL)
+	$(TRL)/bin/python -m pip install --quiet torch==$$($(BIN)/python -c 'import torch; print(torch.__version__)') \
+		trl==1.16.0 transformers==5.19.0 math-verify==0.9.0
 	touch $@
 
 # Changes as little as pyproject.toml demands; UPGRADE=1 takes the newest versions that it allows.

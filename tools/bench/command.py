@@ -4,10 +4,12 @@
     megatron-entropy bench ops --count      launches, synchronisations, bytes and compiled kernels, on any machine
     megatron-entropy bench ops --replay     log-probabilities on a sampler's support (tools/bench/replay.py)
     megatron-entropy bench rollout [--engines hf vllm vllm_server] [--steps 8]        (tools/bench/rollout.py)
+    megatron-entropy bench step [--sizes tiny large] [--steps 24]   beside TRL's GRPOTrainer   (tools/bench/step.py)
 
-Writes ``ops-<device>-tp<N>.json`` and ``.svg``, ``replay-<device>-tp<N>.json`` or ``rollout.json`` to ``runs/bench``. A
-result that is wrong ends the run before any speed is printed. Peers that are not installed are named as such: ``make
-bench`` runs the operators in an environment that has them; ``make .venv-vllm/.installed`` makes the one with vLLM.
+Writes ``ops-<device>-tp<N>.json`` and ``.svg``, ``replay-<device>-tp<N>.json``, ``rollout.json`` or ``step.json`` to
+``runs/bench``. A result that is wrong ends the run before any speed is printed. Peers that are not installed are named
+as such: ``make bench`` runs the operators in an environment that has them, ``make .venv-vllm/.installed`` makes the one
+with vLLM and ``make .venv-trl/.installed`` the one with TRL.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from megatron_ext.config.errors import ConfigError
 from megatron_ext.rollout.registry import ENGINES
 
 from .. import module_of
@@ -24,7 +27,7 @@ from ..ranks import launched, run_ranks
 
 def main(arguments: Sequence[str]) -> int:
     parser = command_parser("bench", __doc__)
-    parser.add_argument("what", choices=["ops", "rollout"])
+    parser.add_argument("what", choices=["ops", "rollout", "step"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(%(default)s)")
     parser.add_argument("--tp", type=int, default=1, help="ranks that share the vocabulary, all on this machine")
     parser.add_argument("--tokens", type=int, help="token positions (256; 2048 of --replay)")
@@ -42,10 +45,21 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--replay", action="store_true", help="of ops: time sampling replay")
     parser.add_argument("--out", default="runs/bench", help="folder (%(default)s)")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="of rollout")
-    parser.add_argument("--steps", type=int, default=8, help="of rollout: of every run")
+    parser.add_argument("--steps", type=int, help="of every run (8 of rollout, 24 of step)")
+    parser.add_argument("--sizes", nargs="+", choices=["tiny", "large"], default=["tiny"], help="of step (%(default)s)")
+    parser.add_argument("--peer", default=".venv-trl", help="of step: TRL's environment (%(default)s)")
     parser.add_argument("--compile", action="store_true", help="of rollout: vLLM compiles")
     options = parser.parse_args(arguments)
     options.tokens = options.tokens or (2048 if options.replay else 256)
+    options.steps = options.steps or (24 if options.what == "step" else 8)
+    if options.what == "step":
+        from .step import run as run_step
+
+        try:
+            return run_step(options)
+        except ConfigError as error:
+            print(f"bench: {error}", file=sys.stderr)
+            return 2
     if options.what == "rollout":
         from .rollout import run as run_rollout
 

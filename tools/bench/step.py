@@ -1,0 +1,188 @@
+"""A training step beside TRL's: the same task, model, updates and cores, one after the other.
+
+    megatron-entropy bench step [--sizes tiny large] [--steps 24] [--peer .venv-trl]
+
+dr_grpo and siren on this machine's cores, data-parallel and tensor-parallel, and TRL's GRPOTrainer with dr_grpo's loss
+in the environment that ``make .venv-trl/.installed`` makes. tiny is the shipped base model; large is a random one of
+10.4 M parameters whose responses have 200 tokens. A step is one generation, its rewards and all its updates; the first
+steps do not count. On the tiny model both end with an evaluation of the same held-out problems, so that speed is not
+bought with learning. No times are printed unless engine and trainer agree to 1e-4 nats and TRL reads the same token
+ids. Writes ``runs/bench/step.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_ext import methods
+from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.loading import load_config
+from megatron_ext.config.schema import Config
+from megatron_ext.data.dataset import load_training_data
+from megatron_ext.rollout.model_files import load_tokenizer
+
+from .. import command
+from ..evaluate import load_evaluations
+from .rollout import BASE, WARM_UP, WORST, parameters, random_model
+
+HELD_OUT = "recipes/tiny/data/eval.jsonl"
+PEER = "TRL"
+PHASES = ("rollout", "reward", "old_logprob", "update", "sync")
+
+
+@dataclass(frozen=True)
+class Size:
+    model: Path
+    settings: tuple[str, ...]
+    evaluates: bool
+
+
+def run(options: argparse.Namespace) -> int:
+    python = Path(options.peer) / "bin" / "python"
+    if not python.exists():
+        raise ConfigError(f"--peer: no such file: {python}; make it with: make {options.peer}/.installed")
+    cores = len(os.sched_getaffinity(0))
+    console, rows = Console(), list[dict[str, Any]]()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for name, size in sizes(folder, options.sizes).items():
+            for label, method, layout in ours(cores):
+                console.print(f"{name}: {label} ...", highlight=False)
+                settings = (*size.settings, *layout, f"train.steps={options.steps}")
+                rows.append({"size": name, "run": label, **trained(folder / name, label, method, size, settings)})
+            console.print(f"{name}: {PEER} ...", highlight=False)
+            settings = (*size.settings, f"train.steps={options.steps}")
+            rows.append({"size": name, "run": PEER, **peer(folder / name, python, size, settings, cores)})
+    console.print(table(rows, cores, options.steps))
+    out = Path(options.out) / "step.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(rows, indent=2) + "\n")
+    console.print(out, highlight=False)
+    return 0
+
+
+def sizes(folder: Path, names: list[str]) -> dict[str, Size]:
+    made = {"tiny": Size(BASE, ("rollout.batch_size=256",), True)}
+    if "large" in names:
+        shape = ("rollout.prompts=8", "train.mini_batch_prompts=2", "rollout.max_response_tokens=200")
+        made["large"] = Size(random_model(folder / "random"), (*shape, "train.micro_batch_tokens=4096"), False)
+    return {name: made[name] for name in names}
+
+
+def ours(cores: int) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Name, method and layout of each run; the first is the one that others are compared with."""
+    data, tensor = ("parallel.tensor=1", f"parallel.ranks_per_node={cores}"), f"parallel.tensor={cores}"
+    return [
+        (f"dr_grpo, {cores} data-parallel ranks", "dr_grpo", data),
+        (f"siren, {cores} data-parallel ranks", "siren", data),
+        (f"dr_grpo, TP {cores}", "dr_grpo", (tensor, f"parallel.ranks_per_node={cores}")),
+    ]
+
+
+def recipe_of(method: str) -> str:
+    return f"recipes/{method}/{method}-tiny-cpu.toml"
+
+
+def trained(folder: Path, label: str, method: str, size: Size, settings: tuple[str, ...]) -> dict[str, Any]:
+    """Medians over a run's steps, and its evaluation. Raises RuntimeError when it fails or its engine is wrong."""
+    name = label.replace(", ", "-").replace(" ", "-")
+    own = folder / name
+    train = command("train", recipe_of(method), f"name={name}", f"log.dir={folder}", f"model.path={size.model}")
+    started(train + [*settings, "checkpoint.every=0", "log.trackers=[]"])
+    steps = [json.loads(line) for line in (own / "metrics.jsonl").read_text().splitlines()]
+    worst = max(step["mismatch/mean"] for step in steps)
+    if not worst < WORST:
+        raise RuntimeError(f"{label}: engine and trainer differ by {worst:.2g} nats, expected below {WORST:g}")
+    counted = steps[WARM_UP:]
+    medians = {phase: statistics.median(step[f"time/{phase}_s"] for step in counted) for phase in PHASES}
+    found = {"step_s": statistics.median(step["time/step_s"] for step in counted), "phases": medians}
+    found |= {"parameters": parameters(size.model), "tokens": statistics.median(map(response_tokens, counted))}
+    if size.evaluates:
+        started(command("convert", "to-hf", str(own), str(own / "hf")))
+        found |= {"avg@8": evaluated(own / "hf", folder / f"{name}.json")}
+    return found
+
+
+def peer(folder: Path, python: Path, size: Size, settings: tuple[str, ...], cores: int) -> dict[str, Any]:
+    """The same of TRL's run with the settings of our dr_grpo recipe."""
+    config = load_config(recipe_of("dr_grpo"), [*settings, f"model.path={size.model}"])
+    out = folder / PEER
+    file = folder / f"{PEER}.json"
+    file.write_text(json.dumps(settings_of(config, out, cores)))
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": str(cores)}
+    started([str(python), "-m", "tools.bench.trl_trainer", str(file)], environment)
+    steps = [json.loads(line)["step_s"] for line in (out / "steps.jsonl").read_text().splitlines()]
+    found: dict[str, Any] = {"step_s": statistics.median(steps[WARM_UP:]), "parameters": parameters(size.model)}
+    if size.evaluates:
+        found |= {"avg@8": evaluated(out / "model", folder / f"{PEER}-evaluation.json")}
+    return found
+
+
+def settings_of(config: Config, out: Path, cores: int) -> dict[str, Any]:
+    problems, _ = load_training_data(config, score=None, tokenizer=load_tokenizer(config.model.path))
+    method: Any = methods.create(config.method)
+    o = config.optimizer
+    return {
+        "model": str(config.model.path),
+        "out": str(out),
+        "threads": cores,
+        "workers": config.reward.workers,
+        "steps": config.train.steps,
+        "updates": config.rollout.prompts // config.train.mini_batch_prompts,
+        "mini_batch_prompts": config.train.mini_batch_prompts,
+        "samples": config.rollout.samples,
+        "max_response_tokens": config.rollout.max_response_tokens,
+        "temperature": config.rollout.temperature,
+        "clip_low": method.clip_low,
+        "clip_high": method.clip_high,
+        "seed": config.train.seed,
+        **{name: getattr(o, name) for name in ("lr", "weight_decay", "beta1", "beta2", "eps", "clip_grad")},
+        "problems": [
+            {"text": p.prompt, "ids": ids, "answer": p.answer, "verifier": p.verifier, "numbers": p.numbers}
+            for p, ids in problems
+        ],
+    }
+
+
+def evaluated(model: Path, out: Path) -> float:
+    options = ["--data", HELD_OUT, "--samples", "8", "--max-prompt-tokens", "48", "--max-response-tokens", "32"]
+    started(command("evaluate", str(model), *options, "--out", str(out), "--label", "after"))
+    return load_evaluations(out)["after"]["metrics"]["avg@8"]["mean"]
+
+
+def started(line: list[str], environment: Mapping[str, str] | None = None) -> None:
+    """Run a command to its end. Raises RuntimeError with the end of what it said where it fails."""
+    done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(line)}: exit code {done.returncode}\n{done.stdout[-4000:]}")
+
+
+def response_tokens(step: Mapping[str, float]) -> float:
+    return step["speed/rollout_tokens_per_s"] * step["time/rollout_s"]
+
+
+def table(rows: list[dict[str, Any]], cores: int, steps: int) -> Table:
+    made = Table(title=f"{steps} steps on {cores} cores, float32; seconds are medians after {WARM_UP} steps")
+    for name in ("size", "run"):
+        made.add_column(name)
+    for name in ("step", f"over {PEER}", *PHASES, "avg@8"):
+        made.add_column(name.replace("_logprob", ""), justify="right")
+    for row in rows:
+        peer_s = next(each["step_s"] for each in rows if (each["size"], each["run"]) == (row["size"], PEER))
+        phases = [f"{row['phases'][phase]:.3f}" if "phases" in row else "" for phase in PHASES]
+        learned = f"{row['avg@8']:.1%}" if "avg@8" in row else ""
+        size = f"{row['size']}, {row['parameters'] / 1e6:.1f} M"
+        made.add_row(size, row["run"], f"{row['step_s']:.3f} s", f"{row['step_s'] / peer_s:.2f}", *phases, learned)
+    return made
