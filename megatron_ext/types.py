@@ -90,18 +90,21 @@ class TokenStats:
 class PackedSequences:
     """One micro-batch for the model: prompts and responses end to end, S tokens in all.
 
+    A response's last token predicts nothing and is left out. Responses may share a prompt: then a tree is the prompt
+    and after it all of its responses, each a branch that sees the prompt and itself. Else it is one sequence.
     ``logit_positions`` are those whose logits predict a response token, ``targets`` those tokens, both ``[T]``
     in the order of the sequences.
     """
 
     tokens: Tensor  # [S] int64
     position: Tensor  # [S] int64, within the sequence
-    starts: Tensor  # [sequences + 1] int32, cumulative lengths
+    starts: Tensor  # [trees + 1] int32, cumulative lengths
     logit_positions: Tensor  # [T] int64
     targets: Tensor  # [T] int64
     response_lengths: tuple[int, ...]  # one per sequence, without the padding
     support: PackedSupport | None = None  # under sampling replay
     routing: Tensor | None = None  # [S, layers, top_k] int16, experts of the engine; -1: not told. None: of no token
+    branch: Tensor | None = None  # [S] int64, a response's number in its tree, from 1; 0: the prompt. None: no sharing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -177,10 +177,11 @@ def packing_check(config: Config) -> Check:
 
     prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
     per_rank = config.train.mini_batch_prompts * config.rollout.samples // config.parallel.data
-    bins = packing.split([prompt + response] * per_rank, config.train.micro_batch_tokens)
+    full = ([0] * prompt, [0] * response)
+    bins = packing.split([full] * per_rank, config.train.micro_batch_tokens)
     fullest = max(bins, key=len)
     multiple = config.parallel.tensor if config.parallel.sequence else 1
-    packed = packing.pack([([0] * prompt, [0] * response)] * len(fullest), multiple=multiple)
+    packed = packing.pack([full] * len(fullest), multiple=multiple)
     tokens, predicted = len(packed.tokens), len(packed.logit_positions)
     right = tokens % multiple == 0 and tokens - config.train.micro_batch_tokens < multiple
     right &= predicted == response * len(fullest) and sum(map(len, bins)) == per_rank

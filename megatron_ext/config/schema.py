@@ -283,6 +283,10 @@ class TrainConfig(Section):
     steps: Positive = Field(default=100, description="training steps; each one generates, then updates")
     mini_batch_prompts: Positive = Field(default=128, description="prompts per optimizer step")
     micro_batch_tokens: Positive = Field(default=16384, description="token budget of one packed micro-batch")
+    share_prompts: bool = Field(
+        default=True,
+        description="read a prompt once for several of its responses; of effect with dense models on a CPU",
+    )
     seed: NonNegative = Field(default=0, description="seed of generation, data order and new weights")
     max_bad_steps: Positive = Field(
         default=3, description="consecutive steps with a non-finite gradient after which the run stops"

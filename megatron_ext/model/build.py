@@ -27,7 +27,7 @@ from torch import Tensor
 from megatron_ext import cpu_compat
 from megatron_ext.model import deterministic, groups, rope
 from megatron_ext.model.architectures import Architecture
-from megatron_ext.model.layers import block_spec
+from megatron_ext.model.layers import block_spec, have_transformer_engine
 from megatron_ext.model.megatron_config import ModelLayout, ModelOptions, stage_sizes, transformer_config
 from megatron_ext.model.routing import PolicyRouting
 from megatron_ext.ops.shard import VocabShard
@@ -78,6 +78,14 @@ class Policy:
     def deterministic(self) -> bool:
         """Whether its bits are the same at every tensor-parallel size."""
         return self.modules[0].config.deterministic_mode
+
+    @property
+    def can_share_prompts(self) -> bool:
+        """Whether its attention reads micro-batches in which several responses have one prompt.
+
+        Transformer Engine's does not; and experts are balanced over the tokens of whole sequences.
+        """
+        return not have_transformer_engine() and self.architecture.experts is None
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -298,6 +306,9 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(config, policy.chunks)  # pyright: ignore[reportArgumentType]
     if policy.deterministic:
         deterministic.install_norm(optimizer)
+    elif cpu_compat.device().type == "cpu":  # torch's other implementations round differently, this one is the fastest
+        for group in optimizer.param_groups:
+            group["fused"] = True
     return optimizer
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from megatron_ext import cpu_compat, heartbeat
 from megatron_ext.methods.base import Needs
-from megatron_ext.model import groups
+from megatron_ext.model import groups, layers
 from megatron_ext.model.build import Policy
 from megatron_ext.model.supports import logits_in_parts, support_of
 from megatron_ext.ops import linear_policy_stats, policy_stats
@@ -191,11 +191,14 @@ def _replayed(
 
 def _packed_params(micro_batch: PackedSequences) -> PackedSeqParams:
     starts = micro_batch.starts.to(cpu_compat.device())
-    longest = int(micro_batch.starts.diff().max())
-    return PackedSeqParams(
+    longest = int(micro_batch.position.max()) + 1
+    params = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=starts,
         cu_seqlens_kv=starts,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
+    if micro_batch.branch is not None:
+        layers.share_prompts(params, micro_batch.position, micro_batch.branch)
+    return params

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.extensions import transformer_engine
@@ -43,7 +43,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class PackedAttention(torch.nn.Module):
-    """Causal attention within each packed sequence.
+    """Causal attention within each packed sequence, or tree (``PackedSequences``).
 
     query ``[S, heads/TP, head_dim]``, key and value ``[S, groups/TP, head_dim]``, S tokens of all sequences.
     Sequences are laid side by side, padded at their ends: under a causal mask no real token sees padding.
@@ -64,37 +64,58 @@ class PackedAttention(torch.nn.Module):
         packed_seq_params: PackedSeqParams,
         **_unused,
     ) -> Tensor:
-        slots, num_sequences, longest = _slots(packed_seq_params)
+        padded = _padded(packed_seq_params)
 
         def side_by_side(x: Tensor) -> Tensor:  # [S, heads, head_dim] -> [B, heads, longest, head_dim]
-            padded = layer_ops.put(x, slots, num_sequences * longest)
-            return padded.unflatten(0, (num_sequences, longest)).transpose(1, 2)
+            put = layer_ops.put(x, padded.slots, padded.number * padded.longest)
+            return put.unflatten(0, (padded.number, padded.longest)).transpose(1, 2)
 
         out = F.scaled_dot_product_attention(
             side_by_side(query),
             side_by_side(key),
             side_by_side(value),
-            is_causal=True,
+            attn_mask=padded.mask,
+            is_causal=padded.mask is None,
             scale=self.scale,
             enable_gqa=True,
         )
-        return layer_ops.take(out.transpose(1, 2).flatten(0, 1).flatten(1), slots)
+        return layer_ops.take(out.transpose(1, 2).flatten(0, 1).flatten(1), padded.slots)
 
 
-def _slots(packed_seq_params: PackedSeqParams) -> tuple[Tensor, int, int]:
-    """Where each of the S tokens stands if sequences are padded to the longest: ``[S]``; their number and length.
+class _Padded(NamedTuple):
+    """Sequences, or trees, side by side, padded at their ends to the longest."""
 
-    Found once for all layers of a micro-batch.
+    slots: Tensor  # [S]: where each token stands
+    number: int
+    longest: int
+    mask: Tensor | None  # [count, 1, longest, longest], True: is seen. None: a causal one
+
+
+def share_prompts(packed_seq_params: PackedSeqParams, position: Tensor, branch: Tensor) -> None:
+    """Have the layers without Transformer Engine read trees.
+
+    What Megatron-Core does not know travels with what it hands on: to the rotation cumulative lengths alone.
     """
+    vars(packed_seq_params.cu_seqlens_q)["position"] = position
+    vars(packed_seq_params)["branch"] = branch
+
+
+def _padded(packed_seq_params: PackedSeqParams) -> _Padded:
+    """Found once for all layers of a micro-batch."""
     known = vars(packed_seq_params)
-    if "slots" not in known:
+    if "padded" not in known:
         starts = packed_seq_params.cu_seqlens_q.long()
         lengths = starts.diff()
-        longest = int(lengths.max())
-        shift = torch.arange(len(lengths), device=starts.device) * longest - starts[:-1]
+        count, longest = len(lengths), int(lengths.max())
+        shift = torch.arange(count, device=starts.device) * longest - starts[:-1]
         slots = torch.arange(int(starts[-1]), device=starts.device) + shift.repeat_interleave(lengths)
-        known["slots"] = slots, len(lengths), longest
-    return known["slots"]
+        mask = None
+        if "branch" in known:
+            branch = layer_ops.put(known["branch"], slots, count * longest).view(count, 1, longest)
+            sees = (branch[:, :, None] == 0) | (branch[:, :, None] == branch[..., None])
+            mask = sees.tril()
+        known["padded"] = _Padded(slots, count, longest, mask)
+    return known["padded"]
 
 
 class SwiGLU(MLP):

@@ -46,12 +46,15 @@ def frequencies(a: Architecture, device: torch.device | str) -> Tensor:
 def rotate_packed(x: Tensor, starts: Tensor, angles: Tensor, **_unused: Any) -> Tensor:
     """``[S, heads, head_dim]`` rotated by each token's position in its sequence.
 
-    ``starts [B + 1]`` are cumulative lengths, ``angles [longest, 1, 1, head_dim]`` those of each position. The cos and
-    sin of the last sequences are kept with the angles: all layers ask for the same ones.
+    ``starts [B + 1]`` are cumulative lengths, ``angles [longest, 1, 1, head_dim]`` those of each position. Where
+    prompts are shared, the positions come with the starts (layers.share_prompts). The cos and sin of the last sequences
+    are kept with the angles: all layers ask for the same ones.
     """
     known = vars(angles)
     if known.get("starts") is not starts or known["cos"].dtype != x.dtype:
-        position = torch.arange(len(x), device=x.device) - starts[:-1].repeat_interleave(starts.diff())
+        position = vars(starts).get("position")
+        if position is None:
+            position = torch.arange(len(x), device=x.device) - starts[:-1].repeat_interleave(starts.diff())
         cos, sin = (function(angles)[position, 0].to(x.dtype) for function in (torch.cos, torch.sin))
         known.update(starts=starts, cos=cos, sin=sin)
     return layer_ops.rotate(x, known["cos"], known["sin"])

@@ -1,8 +1,14 @@
-"""Sequences -> packed micro-batches under a token budget."""
+"""Sequences -> packed micro-batches under a token budget.
+
+The responses of a group have one prompt. Where the attention knows trees (``PackedSequences``), it is read once for as
+many of them as pays: each token's place in the layers costs about 6 D times what it costs to be looked at by one other
+token, D the hidden size, and under a mask all tokens of a tree look at one another.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,10 +38,11 @@ class MiniBatch:
         bins: Sequence[Sequence[int]],
         *,
         multiple: int = 1,
+        width: int = 0,
         routing: Sequence[np.ndarray | None] | None = None,
     ) -> MiniBatch:
         """One micro-batch of each of the ``bins``, whose indices count in ``pairs`` and, if given, in ``routing``."""
-        packed = [pack([pairs[i] for i in each], multiple=multiple) for each in bins]
+        packed = [pack([pairs[i] for i in each], multiple=multiple, width=width) for each in bins]
         if routing is not None:
             parts = zip(packed, bins, strict=True)
             packed = [replace(part, routing=lay_out_routing([routing[i] for i in each], part)) for part, each in parts]
@@ -79,64 +86,100 @@ class MiniBatch:
         return torch.cat([torch.arange(start, start + length) for _, (start, length) in sorted(starts.items())])
 
 
-def split(lengths: Sequence[int], budget: int, num_bins: int = 1) -> list[list[int]]:
-    """Divide sequences into at least ``num_bins`` bins of at most ``budget`` tokens each.
+def num_read(pair: Pair) -> int:
+    """Tokens of a sequence that the model reads: a response's last one predicts nothing."""
+    return len(pair[0]) + max(0, len(pair[1]) - 1)
+
+
+def trees(pairs: Sequence[Pair], width: int, budget: float = math.inf) -> Iterator[tuple[list[int], int]]:
+    """Runs of sequences that share their prompt, with the number of tokens of each, at most ``budget`` where it has
+    several. ``width`` is the hidden size; 0: nothing is shared."""
+    members, size = list[int](), 0
+    for i, (prompt, response) in enumerate(pairs):
+        own = num_read((prompt, response))
+        more = own - len(prompt)
+        shares = width > 0 and members and pairs[i - 1][0] == prompt and size + more <= budget
+        if shares and (size + more) ** 2 - size**2 <= own**2 + 6 * width * len(prompt):
+            members.append(i)
+            size += more
+            continue
+        if members:
+            yield members, size
+        members, size = [i], own
+    if members:
+        yield members, size
+
+
+def split(pairs: Sequence[Pair], budget: int, num_bins: int = 1, *, width: int = 0) -> list[list[int]]:
+    """Divide sequences into at least ``num_bins`` bins of at most ``budget`` tokens each; trees stay whole.
 
     Longest first into the emptiest bin (balanced bins cost the least time); the number of bins is the
-    smallest at which that fits. Within a bin the sequences keep their order. Bins may be empty.
-    Raises ValueError for a sequence longer than the budget.
+    smallest at which that fits. Within a bin the sequences keep their order. Bins may be empty. Nothing is shared
+    where there are fewer trees than bins. Raises ValueError for a sequence longer than the budget.
     """
-    if lengths and max(lengths) > budget:
-        raise ValueError(f"micro_batch_tokens: {budget} cannot hold a sequence of {max(lengths)} tokens")
-    num_bins = max(num_bins, -(-sum(lengths) // budget))
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    found = list(trees(pairs, width, budget))
+    if len(found) < num_bins:
+        found = list(trees(pairs, 0))
+    if found and max(size for _, size in found) > budget:
+        raise ValueError(
+            f"micro_batch_tokens: {budget} cannot hold a sequence of {max(size for _, size in found)} tokens"
+        )
+    num_bins = max(num_bins, -(-sum(size for _, size in found) // budget))
+    order = sorted(range(len(found)), key=lambda i: (-found[i][1], i))
     while True:
         bins: list[list[int]] = [[] for _ in range(num_bins)]
         load = [0] * num_bins
         for i in order:
+            members, size = found[i]
             lightest = min(range(num_bins), key=lambda b: (load[b], b))
-            bins[lightest].append(i)
-            load[lightest] += lengths[i]
+            bins[lightest] += members
+            load[lightest] += size
         if max(load) <= budget:
             return [sorted(bin) for bin in bins]
         num_bins += 1
 
 
-def pack(sequences: Sequence[Pair], *, multiple: int = 1) -> PackedSequences:
-    """Lay ``(prompt_ids, response_ids)`` pairs end to end; pad with one dummy sequence to ``multiple`` tokens.
+def pack(pairs: Sequence[Pair], *, multiple: int = 1, width: int = 0) -> PackedSequences:
+    """Lay ``(prompt_ids, response_ids)`` pairs end to end, those of ``trees`` with one prompt; pad with one dummy
+    sequence to ``multiple`` tokens.
 
     The response token at position t is predicted at t - 1, so ``logit_positions`` starts at the last prompt token.
     """
-    tokens: list[int] = []
-    position: list[int] = []
-    logit_positions: list[int] = []
-    targets: list[int] = []
-    starts = [0]
-    for prompt, response in sequences:
-        logit_positions += range(len(tokens) + len(prompt) - 1, len(tokens) + len(prompt) + len(response) - 1)
-        targets += response
-        tokens += [*prompt, *response]
-        position += range(len(prompt) + len(response))
+    tokens, position, branch, logit_positions, starts = list[int](), list[int](), list[int](), list[int](), [0]
+    for members, _ in trees(pairs, width):
+        prompt = pairs[members[0]][0]
+        last = len(tokens) + len(prompt) - 1
+        tokens += prompt
+        position += range(len(prompt))
+        branch += [0] * len(prompt)
+        for number, i in enumerate(members, 1):
+            response = pairs[i][1]
+            logit_positions += [last, *range(len(tokens), len(tokens) + len(response) - 1)][: len(response)]
+            tokens += response[:-1]
+            position += range(len(prompt), num_read(pairs[i]))
+            branch += [number] * (len(tokens) - len(branch))
         starts.append(len(tokens))
     padding = -len(tokens) % multiple or (multiple if not tokens else 0)
     if padding:
         tokens += [0] * padding
         position += range(padding)
+        branch += [0] * padding
         starts.append(len(tokens))
     return PackedSequences(
         tokens=torch.tensor(tokens),
         position=torch.tensor(position),
         starts=torch.tensor(starts, dtype=torch.int32),
         logit_positions=torch.tensor(logit_positions, dtype=torch.int64),
-        targets=torch.tensor(targets, dtype=torch.int64),
-        response_lengths=tuple(len(response) for _, response in sequences),
+        targets=torch.tensor([token for _, response in pairs for token in response], dtype=torch.int64),
+        response_lengths=tuple(len(response) for _, response in pairs),
+        branch=torch.tensor(branch) if max(branch) > 1 else None,
     )
 
 
 def lay_out_routing(routing: Sequence[np.ndarray | None], packed: PackedSequences) -> Tensor | None:
     """``PackedSequences.routing``, ``[S, layers, top_k]``, from the experts of each sequence (``Sample.routing``).
 
-    None where they are known of no sequence. Those of a response's last token and of padding are not known.
+    None where they are known of no sequence. Those of padding are not known.
     """
     known = [(start, each) for start, each in zip(packed.starts.tolist(), routing, strict=False) if each is not None]
     if not known:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -225,13 +226,13 @@ class Learner:
     def pack(self, episodes: Sequence[Episode]) -> MiniBatch:
         """The episodes of a mini-batch in micro-batches; as many on every rank."""
         pairs = [(e.sample.prompt_ids, e.sample.response_ids) for e in episodes]
-        lengths = [len(prompt) + len(response) for prompt, response in pairs]
-        budget = self.config.train.micro_batch_tokens
-        num_bins = parallel.num_micro_batches(len(packing.split(lengths, budget)), self.config.parallel)
-        multiple = self.config.parallel.tensor if self.config.parallel.sequence else 1
+        train, layout = self.config.train, self.config.parallel
+        width = self.policy.architecture.hidden_size if train.share_prompts and self.policy.can_share_prompts else 0
+        divide = partial(packing.split, pairs, train.micro_batch_tokens, width=width)
+        bins = divide(parallel.num_micro_batches(len(divide()), layout))
+        multiple = layout.tensor if layout.sequence else 1
         told = routing.of_episodes(episodes, self.policy)
-        bins = packing.split(lengths, budget, num_bins)
-        packed = MiniBatch.pack(pairs, bins, multiple=multiple, routing=told)
+        packed = MiniBatch.pack(pairs, bins, multiple=multiple, width=width, routing=told)
         rollout = self.config.rollout
         if not rollout.replays_sampling:
             return packed

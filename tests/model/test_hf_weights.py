@@ -88,7 +88,7 @@ def in_layout(world: int, path: str, layout: dict[str, Any], sequences: Sequence
 
 
 def bins(sequences: Sequences) -> list[list[int]]:
-    return packing.split([len(prompt) + len(response) for prompt, response in sequences], 60, NUM_BINS)
+    return packing.split(sequences, 60, NUM_BINS)
 
 
 def full_logits(policy: build.Policy, output: Tensor, micro_batch: PackedSequences) -> Tensor:

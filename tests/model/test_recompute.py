@@ -32,7 +32,7 @@ def gradients(rank: int, world: int, path: str, recompute: str) -> tuple[dict[st
     generator = torch.Generator().manual_seed(rank)
     for parameter in policy.modules[0].parameters():
         parameter.data.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.2, generator=generator)
-    micro_batch = packing.pack([([1] * 8, [60] * 8)] * (TOKENS // 16), multiple=world)
+    micro_batch = packing.pack([([1] * 8, [60] * 9)] * (TOKENS // 16), multiple=world)
     kept: dict[int, Tensor] = {}  # held, so that no storage is used twice
     forward_kept = 0
 

@@ -17,7 +17,7 @@ IDS = st.lists(st.integers(0, 99), min_size=1, max_size=8)
 
 @given(lengths=LENGTHS, budget=st.integers(12, 30), num_bins=st.integers(1, 5))
 def test_bins_hold_every_sequence_once_within_the_budget(lengths: list[int], budget: int, num_bins: int) -> None:
-    bins = split(lengths, budget, num_bins)
+    bins = split([((0,), range(length)) for length in lengths], budget, num_bins)
     load = [sum(lengths[i] for i in each) for each in bins]
     assert sorted(sum(bins, [])) == list(range(len(lengths))) and all(each == sorted(each) for each in bins)
     assert max(load) <= budget and len(bins) >= num_bins
@@ -32,20 +32,28 @@ def test_packed_sequences_unpack_to_what_they_were(pairs: list[tuple[list[int], 
     starts, tokens = packed.starts.tolist(), packed.tokens.tolist()
     assert len(tokens) % multiple == 0 and starts[-1] == len(tokens) > 0
     found = [tokens[first:end] for first, end in zip(starts, starts[1:], strict=False)][: len(pairs)]
-    assert found == [prompt + response for prompt, response in pairs]
+    assert found == [prompt + response[:-1] for prompt, response in pairs]
     assert len(tokens) - sum(map(len, found)) <= multiple
     for first, end in zip(starts, starts[1:], strict=False):
         assert packed.position[first:end].tolist() == list(range(end - first))
     assert packed.targets.tolist() == [token for _, response in pairs for token in response]
-    assert [tokens[row + 1] for row in packed.logit_positions.tolist()] == packed.targets.tolist()
+    position, previous = iter(packed.logit_positions.tolist()), [pair[0][-1:] + pair[1][:-1] for pair in pairs]
+    assert [tokens[next(position)] for token in sum(previous, [])] == sum(previous, [])
 
 
-@given(pairs=st.lists(st.tuples(IDS, IDS), min_size=1, max_size=8), budget=st.integers(16, 60), bins=st.integers(1, 4))
+@given(
+    pairs=st.lists(st.tuples(IDS, IDS), min_size=1, max_size=8),
+    budget=st.integers(16, 60),
+    bins=st.integers(1, 4),
+    width=st.sampled_from([0, 1, 100]),
+    copies=st.integers(1, 4),
+)
 def test_tokens_of_micro_batches_are_found_again(
-    pairs: list[tuple[list[int], list[int]]], budget: int, bins: int
+    pairs: list[tuple[list[int], list[int]]], budget: int, bins: int, width: int, copies: int
 ) -> None:
-    divided = split([len(prompt) + len(response) for prompt, response in pairs], budget, bins)
-    mini_batch = MiniBatch.pack(pairs, divided)
+    pairs = [(prompt, response[copy:]) for prompt, response in pairs for copy in range(copies)]
+    mini_batch = MiniBatch.pack(pairs, split(pairs, budget, bins, width=width), width=width)
+    assert all(len(packed.tokens) <= budget for packed in mini_batch.micro_batches)
     joined = mini_batch.join([packed.targets for packed in mini_batch.micro_batches])
     assert joined.tolist() == [token for _, response in pairs for token in response]
 

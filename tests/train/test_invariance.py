@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -52,6 +53,7 @@ def one_step(
     recompute: str = "none",
     routing_replay: bool = False,
     deterministic: bool = False,
+    share_prompts: bool = True,
     **more: Any,
 ) -> Any:
     """Metrics and whole gradients of one mini-batch, as this rank sees them; ``more`` of the layout's fields."""
@@ -60,7 +62,7 @@ def one_step(
     config = Config(
         parallel=ParallelConfig(ranks_per_node=world, tensor=tensor, pipeline=pipeline, sequence=sequence, **more),
         rollout=RolloutConfig(prompts=4, samples=4, temperature=TEMPERATURE, max_response_tokens=12),
-        train=TrainConfig(mini_batch_prompts=4, micro_batch_tokens=budget),
+        train=TrainConfig(mini_batch_prompts=4, micro_batch_tokens=budget, share_prompts=share_prompts),
         method=method,
     )
     parallel.initialize(config.parallel)
@@ -79,6 +81,8 @@ def one_step(
     share = len(tiny.episodes()) // data
     own = tiny.episodes()[parallel.groups.data().rank() * share :][:share]
     mini_batch = learner.pack(own)
+    if budget > 100 and architecture.experts is None:
+        assert all((each.branch is not None) == share_prompts for each in mini_batch.micro_batches)
     current = learner.statistics(policy, mini_batch, replace(learner.method.needs, entropy=True))
     # as if the policy had moved since it sampled: ratios on both sides of the clip range
     rollouts = replace(learner.rollout_batch(own, current, None), old_logprob=moved(current.logprob, own))
@@ -182,6 +186,16 @@ def test_every_layout_gives_the_gradient_of_the_formula(layout: tuple, expected:
         assert metrics["loss/policy"] == pytest.approx(loss, rel=1e-5)
         assert metrics["grad/norm"] == pytest.approx(norm(gradients), rel=1e-5)
         assert worst(found, gradients) < 1e-5
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[6], LAYOUTS[7]], ids=str)
+def test_prompts_that_are_not_shared_give_the_gradient_of_the_formula(layout: tuple, expected: tuple) -> None:
+    tensor, pipeline, data, _, _ = layout
+    _, path = tiny.hf_model()
+    alone = partial(one_step, share_prompts=False)
+    for metrics, found in gloo.run(alone, tensor * pipeline * data, str(path), layout, SIREN):
+        assert metrics["loss/policy"] == pytest.approx(expected[0], rel=1e-5)
+        assert worst(found, expected[1]) < 1e-5
 
 
 @pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[2], LAYOUTS[6], LAYOUTS[7]], ids=str)

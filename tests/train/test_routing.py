@@ -36,7 +36,6 @@ from megatron_ext.rollout.hf.engine import HFEngine
 from megatron_ext.rollout.sampling import seed_of
 from megatron_ext.train import routing
 from megatron_ext.train.packing import MiniBatch, lay_out_routing, pack
-from megatron_ext.train.routing import num_read
 from megatron_ext.types import Episode, PackedSequences, Sample
 from tests import gloo, tiny
 from tests.train.test_invariance import SIREN, norm, one_step, reference, worst
@@ -126,16 +125,16 @@ def test_replayed_experts_have_the_gradient_of_the_formula(layout: tuple, more: 
 
 
 def test_experts_stand_at_the_tokens_they_were_told_of() -> None:
-    """Not at a response's last token, nor at padding."""
+    """Not at padding. A response's last token is not read."""
     pairs = [((5, 6, 7), (8, 9)), ((1,), (2, 3))]
     told = [np.arange(8).reshape(4, 1, 2), np.arange(20, 24).reshape(2, 1, 2)]
-    [both, empty] = MiniBatch.pack(pairs, [[0, 1], []], multiple=6, routing=told).micro_batches
+    [both, empty] = MiniBatch.pack(pairs, [[0, 1], []], multiple=8, routing=told).micro_batches
     assert both.routing is not None and both.routing.dtype == torch.int16
     nobody = [-1, -1]
-    known = [[0, 1], [2, 3], [4, 5], [6, 7], nobody, [20, 21], [22, 23], nobody, *[nobody] * 4]
-    assert both.routing[:, 0].tolist() == known
+    known = [[0, 1], [2, 3], [4, 5], [6, 7], [20, 21], [22, 23]]
+    assert both.routing[:, 0].tolist() == [*known, nobody, nobody]
     assert empty.routing is None and pack(pairs).routing is None
-    assert lay_out_routing([None, told[1]], pack(pairs))[:, 0].tolist() == [nobody] * 5 + known[5:8]  # pyright: ignore
+    assert lay_out_routing([None, told[1]], pack(pairs))[:, 0].tolist() == [nobody] * 4 + known[4:]  # pyright: ignore
 
 
 @pytest.mark.parametrize(
@@ -247,7 +246,6 @@ def compared(rank: int, world: int, path: str, samples: list[Sample]) -> dict[bo
     for each in policy.modules[0].modules():
         if isinstance(each, TopKRouter):
             each.register_forward_hook(read)
-    is_told = torch.cat([torch.arange(len(s.prompt_ids) + len(s.response_ids)) < num_read(s) for s in samples])
     told = torch.cat([torch.from_numpy(s.routing).long().sort(-1).values for s in samples if s.routing is not None])
     reported = torch.tensor([logprob for sample in samples for logprob in sample.logprobs])
     found = {}
@@ -256,9 +254,7 @@ def compared(rank: int, world: int, path: str, samples: list[Sample]) -> dict[bo
         own.clear()
         policy.routing.begin_count()  # pyright: ignore[reportOptionalMemberAccess]
         [stats] = forward(policy, packed(samples, replayed=replayed), Needs(), 1.0) or []
-        elsewhere, choice = (
-            float((torch.stack(each, 1)[is_told] != told).any(-1).float().mean()) for each in (used, own)
-        )
+        elsewhere, choice = (float((torch.stack(each, 1) != told).any(-1).float().mean()) for each in (used, own))
         gap = stats.logprob - reported
         share = policy.routing.differing()  # pyright: ignore[reportOptionalMemberAccess]
         found[replayed] = (elsewhere, choice, share, float((gap.exp() - 1 - gap).mean()))
