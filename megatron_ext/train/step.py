@@ -8,7 +8,8 @@ advantages  = method.compute_advantages(rollouts)                           and 
 method.on_step_start(batch, old)                                            anchors, controllers
 for each mini-batch, where there is a critic: its update                    (critic.py)
 for each mini-batch, unless the method leaves the policy alone in this step:
-    current  = old while the policy has not moved, else a pass without gradient (if the method asks)
+    current  = old while the policy has not moved, else a pass without gradient (if the method asks); where the
+               mini-batch is one micro-batch, the update's own forward
     prepared = method.prepare(mini-batch, current)                          whole-mini-batch statistics
     for each micro-batch: backward of sum(method.loss(micro-batch, statistics, prepared))
     clip, AdamW step
@@ -17,7 +18,7 @@ for each mini-batch, unless the method leaves the policy alone in this step:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -93,10 +94,7 @@ class Learner:
         if self.method.updates_policy:
             with watch.phase("update", total=len(mini_batches)) as phase:
                 for number, ((batch, position), mini_batch) in enumerate(zip(batches, mini_batches, strict=True)):
-                    current = old.map(lambda value, position=position: value[position])
-                    if number > 0:
-                        needs = self.method.needs
-                        current = self.statistics(self.policy, mini_batch, needs) if needs.current else None
+                    current = old.map(lambda value, position=position: value[position]) if number == 0 else None
                     updates.update(self.update(batch, current, mini_batch))
                     phase.advance(tokens=len(batch.mask))
         for each in self.trained.values():
@@ -172,7 +170,7 @@ class Learner:
         return metrics
 
     def update(self, batch: Batch, current: TokenStats | None, mini_batch: MiniBatch) -> dict[str, float]:
-        """One optimizer step on one mini-batch."""
+        """One optimizer step on one mini-batch; ``current`` None: the policy has moved since it was measured."""
         prepared, values = self.gradients(batch, current, mini_batch)
         return values | prepared.report | self.apply()
 
@@ -191,15 +189,39 @@ class Learner:
         self, batch: Batch, current: TokenStats | None, mini_batch: MiniBatch
     ) -> tuple[Prepared, dict[str, float]]:
         """Leave the gradient of the mini-batch's loss in the optimizer's buffers; the metrics of its tokens."""
+        needs, prepared = self.method.needs, None
+        if current is None and needs.current and self.is_one_pass(mini_batch):
+
+            def prepare(stats: TokenStats) -> Prepared:
+                nonlocal prepared
+                prepared = self.method.prepare(batch, stats, self.reduce)
+                return prepared
+
+            _, metrics = self.backward(batch, prepare, mini_batch, needs)
+            assert prepared is not None
+            return prepared, metrics
+        if current is None and needs.current:
+            current = self.statistics(self.policy, mini_batch, needs)
         prepared = self.method.prepare(batch, current, self.reduce)
-        _, metrics = self.backward(batch, prepared, mini_batch, self.method.needs)
+        _, metrics = self.backward(batch, prepared, mini_batch, needs)
         return prepared, metrics
 
+    def is_one_pass(self, mini_batch: MiniBatch) -> bool:
+        """Whether one forward sees the whole mini-batch, on every rank."""
+        return len(mini_batch.micro_batches) == 1 and self.config.parallel.pipeline == 1
+
     def backward(
-        self, batch: Batch, prepared: Prepared, mini_batch: MiniBatch, needs: Needs, *, measures_old: bool = False
+        self,
+        batch: Batch,
+        prepared: Prepared | Callable[[TokenStats], Prepared],
+        mini_batch: MiniBatch,
+        needs: Needs,
+        *,
+        measures_old: bool = False,
     ) -> tuple[list[TokenStats] | None, dict[str, float]]:
         """Leave the gradient in the buffers; each micro-batch's statistics, on the last stage, and the metrics.
 
+        A function prepares from the statistics of the only micro-batch, in the order of the mini-batch's tokens.
         With ``measures_old`` the statistics are also those of the policy that sampled: every ratio is 1.
         """
         parts = mini_batch.split(batch)
@@ -209,7 +231,8 @@ class Learner:
             micro_batch, position = parts[number]
             if measures_old:
                 micro_batch = known_old(micro_batch, stats.logprob.detach())
-            part = prepared.select(position)
+            whole = prepared(stats.detach()) if callable(prepared) else prepared
+            part = whole.select(position)
             value = self.method.loss(micro_batch, stats, part).sum()
             with torch.no_grad():
                 own = self.method.metrics(micro_batch, stats.detach(), part)

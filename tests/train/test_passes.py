@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_ext import cpu_compat, methods
@@ -52,10 +53,10 @@ def learner_of(path: str, world: int, method: dict, layout: dict, mini_batch: in
     cpu_compat.enter()
     spread = ParallelConfig(**{**layout, "ranks_per_node": world})
     options: dict[str, Any] = {"alarms": AlarmsConfig(mismatch=0)} | sections
+    options.setdefault("train", TrainConfig(mini_batch_prompts=mini_batch, micro_batch_tokens=30))
     config = Config(
         parallel=spread,
         rollout=RolloutConfig(prompts=4, samples=4, temperature=0.8, max_response_tokens=12),
-        train=TrainConfig(mini_batch_prompts=mini_batch, micro_batch_tokens=60),
         method=method,
         **options,
     )
@@ -141,6 +142,7 @@ def passes_of(
     return counted(learner)[2]
 
 
+WIDE = TrainConfig(mini_batch_prompts=2, micro_batch_tokens=1000)  # a mini-batch is one micro-batch
 FORWARD, NUCLEUS_FORWARD, UPDATE, NUCLEUS_UPDATE = (False, False), (False, True), (True, False), (True, True)
 
 
@@ -156,12 +158,45 @@ FORWARD, NUCLEUS_FORWARD, UPDATE, NUCLEUS_UPDATE = (False, False), (False, True)
         ({"name": "forking_tokens"}, 4, {}, [FORWARD, UPDATE]),
         (SIREN, 4, {}, [NUCLEUS_FORWARD, NUCLEUS_UPDATE]),
         (SIREN, 2, {}, [NUCLEUS_FORWARD, NUCLEUS_FORWARD, NUCLEUS_UPDATE, NUCLEUS_FORWARD, NUCLEUS_UPDATE]),
+        (SIREN, 2, {"train": WIDE}, [NUCLEUS_FORWARD, NUCLEUS_FORWARD, NUCLEUS_UPDATE, NUCLEUS_UPDATE]),
         ({**SIREN, "scope": "micro_batch"}, 2, {}, [NUCLEUS_FORWARD, NUCLEUS_FORWARD, NUCLEUS_UPDATE, NUCLEUS_UPDATE]),
     ],
     ids=str,
 )
 def test_every_pass_is_needed(method: dict, mini_batch: int, sections: dict, expected: list) -> None:
     assert gloo.run(passes_of, 1, str(tiny.hf_model()[1]), method, mini_batch, sections) == [expected]
+
+
+class Separate(Learner):
+    """A learner whose moved policy is always measured by a pass of its own."""
+
+    def is_one_pass(self, mini_batch: Any) -> bool:
+        return False
+
+
+def stepped(rank: int, world: int, path: str, method: dict, layout: dict) -> list[tuple]:
+    """Metrics, passes and weights after a step of two updates, with a pass of its own for the second and without."""
+    found = []
+    for kind in (Separate, Learner):
+        learner = learner_of(path, world, method, layout, 2, train=WIDE)
+        each = kind(learner.config, learner.method, learner.actor, None, learner.reference)
+        metrics, _, passes = counted(each)
+        learner.policy.finish_param_sync()
+        weights = {name: value.clone() for name, value in hf_weights.PolicyWeights(learner.policy)}
+        found.append((metrics, len(passes), weights))
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2, "sequence": True}, {"ranks_per_node": 2}], ids=str)
+@pytest.mark.parametrize("name", [name for name in methods.METHODS if methods.create({"name": name}).needs.current])
+def test_an_update_in_one_micro_batch_measures_the_moved_policy_itself(name: str, layout: dict) -> None:
+    path = str(tiny.hf_model()[1])
+    for separate, alone in gloo.run(stepped, world_of(layout), path, {"name": name}, layout):
+        (expected, more, weights), (metrics, passes, own) = separate, alone
+        assert passes == more - 1
+        assert metrics.keys() == expected.keys() and metrics == pytest.approx(expected, rel=1e-6, abs=1e-6)
+        assert all(torch.equal(own[name], value) for name, value in weights.items())
 
 
 def refused(rank: int, world: int, path: str) -> tuple[bool, bool]:

@@ -31,6 +31,7 @@ from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.loading import load_config
 from megatron_ext.config.schema import Config
 from megatron_ext.data.dataset import load_training_data
+from megatron_ext.data.prompts import render_prompts
 from megatron_ext.rollout.model_files import load_tokenizer
 
 from .. import command
@@ -131,7 +132,9 @@ def peer(folder: Path, python: Path, size: Size, settings: tuple[str, ...], core
 
 
 def settings_of(config: Config, out: Path, cores: int) -> dict[str, Any]:
-    problems, _ = load_training_data(config, score=None, tokenizer=load_tokenizer(config.model.path))
+    tokenizer = load_tokenizer(config.model.path)
+    problems, _ = load_training_data(config, score=None, tokenizer=tokenizer)
+    texts = render_prompts(tokenizer, [problem for problem, _ in problems], config.prompt)
     method: Any = methods.create(config.method)
     o = config.optimizer
     return {
@@ -150,8 +153,8 @@ def settings_of(config: Config, out: Path, cores: int) -> dict[str, Any]:
         "seed": config.train.seed,
         **{name: getattr(o, name) for name in ("lr", "weight_decay", "beta1", "beta2", "eps", "clip_grad")},
         "problems": [
-            {"text": p.prompt, "ids": ids, "answer": p.answer, "verifier": p.verifier, "numbers": p.numbers}
-            for p, ids in problems
+            {"text": text, "ids": ids, "answer": p.answer, "verifier": p.verifier, "numbers": p.numbers}
+            for text, (p, ids) in zip(texts, problems, strict=True)
         ],
     }
 
