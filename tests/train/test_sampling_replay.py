@@ -46,6 +46,7 @@ LAYOUTS = [  # tensor, pipeline, sequence, budget of a micro-batch
     (1, 1, False, 23),
     (2, 1, False, 60),
     (2, 1, True, 40),
+    (4, 1, False, 60),
     (1, 2, False, 50),
 ]
 

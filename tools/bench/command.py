@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--top-k", type=int, default=0, help="of --replay; 0: all tokens")
     parser.add_argument("--repeat", type=int, default=9, help="interleaved repetitions; medians are reported")
     parser.add_argument(
-        "--deterministic", action="store_true", help="of ops: time the statistics with deterministic=True too"
+        "--deterministic", action="store_true", help="of ops and step: time them with deterministic statistics too"
     )
     parser.add_argument(
         "--count", action="store_true", help="of ops: count what a GPU would be asked for, time nothing"

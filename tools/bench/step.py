@@ -1,6 +1,6 @@
 """A training step beside TRL's: the same task, model, updates and cores, one after the other.
 
-    megatron-entropy bench step [--sizes tiny large] [--steps 24] [--peer .venv-trl]
+    megatron-entropy bench step [--sizes tiny large] [--steps 24] [--deterministic] [--peer .venv-trl]
 
 dr_grpo and siren on this machine's cores, data-parallel and tensor-parallel, and TRL's GRPOTrainer with dr_grpo's loss
 in the environment that ``make .venv-trl/.installed`` makes. tiny is the shipped base model; large is a random one of
@@ -32,6 +32,7 @@ from megatron_ext.config.loading import load_config
 from megatron_ext.config.schema import Config
 from megatron_ext.data.dataset import load_training_data
 from megatron_ext.data.prompts import render_prompts
+from megatron_ext.files import write_atomically
 from megatron_ext.rollout.model_files import load_tokenizer
 
 from .. import command
@@ -55,21 +56,20 @@ def run(options: argparse.Namespace) -> int:
     if not python.exists():
         raise ConfigError(f"--peer: no such file: {python}; make it with: make {options.peer}/.installed")
     cores = len(os.sched_getaffinity(0))
-    console, rows = Console(), list[dict[str, Any]]()
+    console, rows, out = Console(), list[dict[str, Any]](), Path(options.out) / "step.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for name, size in sizes(folder, options.sizes).items():
-            for label, method, layout in ours(cores):
+            for label, method, layout in ours(cores, deterministic=options.deterministic):
                 console.print(f"{name}: {label} ...", highlight=False)
                 settings = (*size.settings, *layout, f"train.steps={options.steps}")
                 rows.append({"size": name, "run": label, **trained(folder / name, label, method, size, settings)})
             console.print(f"{name}: {PEER} ...", highlight=False)
             settings = (*size.settings, f"train.steps={options.steps}")
             rows.append({"size": name, "run": PEER, **peer(folder / name, python, size, settings, cores)})
-    console.print(table(rows, cores, options.steps))
-    out = Path(options.out) / "step.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(rows, indent=2) + "\n")
+            console.print(table(rows, cores, options.steps))
+            write_atomically(out, json.dumps(rows, indent=2) + "\n")
     console.print(out, highlight=False)
     return 0
 
@@ -82,14 +82,18 @@ def sizes(folder: Path, names: list[str]) -> dict[str, Size]:
     return {name: made[name] for name in names}
 
 
-def ours(cores: int) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Name, method and layout of each run; the first is the one that others are compared with."""
-    data, tensor = ("parallel.tensor=1", f"parallel.ranks_per_node={cores}"), f"parallel.tensor={cores}"
-    return [
-        (f"dr_grpo, {cores} data-parallel ranks", "dr_grpo", data),
-        (f"siren, {cores} data-parallel ranks", "siren", data),
-        (f"dr_grpo, TP {cores}", "dr_grpo", (tensor, f"parallel.ranks_per_node={cores}")),
+def ours(cores: int, *, deterministic: bool = False) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Name, method and layout of each run."""
+    data = ("parallel.tensor=1", f"parallel.ranks_per_node={cores}")
+    tensor = (f"parallel.tensor={cores}", f"parallel.ranks_per_node={cores}")
+    found = [
+        (f"dr_grpo DP {cores}", "dr_grpo", data),
+        (f"siren DP {cores}", "siren", data),
+        (f"dr_grpo TP {cores}", "dr_grpo", tensor),
     ]
+    if deterministic:
+        found.append((f"the same, deterministic TP {cores}", "dr_grpo", (*tensor, "model.deterministic=true")))
+    return found
 
 
 def recipe_of(method: str) -> str:
@@ -98,7 +102,7 @@ def recipe_of(method: str) -> str:
 
 def trained(folder: Path, label: str, method: str, size: Size, settings: tuple[str, ...]) -> dict[str, Any]:
     """Medians over a run's steps, and its evaluation. Raises RuntimeError when it fails or its engine is wrong."""
-    name = label.replace(", ", "-").replace(" ", "-")
+    name = label.replace(" ", "-")
     own = folder / name
     train = command("train", recipe_of(method), f"name={name}", f"log.dir={folder}", f"model.path={size.model}")
     started(train + [*settings, "checkpoint.every=0", "log.trackers=[]"])
@@ -180,12 +184,12 @@ def table(rows: list[dict[str, Any]], cores: int, steps: int) -> Table:
     made = Table(title=f"{steps} steps on {cores} cores, float32; seconds are medians after {WARM_UP} steps")
     for name in ("size", "run"):
         made.add_column(name)
-    for name in ("step", f"over {PEER}", *PHASES, "avg@8"):
-        made.add_column(name.replace("_logprob", ""), justify="right")
+    for name in ("step, s", f"/ {PEER}", "rollout", "reward", "old", "update", "sync", "avg@8"):
+        made.add_column(name, justify="right")
     for row in rows:
         peer_s = next(each["step_s"] for each in rows if (each["size"], each["run"]) == (row["size"], PEER))
         phases = [f"{row['phases'][phase]:.3f}" if "phases" in row else "" for phase in PHASES]
         learned = f"{row['avg@8']:.1%}" if "avg@8" in row else ""
-        size = f"{row['size']}, {row['parameters'] / 1e6:.1f} M"
-        made.add_row(size, row["run"], f"{row['step_s']:.3f} s", f"{row['step_s'] / peer_s:.2f}", *phases, learned)
+        size = f"{row['parameters'] / 1e6:.1f} M"
+        made.add_row(size, row["run"], f"{row['step_s']:.3f}", f"{row['step_s'] / peer_s:.2f}", *phases, learned)
     return made

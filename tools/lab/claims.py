@@ -1,7 +1,7 @@
 """What the papers say about entropy, and whether it shows in the lab: decided by a rule from the runs, never by hand.
 
-``recipes/lab/claims.toml`` lists the claims with their rules (rules.py), margins and runs. With the effect's 95 %
-interval over seeds (intervals.py), a claim
+The plan's list (``recipes/lab/claims.toml``) has the claims with their rules (rules.py), margins and runs. With the
+effect's 95 % interval over seeds (intervals.py), a claim
 
     shows                when the whole interval lies beyond the margin on the claimed side,
     shows the opposite   when it lies beyond the margin on the other side,
@@ -29,11 +29,16 @@ from .results import Result, Results
 from .rules import RULES, Criterion
 from .store import UNTRAINED
 
-CLAIMS = Path("recipes/lab/claims.toml")
 SHOWS, OPPOSITE, NOT_DECIDED, NOT_RUN = "shows", "shows the opposite", "not decided", "not run"
 TABLE_RULE = "table_error"
 NULL = "null control"
-FORMATS = {"nats": ("{:+.3f}", "nats", 1), "points": ("{:+.1f}", "points", 100), "percent": ("{:+.1f}", "%", 100)}
+FORMATS = {
+    "nats": ("{:+.3f}", "nats", 1),
+    "points": ("{:+.1f}", "points", 100),
+    "percent": ("{:+.1f}", "%", 100),
+    "ratio": ("{:+.4f}", "of the ratio", 1),
+    "small nats": ("{:+.5f}", "nats", 1),
+}
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,9 @@ class Claim:
     survives: bool = False  # Holm's correction for all claims together
 
 
-def claims(results: Results, table: Mapping[str, Curve]) -> list[Claim]:
+def claims(results: Results, table: Mapping[str, Curve], path: Path) -> list[Claim]:
     """Every claim of the list, in its order, then the null control. Raises ConfigError for a faulty list."""
-    path = find(CLAIMS)
+    path = find(path)
     content = tomllib.loads(path.read_text())
     decided = [_decided(entry, results, table, path) for entry in content["claim"]]
     control = [_decided(entry, results, table, path) for entry in null_entries(content["claim"], content["null"])]

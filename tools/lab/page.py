@@ -25,22 +25,22 @@ TABLE_POINTS = 200  # of a tabular curve's steps
 def write(plan: LabPlan, out: Path) -> tuple[Path, Path]:
     """Write the page and the Markdown of the results in ``out`` (store.py); returns their paths."""
     results = load(plan, out)
-    table = {name: simulate(setting) for name, setting in SETTINGS.items()}
-    decided = claims(results, table)
+    table = {name: simulate(setting) for name, setting in SETTINGS.items()} if plan.exact_table else {}
+    decided = claims(results, table, plan.claims)
     figures = Figures()
     body = [
-        f'<h1>The lab</h1><p class="sub">{escape(summary(plan, results))}</p>',
+        f'<h1>{escape(plan.title)}</h1><p class="sub">{escape(summary(plan, results))}</p>',
         claims_section(decided),
         "<h2>Methods</h2>", html_table(method_rows(results)), f'<p class="sub">{escape(table_note(plan))}</p>',
         *(family_figures(plan, results, name, figures) for name in plan.families if name != plan.details.family),
         controllers(plan, results, figures),
         details(plan, results, figures),
-        tabular(table, figures),
+        tabular(table, figures) if table else "",
         "<h2>Settings</h2>", settings_table(plan),
     ]  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     html, markdown = out / "index.html", out / "README.md"
-    html.write_text(page("The lab", "".join(body), figures.data), encoding="utf-8")
+    html.write_text(page(plan.title, "".join(body), figures.data), encoding="utf-8")
     markdown.write_text(as_markdown(plan, results, decided), encoding="utf-8")
     return html, markdown
 
@@ -154,7 +154,7 @@ def settings_table(plan: LabPlan) -> str:
 def as_markdown(plan: LabPlan, results: Results, decided: Sequence[Claim]) -> str:
     return "\n".join(
         [
-            "# The lab", "", summary(plan, results), "",
+            f"# {plan.title}", "", summary(plan, results), "",
             "Made by `megatron-entropy lab`; the figures are in [index.html](index.html).", "",
             *claims_markdown(decided),
             "## Methods", "", *markdown_table(method_rows(results)), "", table_note(plan), "",
@@ -187,6 +187,7 @@ def family_figures(plan: LabPlan, results: Results, name: str, figures: Figures)
             ("Entropy", "nats per response token, whole vocabulary", "entropy/full", False),
             ("Right answers", "share of the step's responses", "reward/outcome/correct", True),
             ("Length", "tokens per response", "response/length", False),
+            *((curve.title, curve.note, curve.key, curve.percent) for curve in plan.curves),
         )
     ]
     ks = list(shown[0].seeds[0].ks)

@@ -1,4 +1,7 @@
-"""What the lab runs: ``recipes/lab/lab.toml`` and every method that it does not mention, as commands of the tools.
+"""What a lab runs, a plan such as ``recipes/lab/lab.toml``, as commands of the tools.
+
+``every_method`` adds the methods that the plan does not mention, ``exact_table`` the page's section of
+tools/tiny/tabular.py, ``[[curve]]`` metrics that are kept and drawn beside entropy, right answers and lengths.
 
 A run is a recipe with overrides, once per seed. It trains, exports and evaluates with the ordinary commands, so
 each of its lines can be typed by hand. ``start = "other"`` begins from the model that run ``other`` left with the same
@@ -53,7 +56,19 @@ class Details:
 
 
 @dataclass(frozen=True)
+class CurveShown:
+    """A metric of the steps that the page draws for each family."""
+
+    key: str
+    title: str
+    note: str = ""
+    percent: bool = False
+
+
+@dataclass(frozen=True)
 class LabPlan:
+    title: str
+    claims: Path  # the list of claims
     runs: tuple[LabRun, ...]
     baseline: str  # the run that every family is compared with
     details: Details
@@ -61,6 +76,8 @@ class LabPlan:
     set: tuple[str, ...]
     evaluate: tuple[str, ...]  # options of evaluate; the data first
     seeds: int
+    exact_table: bool = False
+    curves: tuple[CurveShown, ...] = ()
     steps: int | None = None  # instead of the recipes'
 
     def select(self, patterns: Sequence[str]) -> LabPlan:
@@ -90,21 +107,26 @@ class Job:
 
 
 def load_plan(path: Path) -> LabPlan:
-    """Read the plan; methods without an entry get one with their own recipe. Raises ConfigError for a faulty one."""
+    """Read a plan. Under ``every_method`` methods without an entry get one with their own recipe.
+
+    Raises ConfigError for a faulty one.
+    """
     path = find(path)
     if not path.is_file():
         raise ConfigError(f"--plan: no such file: {path}")
     content = tomllib.loads(path.read_text())
-    unknown = content.keys() - {"seeds", "set", "evaluate", "baseline", "families", "details", "run"}
+    known = {"title", "claims", "seeds", "set", "evaluate", "baseline", "families", "details", "run"}
+    unknown = content.keys() - known - {"every_method", "exact_table", "curve"}
     if unknown:
         raise ConfigError(f"{path}: unknown keys {', '.join(sorted(unknown))}")
     runs = list[LabRun]()
     for entry in content["run"]:
         runs.append(_run(path, entry, runs))
     mentioned = {run.name for run in runs}
-    missing = [name for name in methods.METHODS if name not in mentioned and find(recipe_of(name)).is_file()]
-    last = list(content["families"])[-1]
-    runs += [LabRun(name, recipe_of(name), family=last) for name in missing]
+    if content.get("every_method", False):
+        missing = [name for name in methods.METHODS if name not in mentioned and find(recipe_of(name)).is_file()]
+        last = list(content["families"])[-1]
+        runs += [LabRun(name, recipe_of(name), family=last) for name in missing]
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1 or (run.start and run.start not in names) or run.family not in content["families"]:
@@ -123,6 +145,8 @@ def load_plan(path: Path) -> LabPlan:
         )
     )
     return LabPlan(
+        content["title"],
+        Path(content["claims"]),
         tuple(runs),
         content["baseline"],
         details,
@@ -130,6 +154,8 @@ def load_plan(path: Path) -> LabPlan:
         tuple(content["set"]),
         tuple(content["evaluate"]),
         int(content["seeds"]),
+        content.get("exact_table", False),
+        tuple(CurveShown(**curve) for curve in content.get("curve", ())),
     )
 
 

@@ -21,9 +21,10 @@ from .intervals import Effect, over_seeds, over_seeds_and_problems
 from .results import Curve, Result, Seed
 
 ENTROPY, RIGHT, STAGE = "entropy/full", "reward/outcome/correct", "data/stage"
+RATIO, MISMATCH = "mismatch/ratio", "mismatch/mean"
 WINDOW = 5  # steps of a running mean
 LEVELS = 10  # of right answers at which two runs are compared
-Unit = Literal["nats", "points", "percent"]
+Unit = Literal["nats", "points", "percent", "ratio", "small nats"]
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,19 @@ def closer_to_target(a: Result, b: Result) -> Effect:
     return over_seeds([abs(y) - abs(x) for x, y in zip(a.distance, b.distance, strict=True)])
 
 
+# --- engine and trainer ---
+
+
+def ratio_error(a: Result, b: Result) -> Effect:
+    """How much further the late probability ratio, trainer to engine, of ``b`` is from 1 than that of ``a``."""
+    return over_seeds(_minus(*([abs(ratio - 1) for ratio in run.late(RATIO)] for run in (b, a))))
+
+
+def mismatch(a: Result, b: Result) -> Effect:
+    """How much more nats a token engine and trainer are apart in ``b`` than in ``a``, late."""
+    return over_seeds(_minus(b.late(MISMATCH), a.late(MISMATCH)))
+
+
 # --- held-out problems ---
 
 
@@ -188,6 +202,13 @@ def _pass_shown(a: Result, b: Result, k: int) -> str:
     return " against ".join(_share([seed.metrics[f"pass@{k}"] for seed in run.seeds]) for run in (a, b))
 
 
+def _late_of(key: str) -> Callable[[Result, Result], str]:
+    def shown(a: Result, b: Result) -> str:
+        return " against ".join(f"{statistics.fmean(run.late(key)):.6f}" for run in (a, b))
+
+    return shown
+
+
 def _rises_shown(run: Result, alarm: str) -> str:
     right = f"{_share(run.late(RIGHT))} right answers"
     return f"{_nats(run.first(ENTROPY))} to {_nats(run.late(ENTROPY))} nats, {right}"
@@ -229,6 +250,12 @@ RULES = {
     ),
     "closer_to_target": Criterion(
         "late mean of {0} closer to the target than {1}'s", "percent", 2, closer_to_target, _target_shown
+    ),
+    "ratio_error": Criterion(
+        "late probability ratio of {0} closer to 1 than {1}'s", "ratio", 2, ratio_error, _late_of(RATIO)
+    ),
+    "mismatch": Criterion(
+        "late difference of engine and trainer in {0} below {1}'s", "small nats", 2, mismatch, _late_of(MISMATCH)
     ),
     "avg_at_k": Criterion(
         "held-out avg@16 of {0} above {1}'s", "points", 2, avg_at_k, _avg_shown, untrained=True, null=True

@@ -56,7 +56,7 @@ def collect(plan: LabPlan, folder: Path, out: Path) -> None:
         config, _ = configuration(plan, run, 0, folder)
         controller = methods.create(config.method).controller
         own = () if controller is None else (controller.measured, controller.target, controller.output)
-        keys = (*KEPT, *(key for key in own if isinstance(key, str)))
+        keys = (*KEPT, *(curve.key for curve in plan.curves), *(key for key in own if isinstance(key, str)))
         with_tokens = run.name in plan.details.tokens
         there |= {seed: _seed(seed, path, found, keys, with_tokens) for seed, path, found in finished}
         content = _settings(run) | {

@@ -6,6 +6,7 @@ always and the right answer sometimes: low avg@8, much higher pass@8, and entrop
 outcome. That is what reinforcement learning needs to begin with.
 
     python -m tools.tiny.base_model --out recipes/tiny/base
+    python -m tools.tiny.base_model --experts --out recipes/tiny/moe      a mixture of experts in bf16, trained briefly
     python -m tools.tiny.base_model --measure recipes/tiny/base
 """
 
@@ -16,6 +17,7 @@ import random
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,11 +25,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import (
     AddedToken,
+    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from megatron_ext.types import Problem
@@ -47,6 +52,9 @@ CHAT_TEMPLATE = (
 )
 
 
+Model = Qwen2ForCausalLM | Qwen3MoeForCausalLM
+
+
 @dataclass(frozen=True)
 class Stage:
     """A part of the imitation: ``wrong_share`` of its demonstrations are wrong."""
@@ -57,6 +65,7 @@ class Stage:
 
 
 STAGES = (Stage(steps=1500, lr=2e-3, wrong_share=0.0), Stage(steps=150, lr=3e-4, wrong_share=0.6))
+BRIEF = (Stage(steps=900, lr=3e-3, wrong_share=0.0), Stage(steps=100, lr=3e-4, wrong_share=0.6))
 MAX_RESPONSE_TOKENS = 24
 IGNORED = -100  # a label that no loss is taken of
 
@@ -108,6 +117,36 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
     return model
 
 
+def build_experts(tokenizer: PreTrainedTokenizerBase) -> Qwen3MoeForCausalLM:
+    """Four layers of eight experts, two a token; the same divisors."""
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=192,
+        moe_intermediate_size=48,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        router_aux_loss_coef=0.01,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,  # pyright: ignore[reportCallIssue] an attribute of the class, which the stubs miss
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        use_sliding_window=False,
+        bos_token_id=None,
+        eos_token_id=SPECIAL.index("<eos>"),
+        pad_token_id=SPECIAL.index("<pad>"),
+        initializer_range=0.04,
+        dtype="float32",
+    )
+    model = Qwen3MoeForCausalLM(config)
+    generation = model.generation_config
+    generation.do_sample, generation.max_new_tokens = True, MAX_RESPONSE_TOKENS
+    return model
+
+
 def demonstrate(problem: Problem, rng: random.Random, wrong_share: float) -> str:
     """A response to imitate: right, or with probability ``wrong_share`` in the right form only."""
     wrong = rng.random() < wrong_share
@@ -143,7 +182,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[Problem, str]])
 
 
 def train(
-    model: Qwen2ForCausalLM,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     held_out: list[Problem],
     stage: Stage,
@@ -169,7 +208,8 @@ def train(
             ]
             pairs = [(problem, demonstrate(problem, rng, stage.wrong_share)) for problem in problems]
             ids, labels = encode(tokenizer, pairs)
-            loss = model(input_ids=ids, labels=labels).loss
+            balance = {"output_router_logits": True} if isinstance(model, Qwen3MoeForCausalLM) else {}
+            loss = model(input_ids=ids, labels=labels, **balance).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -195,7 +235,7 @@ class Measurement:
 
 @torch.no_grad()
 def measure(
-    model: Qwen2ForCausalLM,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     problems: list[Problem],
     *,
@@ -249,6 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m tools.tiny.base_model", description="Train or measure the tiny base model."
     )
     parser.add_argument("--out", type=Path, default=Path("recipes/tiny/base"), help="folder (default: %(default)s)")
+    parser.add_argument("--experts", action="store_true", help="a mixture of experts, saved in bf16")
     parser.add_argument("--measure", type=Path, help="only measure the model in this folder, train nothing")
     parser.add_argument(
         "--eval",
@@ -263,14 +304,14 @@ def main(arguments: list[str] | None = None) -> None:
     if options.measure is None:
         torch.manual_seed(options.seed)
         tokenizer = build_tokenizer()
-        model = build_model(tokenizer)
+        model = build_experts(tokenizer) if options.experts else build_model(tokenizer)
         rng = random.Random(f"demonstrations {options.seed}")  # not the stream that the held-out problems came from
-        for stage in STAGES:
+        for stage in BRIEF if options.experts else STAGES:
             train(model, tokenizer, held_out, stage, rng=rng)
-        model.save_pretrained(options.out)
+        (model.bfloat16() if options.experts else model).save_pretrained(options.out)
         tokenizer.save_pretrained(options.out, save_jinja_files=False)
     folder = options.out if options.measure is None else options.measure
-    model = Qwen2ForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).float()
     measured = measure(
         model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), held_out, samples=options.samples
     )

@@ -17,10 +17,11 @@ from tools.lab.claims import NOT_DECIDED, NOT_RUN, NULL, OPPOSITE, SHOWS, claims
 from tools.lab.intervals import over_seeds
 from tools.lab.plan import LabRun, load_plan
 from tools.lab.results import Result, Results, Seed
-from tools.lab.rules import ENTROPY, RIGHT, RULES, STAGE, at_equal_reward, rise, rises, switch_of
+from tools.lab.rules import ENTROPY, MISMATCH, RATIO, RIGHT, RULES, STAGE, at_equal_reward, rise, rises, switch_of
 from tools.tiny.tabular import SETTINGS, Setting, simulate
 
 ROOT = Path(__file__).parents[3]
+CLAIMS = Path("recipes/lab/claims.toml")
 FALLING = [0.4, 0.4, 0.3, 0.3, 0.2, 0.2, 0.18, 0.2, 0.22]  # late mean .2
 QUICK = {name: Setting(steps=10) for name in SETTINGS}
 
@@ -141,16 +142,30 @@ def test_a_verdict_needs_the_whole_interval(values: list[float], margin: float, 
 # --- the list ---
 
 
-def test_every_claim_names_runs_of_the_plan_and_settings_of_the_table() -> None:
-    runs = {run.name for run in load_plan(Path("recipes/lab/lab.toml")).runs} | {"untrained"}
-    content = tomllib.loads(Path("recipes/lab/claims.toml").read_text())
-    for claim in content["claim"]:
-        assert set(claim.get("runs", ())) <= runs and set(claim.get("settings", ())) <= SETTINGS.keys(), claim
-    assert set(content["null"]) <= runs
-    used = {claim["rule"] for claim in content["claim"]} - {"table_error"}
-    assert used == RULES.keys()
-    asked = {(entry["rule"], entry["margin"]) for entry in null_entries(content["claim"], content["null"])}
-    assert asked == {(c["rule"], c["margin"]) for c in content["claim"] if c["rule"] in RULES and RULES[c["rule"]].null}
+def test_every_claim_names_runs_of_its_plan_and_settings_of_the_table() -> None:
+    used = {"table_error"}
+    for plan in (load_plan(Path(f"recipes/lab/{name}.toml")) for name in ("lab", "replay")):
+        runs = {run.name for run in plan.runs} | {"untrained"}
+        content = tomllib.loads(plan.claims.read_text())
+        for claim in content["claim"]:
+            assert set(claim.get("runs", ())) <= runs and set(claim.get("settings", ())) <= SETTINGS.keys(), claim
+        assert set(content["null"]) <= runs
+        used |= {claim["rule"] for claim in content["claim"]}
+        asked = {(entry["rule"], entry["margin"]) for entry in null_entries(content["claim"], content["null"])}
+        compared = [c for c in content["claim"] if c["rule"] in RULES and RULES[c["rule"]].null]
+        assert asked == {(c["rule"], c["margin"]) for c in compared}
+    assert used == RULES.keys() | {"table_error"}
+
+
+def test_engine_and_trainer_are_compared_by_how_far_their_late_ratio_is_from_one() -> None:
+    replayed = [seed(i, [1], 16, mismatch__ratio=[0.9, 1.0, 1.0], mismatch__mean=[1, 1, 0.001]) for i in range(4)]
+    off = [seed(i, [1], 16, mismatch__ratio=[1.0, 1.0, 0.99 - i / 1e3], mismatch__mean=[0, 0, 0.011]) for i in range(4)]
+    pair = result("top_p", *replayed), result("top_p_off", *off)
+    effect = RULES["ratio_error"].measure(*pair)
+    assert effect.mean == pytest.approx(0.0115) and verdict_of(effect, 0.001) == SHOWS
+    assert verdict_of(RULES["ratio_error"].measure(*pair[::-1]), 0.001) == OPPOSITE
+    assert RULES["mismatch"].measure(*pair).mean == pytest.approx(0.01)
+    assert RULES["mismatch"].shown(*pair) == "0.001000 against 0.011000"
 
 
 def test_claims_are_decided_by_the_seeds_that_all_runs_have() -> None:
@@ -169,7 +184,7 @@ def test_claims_are_decided_by_the_seeds_that_all_runs_have() -> None:
     ]
     grpo = [seed(i, [8, 9], 16, entropy__full=FALLING, reward__outcome__correct=right) for i in range(3)]
     runs = {"aer": result("aer", *held, controller=aer), "grpo": result("grpo", *grpo)}
-    found = {claim.text: claim for claim in claims(Results(seed(0, [1, 4], 16), runs, "grpo"), tables())}
+    found = {claim.text: claim for claim in claims(Results(seed(0, [1, 4], 16), runs, "grpo"), tables(), CLAIMS)}
     collapse = found["GRPO's entropy collapses where AER's does not"]
     assert (collapse.verdict, collapse.num_seeds, collapse.survives) == (SHOWS, 3, True)
     assert collapse.measured == "100.0% of the first step's entropy against 50.0%"
@@ -187,7 +202,7 @@ def test_a_faulty_list_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         text = f'null = ["a", "b"]\n[[claim]]\npaper = "p"\ntext = "t"\nruns = ["a"]\n{line}\n'
         (tmp_path / "claims.toml").write_text(text)
         with pytest.raises(ConfigError, match="claim 't'"):
-            claims(Results(None, {}, "a"), {})
+            claims(Results(None, {}, "a"), {}, CLAIMS)
 
 
 def tables() -> dict:
@@ -205,7 +220,9 @@ def drawn(rng: np.random.Generator, name: str, difficulty: np.ndarray, *, more: 
         right = 0.12 + (0.3 + more + luck) * (1 - np.exp(-steps / 25)) + rng.normal(0, 0.03, 60)
         entropy = 0.45 - (0.27 - more + luck) * (1 - np.exp(-steps / 20)) + rng.normal(0, 0.01, 60)
         counts = rng.binomial(16, np.clip(difficulty + luck + more, 0, 1))
-        curves = {"entropy__full": entropy, RIGHT.replace("/", "__"): right, STAGE.replace("/", "__"): steps // 30}
+        curves = {ENTROPY: entropy, RIGHT: right, STAGE: steps // 30}
+        curves |= {RATIO: 1 - 0.1 * rng.random(60), MISMATCH: 0.01 + abs(luck) + 0.001 * rng.random(60)}
+        curves = {key.replace("/", "__"): curve for key, curve in curves.items()}
         seeds.append(seed(number, c=counts, n=16, **{key: list(map(float, curve)) for key, curve in curves.items()}))
     return result(name, *seeds, controller=Controller(measured=ENTROPY, target=0.25))
 

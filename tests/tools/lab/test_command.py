@@ -33,6 +33,7 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_method_with_a_recipe_is_in_the_plan_and_every_run_is_valid(tmp_path: Path) -> None:
     plan = load_plan(PLAN)
+    assert plan.exact_table
     recipes = {run.recipe.stem.removesuffix("-tiny-cpu") for run in plan.runs}
     assert recipes >= {name for name in METHODS if Path(f"recipes/{name}/{name}-tiny-cpu.toml").is_file()}
     planned = jobs(plan, tmp_path)  # raises for an override that no configuration takes
@@ -114,7 +115,8 @@ def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
 def write_plan(folder: Path, *, runs: str, steps: int = 3) -> Path:
     path = folder / "plan.toml"
     path.write_text(
-        'seeds = 2\nbaseline = "grpo"\n'
+        'title = "A lab"\nclaims = "recipes/lab/claims.toml"\n'
+        'every_method = true\nexact_table = true\nseeds = 2\nbaseline = "grpo"\n'
         f'set = ["parallel.ranks_per_node=1", "parallel.tensor=1", "train.steps={steps}", "log.trackers=[]", '
         '"rollout.prompts=4", "train.mini_batch_prompts=4", "rollout.samples=2", "checkpoint.every=1"]\n'
         'evaluate = ["--data=recipes/tiny/data/eval.jsonl", "--samples=2", "--limit=3", "--max-response-tokens=16", '
