@@ -8,9 +8,9 @@ top-k then sends a token through other experts, and its log-prob is that of anot
 
 Megatron-Core has a hook for it, ``router_replay`` of a router, but the class it puts there does not fit
 (transformer/moe/router_replay.py). It keeps all routers in one global list, also those of the reference and the critic,
-which must choose for themselves. It wants experts for every token: padding has none, nor has a response's last token,
-which an engine samples and never reads. And a switch tells it whether a forward is a recomputation, for which pipeline
-schedules, where forward and backward take turns, have no place. ``RoutingReplay`` stands behind the same hook instead.
+which must choose for themselves. It wants experts for every token, and padding has none. And a switch tells it whether
+a forward is a recomputation, for which pipeline schedules, where forward and backward take turns, have no place.
+``RoutingReplay`` stands behind the same hook instead.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The experts that the rollout engine chose, checked before the trainer replays them, and compared with its own choice.
 
 Under ``rollout.routing_replay`` every pass of the policy takes them: the one before the update, the update's own, and
-those between updates. The reference and the critic, which did not sample, choose for themselves. An engine does not
-know the experts of a response's last token, which it never reads: the policy takes its own top-k there. Nothing comes
-of it, since that token's logits predict nothing and no other token attends to it.
+those between updates. The reference and the critic, which did not sample, choose for themselves. Neither the engine nor
+the trainer reads a response's last token.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from megatron_ext.methods.base import Reducer
 from megatron_ext.model.architectures import Architecture
 from megatron_ext.model.build import Policy
 from megatron_ext.rollout.base import RolloutError
+from megatron_ext.train import packing
 from megatron_ext.types import Episode, Sample
 
 
@@ -50,8 +50,8 @@ def describe(episodes: Sequence[Episode], policy: Policy, reduce: Reducer) -> di
 
 
 def num_read(sample: Sample) -> int:
-    """Tokens that the engine has read: all but the last one."""
-    return len(sample.prompt_ids) + len(sample.response_ids) - 1
+    """Tokens of which the engine has chosen experts."""
+    return packing.num_read((sample.prompt_ids, sample.response_ids))
 
 
 def _fault(sample: Sample, a: Architecture) -> str | None:
