@@ -23,7 +23,6 @@ from megatron_ext.ops.candidates import (
     Candidates,
     Mass,
     block_maxima,
-    in_nucleus,
     make_candidates,
     num_blocks,
     positions_above,
@@ -152,15 +151,16 @@ def gradient(logits: Tensor, column: Tensor, scale: Tensor, real: int, token: To
 def _dense(logits: Tensor, column: Tensor, scale: Tensor, token: TokenGradient, out: Tensor, scratch: Tensor) -> None:
     """The gradient of a block of tokens at every column."""
     x, d, e = _block(logits, scratch)
-    nucleus, inside, extra = token.nucleus, None, None
-    if nucleus is not None:
-        inside = in_nucleus(x, nucleus.theta, nucleus.keep_equal)
+    nucleus, extra = token.nucleus, None
+    if nucleus is not None:  # 0 and 1, in numbers: a product takes a fraction of torch.where's time
+        compare = torch.ge if nucleus.keep_equal else torch.gt
+        extra = compare(x, nucleus.theta, out=torch.empty_like(e))
     torch.sub(x, token.maximum, out=d).mul_(scale / math.log(2))
     if token.b is not None or nucleus is not None:
         d.clamp_min_(LOWEST)
     torch.exp2(d, out=e)
-    if nucleus is not None and inside is not None:
-        extra = torch.where(inside, (d * (nucleus.b * math.log(2))).add_(nucleus.a).mul_(e), 0)
+    if nucleus is not None and extra is not None:
+        extra.mul_(e).mul_((d * (nucleus.b * math.log(2))).add_(nucleus.a))
     result = out if out.dtype == d.dtype else d
     if token.b is not None:
         torch.mul(d.mul_(token.b * math.log(2)).add_(token.a), e, out=result)
