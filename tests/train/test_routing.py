@@ -26,6 +26,7 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 from megatron_ext import cpu_compat
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.schema import ParallelConfig
+from megatron_ext.data.prompts import encode_prompts
 from megatron_ext.methods.base import Needs
 from megatron_ext.model import architectures, build, hf_weights, parallel
 from megatron_ext.model.critic import build_critic, values
@@ -40,7 +41,10 @@ from megatron_ext.types import Episode, PackedSequences, Sample
 from tests import gloo, tiny
 from tests.train.test_invariance import SIREN, norm, one_step, reference, worst
 from tests.train.test_invariance_stages import by_expert
+from tools.tiny.task import read
 
+ROOT = Path(__file__).parents[2]
+TRAINED = ROOT / "recipes" / "tiny" / "moe"
 LAYERS, EXPERTS, TOP_K = 4, 4, 2
 EPISODES = tiny.episodes()
 Router = modeling_qwen3_moe.Qwen3MoeTopKRouter
@@ -216,18 +220,13 @@ def test_the_reference_and_the_critic_choose_their_own_experts() -> None:
     assert torch.equal(policy[1], frozen[1])  # nothing told: the policy's own, as of the reference with its weights
 
 
-@pytest.fixture(scope="module")
-def low_precision(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose engine computes in bf16, and whose trainer in fp32 with the same weights."""
-    folder = tmp_path_factory.mktemp("model") / "moe"
-    return tiny.experts_model(folder, layers=4, experts=8, dtype=torch.bfloat16)
-
-
-def sampled(folder: Path) -> list[Sample]:
-    draw = random.Random(5)
-    requests = [Request(tuple(draw.randrange(2, 50) for _ in range(12)), seed_of(0, i)) for i in range(32)]
-    engine = HFEngine(folder)
+def sampled() -> list[Sample]:
+    """Answers of the tiny mixture of experts, whose weights are in bf16, to held-out problems."""
+    problems = read(ROOT / "recipes/tiny/data/eval.jsonl")
+    engine = HFEngine(TRAINED)
     assert engine.model.dtype == torch.bfloat16
+    encoded = encode_prompts(engine.tokenizer, problems)
+    requests = [Request(ids, seed_of(0, number)) for number, (_, ids) in enumerate(encoded)]
     return engine.generate(requests, Sampling(1.0, 1.0, 24, routing=True))
 
 
@@ -261,10 +260,10 @@ def compared(rank: int, world: int, path: str, samples: list[Sample]) -> dict[bo
     return found
 
 
-def test_an_engine_in_lower_precision_and_the_trainer_use_the_same_experts(low_precision: Path) -> None:
-    [found] = gloo.run(compared, 1, str(low_precision), sampled(low_precision))
+def test_an_engine_in_lower_precision_and_the_trainer_use_the_same_experts() -> None:
+    [found] = gloo.run(compared, 1, str(TRAINED), sampled())
     elsewhere, choice, reported, replayed_kl = found[True]
     assert elsewhere == 0 and 0 < choice == pytest.approx(reported, rel=1e-6)
     without, _, unmeasured, kl = found[False]
-    assert without >= choice > 0.005 and unmeasured == 0
-    assert replayed_kl < kl / 2
+    assert without >= choice > 0.002 and unmeasured == 0
+    assert replayed_kl < 0.7 * kl
