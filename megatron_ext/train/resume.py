@@ -13,7 +13,8 @@ from megatron_ext.train.trainer import Trainer
 
 FREE = (  # keys a resumed run may change one by one, besides whole sections
     *("optimizer.decay_steps", "critic.decay_steps"),  # what follows from them may not: checkpoint.py::_check_schedule
-    *("train.steps", "train.micro_batch_tokens", "train.max_bad_steps", "train.hang_minutes", "name"),
+    *("train.steps", "train.micro_batch_tokens", "train.share_prompts", "train.max_bad_steps", "train.hang_minutes"),
+    "name",
     *("rollout.batch_size", "rollout.tensor_parallel_size", "rollout.gpu_memory_utilization", "rollout.enforce_eager"),
     "rollout.model_runner",
     *("model.fused_head", "model.offload_reference", "model.offload_optimizer", "model.recompute"),
