@@ -131,7 +131,8 @@ def _measured(
         return replace(claim, measured="too few steps")
     except ValueError as error:
         return replace(claim, measured=str(error))
-    if rule.untrained and UNTRAINED not in names and results.untrained is not None:
+    own_model = any(run.run.has_own_model for run in found)
+    if rule.untrained and UNTRAINED not in names and results.untrained is not None and not own_model:
         metric = f"pass@{options['k']}" if "k" in options else next(iter(results.untrained.metrics))
         shown += f"; untrained {results.untrained.metrics[metric]:.1%}"
     return replace(

@@ -195,7 +195,7 @@ def family_figures(plan: LabPlan, results: Results, name: str, figures: Figures)
         Series(result.run.name, [statistics.fmean(result.evaluated(f"pass@{k}")) for k in ks], color(result, i))
         for i, result in enumerate(shown)
     ]
-    if results.untrained is not None:
+    if results.untrained is not None and not any(result.run.has_own_model for result in members):
         untrained = [results.untrained.metrics[f"pass@{k}"] for k in ks]
         curves.append(Series("untrained", untrained, 7, dashed=True))
     parts.append(figures.add("pass@k", "held-out problems, over k", ks, curves, percent=True, x="k"))

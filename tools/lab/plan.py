@@ -44,6 +44,11 @@ class LabRun:
     note: str = ""
     first_seed: int = 0  # train.seed of the run's seed 0
 
+    @property
+    def has_own_model(self) -> bool:
+        """Whether it begins with another model than the plan's first run."""
+        return any(override.startswith("model.path=") for override in self.set)
+
 
 @dataclass(frozen=True)
 class Details:
