@@ -17,6 +17,7 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,7 +57,8 @@ def run(options: argparse.Namespace) -> int:
     if not python.exists():
         raise ConfigError(f"--peer: no such file: {python}; make it with: make {options.peer}/.installed")
     cores = len(os.sched_getaffinity(0))
-    console, rows, out = Console(), list[dict[str, Any]](), Path(options.out) / "step.json"
+    console, rows = Console(width=None if sys.stdout.isatty() else 120), list[dict[str, Any]]()
+    out = Path(options.out) / "step.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -92,7 +94,7 @@ def ours(cores: int, *, deterministic: bool = False) -> list[tuple[str, str, tup
         (f"dr_grpo TP {cores}", "dr_grpo", tensor),
     ]
     if deterministic:
-        found.append((f"the same, deterministic TP {cores}", "dr_grpo", (*tensor, "model.deterministic=true")))
+        found.append((f"deterministic TP {cores}", "dr_grpo", (*tensor, "model.deterministic=true")))
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +195,17 @@ def test_claims_are_decided_by_the_seeds_that_all_runs_have() -> None:
     answers = found["AER ends with a higher pass@16 than GRPO"]
     assert "untrained 100.0%" in answers.measured and answers.published.startswith("avg. pass@32 72.5")
     assert found["grpo_again and grpo differ by chance only"].paper == NULL
+
+
+def test_the_untrained_model_stands_beside_runs_that_began_with_it() -> None:
+    def measured(*overrides: str) -> str:
+        runs = {name: result(name, *(seed(i, [8, 9], 16) for i in range(4))) for name in ("experts", "experts_off")}
+        runs = {name: replace(run, run=replace(run.run, set=overrides)) for name, run in runs.items()}
+        found = claims(Results(seed(0, [1, 4], 16), runs, "grpo"), {}, Path("recipes/lab/replay-claims.toml"))
+        return next(claim.measured for claim in found if "answers" in claim.text and claim.paper == "experts")
+
+    assert measured("train.steps=60").endswith("untrained 15.6%")
+    assert "untrained" not in measured('model.path="recipes/tiny/moe"')
 
 
 def test_a_faulty_list_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
