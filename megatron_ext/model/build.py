@@ -27,7 +27,7 @@ from torch import Tensor
 from megatron_ext import cpu_compat
 from megatron_ext.model import deterministic, groups, rope
 from megatron_ext.model.architectures import Architecture
-from megatron_ext.model.layers import block_spec, have_transformer_engine
+from megatron_ext.model.layers import block_spec
 from megatron_ext.model.megatron_config import ModelLayout, ModelOptions, stage_sizes, transformer_config
 from megatron_ext.model.routing import PolicyRouting
 from megatron_ext.ops.shard import VocabShard
@@ -81,11 +81,12 @@ class Policy:
 
     @property
     def can_share_prompts(self) -> bool:
-        """Whether its attention reads micro-batches in which several responses have one prompt.
+        """Whether its layers read micro-batches in which several responses have one prompt.
 
-        Transformer Engine's does not; and experts are balanced over the tokens of whole sequences.
+        Those of a CPU do, attention and rotation (``rope.use_rotate_packed``); and experts are balanced over the tokens
+        of whole sequences.
         """
-        return not have_transformer_engine() and self.architecture.experts is None
+        return cpu_compat.device().type == "cpu" and self.architecture.experts is None
 
     @property
     def stages(self) -> tuple[int, ...]:
