@@ -24,7 +24,10 @@ from .arguments import command_parser
 
 RECIPE = "recipes/siren/siren-tiny-cpu.toml"
 BASE = "recipes/tiny/base"
-HELD_OUT = "recipes/tiny/data/eval.jsonl"
+HELD_OUT = (  # options of evaluate
+    *("--data", "recipes/tiny/data/eval.jsonl", "--samples", "8"),
+    *("--max-prompt-tokens", "48", "--max-response-tokens", "32"),
+)
 EVALUATION = "evaluation.json"
 ROWS = ("avg@8", "maj@8", "pass@8")
 DEFAULT = RolloutConfig().engine
@@ -65,9 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def evaluate(model: str, label: str, run: Path, engine: str) -> list[str]:
-    options = ["--data", HELD_OUT, "--samples", "8", "--max-prompt-tokens", "48", "--max-response-tokens", "32"]
     sampling = ["--engine", engine, *(["--enforce-eager"] if "enforce_eager" in ENGINES[engine].keys else [])]
-    return ["evaluate", model, *options, *sampling, "--out", str(run / EVALUATION), "--label", label]
+    return ["evaluate", model, *HELD_OUT, *sampling, "--out", str(run / EVALUATION), "--label", label]
 
 
 def result(run: Path) -> Table:

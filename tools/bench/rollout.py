@@ -17,6 +17,7 @@ import shutil
 import statistics
 import subprocess
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,24 +75,11 @@ def run(options: argparse.Namespace) -> int:
 def measured(folder: Path, model: Path, engine: str, length: int, options: argparse.Namespace) -> dict[str, float]:
     """Medians over the steps after the warm-up. Raises RuntimeError when the run fails or its engine is wrong."""
     name = f"{model.name}-{engine}"
-    train = command("train", RECIPE, f"name={name}", f"log.dir={folder}")
-    train += [f"model.path={model}", f"rollout.engine={engine}", f"rollout.max_response_tokens={length}"]
-    train += [
-        f"train.steps={options.steps}",
-        f"rollout.enforce_eager={str(not options.compile).lower()}",
-        "checkpoint.every=0",
-    ]
-    train += [f"rollout.prompts={PROMPTS}", f"train.mini_batch_prompts={PROMPTS}", f"rollout.samples={SAMPLES}"]
-    train += ["log.trackers=[]", "alarms.mismatch=0"]
-    done = subprocess.run(train, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(train)}: exit code {done.returncode}\n{done.stdout[-4000:]}")
-    steps = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    settings = [f"model.path={model}", f"rollout.engine={engine}", f"rollout.max_response_tokens={length}"]
+    settings += [f"train.steps={options.steps}", f"rollout.enforce_eager={str(not options.compile).lower()}"]
+    settings += [f"rollout.prompts={PROMPTS}", f"train.mini_batch_prompts={PROMPTS}", f"rollout.samples={SAMPLES}"]
+    steps = steps_of(folder, name, RECIPE, *settings)
     worst = max(step["mismatch/mean"] for step in steps)
-    if not worst < WORST:
-        raise RuntimeError(
-            f"{name}: engine and trainer differ by {worst:.2g} nats, expected below {WORST:g}: no timing"
-        )
     steps = steps[WARM_UP:]
     median = {key: statistics.median(step[key] for step in steps) for key in steps[0] if key != "step"}
     return {
@@ -103,6 +91,26 @@ def measured(folder: Path, model: Path, engine: str, length: int, options: argpa
         "step_s": median["time/step_s"],
         "mismatch": worst,
     }
+
+
+def steps_of(folder: Path, name: str, recipe: str, *settings: str) -> list[dict[str, float]]:
+    """Train, and the metrics of every step. Raises RuntimeError when the run fails or its engine is wrong."""
+    common = ("checkpoint.every=0", "log.trackers=[]", "alarms.mismatch=0")
+    started(command("train", recipe, f"name={name}", f"log.dir={folder}", *settings, *common))
+    steps = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    worst = max(step["mismatch/mean"] for step in steps)
+    if not worst < WORST:
+        raise RuntimeError(
+            f"{name}: engine and trainer differ by {worst:.2g} nats, expected below {WORST:g}: no timing"
+        )
+    return steps
+
+
+def started(line: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+    """Run a command to its end. Raises RuntimeError with the end of what it said where it fails."""
+    done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(line)}: exit code {done.returncode}\n{done.stdout[-4000:]}")
 
 
 def parameters(model: Path) -> int:

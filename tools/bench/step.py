@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -38,9 +37,10 @@ from megatron_ext.rollout.model_files import load_tokenizer
 
 from .. import command
 from ..evaluate import load_evaluations
-from .rollout import BASE, WARM_UP, WORST, parameters, random_model
+from ..lab.plan import recipe_of
+from ..quickstart import HELD_OUT
+from .rollout import BASE, WARM_UP, parameters, random_model, started, steps_of
 
-HELD_OUT = "recipes/tiny/data/eval.jsonl"
 PEER = "TRL"
 PHASES = ("rollout", "reward", "old_logprob", "update", "sync")
 
@@ -98,21 +98,11 @@ def ours(cores: int, *, deterministic: bool = False) -> list[tuple[str, str, tup
     return found
 
 
-def recipe_of(method: str) -> str:
-    return f"recipes/{method}/{method}-tiny-cpu.toml"
-
-
 def trained(folder: Path, label: str, method: str, size: Size, settings: tuple[str, ...]) -> dict[str, Any]:
     """Medians over a run's steps, and its evaluation. Raises RuntimeError when it fails or its engine is wrong."""
     name = label.replace(" ", "-")
     own = folder / name
-    train = command("train", recipe_of(method), f"name={name}", f"log.dir={folder}", f"model.path={size.model}")
-    started(train + [*settings, "checkpoint.every=0", "log.trackers=[]"])
-    steps = [json.loads(line) for line in (own / "metrics.jsonl").read_text().splitlines()]
-    worst = max(step["mismatch/mean"] for step in steps)
-    if not worst < WORST:
-        raise RuntimeError(f"{label}: engine and trainer differ by {worst:.2g} nats, expected below {WORST:g}")
-    counted = steps[WARM_UP:]
+    counted = steps_of(folder, name, str(recipe_of(method)), f"model.path={size.model}", *settings)[WARM_UP:]
     medians = {phase: statistics.median(step[f"time/{phase}_s"] for step in counted) for phase in PHASES}
     found = {"step_s": statistics.median(step["time/step_s"] for step in counted), "phases": medians}
     found |= {"parameters": parameters(size.model), "tokens": statistics.median(map(response_tokens, counted))}
@@ -166,16 +156,8 @@ def settings_of(config: Config, out: Path, cores: int) -> dict[str, Any]:
 
 
 def evaluated(model: Path, out: Path) -> float:
-    options = ["--data", HELD_OUT, "--samples", "8", "--max-prompt-tokens", "48", "--max-response-tokens", "32"]
-    started(command("evaluate", str(model), *options, "--out", str(out), "--label", "after"))
+    started(command("evaluate", str(model), *HELD_OUT, "--out", str(out), "--label", "after"))
     return load_evaluations(out)["after"]["metrics"]["avg@8"]["mean"]
-
-
-def started(line: list[str], environment: Mapping[str, str] | None = None) -> None:
-    """Run a command to its end. Raises RuntimeError with the end of what it said where it fails."""
-    done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(line)}: exit code {done.returncode}\n{done.stdout[-4000:]}")
 
 
 def response_tokens(step: Mapping[str, float]) -> float:

@@ -124,14 +124,16 @@ def load_plan(path: Path) -> LabPlan:
     unknown = content.keys() - known - {"every_method", "exact_table", "curve"}
     if unknown:
         raise ConfigError(f"{path}: unknown keys {', '.join(sorted(unknown))}")
+    if missing := known - {"details"} - content.keys():
+        raise ConfigError(f"{path}: missing keys {', '.join(sorted(missing))}")
     runs = list[LabRun]()
     for entry in content["run"]:
         runs.append(_run(path, entry, runs))
     mentioned = {run.name for run in runs}
     if content.get("every_method", False):
-        missing = [name for name in methods.METHODS if name not in mentioned and find(recipe_of(name)).is_file()]
+        others = [name for name in methods.METHODS if name not in mentioned and find(recipe_of(name)).is_file()]
         last = list(content["families"])[-1]
-        runs += [LabRun(name, recipe_of(name), family=last) for name in missing]
+        runs += [LabRun(name, recipe_of(name), family=last) for name in others]
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1 or (run.start and run.start not in names) or run.family not in content["families"]:
@@ -160,12 +162,20 @@ def load_plan(path: Path) -> LabPlan:
         tuple(content["evaluate"]),
         int(content["seeds"]),
         content.get("exact_table", False),
-        tuple(CurveShown(**curve) for curve in content.get("curve", ())),
+        tuple(_curve(path, entry) for entry in content.get("curve", ())),
     )
 
 
 def recipe_of(method: str) -> Path:
     return RECIPES / method / f"{method}-tiny-cpu.toml"
+
+
+def _curve(path: Path, entry: dict[str, Any]) -> CurveShown:
+    try:
+        return CurveShown(**entry)
+    except TypeError:
+        expected = "key and title, and at most note and percent"
+        raise ConfigError(f"{path}: curve {entry.get('key')}: expected {expected}, found {sorted(entry)}") from None
 
 
 def _run(path: Path, entry: dict[str, Any], earlier: Sequence[LabRun]) -> LabRun:

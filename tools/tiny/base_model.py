@@ -17,7 +17,7 @@ import random
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -53,6 +53,7 @@ CHAT_TEMPLATE = (
 
 
 Model = Qwen2ForCausalLM | Qwen3MoeForCausalLM
+AnyModel = TypeVar("AnyModel", Qwen2ForCausalLM, Qwen3MoeForCausalLM)
 
 
 @dataclass(frozen=True)
@@ -93,56 +94,48 @@ def build_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
+def sizes(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What both models have. Heads, key-value heads and vocabulary divide by 4 (tensor parallel), layers too
+    (pipeline)."""
+    return {
+        "vocab_size": len(tokenizer),
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "bos_token_id": None,
+        "eos_token_id": SPECIAL.index("<eos>"),
+        "pad_token_id": SPECIAL.index("<pad>"),
+        "initializer_range": 0.04,
+        "dtype": "float32",
+    }
+
+
 def build_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
-    """Heads, key-value heads, feed-forward and vocabulary divide by 4 (tensor parallel), layers too (pipeline)."""
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=320,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        use_sliding_window=False,
-        bos_token_id=None,
-        eos_token_id=SPECIAL.index("<eos>"),
-        pad_token_id=SPECIAL.index("<pad>"),
-        initializer_range=0.04,
-        dtype="float32",
-    )
-    model = Qwen2ForCausalLM(config)
-    generation = model.generation_config
-    generation.do_sample, generation.max_new_tokens = True, MAX_RESPONSE_TOKENS
-    return model
+    """A dense one, whose feed-forward divides by 4 too."""
+    return sampling(Qwen2ForCausalLM(Qwen2Config(hidden_size=128, intermediate_size=320, **sizes(tokenizer))))
 
 
 def build_experts(tokenizer: PreTrainedTokenizerBase) -> Qwen3MoeForCausalLM:
-    """Four layers of eight experts, two a token; the same divisors."""
-    config = Qwen3MoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=192,
-        moe_intermediate_size=48,
-        num_experts=8,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        router_aux_loss_coef=0.01,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=16,  # pyright: ignore[reportCallIssue] an attribute of the class, which the stubs miss
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        use_sliding_window=False,
-        bos_token_id=None,
-        eos_token_id=SPECIAL.index("<eos>"),
-        pad_token_id=SPECIAL.index("<pad>"),
-        initializer_range=0.04,
-        dtype="float32",
-    )
-    model = Qwen3MoeForCausalLM(config)
-    generation = model.generation_config
+    """Eight experts in each layer, two a token."""
+    experts = {
+        "hidden_size": 64,
+        "head_dim": 16,
+        "intermediate_size": 192,
+        "moe_intermediate_size": 48,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "router_aux_loss_coef": 0.01,
+    }
+    return sampling(Qwen3MoeForCausalLM(Qwen3MoeConfig(**experts, **sizes(tokenizer))))
+
+
+def sampling(model: AnyModel) -> AnyModel:
+    """With what ``generate`` does unless it is told otherwise."""
+    generation: Any = model.generation_config
     generation.do_sample, generation.max_new_tokens = True, MAX_RESPONSE_TOKENS
     return model
 

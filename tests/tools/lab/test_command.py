@@ -51,6 +51,17 @@ def test_a_method_that_the_plan_does_not_mention_runs_with_its_own_recipe(tmp_pa
     assert found["siren"].family == "one" and found["grpo"].recipe == Path("recipes/grpo/grpo-tiny-cpu.toml")
 
 
+def test_a_plan_with_keys_missing_or_unknown_says_which(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = write_plan(tmp_path, runs='[[run]]\nname = "grpo"\nfamily = "one"\n').read_text()
+    for text, message in (
+        (good.replace('title = "A lab"\n', "").replace("seeds = 2\n", ""), "missing keys seeds, title"),
+        (good + '[[curve]]\nkey = "entropy/full"\ntitel = "x"\n', "curve entropy/full: expected key and title"),
+    ):
+        (tmp_path / "faulty.toml").write_text(text)
+        assert lab.main(["--plan", str(tmp_path / "faulty.toml"), "--dry-run"]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_like_takes_over_what_comes_first_and_start_waits_for_a_model(tmp_path: Path) -> None:
     runs = """
 [[run]]
