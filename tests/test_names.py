@@ -31,6 +31,8 @@ MAY_NAME = {  # file -> the methods, pages and words it may name, and why
     },
     "tools/analyze/pivotal.py": {"entropy_advantage"},  # one paper's figure, of that method's own term
     "tools/bench/ops.py": {"sent"},  # bytes that were sent
+    "tools/bench/step.py": {"dr_grpo", "siren"},  # the loss that TRL has too, and what a method costs beside it
+    "tools/bench/trl_trainer.py": {"dr_grpo"},  # TRL's own name of that loss
 }
 
 RENAMED = {  # what a name was -> what it is now

@@ -46,7 +46,7 @@ def main(path: str) -> None:
     out = Path(run["out"])
     out.mkdir(parents=True)
     torch.set_num_threads(run["threads"])
-    tokenizer = AutoTokenizer.from_pretrained(run["model"])
+    tokenizer = AutoTokenizer.from_pretrained(run["model"], trust_remote_code=False)
     for problem in run["problems"]:
         found = tokenizer(problem["text"])["input_ids"]
         if found != problem["ids"]:
@@ -94,7 +94,7 @@ def main(path: str) -> None:
             return [found.value for found in pool.score(asked)]
 
         trainer = GRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(run["model"], dtype=torch.float32),
+            model=AutoModelForCausalLM.from_pretrained(run["model"], dtype=torch.float32, trust_remote_code=False),
             args=config,
             train_dataset=Dataset.from_list(problems),
             processing_class=tokenizer,
