@@ -111,7 +111,7 @@ def evaluation_differences(a: Path, b: Path, name: str = "B") -> tuple[str, dict
         pairs = differences(found[0][labels[0]], found[1][labels[1]])
     except ValueError as error:
         return f"{name} - A: no paired difference: {error}", {}
-    return f"evaluation {labels[0]!r} of A against {labels[1]!r} of {name}, the same problems", pairs
+    return f"evaluation {labels[0]!r} of A against {labels[1]!r} of {name}, the same problems, one training each", pairs
 
 
 def show(console: Console, runs: Sequence[Path]) -> None:

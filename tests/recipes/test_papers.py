@@ -60,8 +60,8 @@ def test_every_row_is_made_by_a_recipe_that_is_valid_with_its_overrides(paper: P
     for table in paper.table:
         for row in table.rows:
             if row.recipe:
-                read_valid(row.recipe, list(row.set))
-                assert made.setdefault(run_name(row), (row.recipe, *row.set)) == (row.recipe, *row.set)
+                read_valid(row.recipe, list(row.overrides))
+                assert made.setdefault(run_name(row), (row.recipe, *row.overrides)) == (row.recipe, *row.overrides)
             assert row.recipe or row.why or row.hub or rows.hub_of(paper, row.model), f"{table.name}: {row.label}"
 
 
@@ -243,7 +243,7 @@ def test_our_numbers_stand_beside_the_published_ones(
     monkeypatch.setattr(tables.Paper, "tables", lambda *_: (table,))
     [plan] = plans(aer, table)
     assert [cell.ours for cell in cells(table, plan)] == [None] * 5
-    assert plan.evaluation == Path("runs/qwen3-8b-base/aer.json")
+    assert plan.evaluation == Path("runs/qwen3-8b-base/aer/aer.json")
     assert plan.evaluation is not None
     plan.evaluation.parent.mkdir(parents=True)
     sets = {

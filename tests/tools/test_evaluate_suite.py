@@ -322,6 +322,23 @@ def _positions(model: Path, positions: int) -> list[str]:
     return [str(model)]
 
 
+def test_models_whose_prompts_leave_out_different_problems_are_refused_before_anything_is_sampled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second model's template adds a token: its longest prompts have 11, and 10 are allowed."""
+    other = tmp_path / "other"
+    shutil.copytree(BASE, other)
+    settings = (other / "tokenizer_config.json").read_text()
+    longer = settings.replace("<user>{{ message.content }}", "<user>{{ message.content }}0")
+    assert longer != settings
+    (other / "tokenizer_config.json").write_text(longer)
+    asked = Asked(monkeypatch)
+    command = [BASE, other, "--only", "sums", "--max-prompt-tokens", "10", "--samples", "1", *QUICK]
+    said = told(capsys, *command, "--suite", "tiny", "--out", tmp_path / "out")
+    assert "sums: prompts that are too long leave different problems" in said and "tiny-eval-" in said
+    assert "none to other alone" in said and not asked.requests
+
+
 def test_responses_of_other_settings_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--suite", "tiny", "--only", "sums", "--limit", "1", "--samples", "1", *QUICK, "--out", str(tmp_path)]
     assert main([str(BASE), *command]) == 0

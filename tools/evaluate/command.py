@@ -37,7 +37,7 @@ from megatron_ext.config.shipped import find
 from megatron_ext.rollout.registry import ENGINES, find_engine
 
 from ..arguments import command_parser, output_file, whole_number, whole_numbers
-from .model import ModelEvaluation, evaluate, open_pools
+from .model import ModelEvaluation, check_same_problems, evaluate, open_pools
 from .problem_set import SetPlan, load_set
 from .prompt import FLAGS, ChosenPrompt, choose_prompt
 from .results import load_evaluations, save_evaluation, write_json
@@ -103,7 +103,12 @@ def _evaluate_file(options: argparse.Namespace, console: Console) -> list[Any]:
         )
         if options.out is not None:
             save_evaluation(options.out, label, evaluations[label])
-    return side_by_side(evaluations) if len(evaluations) > 1 else [table(each) for each in evaluations.values()]
+    if len(evaluations) > 1:
+        try:
+            return side_by_side(evaluations)
+        except ValueError as error:  # other problems were left out: each stands for itself
+            console.print(f"no differences: {error}", markup=False, highlight=False)
+    return [table(each) for each in evaluations.values()]
 
 
 def _evaluate_suite(options: argparse.Namespace, console: Console) -> list[Any]:
@@ -148,6 +153,7 @@ def _run(
             )
             for (label, model), prompt in zip(models.items(), prompts, strict=True)
         }
+        check_same_problems(ready)
         found = {}
         for label, evaluation in ready.items():
             console.print(f"{label}: {evaluation.model}", markup=False, highlight=False)

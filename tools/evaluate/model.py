@@ -172,6 +172,20 @@ class ModelEvaluation:
         return engine
 
 
+def check_same_problems(evaluations: Mapping[str, ModelEvaluation]) -> None:
+    """Raises ConfigError where models leave out different problems of a set, for then they cannot be compared."""
+    (first, base), *others = evaluations.items()
+    for label, other in others:
+        for a, b in zip(base.sets, other.sets, strict=True):
+            ids, own = ({problem.problem_id for problem, _ in each.encoded} for each in (a, b))
+            if ids != own:
+                only, other_only = (", ".join(sorted(each)[:5]) or "none" for each in (ids - own, own - ids))
+                raise ConfigError(
+                    f"{a.name}: prompts that are too long leave different problems to the models: {only} to {first} "
+                    f"alone, {other_only} to {label} alone; raise --max-prompt-tokens, or evaluate them one by one"
+                )
+
+
 def evaluate(
     model: str | Path,
     data: str | Path,

@@ -54,6 +54,7 @@ class Claim:
     num_seeds: int = 0
     published: str = ""
     p: float | None = None  # that the effect is no larger than the margin; None without an interval
+    within: bool = False  # that something is held, not that it is larger
     survives: bool = False  # Holm's correction for all claims together
 
 
@@ -137,6 +138,7 @@ def _measured(
         shown += f"; untrained {results.untrained.metrics[metric]:.1%}"
     return replace(
         claim,
+        within=rule.within,
         verdict=verdict_of(effect, margin, within=rule.within),
         effect=effect_text(rule, effect),
         measured=shown,

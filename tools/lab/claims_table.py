@@ -15,13 +15,15 @@ def note(decided: Sequence[Claim]) -> str:
     tested = [claim for claim in decided if claim.p is not None and claim.paper != NULL]
     shows = [claim for claim in tested if claim.verdict == SHOWS]
     opposite = [claim for claim in tested if claim.verdict == OPPOSITE]
+    held = sum(claim.within for claim in tested)
+    apart = f", apart from {held} that say that something stays within a margin" if held else ""
     return (
         "A claim shows when the whole 95 % interval of its effect, over seeds (and over problems, for held-out "
         "answers), lies beyond the margin on the claimed side; it shows the opposite when it lies beyond the margin on "
         "the other side; otherwise it is not decided, which is not evidence of no effect. "
         f"{len(tested)} claims have an interval: {len(shows)} show, {len(opposite)} show the opposite. Each interval "
         "stands for itself: were there no effect at all, chance alone would make "
-        f"{0.025 * len(tested):.1f} of them show and as many the opposite, at most. "
+        f"{0.025 * (len(tested) - held):.1f} of them show and as many the opposite, at most{apart}. "
         "A star marks verdicts that hold for all claims together (Holm's correction)."
     )
 
@@ -30,7 +32,10 @@ def null_note(control: Sequence[Claim]) -> str:
     wrong = [claim for claim in control if claim.verdict in (SHOWS, OPPOSITE)]
     run = [claim for claim in control if claim.verdict != NOT_RUN]
     found = f"{len(run) - len(wrong)} of {len(run)} comparisons are not decided, as they should be"
-    return f"Two runs of one method with different seeds, asked by every rule that compares two runs: {found}."
+    return (
+        "Two runs of one method with different seeds, asked by every rule that compares two runs, but for distances "
+        f"from a target, which they do not have: {found}."
+    )
 
 
 def rows(decided: Sequence[Claim]) -> list[list[str]]:

@@ -242,14 +242,17 @@ def check_made_so(folder: Path, config: Config) -> None:
     if not path.is_file():
         return
     saved, now = json.loads(path.read_text()), config.model_dump(mode="json")
-    differing = {
-        key: values
-        for key, values in differing_keys(saved, now).items()
-        if key != "model.path" and (key.startswith("method.") or None not in values)  # a new section is no new setting
-    }
+    differing = settings_that_differ(saved, now)
+    differing.pop("model.path", None)
     if differing:
         lines = "\n".join(f"  {key}: was {old!r}, now {new!r}" for key, (old, new) in differing.items())
         raise ConfigError(f"{folder} was made with other settings; remove it, or choose another --dir\n{lines}")
+
+
+def settings_that_differ(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (saved, now). A section that one of the two does not know is no difference, but for a method's."""
+    found = differing_keys(saved, now)
+    return {key: pair for key, pair in found.items() if ".method." in f".{key}" or None not in pair}
 
 
 def _evaluate(plan: LabPlan, model: str, folder: Path) -> Command:

@@ -22,7 +22,7 @@ from .results import Curve, Result, Seed
 
 ENTROPY, RIGHT, STAGE = "entropy/full", "reward/outcome/correct", "data/stage"
 RATIO, MISMATCH = "mismatch/ratio", "mismatch/mean"
-WINDOW = 5  # steps of a running mean
+WINDOW = 5  # first steps of a run
 LEVELS = 10  # of right answers at which two runs are compared
 Unit = Literal["nats", "points", "percent", "ratio", "small nats"]
 
@@ -31,7 +31,7 @@ Unit = Literal["nats", "points", "percent", "ratio", "small nats"]
 class Criterion:
     """``said`` in words, of the names {0} and {1}, {margin} and the rule's options. ``measure`` and ``shown`` take the
     runs' results with equal seeds, and the options. ``within``: the claim is that the effect is small. ``untrained``:
-    the second run may be the untrained model. ``null``: applies to two runs of one method without a controller."""
+    the second run may be the untrained model. ``null``: may be asked of two runs that have no target."""
 
     said: str
     unit: Unit
@@ -66,26 +66,38 @@ def entropy_at_equal_reward(a: Result, b: Result) -> Effect:
 
 
 def at_equal_reward(right_a: Curve, entropy_a: Curve, right_b: Curve, entropy_b: Curve) -> tuple[float, float]:
-    """Mean difference of entropies, a - b, where each run's right answers first reach the same level; the top level.
+    """Mean difference of entropies, a - b, at equal right answers; the highest level compared.
 
-    All curves are running means of WINDOW steps. The LEVELS levels lie evenly in the upper half of what both runs
-    reach, between the better of their starts and the lower of their highest points.
+    A run's steps are pooled until its right answers only rise (isotonic regression), its entropy over the same steps;
+    between the pools it is interpolated. The LEVELS levels lie evenly in the upper half of what both runs reach:
+    between the better of their first WINDOW steps and the lower of their last thirds. (The steps at which noisy curves
+    first reach a level come too early, and the earlier the slower a run learns: that favours the one that learns less.)
     """
-    ra, ea, rb, eb = (running_mean(curve) for curve in (right_a, entropy_a, right_b, entropy_b))
-    start, top = max(ra[0], rb[0]), min(max(ra), max(rb))
+    runs = [paired(right, entropy) for right, entropy in ((right_a, entropy_a), (right_b, entropy_b))]
+    start = max(statistics.fmean(right[:WINDOW]) for right, _ in runs)
+    top = min(statistics.fmean(right[len(right) * 2 // 3 :]) for right, _ in runs)
     levels = np.linspace(min((start + top) / 2, top), top, LEVELS)
-
-    def at(right: Sequence[float], entropy: Sequence[float], level: float) -> float:
-        return next(nats for share, nats in zip(right, entropy, strict=True) if share >= level)
-
-    return statistics.fmean(at(ra, ea, level) - at(rb, eb, level) for level in levels), top
+    a, b = (np.interp(levels, *pooled_until_rising(right, entropy)) for right, entropy in runs)
+    return float((a - b).mean()), top
 
 
-def running_mean(curve: Curve) -> list[float]:
-    """Means of WINDOW steps, or of all if there are fewer; missing values are left out."""
-    values = [value for value in curve if value is not None]
-    size = min(WINDOW, len(values))
-    return [statistics.fmean(values[i : i + size]) for i in range(len(values) - size + 1)]
+def paired(right: Curve, entropy: Curve) -> tuple[list[float], list[float]]:
+    """Both curves without the steps at which one is missing. Raises StatisticsError where none is left."""
+    pairs = [(x, y) for x, y in zip(right, entropy, strict=True) if x is not None and y is not None]
+    if not pairs:
+        raise statistics.StatisticsError("no step has right answers and entropy")
+    return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+def pooled_until_rising(right: Sequence[float], entropy: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Means of both over pools of neighbouring steps, the fewest merged that make those of ``right`` rise strictly."""
+    pools = list[tuple[float, float, int]]()  # sums of right and entropy, steps
+    for pool in zip(right, entropy, [1] * len(right), strict=True):
+        while pools and pools[-1][0] / pools[-1][2] >= pool[0] / pool[2]:
+            x, y, n = pools.pop()
+            pool = (x + pool[0], y + pool[1], n + pool[2])
+        pools.append(pool)
+    return [x / n for x, _, n in pools], [y / n for _, y, n in pools]
 
 
 def second_stage(a: Result, b: Result) -> Effect:
@@ -252,10 +264,12 @@ RULES = {
         "late mean of {0} closer to the target than {1}'s", "percent", 2, closer_to_target, _target_shown
     ),
     "ratio_error": Criterion(
-        "late probability ratio of {0} closer to 1 than {1}'s", "ratio", 2, ratio_error, _late_of(RATIO)
+        "late probability ratio of {0} closer to 1 than {1}'s", "ratio", 2, ratio_error, _late_of(RATIO),
+        null=True,
     ),
     "mismatch": Criterion(
-        "late difference of engine and trainer in {0} below {1}'s", "small nats", 2, mismatch, _late_of(MISMATCH)
+        "late difference of engine and trainer in {0} below {1}'s", "small nats", 2, mismatch, _late_of(MISMATCH),
+        null=True,
     ),
     "avg_at_k": Criterion(
         "held-out avg@16 of {0} above {1}'s", "points", 2, avg_at_k, _avg_shown, untrained=True, null=True

@@ -2,8 +2,8 @@
 
 ``collect`` reads the folders of finished trainings and writes ``results/<run>.json`` with all seeds: the curves that
 the page and the claims use, of every held-out problem how many of its n responses were right (``c``) and their mean
-length, and the commit and the machine. The untrained model is ``results/untrained.json``. docs/lab/results holds those
-of the page in the repository.
+length, the commit and the machine, and the configuration. The untrained model is ``results/untrained.json``.
+docs/lab/results holds those of the page in the repository.
 
 Where the results lie in another folder than the runs, they stay when the runs are gone: what is there is not done again
 (``left_to_do``), and seeds from other machines and days come together in one file.
@@ -25,7 +25,7 @@ from megatron_ext.metrics.writer import METRICS, SAMPLES, read_steps
 
 from ..evaluate import load_evaluations
 from . import provenance
-from .plan import BASE, EVALUATION, LABEL, Job, LabPlan, LabRun, configuration, job_name
+from .plan import BASE, EVALUATION, LABEL, Job, LabPlan, LabRun, configuration, job_name, settings_that_differ
 
 RESULTS = "results"
 UNTRAINED = "untrained"
@@ -41,8 +41,9 @@ def collect(plan: LabPlan, folder: Path, out: Path) -> None:
     """Write the results of every run of the plan that has a finished seed in ``folder``, beside the seeds that ``out``,
     if it is another folder, has of it.
 
-    Raises ConfigError where ``out`` holds results of a run that was made with other settings.
+    Raises ConfigError where ``out`` holds results of a run that was made with other settings: nothing is written then.
     """
+    earlier = {run.name: {} if folder == out else _seeds_of(_checked(plan, out, run)) for run in plan.runs}
     made = out / RESULTS
     made.mkdir(parents=True, exist_ok=True)
     if (base := _evaluation(folder / BASE)) is not None:
@@ -52,14 +53,14 @@ def collect(plan: LabPlan, folder: Path, out: Path) -> None:
         finished = [(seed, path, found) for seed, path in folders if (found := _evaluation(path)) is not None]
         if not finished:
             continue
-        there = {} if folder == out else {seed["seed"]: seed for seed in (_checked(out, run) or {"seeds": ()})["seeds"]}
+        there = earlier[run.name]
         config, _ = configuration(plan, run, 0, folder)
         controller = methods.create(config.method).controller
         own = () if controller is None else (controller.measured, controller.target, controller.output)
         keys = (*KEPT, *(curve.key for curve in plan.curves), *(key for key in own if isinstance(key, str)))
         with_tokens = run.name in plan.details.tokens
         there |= {seed: _seed(seed, path, found, keys, with_tokens) for seed, path, found in finished}
-        content = _settings(run) | {
+        content = _settings(plan, run) | {
             "method": config.method["name"],
             "prompts": config.rollout.prompts,
             "controller": None if controller is None else vars(controller),
@@ -87,22 +88,27 @@ def left_to_do(plan: LabPlan, jobs: Sequence[Job], out: Path) -> list[Job]:
 def read(plan: LabPlan, out: Path, run: LabRun) -> Mapping[str, Any] | None:
     """A run's results with the plan's seeds; None where there are none. Raises ConfigError for those of other
     settings."""
-    content = _checked(out, run)
+    content = _checked(plan, out, run)
     if content is None:
         return None
     return dict(content) | {"seeds": [seed for seed in content["seeds"] if seed["seed"] < plan.seeds]}
 
 
-def _checked(out: Path, run: LabRun) -> Mapping[str, Any] | None:
-    content = _read(out / RESULTS / f"{run.name}.json")
+def _checked(plan: LabPlan, out: Path, run: LabRun) -> Mapping[str, Any] | None:
+    path = out / RESULTS / f"{run.name}.json"
+    content = _read(path)
     if content is None:
         return None
-    now = _settings(run)
-    found = {key: content[key] for key in now}
-    if found != now:
-        path = out / RESULTS / f"{run.name}.json"
-        raise ConfigError(f"{path}: results of other settings: found {found}, expected {now}; remove it or run it anew")
+    now = _settings(plan, run)
+    differing = settings_that_differ({key: content.get(key, "not stated") for key in now}, now)
+    if differing:
+        lines = "\n".join(f"  {key}: was {old!r:.80}, now {new!r:.80}" for key, (old, new) in differing.items())
+        raise ConfigError(f"{path}: results of other settings; remove it, or choose another --out\n{lines}")
     return content
+
+
+def _seeds_of(content: Mapping[str, Any] | None) -> dict[int, Any]:
+    return {} if content is None else {seed["seed"]: seed for seed in content["seeds"]}
 
 
 def read_untrained(out: Path) -> Mapping[str, Any] | None:
@@ -113,14 +119,17 @@ def controller_of(content: Mapping[str, Any]) -> Controller | None:
     return None if content["controller"] is None else Controller(**content["controller"])
 
 
-def _settings(run: LabRun) -> dict[str, Any]:
-    """What must be the same for results to be this run's."""
+def _settings(plan: LabPlan, run: LabRun) -> dict[str, Any]:
+    """What must be the same for results to be this run's: its whole configuration but the seed, and its evaluation."""
+    config, _ = configuration(plan, run, 0, Path())
     return {
         "run": run.name,
         "recipe": str(run.recipe),
         "set": list(run.set),
-        "start": run.start,
+        "start": run.start or "",
         "first_seed": run.first_seed,
+        "evaluate": list(plan.evaluate),
+        "config": config.model_dump(mode="json", exclude={"name": True, "log": True, "model": {"path"}}),
     }
 
 

@@ -116,8 +116,8 @@ def _result(result: Result, console: Console) -> None:
         for plan, row in zip(made, result.rows, strict=True):
             shown.add_row(markup.escape(plan.row.label), *(_cell(cell) for cell in row[first : first + across]))
         console.print(shown)
-    if others := result.other_metrics:
-        say(console, f"Ours are {', '.join(others)} where the paper has other numbers of samples.")
+    if result.note:
+        say(console, result.note)
 
 
 def _cell(cell: Cell) -> str:

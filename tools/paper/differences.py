@@ -61,7 +61,7 @@ def common(paper: Paper) -> Iterator[tuple[Fact, list[str]]]:
 
 
 def _compared(paper: Paper, run: str, row: Row, baselines: dict[str, str]) -> Compared:
-    config = row_config(row)
+    config = row_config(row.model_copy(update={"until": 0}))  # a part of a run is no other method
     model = Path(read_config(row.recipe).model.path).name
     method, baseline = config.method["name"], baselines.get(model, "")
     if not baseline:

@@ -55,7 +55,9 @@ def _lines(paper: Paper) -> Iterator[str]:
 def _laptop(paper: Paper) -> Iterator[str]:
     yield from ("", "## On a laptop", "")
     yield f"{paper.main} and every kind of figure, by the same commands, from the tiny task's problems in the form of"
-    yield "the paper's sets. Minutes on two cores; the numbers compare with nothing."
+    yield "the paper's sets. Minutes on two cores; the numbers compare with nothing. Training problems that are"
+    yield "evaluated too are left out here (`--against`), for the tiny sets share some; the full-size commands keep all"
+    yield "that a paper trains on."
     yield from ("", "```bash", *chain(paper, paper.tables(paper.main), all_steps=True), "```")
 
 
@@ -70,7 +72,8 @@ def _table(paper: Paper, table: PaperTable) -> Iterator[str]:
     yield ""
     if table.suite:
         suite = paper.name if table.suite == "suite.toml" else f"recipes/papers/{paper.name}/{table.suite}"
-        yield f"Evaluation: `{PROGRAM} evaluate MODEL --suite {suite} --out DIR`."
+        yield f"Evaluation: `{PROGRAM} evaluate MODEL --suite {suite} --out DIR`, with `--allow-shorter` where it"
+        yield "asks for more tokens than the model has positions."
     if table.analysis:
         places = {"runs": "RUN ...", "models": "MODEL ...", "samples": "DIR/samples ..."}
         yield f"Figure: `{PROGRAM} {table.analysis.format(**places)}`."
@@ -83,8 +86,8 @@ def _made_by(row: Row) -> str:
     if row.model:
         made = f"the model `{row.hub or row.model}` as it is"
     elif row.recipe:
-        name = [f"name={run_name(row)}"] if row.set else []
-        made = f"`{PROGRAM} train {shlex.join([row.recipe, *row.set, *name])}`"
+        name = [f"name={run_name(row)}"] if row.overrides else []
+        made = f"`{PROGRAM} train {shlex.join([row.recipe, *row.overrides, *name])}`"
     else:
         return f"not made: {why}"
     return f"{made}; {why}" if why else made

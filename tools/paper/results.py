@@ -51,6 +51,12 @@ class Result:
         said = {metric for _, _, metric in self.table.columns}
         return sorted({cell.metric for row in self.rows for cell in row if cell.metric} - said)
 
+    @property
+    def note(self) -> str:
+        """What to say of numbers of samples that are not the paper's; empty where there are none."""
+        others = ", ".join(self.other_metrics)
+        return f"Ours are {others} where the paper has other numbers of samples." if others else ""
+
 
 def cells(table: PaperTable, plan: Plan) -> list[Cell]:
     """A row's cells. Raises ConfigError for an evaluation that cannot be read."""
@@ -101,7 +107,8 @@ def as_markdown(result: Result) -> str:
             for cell in row
         ]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
-    return "\n".join([*lines, *(["", table.note] if table.note else []), ""])
+    notes = [note for note in (result.note, table.note) if note]
+    return "\n".join([*lines, *(line for note in notes for line in ("", note)), ""])
 
 
 def draw(result: Result, path: Path) -> None:
@@ -128,7 +135,7 @@ def draw(result: Result, path: Path) -> None:
         panel.grid(alpha=0.3)
         panel.set_yticks(list(heights), [plan.row.label for plan in plans], fontsize=8)
     figure.axes[0].invert_yaxis()
-    figure.suptitle(f"{result.heading} (hollow)", fontsize=10)
+    figure.suptitle("\n".join(filter(None, (f"{result.heading} (hollow)", result.note))), fontsize=10)
     figure.savefig(path, dpi=150)
 
 
@@ -157,7 +164,7 @@ def _evaluated(plan: Plan) -> Mapping[str, Any]:
 
 
 def _ours(evaluation: Any, metric: str) -> tuple[float, float, float, str] | None:
-    """Value, interval and name of a metric, in per cent; with fewer samples, of the nearest of its kind."""
+    """Value, interval and name of a metric, in per cent; with other samples, of the nearest of its kind."""
     if evaluation is None:
         return None
     if metric == LENGTH:
@@ -168,7 +175,7 @@ def _ours(evaluation: Any, metric: str) -> tuple[float, float, float, str] | Non
     smaller = [name for name in names if _count(name) <= _count(metric)] if "@" in metric else names
     if not names:
         return None
-    name = (smaller or names)[-1]
+    name = smaller[-1] if smaller else names[0]
     found = evaluation["metrics"][name]
     return 100 * found["mean"], 100 * found["low"], 100 * found["high"], name
 

@@ -69,7 +69,8 @@ def _plan(paper: Paper, table: PaperTable, row: Row) -> Plan:
         model, results, source = run / "hf", run / "evaluation", Path(config.model.path)
         steps = [*steps, exported(run, best=config.validation.every > 0)] if suite else steps
     else:
-        model, results = here(RECIPES / "models" / row.model), Path("runs") / row.model
+        model = here(RECIPES / "models" / row.model)
+        results = Path("runs") / row.model / paper.name  # papers ask the same model different things
         source = model
         run, steps = None, [_weights(model, row.hub or hub_of(paper, row.model))]
     if suite is None:
@@ -82,9 +83,9 @@ def _plan(paper: Paper, table: PaperTable, row: Row) -> Plan:
 
 
 def _too_long(suite: Path, model: Path) -> bool:
-    """Whether the suite asks for more tokens than a model has positions, of which ``model`` has the configuration."""
+    """Whether the suite asks for more tokens than a model has positions, or may: ``model`` is not there yet."""
     if not (suite.is_file() and (model / "config.json").is_file()):
-        return False
+        return True
     asked = tomllib.loads(suite.read_text(encoding="utf-8"))
     longest = max(each.get("max_response_tokens", 0) for each in (asked["defaults"], *asked["set"]))
     positions = max_positions(read_hf_config(model))
@@ -93,12 +94,14 @@ def _too_long(suite: Path, model: Path) -> bool:
 
 def run_name(row: Row) -> str:
     """The run of a row: its recipe's, and in short what is overridden."""
-    return "-".join([row.recipe, *(part for override in row.set if (part := _short(row, *override.split("=", 1))))])
+    return "-".join(
+        [row.recipe, *(part for override in row.overrides if (part := _short(row, *override.split("=", 1))))]
+    )
 
 
 def _short(row: Row, key: str, value: str) -> str:
     name = key.rpartition(".")[2]
-    if name == "hub" or key.startswith("data.stage_"):  # said by the model's or the curriculum's name
+    if name == "hub" or key.startswith(("data.stage_", "validation.")):  # the model's or the curriculum's name says it
         return ""
     if value in ("", "false"):
         return f"no_{name}"
@@ -129,7 +132,7 @@ def analysis(table: PaperTable, made: Sequence[Plan]) -> str:
 
 def row_config(row: Row) -> Config:
     """The configuration of a row with a recipe. Raises ConfigError."""
-    return read_config(row.recipe, list(row.set))
+    return read_config(row.recipe, list(row.overrides))
 
 
 def suite_argument(suite: Path) -> str:
@@ -144,7 +147,7 @@ def suite_name(suite: Path) -> str:
 
 def hub_of(paper: Paper, model: str) -> str:
     """The Hub's id of a model, as the paper's recipes name it; empty where none has it."""
-    named = (row.recipe for table in paper.table for row in table.rows if row.recipe and not row.set)
+    named = (row.recipe for table in paper.table for row in table.rows if row.recipe and not row.overrides)
     configs = (read_config(recipe) for recipe in dict.fromkeys(named))
     return next((config.model.hub for config in configs if Path(config.model.path).name == model), "")
 
@@ -152,8 +155,8 @@ def hub_of(paper: Paper, model: str) -> str:
 def _run(row: Row, config: Config, sets: Iterable[Step]) -> tuple[Path, list[Step]]:
     """The folder of a row's run, and the steps to it: ``sets`` are what it validates on and is evaluated on."""
     name = run_name(row)
-    named = [f"name={name}"] if row.set else []
-    train = shlex.join([PROGRAM, "train", row.recipe, *row.set, *named])
+    named = [f"name={name}"] if row.overrides else []
+    train = shlex.join([PROGRAM, "train", row.recipe, *row.overrides, *named])
     folder = Path(config.log.dir) / name
     steps = [*_data(Path(config.data.train), config.data.hub), _weights(Path(config.model.path), config.model.hub)]
     if config.data.curriculum:

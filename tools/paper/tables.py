@@ -46,7 +46,14 @@ class Row(_Table):
     hub: str = ""
     published: tuple[float, ...] = ()
     stages: int = 0
+    until: int = 0  # steps after which the run ends and its last model is taken; 0: the recipe's, and the best
     why: str = ""
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """Everything that the row sets over its recipe."""
+        ends = (f"train.steps={self.until}", "validation.every=0") if self.until else ()
+        return (*self.set, *ends)
 
     @model_validator(mode="after")
     def _has_one_source(self) -> Row:

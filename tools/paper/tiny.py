@@ -48,7 +48,7 @@ NO_PROMPT = "--system= --prefix= --suffix= --answer-format boxed"  # the tiny mo
 def tiny_plans(paper: Paper, table: PaperTable) -> list[Plan]:
     """The plan of each row that the paper names for its ``tiny`` table; of another table, of each that can be made."""
     rows = [row for row in table.rows if row.recipe or row.model]
-    chosen = [row for row in rows if (row.recipe or row.model) in paper.tiny and not row.set]
+    chosen = [row for row in rows if (row.recipe or row.model) in paper.tiny and not row.overrides]
     return [_plan(paper, table, row) for row in chosen or rows]
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -134,8 +136,32 @@ def test_a_lab_in_parts_does_only_what_its_results_do_not_have(plan: LabPlan, tm
 
 def test_results_of_other_settings_are_refused(plan: LabPlan, folder: Path) -> None:
     runs = tuple(replace(run, set=(*run.set, "train.steps=7")) if run.name == "aer" else run for run in plan.runs)
-    with pytest.raises(ConfigError, match=r"aer.json: results of other settings.*train.steps=7"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)aer.json: results of other settings.*config.train.steps: was 60, now 7"
+    ):
         load(replace(plan, runs=runs), folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"steps": 5}, "config.train.steps: was 60, now 5"),
+        ({"set": ("parallel.ranks_per_node=1", "parallel.tensor=1", "optimizer.lr=1.0")}, "config.optimizer.lr: was"),
+        ({"evaluate": ("--data=recipes/tiny/data/eval.jsonl", "--samples=1")}, "evaluate: was"),
+    ],
+)
+def test_a_lab_of_other_settings_takes_nothing_from_the_results_that_are_there(
+    plan: LabPlan, folder: Path, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    out, other = tmp_path / "out", replace(plan, **change)
+    collect(plan, folder, out)
+    before = {path: path.read_bytes() for path in (out / "results").iterdir()}
+    for act in (lambda: load(other, out), lambda: left_to_do(other, jobs(plan, folder), out)):
+        with pytest.raises(ConfigError, match=f"results of other settings(?s:.*){re.escape(said)}"):
+            act()
+    with pytest.raises(ConfigError, match="results of other settings"):
+        collect(other, folder, out)
+    assert {path: path.read_bytes() for path in (out / "results").iterdir()} == before
 
 
 def test_where_the_entropy_is(plan: LabPlan, folder: Path) -> None:
