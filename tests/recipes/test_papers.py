@@ -233,16 +233,18 @@ def test_our_numbers_stand_beside_the_published_ones(
     columns = (
         ("AIME24 Avg", "aime24", "avg@32"),
         ("AIME24 pass@32", "aime24", "pass@32"),
+        ("AIME24 pass@2", "aime24", "pass@2"),
+        ("AIME24 pass@8", "aime24", "pass@8"),
         ("AIME25 Avg", "aime25", "avg@32"),
         ("Len", "aime25", "length"),
         ("Mean", MEAN, "avg"),
     )
-    row = tables.Row(label="Base", model="qwen3-8b-base", published=(11.5, 48.0, 8.8, math.nan, 10.1))
+    row = tables.Row(label="Base", model="qwen3-8b-base", published=(11.5, 48.0, 30.0, 35.0, 8.8, math.nan, 10.1))
     table = PaperTable(name="Table 1", title="t", suite="suite.toml", columns=columns, rows=(row,))
     aer = read_paper("aer")
     monkeypatch.setattr(tables.Paper, "tables", lambda *_: (table,))
     [plan] = plans(aer, table)
-    assert [cell.ours for cell in cells(table, plan)] == [None] * 5
+    assert [cell.ours for cell in cells(table, plan)] == [None] * 7
     assert plan.evaluation == Path("runs/qwen3-8b-base/aer/aer.json")
     assert plan.evaluation is not None
     plan.evaluation.parent.mkdir(parents=True)
@@ -254,11 +256,12 @@ def test_our_numbers_stand_beside_the_published_ones(
     plan.evaluation.write_text(json.dumps({"models": {"evaluation": {"sets": sets, "average": averages}}}))
     found = cells(table, plan)
     assert (found[-1].low, found[-1].high) == pytest.approx((25, 35))  # of the average that is this one
-    assert [cell.ours for cell in found] == pytest.approx([40, 70, 20, 900, 30])
-    assert [cell.published for cell in found] == [11.5, 48.0, 8.8, None, 10.1]
+    assert [cell.ours for cell in found] == pytest.approx([40, 70, 60, 70, 20, 900, 30])  # pass@2: the least there is
+    assert [cell.published for cell in found] == [11.5, 48.0, 30.0, 35.0, 8.8, None, 10.1]
     assert (found[0].low, found[0].high) == pytest.approx((39, 41)) and found[1].metric == "pass@8"
     for name in ("t.md", "t.json", "t.png"):
         assert command.main(["aer", "--table", "1", "--out", name]) == 0
+    assert "Ours are avg@8, pass@4, pass@8 where the paper has other numbers" in (tmp_path / "t.md").read_text()
     assert "paper 11.5" in capsys.readouterr().out
     assert "| Base | 40.0 (39.0..41.0) / 11.5 | 70.0 (69.0..71.0) / 48.0 |" in (tmp_path / "t.md").read_text()
     [told] = json.loads((tmp_path / "t.json").read_text())
@@ -268,6 +271,18 @@ def test_our_numbers_stand_beside_the_published_ones(
     plan.evaluation.write_text("[]")
     with pytest.raises(ConfigError, match="no result of megatron-entropy evaluate --suite"):
         cells(table, plan)
+
+
+def test_a_run_that_ends_early_gives_its_last_model() -> None:
+    siren = read_paper("siren")
+    [figure] = siren.tables("Figure 2")
+    exploded = plans(siren, figure)[-1]
+    commands = [command for step in exploded.steps for command in step.commands]
+    [train] = [each for each in commands if " train " in each]
+    [export] = [each for each in commands if " to-hf " in each]
+    assert "train.steps=40 validation.every=0 name=" in train and "-steps40" in train and "--best" not in export
+    [table] = siren.tables("Table 1")
+    assert any("--best" in each for plan in plans(siren, table) for step in plan.steps for each in step.commands)
 
 
 def test_the_tiny_chain_trains_with_the_options_of_the_papers_rows(paper: Paper) -> None:

@@ -48,8 +48,8 @@ class Result:
     @property
     def other_metrics(self) -> list[str]:
         """What ours are where it is not what the column says."""
-        said = {metric for _, _, metric in self.table.columns}
-        return sorted({cell.metric for row in self.rows for cell in row if cell.metric} - said)
+        pairs = [pair for row in self.rows for pair in zip(row, self.table.columns, strict=True)]
+        return sorted({cell.metric for cell, (_, _, metric) in pairs if cell.metric not in ("", metric)})
 
     @property
     def note(self) -> str:
