@@ -279,8 +279,9 @@ def test_a_run_that_learns_less_has_not_more_entropy_at_equal_accuracy(gain: flo
         seeds = []
         for number in range(4):
             true = 0.12 + (gain + rng.normal(0, 0.02)) * (1 - np.exp(-np.arange(60) / 20))
-            curves = {RIGHT: true + rng.normal(0, 0.06, 60), ENTROPY: 0.52 - 0.6 * true + rng.normal(0, 0.01, 60)}
-            seeds.append(seed(number, **{key.replace("/", "__"): list(curve) for key, curve in curves.items()}))
+            right = true + rng.normal(0, 0.06, 60)
+            entropy = 0.52 - 0.6 * true + rng.normal(0, 0.01, 60)
+            seeds.append(seed(number, reward__outcome__correct=list(right), entropy__full=list(entropy)))
         return result(name, *seeds)
 
     for _ in range(draws):
