@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_ext.ops import VocabShard, policy_stats, reference
 
-from .peers import Outputs, Peer, peers, start_group
+from .peers import Outputs, Peer, peers, process_group
 
 WANT = {
     "log-prob": ("logprob",),
@@ -64,7 +64,11 @@ class Table:
 
 def run(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    rank, world = start_group(options.device)
+    with process_group(options.device) as (rank, world):
+        return _race(options, rank, world)
+
+
+def _race(options: argparse.Namespace, rank: int, world: int) -> int:
     found, missing = peers(options.top_p, world)
     tables = []
     for vocab in options.vocab:
@@ -83,7 +87,6 @@ def run(options: argparse.Namespace) -> int:
                 print(_text(table))
     if rank == 0:
         _write(options, tables)
-    dist.destroy_process_group()
     return 0
 
 

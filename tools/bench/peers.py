@@ -9,7 +9,7 @@ import contextlib
 import importlib
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -116,8 +116,9 @@ def peers(top_p: float, tp: int) -> tuple[dict[str, Peer], dict[str, str]]:
     return found, missing
 
 
-def start_group(device: str) -> tuple[int, int]:
-    """Join the process group of this run's ranks; one rank makes its own. Returns rank and world size."""
+@contextlib.contextmanager
+def process_group(device: str) -> Iterator[tuple[int, int]]:
+    """Join the process group of this run's ranks (one rank makes its own), and leave it. Gives rank and world size."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(name, value)
     if device == "cuda":
@@ -126,4 +127,7 @@ def start_group(device: str) -> tuple[int, int]:
     backend = "nccl" if device == "cuda" else "gloo"
     store = HashStore() if world == 1 else None
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    return rank, world
+    try:
+        yield rank, world
+    finally:
+        dist.destroy_process_group()

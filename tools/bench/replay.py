@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_ext.ops import Support, VocabShard, policy_stats, reference, sampling_support
 
 from .ops import CHECKED_TOKENS, exchanged, language_like, milliseconds
-from .peers import gathered, start_group
+from .peers import gathered, process_group
 
 BASE, REPLAYED, RECOMPUTED, PEER = (
     *("log-prob + entropy", "replayed log-prob + entropy"),
@@ -53,7 +53,11 @@ class Table:
 
 
 def run(options: argparse.Namespace) -> int:
-    rank, world = start_group(options.device)
+    with process_group(options.device) as (rank, world):
+        return _race(options, rank, world)
+
+
+def _race(options: argparse.Namespace, rank: int, world: int) -> int:
     tables = []
     for vocab in options.vocab:
         for dtype in options.dtype:
@@ -72,7 +76,6 @@ def run(options: argparse.Namespace) -> int:
         facts = {"threads": torch.get_num_threads(), "torch": torch.__version__}
         path.write_text(json.dumps(facts | {"tables": [asdict(table) for table in tables]}, indent=1))
         print(f"\n{path} written")
-    dist.destroy_process_group()
     return 0
 
 
