@@ -20,6 +20,7 @@ from typing import Any
 
 from megatron_ext import methods
 from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.schema import Config
 from megatron_ext.methods.base import Controller
 from megatron_ext.metrics.writer import METRICS, SAMPLES, read_steps
 
@@ -60,7 +61,7 @@ def collect(plan: LabPlan, folder: Path, out: Path) -> None:
         keys = (*KEPT, *(curve.key for curve in plan.curves), *(key for key in own if isinstance(key, str)))
         with_tokens = run.name in plan.details.tokens
         there |= {seed: _seed(seed, path, found, keys, with_tokens) for seed, path, found in finished}
-        content = _settings(plan, run) | {
+        content = _settings(plan, run, config) | {
             "method": config.method["name"],
             "prompts": config.rollout.prompts,
             "controller": None if controller is None else vars(controller),
@@ -99,7 +100,7 @@ def _checked(plan: LabPlan, out: Path, run: LabRun) -> Mapping[str, Any] | None:
     content = _read(path)
     if content is None:
         return None
-    now = _settings(plan, run)
+    now = _settings(plan, run, configuration(plan, run, 0, out)[0])
     differing = settings_that_differ({key: content.get(key, "not stated") for key in now}, now)
     if differing:
         lines = "\n".join(f"  {key}: was {old!r:.80}, now {new!r:.80}" for key, (old, new) in differing.items())
@@ -119,9 +120,8 @@ def controller_of(content: Mapping[str, Any]) -> Controller | None:
     return None if content["controller"] is None else Controller(**content["controller"])
 
 
-def _settings(plan: LabPlan, run: LabRun) -> dict[str, Any]:
-    """What must be the same for results to be this run's: its whole configuration but the seed, and its evaluation."""
-    config, _ = configuration(plan, run, 0, Path())
+def _settings(plan: LabPlan, run: LabRun, config: Config) -> dict[str, Any]:
+    """What must be the same for results to be this run's: ``config``, of its first seed, and its evaluation."""
     return {
         "run": run.name,
         "recipe": str(run.recipe),

@@ -94,14 +94,13 @@ def _too_long(suite: Path, model: Path) -> bool:
 
 def run_name(row: Row) -> str:
     """The run of a row: its recipe's, and in short what is overridden."""
-    return "-".join(
-        [row.recipe, *(part for override in row.overrides if (part := _short(row, *override.split("=", 1))))]
-    )
+    parts = (_short(row, *override.split("=", 1)) for override in row.overrides)
+    return "-".join([row.recipe, *filter(None, parts)])
 
 
 def _short(row: Row, key: str, value: str) -> str:
     name = key.rpartition(".")[2]
-    if name == "hub" or key.startswith(("data.stage_", "validation.")):  # the model's or the curriculum's name says it
+    if name == "hub" or key.startswith(("data.stage_", "validation.")):  # the model's or the curriculum's name, or none
         return ""
     if value in ("", "false"):
         return f"no_{name}"
