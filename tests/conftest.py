@@ -1,11 +1,17 @@
-"""Every test draws the same numbers, in every run and in every order."""
+"""Every test draws the same numbers, in every run and in every order; and what many tests start is started cheaply."""
 
 from __future__ import annotations
 
 import random
+from importlib.util import find_spec
 
 import pytest
 import torch
+
+from tests import rendering
+
+if find_spec("vllm") is None:  # its threads are not to be forked
+    rendering.fork()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
