@@ -8,10 +8,14 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from tests import rendering
+from tests import order, rendering
 
 if find_spec("vllm") is None:  # its threads are not to be forked
     rendering.fork()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = order.longest_first(items)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
