@@ -42,5 +42,5 @@ def test_few_tests_and_one_process_change_nothing(workers: int, monkeypatch: pyt
     long = next(iter(order.SECONDS))
     few: list[Any] = [SimpleNamespace(nodeid=f"{long}::{n}") for n in range(5)]
     assert order.longest_first(few) == few
-    many: list[Any] = [SimpleNamespace(nodeid=f"tests/another.py::{n}") for n in range(9)] + few
+    many: list[Any] = [SimpleNamespace(nodeid=f"another.py::{n}") for n in range(9)] + few
     assert (order.longest_first(many) == many) is (workers == 1)

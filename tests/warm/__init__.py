@@ -1,0 +1,144 @@
+"""Commands of this project in real processes that are there at once: forks of one that has imported everything.
+
+A rank imports torch, Megatron-Core and transformers for ten seconds of a core before its first step. Here a server
+does that once per pytest process; ``Popen`` and ``run`` ask it for a fork, which goes on as ``python -m tools.NAME``
+would: its own pid, session, standard streams, environment, directory, signals and exit code. What it starts in turn by
+``subprocess`` (the launcher its ranks) is forked from it likewise. ``console`` is a ``megatron-entropy`` for scripts.
+
+Not shown by such a process: that a fresh interpreter imports what it needs, in the right order, and what depends on it
+(warnings of imports, PYTHONHASHSEED, /proc/PID/cmdline and environ). Tests of that start fresh ones, and so do the
+first run of tests/train/test_run.py, the soak, the wheel's and Slurm's. With COLD_STARTS=1 all do.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.warm import client
+from tests.warm.process import Forked, module_of
+
+ROOT = Path(__file__).parents[2]
+START_S = 600.0  # for the server's imports, on a machine that does much else
+COLD = bool(os.environ.get("COLD_STARTS"))
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class Popen(Forked):
+    """``subprocess.Popen`` for ``[sys.executable, "-m", "tools.NAME", ...]``; without ``preexec_fn``.
+
+    The process is no child of this one: its status comes from the server.
+    """
+
+    _reply: client.Reply
+
+    def _fork(self, options: dict[str, Any], streams: Sequence[int]) -> int:
+        assert options["preexec_fn"] is None and not options["pass_fds"]
+        module, arguments = module_of(options["args"])
+        self._reply = client.ask(
+            _server(),
+            {
+                "module": module,
+                "arguments": arguments,
+                "cwd": os.fspath(options["cwd"] or os.getcwd()),
+                "environment": dict(os.environ if options["env"] is None else options["env"]),
+                "session": bool(options["start_new_session"]),
+            },
+            streams,
+        )
+        return self._reply.pid
+
+    def _try_wait(self, wait_flags: int) -> tuple[int, int]:
+        if not self._is_forked:
+            return super()._try_wait(wait_flags)  # pyright: ignore[reportAttributeAccessIssue]
+        status = self._reply.status(wait=not wait_flags & os.WNOHANG)
+        return (0, 0) if status is None else (self.pid, status)
+
+    def _internal_poll(self, *given: Any, **named: Any) -> int | None:
+        if not self._is_forked:
+            return super()._internal_poll(*given, **named)  # pyright: ignore[reportAttributeAccessIssue]
+        if self.returncode is None and (status := self._reply.status(wait=False)) is not None:
+            self._handle_exitstatus(status)  # pyright: ignore[reportAttributeAccessIssue]
+        return self.returncode
+
+
+def run(
+    command: Sequence[str], *, input: str | None = None, timeout: float | None = None, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """``subprocess.run`` with ``capture_output`` and ``text``."""
+    kind = subprocess.Popen if COLD else Popen
+    given = subprocess.DEVNULL if input is None else subprocess.PIPE
+    with kind(command, stdin=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
+        try:
+            said, complained = process.communicate(input, timeout=timeout)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, said, complained)
+
+
+def popen(command: Sequence[str], **options: Any) -> subprocess.Popen:
+    return (subprocess.Popen if COLD else Popen)(command, **options)
+
+
+def console(folder: Path) -> Path:
+    """``folder`` with a ``megatron-entropy`` in it, to come first in a script's PATH."""
+    folder.mkdir(parents=True, exist_ok=True)
+    program = folder / "megatron-entropy"
+    fresh = [sys.executable, "-m", "tools.cli"]
+    warm = [sys.executable, "-IS", client.__file__, "" if COLD else _server(), "tools.cli"]
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(fresh if COLD else warm)} "$@"\n')
+    program.chmod(0o755)
+    return folder
+
+
+@functools.cache
+def _server() -> str:
+    """The socket of this process's server, which dies with it."""
+    folder = Path(tempfile.mkdtemp(prefix="warm-"))
+    path, log = folder / "socket", folder / "log"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    libc, parent = ctypes.CDLL(None), os.getpid()
+
+    def tie() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    with log.open("wb") as said:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "tests.warm.server", str(path)],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=tie,
+        )
+
+    def end() -> None:
+        server.kill()
+        server.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(end)
+    deadline = time.monotonic() + START_S
+    while not path.exists():
+        assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+    return str(path)

@@ -1,0 +1,184 @@
+"""A fork that goes on as another program: what ``exec`` and a fresh interpreter would have made of it."""
+
+from __future__ import annotations
+
+import atexit
+import inspect
+import io
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).parents[2]
+OURS = ("tools.", "tests.gpu.")  # modules
+RENDERER = ROOT / "megatron_ext" / "rollout" / "chat_template.py"  # a process of every rank, and of evaluations
+_PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+_GIVEN = ("", str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep))
+_PATH = [entry for entry in sys.path if entry not in _GIVEN]  # of the standard library and the installed packages
+
+
+def module_of(command: Any) -> tuple[str, list[str]]:
+    """The module, or file, that ``command`` runs, and its arguments; an empty name for one that is not forked."""
+    if isinstance(command, (list, tuple)) and len(command) > 2 and command[0] == sys.executable:
+        option, name, *arguments = map(os.fspath, command[1:])
+        if option == "-m" and name.startswith(OURS) or (option, name) == ("-P", str(RENDERER)):
+            return name, arguments
+    return "", []
+
+
+class Forked(subprocess.Popen):
+    """Forks this process instead of starting one of the project's commands; every other command is started."""
+
+    _is_forked = False
+
+    def _execute_child(self, *given: Any) -> None:
+        execute = super()._execute_child  # pyright: ignore[reportAttributeAccessIssue]
+        options = inspect.signature(execute).bind(*given).arguments
+        if not module_of(options["args"])[0]:
+            execute(*given)
+            return
+        pipes = {name: options[name] for name in _PIPES}
+        ends = (pipes["p2cread"], pipes["c2pwrite"], pipes["errwrite"])
+        try:
+            self._is_forked = True
+            self.pid = self._fork(options, [own if end == -1 else end for own, end in enumerate(ends)])
+            self._child_created = True
+        finally:
+            self._close_pipe_fds(*pipes.values())  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _fork(self, options: dict[str, Any], streams: Sequence[int]) -> int:
+        pid = os.fork()
+        if pid:
+            return pid
+        module, arguments = module_of(options["args"])
+        environment = dict(os.environ if options["env"] is None else options["env"])
+        cwd = os.fspath(options["cwd"] or os.getcwd())
+
+        def before() -> None:
+            if options["start_new_session"]:
+                os.setsid()
+            if options["process_group"] >= 0:
+                os.setpgid(0, options["process_group"])
+            if options["preexec_fn"] is not None:
+                options["preexec_fn"]()
+
+        keep = options["pass_fds"]
+        become(module, arguments, cwd=cwd, environment=environment, streams=streams, keep=keep, before=before)
+
+
+def become(
+    module: str,
+    arguments: Sequence[str],
+    *,
+    cwd: str,
+    environment: Mapping[str, str],
+    streams: Sequence[int],
+    keep: Sequence[int] = (),
+    before: Callable[[], None] | None = None,
+) -> NoReturn:
+    """Run ``module`` (or a file) as the main program and end with its exit code. ``keep``: descriptors that stay open,
+    with the ``streams`` that become 0, 1 and 2. ``before``: what is done before anything of the program."""
+    code = 1
+    try:
+        os.chdir(cwd)
+        _forget_signals()
+        if before is not None:
+            before()
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        _take_streams(streams, keep)
+        _settle(environment, cwd)
+        code = _main(module, arguments)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _main(module: str, arguments: Sequence[str]) -> int:
+    """The exit code, after what the interpreter does at its end."""
+    try:
+        sys.argv = [module, *arguments]
+        if module.endswith(".py"):
+            runpy.run_path(module, run_name="__main__")
+        else:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        if code and not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+        code = 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+    atexit._run_exitfuncs()
+    return code
+
+
+def _forget_signals() -> None:
+    """Of handlers only the choice to ignore outlives ``exec``."""
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _take_streams(streams: Sequence[int], keep: Sequence[int]) -> None:
+    moved = [os.dup(stream) for stream in streams]  # above 2, whichever they are
+    for number, stream in enumerate(moved):
+        os.dup2(stream, number)
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if number > 2 and number not in keep:
+            with suppress(OSError):  # the list's own is closed
+                os.close(number)
+    for number in keep:
+        os.set_inheritable(number, True)
+    unbuffered = bool(os.environ.get("PYTHONUNBUFFERED"))
+    sys.stdin = sys.__stdin__ = io.TextIOWrapper(open(0, "rb", closefd=False), encoding="utf-8")  # noqa: SIM115
+    for name, number, errors in (("stdout", 1, "strict"), ("stderr", 2, "backslashreplace")):
+        stream = io.TextIOWrapper(
+            open(number, "wb", closefd=False),  # noqa: SIM115
+            encoding="utf-8",
+            errors=errors,
+            line_buffering=number == 2,
+            write_through=unbuffered or number == 2,
+        )
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+def _settle(environment: Mapping[str, str], cwd: str) -> None:
+    """What an interpreter reads when it starts, and libraries when they are imported."""
+    os.environ.clear()
+    os.environ.update(environment)
+    places = [place for place in environment.get("PYTHONPATH", "").split(os.pathsep) if place]
+    sys.path[:] = [cwd, *places, *_PATH]
+    warnings._processoptions(  # pyright: ignore[reportAttributeAccessIssue]
+        [each for each in environment.get("PYTHONWARNINGS", "").split(",") if each]
+    )
+    warnings.filterwarnings("ignore", ".* found in sys.modules after import", RuntimeWarning)  # it is
+    tempfile.tempdir = None
+    random.seed()
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "") or len(os.sched_getaffinity(0))))
+    subprocess.Popen = Forked
+    for place in places:
+        if (hook := Path(place) / "sitecustomize.py").is_file():
+            runpy.run_path(str(hook), run_name="sitecustomize")
