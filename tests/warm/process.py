@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import importlib.util
 import inspect
 import io
+import logging
+import multiprocessing.util
 import os
 import random
 import runpy
@@ -15,6 +18,7 @@ import tempfile
 import threading
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -97,7 +101,8 @@ def become(
             before()
         if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        _take_streams(streams, keep)
+        _forget_exits()
+        _take_streams(streams, keep, unbuffered=bool(environment.get("PYTHONUNBUFFERED")))
         _settle(environment, cwd)
         code = _main(module, arguments)
     except BaseException:
@@ -140,7 +145,16 @@ def _forget_signals() -> None:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _take_streams(streams: Sequence[int], keep: Sequence[int]) -> None:
+def _forget_exits() -> None:
+    """What the parent would do at its end, for objects of its own: remove its temporary folders, say."""
+    atexit._clear()
+    weakref.finalize._registry.clear()  # pyright: ignore[reportAttributeAccessIssue]
+    atexit.register(weakref.finalize._exitfunc)  # pyright: ignore[reportAttributeAccessIssue]
+    atexit.register(logging.shutdown)
+    atexit.register(multiprocessing.util._exit_function)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _take_streams(streams: Sequence[int], keep: Sequence[int], *, unbuffered: bool) -> None:
     moved = [os.dup(stream) for stream in streams]  # above 2, whichever they are
     for number, stream in enumerate(moved):
         os.dup2(stream, number)
@@ -150,7 +164,6 @@ def _take_streams(streams: Sequence[int], keep: Sequence[int]) -> None:
                 os.close(number)
     for number in keep:
         os.set_inheritable(number, True)
-    unbuffered = bool(os.environ.get("PYTHONUNBUFFERED"))
     sys.stdin = sys.__stdin__ = io.TextIOWrapper(open(0, "rb", closefd=False), encoding="utf-8")  # noqa: SIM115
     for name, number, errors in (("stdout", 1, "strict"), ("stderr", 2, "backslashreplace")):
         stream = io.TextIOWrapper(
@@ -181,4 +194,11 @@ def _settle(environment: Mapping[str, str], cwd: str) -> None:
     subprocess.Popen = Forked
     for place in places:
         if (hook := Path(place) / "sitecustomize.py").is_file():
-            runpy.run_path(str(hook), run_name="sitecustomize")
+            _load("sitecustomize", hook)
+
+
+def _load(name: str, path: Path) -> None:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)

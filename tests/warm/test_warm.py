@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -109,6 +110,20 @@ def test_a_fork_becomes_another_program(tmp_path: Path) -> None:
     assert found["variable"] == "x" and found["others"] <= 3 and found["group"] and found["parent"]
     assert kept in found["descriptors"] and write not in found["descriptors"]
     assert signal.SIGUSR2 in found["ignored"] and signal.SIGUSR1 not in found["ignored"]
+
+
+def test_what_the_parent_owns_outlives_a_fork(tmp_path: Path) -> None:
+    """Both end by what is registered for the end of a process."""
+    program = tmp_path / "own.py"
+    program.write_text(
+        "import tempfile\nfolder = tempfile.TemporaryDirectory()\nopen('made', 'w').write(folder.name)\n"
+    )
+    with tempfile.TemporaryDirectory() as mine:
+        pid = os.fork()
+        if pid == 0:
+            process.become(str(program), [], cwd=str(tmp_path), environment={}, streams=(0, 1, 2))
+        assert os.waitpid(pid, 0)[1] == 0
+        assert Path(mine).is_dir() and not Path((tmp_path / "made").read_text()).exists()
 
 
 def wait_until(true) -> None:
