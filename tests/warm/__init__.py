@@ -1,9 +1,10 @@
 """Commands of this project in real processes that are there at once: forks of one that has imported everything.
 
-A rank imports torch, Megatron-Core and transformers for ten seconds of a core before its first step. Here a server
-does that once per pytest process; ``Popen`` and ``run`` ask it for a fork, which goes on as ``python -m tools.NAME``
-would: its own pid, session, standard streams, environment, directory, signals and exit code. What it starts in turn by
-``subprocess`` (the launcher its ranks) is forked from it likewise. ``console`` is a ``megatron-entropy`` for scripts.
+A rank imports torch, Megatron-Core and transformers for eight seconds of a core before its first step. Here a server
+does that once per pytest process (another one with Transformer Engine's sources); ``Popen`` and ``run`` ask it for a
+fork, which goes on as ``python -m tools.NAME`` would: its own pid, session, standard streams, environment, directory,
+signals and exit code. What it starts in turn by ``subprocess`` (the launcher its ranks) is forked from it likewise.
+``console`` is a ``megatron-entropy`` for scripts.
 
 Not shown by such a process: that a fresh interpreter imports what it needs, in the right order, and what depends on it
 (warnings of imports, PYTHONHASHSEED, /proc/PID/cmdline and environ). Tests of that start fresh ones, and so do the
@@ -32,6 +33,7 @@ from tests.warm.process import Forked, module_of
 
 ROOT = Path(__file__).parents[2]
 START_S = 600.0  # for the server's imports, on a machine that does much else
+PRELOADED = {"tests.transformer_engine": "tests.transformer_engine.preloaded"}  # package: by its own server
 COLD = bool(os.environ.get("COLD_STARTS"))
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -47,8 +49,9 @@ class Popen(Forked):
     def _fork(self, options: dict[str, Any], streams: Sequence[int]) -> int:
         assert options["preexec_fn"] is None and not options["pass_fds"]
         module, arguments = module_of(options["args"])
+        kind = module.rpartition(".")[0]
         self._reply = client.ask(
-            _server(),
+            _server(PRELOADED.get(kind, "")),
             {
                 "module": module,
                 "arguments": arguments,
@@ -105,8 +108,9 @@ def console(folder: Path) -> Path:
 
 
 @functools.cache
-def _server() -> str:
-    """The socket of this process's server, which dies with it."""
+def _server(preloaded: str = "") -> str:
+    """The socket of this process's server, which dies with it. ``preloaded``: one module that it imports, instead of
+    what the commands need."""
     folder = Path(tempfile.mkdtemp(prefix="warm-"))
     path, log = folder / "socket", folder / "log"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
@@ -121,7 +125,7 @@ def _server() -> str:
 
     with log.open("wb") as said:
         server = subprocess.Popen(
-            [sys.executable, "-m", "tests.warm.server", str(path)],
+            [sys.executable, "-m", "tests.warm.server", str(path), *filter(None, [preloaded])],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.DEVNULL,

@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[2]
-OURS = ("tools.", "tests.gpu.")  # modules
+OURS = ("tools.", "tests.gpu.", "tests.transformer_engine.")  # modules
 RENDERER = ROOT / "megatron_ext" / "rollout" / "chat_template.py"  # a process of every rank, and of evaluations
 _PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
-_GIVEN = ("", str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep))
-_PATH = [entry for entry in sys.path if entry not in _GIVEN]  # of the standard library and the installed packages
+_added = ["", str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]  # to sys.path, besides installed packages
 
 
 def module_of(command: Any) -> tuple[str, list[str]]:
@@ -182,7 +181,9 @@ def _settle(environment: Mapping[str, str], cwd: str) -> None:
     os.environ.clear()
     os.environ.update(environment)
     places = [place for place in environment.get("PYTHONPATH", "").split(os.pathsep) if place]
-    sys.path[:] = [cwd, *places, *_PATH]
+    installed = [entry for entry in sys.path if entry not in _added]
+    _added[:] = [cwd, *places]
+    sys.path[:] = [*_added, *installed]
     warnings._processoptions(  # pyright: ignore[reportAttributeAccessIssue]
         [each for each in environment.get("PYTHONWARNINGS", "").split(",") if each]
     )

@@ -1,6 +1,6 @@
 """Imports what the commands need, then forks a process for every request (tests/warm/__init__.py).
 
-python -m tests.warm.server SOCKET
+python -m tests.warm.server SOCKET [MODULE]      MODULE: what is imported instead
 
 Between the server and each process stands a fork that waits for it and tells how it ended.
 """
@@ -19,7 +19,6 @@ from typing import NoReturn
 
 from tests.warm import client
 from tests.warm.process import become
-from tools.cli import COMMANDS
 
 NOT_HERE = ("bench", "launch")  # want packages of other environments
 LATER = (  # what a run imports when it gets there
@@ -29,11 +28,17 @@ LATER = (  # what a run imports when it gets there
 )
 
 
-def preload() -> None:
-    for name in (*(f"tools.{module}" for name, (module, _) in COMMANDS.items() if name not in NOT_HERE), *LATER):
+def preload(*names: str) -> None:
+    for name in names or [*_commands(), *LATER]:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # what is imported is nobody's garbage, and stays shared
+
+
+def _commands() -> list[str]:
+    from tools.cli import COMMANDS  # not before another module was asked for, which may have to be the first
+
+    return [f"tools.{module}" for name, (module, _) in COMMANDS.items() if name not in NOT_HERE]
 
 
 def serve(path: Path) -> NoReturn:
@@ -72,5 +77,5 @@ def _answer(connection: socket.socket) -> NoReturn:
 
 
 if __name__ == "__main__":
-    preload()
+    preload(*sys.argv[2:])
     serve(Path(sys.argv[1]))
