@@ -58,10 +58,10 @@ def left_behind(folder: Path) -> list[int]:
     """Processes whose standard error is a file of the folder, as that of all of the run's is, after a moment."""
     time.sleep(1)
     found = []
-    for path in Path("/proc").glob("[0-9]*/fd/2"):
+    for pid in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError):
-            if str(folder) in os.readlink(path):
-                found.append(int(path.parts[2]))
+            if str(folder) in os.readlink(f"/proc/{pid}/fd/2"):
+                found.append(int(pid))
     return found
 
 

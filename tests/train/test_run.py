@@ -233,7 +233,7 @@ def test_a_start_that_is_stopped_asks_to_be_run_again_but_not_for_ever(tmp_path:
         process = start(tmp_path, "train.steps=4")
         wait_for(run_folder(tmp_path) / ".lock", process)
         process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=200)
         assert process.returncode == code, output
         assert output.count("SIGTERM: ") == 1 and "stopped while starting: nothing new to save" in output
         assert "Traceback" not in output and not (run_folder(tmp_path) / "checkpoints").exists()
