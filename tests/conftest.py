@@ -8,10 +8,11 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from tests import order, rendering
+from tests import order, rendering, warm
 
 if find_spec("vllm") is None:  # its threads are not to be forked
     rendering.fork()
+warm.start_verifiers_warm()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

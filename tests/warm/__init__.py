@@ -4,7 +4,8 @@ A rank imports torch, Megatron-Core and transformers for eight seconds of a core
 does that once per pytest process (another one with Transformer Engine's sources); ``Popen`` and ``run`` ask it for a
 fork, which goes on as ``python -m tools.NAME`` would: its own pid, session, standard streams, environment, directory,
 signals and exit code. What it starts in turn by ``subprocess`` (the launcher its ranks) is forked from it likewise.
-``console`` is a ``megatron-entropy`` for scripts.
+``console`` is a ``megatron-entropy`` for scripts. Workers that verify answers are forked from one that knows SymPy,
+those of a test's own pools too but in tests/rollout.
 
 Not shown by such a process: that a fresh interpreter imports what it needs, in the right order, and what depends on it
 (warnings of imports, PYTHONHASHSEED, /proc/PID/cmdline and environ). Tests of that start fresh ones, and so do the
@@ -26,55 +27,37 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tests.warm import client
-from tests.warm.process import Forked, module_of
+from tests.warm.process import VERIFIER, VERIFIERS, Warm, request
 
 ROOT = Path(__file__).parents[2]
 START_S = 600.0  # for the server's imports, on a machine that does much else
 PRELOADED = {"tests.transformer_engine": "tests.transformer_engine.preloaded"}  # package: by its own server
+VERIFYING = "tests.warm.verifier"
 COLD = bool(os.environ.get("COLD_STARTS"))
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-class Popen(Forked):
+class Popen(Warm):
     """``subprocess.Popen`` for ``[sys.executable, "-m", "tools.NAME", ...]``; without ``preexec_fn``.
 
     The process is no child of this one: its status comes from the server.
     """
 
-    _reply: client.Reply
-
-    def _fork(self, options: dict[str, Any], streams: Sequence[int]) -> int:
+    def _start(self, options: dict[str, Any], streams: Sequence[int]) -> int:
         assert options["preexec_fn"] is None and not options["pass_fds"]
-        module, arguments = module_of(options["args"])
-        kind = module.rpartition(".")[0]
-        self._reply = client.ask(
-            _server(PRELOADED.get(kind, "")),
-            {
-                "module": module,
-                "arguments": arguments,
-                "cwd": os.fspath(options["cwd"] or os.getcwd()),
-                "environment": dict(os.environ if options["env"] is None else options["env"]),
-                "session": bool(options["start_new_session"]),
-            },
-            streams,
-        )
+        asked = request(options)
+        name = asked["module"]
+        if name == str(VERIFIER):
+            server = _server(VERIFYING)
+        else:
+            server = _server(PRELOADED.get(name.rpartition(".")[0], ""))
+            asked["environment"] |= {VERIFIERS: _server(VERIFYING)}
+        self._reply = client.ask(server, asked | {"session": bool(options["start_new_session"])}, streams)
         return self._reply.pid
-
-    def _try_wait(self, wait_flags: int) -> tuple[int, int]:
-        if not self._is_forked:
-            return super()._try_wait(wait_flags)  # pyright: ignore[reportAttributeAccessIssue]
-        status = self._reply.status(wait=not wait_flags & os.WNOHANG)
-        return (0, 0) if status is None else (self.pid, status)
-
-    def _internal_poll(self, *given: Any, **named: Any) -> int | None:
-        if not self._is_forked:
-            return super()._internal_poll(*given, **named)  # pyright: ignore[reportAttributeAccessIssue]
-        if self.returncode is None and (status := self._reply.status(wait=False)) is not None:
-            self._handle_exitstatus(status)  # pyright: ignore[reportAttributeAccessIssue]
-        return self.returncode
 
 
 def run(
@@ -101,10 +84,23 @@ def console(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     program = folder / "megatron-entropy"
     fresh = [sys.executable, "-m", "tools.cli"]
-    warm = [sys.executable, "-IS", client.__file__, "" if COLD else _server(), "tools.cli"]
-    program.write_text(f'#!/bin/sh\nexec {shlex.join(fresh if COLD else warm)} "$@"\n')
+    command = fresh if COLD else ["env", f"{VERIFIERS}={_server(VERIFYING)}", *_ask(), "tools.cli"]
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
     program.chmod(0o755)
     return folder
+
+
+def _ask() -> list[str]:
+    return [sys.executable, "-IS", client.__file__, _server()]
+
+
+def start_verifiers_warm() -> None:
+    """From now on, those of pools in this process."""
+    from megatron_ext.rollout.rewards import worker_pool  # not before a server imports what has to be the first
+
+    module: Any = worker_pool
+    if not COLD:
+        module.subprocess = SimpleNamespace(**(vars(subprocess) | {"Popen": Popen}))
 
 
 @functools.cache

@@ -24,49 +24,90 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tests.warm import client
+
 ROOT = Path(__file__).parents[2]
 OURS = ("tools.", "tests.gpu.", "tests.transformer_engine.")  # modules
 RENDERER = ROOT / "megatron_ext" / "rollout" / "chat_template.py"  # a process of every rank, and of evaluations
+VERIFIER = ROOT / "megatron_ext" / "rollout" / "rewards" / "verify.py"  # a worker of every pool of rewards
+VERIFIERS = "WARM_VERIFIERS"  # the socket of the server that forks these, in the environment of warm processes
 _PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
 _added = ["", str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]  # to sys.path, besides installed packages
 
 
 def module_of(command: Any) -> tuple[str, list[str]]:
-    """The module, or file, that ``command`` runs, and its arguments; an empty name for one that is not forked."""
+    """The module, or file, that ``command`` runs, and its arguments; an empty name for one that is started fresh."""
     if isinstance(command, (list, tuple)) and len(command) > 2 and command[0] == sys.executable:
         option, name, *arguments = map(os.fspath, command[1:])
-        if option == "-m" and name.startswith(OURS) or (option, name) == ("-P", str(RENDERER)):
+        if (option == "-m" and name.startswith(OURS)) or (option == "-P" and name in map(str, (RENDERER, VERIFIER))):
             return name, arguments
     return "", []
 
 
-class Forked(subprocess.Popen):
-    """Forks this process instead of starting one of the project's commands; every other command is started."""
+def request(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a server is asked for (client.py); ``options`` are those of ``subprocess.Popen``."""
+    module, arguments = module_of(options["args"])
+    return {
+        "module": module,
+        "arguments": arguments,
+        "cwd": os.fspath(options["cwd"] or os.getcwd()),
+        "environment": dict(os.environ if options["env"] is None else options["env"]),
+    }
 
-    _is_forked = False
+
+class Warm(subprocess.Popen):
+    """A command of the project that is not started but forked; every other command is started."""
+
+    _reply: client.Reply | None = None  # of a process that is no child of this one
+
+    def _is_warm(self, module: str) -> bool:
+        return bool(module)
+
+    def _start(self, options: dict[str, Any], streams: Sequence[int]) -> int:
+        """The pid. ``streams``: the descriptors of its standard input, output and error."""
+        raise NotImplementedError
 
     def _execute_child(self, *given: Any) -> None:
         execute = super()._execute_child  # pyright: ignore[reportAttributeAccessIssue]
         options = inspect.signature(execute).bind(*given).arguments
-        if not module_of(options["args"])[0]:
+        if not self._is_warm(module_of(options["args"])[0]):
             execute(*given)
             return
         pipes = {name: options[name] for name in _PIPES}
         ends = (pipes["p2cread"], pipes["c2pwrite"], pipes["errwrite"])
         try:
-            self._is_forked = True
-            self.pid = self._fork(options, [own if end == -1 else end for own, end in enumerate(ends)])
+            self.pid = self._start(options, [own if end == -1 else end for own, end in enumerate(ends)])
             self._child_created = True
         finally:
             self._close_pipe_fds(*pipes.values())  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _fork(self, options: dict[str, Any], streams: Sequence[int]) -> int:
-        pid = os.fork()
-        if pid:
+    def _try_wait(self, wait_flags: int) -> tuple[int, int]:
+        if self._reply is None:
+            return super()._try_wait(wait_flags)  # pyright: ignore[reportAttributeAccessIssue]
+        status = self._reply.status(wait=not wait_flags & os.WNOHANG)
+        return (0, 0) if status is None else (self.pid, status)
+
+    def _internal_poll(self, *given: Any, **named: Any) -> int | None:
+        if self._reply is None:
+            return super()._internal_poll(*given, **named)  # pyright: ignore[reportAttributeAccessIssue]
+        if self.returncode is None and (status := self._reply.status(wait=False)) is not None:
+            self._handle_exitstatus(status)  # pyright: ignore[reportAttributeAccessIssue]
+        return self.returncode
+
+
+class Forked(Warm):
+    """Forked from this process; a verifier from its own server."""
+
+    def _is_warm(self, module: str) -> bool:
+        return module != "" and (module != str(VERIFIER) or VERIFIERS in os.environ)
+
+    def _start(self, options: dict[str, Any], streams: Sequence[int]) -> int:
+        asked = request(options)
+        if asked["module"] == str(VERIFIER):
+            self._reply = client.ask(os.environ[VERIFIERS], asked | {"session": False}, streams)
+            return self._reply.pid
+        if pid := os.fork():
             return pid
-        module, arguments = module_of(options["args"])
-        environment = dict(os.environ if options["env"] is None else options["env"])
-        cwd = os.fspath(options["cwd"] or os.getcwd())
 
         def before() -> None:
             if options["start_new_session"]:
@@ -76,8 +117,7 @@ class Forked(subprocess.Popen):
             if options["preexec_fn"] is not None:
                 options["preexec_fn"]()
 
-        keep = options["pass_fds"]
-        become(module, arguments, cwd=cwd, environment=environment, streams=streams, keep=keep, before=before)
+        become(**asked, streams=streams, keep=options["pass_fds"], before=before)
 
 
 def become(
@@ -102,7 +142,7 @@ def become(
             signal.signal(signal.SIGINT, signal.default_int_handler)
         _forget_exits()
         _take_streams(streams, keep, unbuffered=bool(environment.get("PYTHONUNBUFFERED")))
-        _settle(environment, cwd)
+        _settle(environment, "" if module.endswith(".py") else cwd)
         code = _main(module, arguments)
     except BaseException:
         traceback.print_exc()
@@ -176,13 +216,13 @@ def _take_streams(streams: Sequence[int], keep: Sequence[int], *, unbuffered: bo
         setattr(sys, f"__{name}__", stream)
 
 
-def _settle(environment: Mapping[str, str], cwd: str) -> None:
-    """What an interpreter reads when it starts, and libraries when they are imported."""
+def _settle(environment: Mapping[str, str], first: str) -> None:
+    """What an interpreter reads when it starts, and libraries when they are imported. ``first``: of sys.path."""
     os.environ.clear()
     os.environ.update(environment)
     places = [place for place in environment.get("PYTHONPATH", "").split(os.pathsep) if place]
     installed = [entry for entry in sys.path if entry not in _added]
-    _added[:] = [cwd, *places]
+    _added[:] = [*filter(None, [first]), *places]
     sys.path[:] = [*_added, *installed]
     warnings._processoptions(  # pyright: ignore[reportAttributeAccessIssue]
         [each for each in environment.get("PYTHONWARNINGS", "").split(",") if each]

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_ext.rollout.rewards import verify, worker_pool
+from megatron_ext.rollout.rewards.reward_pool import RewardPool
+from megatron_ext.types import Problem
 from tests import warm
 from tests.warm import process
 
@@ -110,6 +115,23 @@ def test_a_fork_becomes_another_program(tmp_path: Path) -> None:
     assert found["variable"] == "x" and found["others"] <= 3 and found["group"] and found["parent"]
     assert kept in found["descriptors"] and write not in found["descriptors"]
     assert signal.SIGUSR2 in found["ignored"] and signal.SIGUSR1 not in found["ignored"]
+
+
+def test_a_warm_verifier_is_what_a_fresh_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its verdicts, its limit of memory, the arithmetic that it has, and its end."""
+    answers = [(Problem("0", "", "0.5"), rf"\boxed{{{text}}}") for text in (r"\frac{2}{4}", "1/3", "x")]
+    verdicts, seen = [], []
+    for popen in (subprocess.Popen, warm.Popen):
+        monkeypatch.setattr(worker_pool, "subprocess", SimpleNamespace(**(vars(subprocess) | {"Popen": popen})))
+        with RewardPool(1, deadline_s=60, max_timeout_share=1.0) as pool:
+            verdicts.append(pool.score(answers))
+            worker = pool._workers[0]._process
+            limits = Path(f"/proc/{worker.pid}/limits").read_text()
+            mapped = Path(f"/proc/{worker.pid}/maps").read_text()
+            seen.append((re.findall(r"Max address space +(\d+)", limits), "gmpy2" in mapped, "libtorch" in mapped))
+        assert worker.poll() == -signal.SIGKILL
+    assert verdicts[0] == verdicts[1] and verdicts[0][0].value == 1.0
+    assert seen[0] == seen[1] == ([str(verify.MAX_WORKER_BYTES)], False, False)
 
 
 def test_what_the_parent_owns_outlives_a_fork(tmp_path: Path) -> None:
