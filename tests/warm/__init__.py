@@ -36,7 +36,7 @@ from tests.warm.process import VERIFIER, VERIFIERS, Warm, request
 ROOT = Path(__file__).parents[2]
 START_S = 600.0  # for the server's imports, on a machine that does much else
 PRELOADED = {"tests.transformer_engine": "tests.transformer_engine.preloaded"}  # package: by its own server
-VERIFYING = "tests.warm.verifier"
+COMMANDS, VERIFYING = "", "tests.warm.verifier"
 COLD = bool(os.environ.get("COLD_STARTS"))
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -54,7 +54,7 @@ class Popen(Warm):
         if name == str(VERIFIER):
             server = _server(VERIFYING)
         else:
-            server = _server(PRELOADED.get(name.rpartition(".")[0], ""))
+            server = _server(PRELOADED.get(name.rpartition(".")[0], COMMANDS))
             asked["environment"] |= {VERIFIERS: _server(VERIFYING)}
         self._reply = client.ask(server, asked | {"session": bool(options["start_new_session"])}, streams)
         return self._reply.pid
@@ -91,7 +91,7 @@ def console(folder: Path) -> Path:
 
 
 def _ask() -> list[str]:
-    return [sys.executable, "-IS", client.__file__, _server()]
+    return [sys.executable, "-IS", client.__file__, _server(COMMANDS)]
 
 
 def start_verifiers_warm() -> None:
@@ -104,9 +104,9 @@ def start_verifiers_warm() -> None:
 
 
 @functools.cache
-def _server(preloaded: str = "") -> str:
-    """The socket of this process's server, which dies with it. ``preloaded``: one module that it imports, instead of
-    what the commands need."""
+def _server(preloaded: str) -> str:
+    """The socket of this process's server, which dies with it. ``preloaded``: the module that it imports, COMMANDS for
+    what these need."""
     folder = Path(tempfile.mkdtemp(prefix="warm-"))
     path, log = folder / "socket", folder / "log"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
