@@ -52,6 +52,7 @@ def _render(given: IO[bytes], told: IO[bytes], complained: IO[bytes], env: Mappi
     try:
         for number, file in enumerate((given, told, complained)):
             os.dup2(file.fileno(), number)
+        _ = sys.stdin, sys.stderr  # kept, for one that owns its descriptor would close what has its number now
         sys.stdin = io.TextIOWrapper(open(0, "rb", closefd=False), encoding="utf-8")  # noqa: SIM115
         sys.stderr = io.TextIOWrapper(open(2, "wb", closefd=False), write_through=True)  # noqa: SIM115
         os.environ.clear()

@@ -229,8 +229,8 @@ def test_a_signal_saves_and_asks_to_be_run_again(uninterrupted: Path, tmp_path: 
 
 
 def test_a_start_that_is_stopped_asks_to_be_run_again_but_not_for_ever(tmp_path: Path) -> None:
-    for count, code in ((1, 75), (2, 75), (3, 76)):
-        process = start(tmp_path, "train.steps=4")
+    for count, code in ((1, 75), (2, 75), (3, 76)):  # fresh: they load libraries when the signal comes
+        process = start(tmp_path, "train.steps=4", popen=subprocess.Popen)
         wait_for(run_folder(tmp_path) / ".lock", process)
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=200)

@@ -32,6 +32,7 @@ RENDERER = ROOT / "megatron_ext" / "rollout" / "chat_template.py"  # a process o
 VERIFIER = ROOT / "megatron_ext" / "rollout" / "rewards" / "verify.py"  # a worker of every pool of rewards
 VERIFIERS = "WARM_VERIFIERS"  # the socket of the server that forks these, in the environment of warm processes
 _PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+_old_streams: list[Any] = []  # kept, for one that owns its descriptor would close what has its number now
 _added = ["", str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]  # to sys.path, besides installed packages
 
 
@@ -203,6 +204,7 @@ def _take_streams(streams: Sequence[int], keep: Sequence[int], *, unbuffered: bo
                 os.close(number)
     for number in keep:
         os.set_inheritable(number, True)
+    _old_streams.extend((sys.stdin, sys.stdout, sys.stderr))
     sys.stdin = sys.__stdin__ = io.TextIOWrapper(open(0, "rb", closefd=False), encoding="utf-8")  # noqa: SIM115
     for name, number, errors in (("stdout", 1, "strict"), ("stderr", 2, "backslashreplace")):
         stream = io.TextIOWrapper(

@@ -143,6 +143,7 @@ def test_what_the_parent_owns_outlives_a_fork(tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory() as mine:
         pid = os.fork()
         if pid == 0:
+            sys.stdout = os.fdopen(1, "w")  # owns the descriptor
             process.become(str(program), [], cwd=str(tmp_path), environment={}, streams=(0, 1, 2))
         assert os.waitpid(pid, 0)[1] == 0
         assert Path(mine).is_dir() and not Path((tmp_path / "made").read_text()).exists()
