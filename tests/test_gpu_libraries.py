@@ -1,4 +1,5 @@
-"""Without a GPU, installed Transformer Engine and apex change nothing: torch's AdamW takes every step."""
+"""Without a GPU, installed Transformer Engine and apex change nothing: torch's AdamW takes every step. Megatron-Core
+compiles nothing there and loads no logger, which others still find."""
 
 from __future__ import annotations
 
@@ -49,10 +50,14 @@ INSTALLED = {  # files of each case: kernels that take tensors on a GPU only, an
 }
 COMMANDS = """
 import importlib.util, pathlib, sys
+from megatron_ext.gpu_libraries import LOGGERS
 from tests.train import whole_run
 from tools import train
 recipe = "siren/siren-tiny-cpu.toml"
 assert any(importlib.util.find_spec(name) for name in ("transformer_engine", "apex"))
+from megatron.core import jit
+assert jit.jit_fuser(len) is len and not {"wandb", "tensorboard"} & set(sys.modules)
+assert all(type(importlib.util.find_spec(name).loader).__module__ != "megatron_ext.gpu_libraries" for name in LOGGERS)
 assert train.main([f"recipes/{recipe}", "--dry-run"]) == 0
 assert whole_run.train(pathlib.Path(sys.argv[1]), recipe, "train.steps=1") == 0
 """

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _coalescing_manager  # Megatron-Core uses it
 
+from tests import warm
 from tests.gpu import operator, training, transformer_engine
 from tests.gpu.echo import echo_group
 
@@ -164,7 +165,7 @@ def test_a_wrong_operator_is_not_timed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_without_a_gpu_a_run_says_so(name: str, tmp_path: Path) -> None:
     words, environment = command(f"tests.gpu.{name}", "--out", str(tmp_path / "out.json"))
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    done = warm.run(words, env=environment)
     assert done.returncode == 2 and "torch sees no GPU" in done.stderr and "--rehearse" in done.stderr
     assert not (tmp_path / "out.json").exists()
 

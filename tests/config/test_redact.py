@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 from megatron_ext.checkpoint.manifest import differing_keys, step_name
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.redact import redact, redact_text
+from tests import warm
 from tools import train
 
 ROOT = Path(__file__).parents[2]
@@ -27,14 +27,8 @@ LEAKING = {
 
 def run(*command: str) -> str:
     """What a command that must succeed says."""
-    done = subprocess.run(
-        [sys.executable, "-m", *command],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = warm.run([sys.executable, "-m", *command], cwd=ROOT, env=environment, timeout=400)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import warm
+
 ROOT = Path(__file__).parents[2]
 TINY = "recipes/tiny/tiny-cpu.toml"
 
@@ -54,6 +56,6 @@ logging.getLogger("megatron_ext.rollout.vllm_server.fleet").warning("server 1 is
 
 def test_a_run_that_is_refused_leaves_no_file(tmp_path: Path) -> None:
     wrong = ["parallel.ranks_per_node=1", "parallel.tensor=1", f"log.dir={tmp_path}", "data.max_prompt_tokens=1"]
-    done = run("-m", "tools.train", TINY, *wrong)
+    done = warm.run([sys.executable, "-m", "tools.train", TINY, *wrong], cwd=ROOT)
     assert done.returncode == 2, done.stderr
     assert list(tmp_path.rglob("*.log")) == []

@@ -23,6 +23,7 @@ from megatron_ext.rollout.rewards.verify import Outcome, counted
 from megatron_ext.rollout.rewards.worker_pool import VerifierError
 from megatron_ext.train.method_factory import create_method
 from megatron_ext.types import Problem, Sample
+from tests import warm
 from tools import methods, train
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_package_trains_the_tiny_recipe_on_two_ranks(folder: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "tools.train", "my_recipe.toml", *SMALL]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    done = warm.run(command, cwd=folder, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     run = folder / "runs" / "mine"
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

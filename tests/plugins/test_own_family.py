@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import MistralConfig, MistralForCausalLM
 
+from tests import warm
 from tools import convert, plan, train
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finish(folder: Path, *overrides: str) -> tuple[int, str]:
     command = [sys.executable, "-m", "tools.train", str(folder / "own.toml"), *SMALL, *overrides]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    done = warm.run(command, cwd=folder, env=environment)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_ext.config.errors import ConfigError
+from tests import warm
 from tools import paper as package
 from tools.paper import command, rows, tables
 from tools.paper.differences import common, compare
@@ -306,9 +306,13 @@ def test_the_tiny_chain_ends_in_the_papers_table_and_figures(tmp_path: Path) -> 
     """The commands of the paper's page, as they stand there, in a folder that looks like a checkout."""
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     block = (ROOT / "recipes" / "papers" / "siren" / "README.md").read_text().split("```bash\n")[2].split("```")[0]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    path = f"{warm.console(tmp_path / 'bin')}:{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True
+        ["bash", "-euo", "pipefail", "-c", block],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PATH": path},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     out = tmp_path / "runs" / "tiny" / "siren"

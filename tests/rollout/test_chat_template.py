@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import subprocess
 import time
 from pathlib import Path
 
@@ -18,6 +19,12 @@ CHATML = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+@pytest.fixture(autouse=True)
+def in_its_own_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the product starts it, and not in a fork as for all other tests."""
+    monkeypatch.setattr(chat_template, "subprocess", subprocess)
 
 
 @pytest.fixture

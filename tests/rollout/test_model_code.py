@@ -20,6 +20,7 @@ from megatron_ext.data.prompts import encode_prompts
 from megatron_ext.rollout.hf.engine import HFEngine
 from megatron_ext.rollout.model_files import load_config, load_tokenizer
 from megatron_ext.types import Problem
+from tests import warm
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "recipes" / "tiny" / "base"
@@ -47,15 +48,8 @@ def model_with_code(folder: Path, asking: str) -> tuple[Path, Path]:
 
 
 def run_with_yes(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", *command],
-        input="y\n" * 1000,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return warm.run([sys.executable, "-m", *command], input="y\n" * 1000, cwd=ROOT, env=environment, timeout=300)
 
 
 def test_evaluation_refuses_a_model_that_brings_code(tmp_path: Path) -> None:

@@ -32,15 +32,14 @@ SHORT = (  # a life each, but for the worker's, which the run survives
     Strike(KINDS_BY_NAME["reward worker SIGKILL"], "step", 0.05, rank=1, steps=0),
     Strike(KINDS_BY_NAME["a rank SIGKILL"], "save: shards", 0.0, rank=1, steps=1),
     Strike(KINDS_BY_NAME["launcher SIGTERM"], "step", 0.5, rank=0, steps=0),
-    Strike(KINDS_BY_NAME["launcher SIGKILL"], "step", 0.7, rank=0, steps=0),
 )
 
 
-@pytest.mark.timeout(1800)  # five starts of real runs, on a machine that may be busy
+@pytest.mark.timeout(1800)  # four starts of real runs, on a machine that may be busy
 def test_a_struck_run_ends_like_one_that_nobody_struck(tmp_path: Path) -> None:
     soak = Soak(tmp_path, print)
     soak.run(RECIPE, iter(SHORT))
-    assert soak.exit_codes == {0: 1, 75: 1, 137: 1, -9: 1}, soak.exit_codes
+    assert soak.exit_codes == {0: 1, 75: 1, 137: 1}, soak.exit_codes
     assert soak.strikes.total() == len(SHORT)
     phases = {phase for _, phase in soak.strikes}
     assert phases <= set(PHASES)

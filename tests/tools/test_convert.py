@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_ext.model.export import write_hf
-from tests import tiny
+from tests import tiny, warm
 from tools.convert import main, num_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +25,7 @@ BASE = ROOT / "recipes" / "tiny" / "base"
 
 def test_a_model_directory_returns_bitwise_and_loads_in_transformers(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.convert", "from-hf", str(BASE), str(tmp_path / "megatron")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = warm.run(command, cwd=ROOT)
     assert done.returncode == 0 and done.stdout == f"{tmp_path / 'megatron'}\n", done
     assert main(["to-hf", str(tmp_path / "megatron"), str(tmp_path / "hf")]) == 0
     stored, found = load_file(BASE / "model.safetensors"), load_file(tmp_path / "hf" / "model.safetensors")

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from megatron_ext.config.shipped import RECIPES
 from megatron_ext.rollout.base import Request
 from megatron_ext.rollout.hf.engine import HFEngine
+from tests import warm
 from tools.evaluate import main
 from tools.samples import read_samples
 
@@ -77,7 +78,7 @@ def test_a_killed_suite_goes_on_and_ends_as_an_uninterrupted_one(
     common = [str(BASE), "--suite", "tiny", *QUICK, "--samples", "32", "--limit", "1", "--batch-size", "16"]
     command = [sys.executable, "-m", "tools.evaluate", *common, "--out", str(tmp_path / "killed")]
     samples = tmp_path / "killed" / "samples" / "base"
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+    with warm.popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 300
         try:
             while not (file := samples / "fractions.jsonl").exists() or len(list(read_samples(file))) < 16:

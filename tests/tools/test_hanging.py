@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.train import test_run
 from tools.ranks import free_port
 
@@ -32,8 +34,14 @@ def environment(folder: Path, how: str, rank: int) -> dict[str, str]:
 
 def start(command: Sequence[str], said: Path, environment: dict[str, str]) -> subprocess.Popen:
     with said.open("w") as output:
-        return subprocess.Popen(
-            command, cwd=test_run.ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        return warm.popen(
+            command,
+            cwd=test_run.ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
 
@@ -46,18 +54,24 @@ def train(folder: Path, how: str = "", *overrides: str, rank: int = 1) -> tuple[
     return code, (folder / "said").read_text()
 
 
-def left_behind(folder: Path) -> list[str]:
-    """Processes that have the run's folder among their arguments, after a moment."""
+def left_behind(folder: Path) -> list[int]:
+    """Processes whose standard error is a file of the folder, as that of all of the run's is, after a moment."""
     time.sleep(1)
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            arguments = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if str(folder) in arguments:
-            found.append(arguments)
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            if str(folder) in os.readlink(f"/proc/{pid}/fd/2"):
+                found.append(int(pid))
     return found
+
+
+def test_what_is_left_behind_is_found(tmp_path: Path) -> None:
+    with (tmp_path / "said").open("w") as said:
+        left = subprocess.Popen(["sleep", "60"], stderr=said)
+    assert left_behind(tmp_path) == [left.pid]
+    left.kill()
+    left.wait()
+    assert left_behind(tmp_path) == []
 
 
 WAYS = {  # what is said of the rank

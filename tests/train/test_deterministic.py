@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from megatron_ext import cpu_compat
 from megatron_ext.config.deterministic_checks import deterministic_faults
 from megatron_ext.config.schema import Config, ModelConfig, ParallelConfig
 from megatron_ext.model import deterministic
-from tests import gloo, tiny
+from tests import gloo, tiny, warm
 from tests.train.test_invariance import SIREN, one_step, worst
 
 ROOT = Path(__file__).parents[2]
@@ -130,9 +129,7 @@ def run(folder: Path, tensor: int, *overrides: str) -> tuple[list[dict], dict[st
         ["tools.train", "recipes/siren/siren-tiny-cpu.toml", *settings],
         ["tools.convert", "to-hf", str(folder / name), str(folder / f"{name}-hf")],
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
-        )
+        done = warm.run([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, timeout=400)
         assert done.returncode == 0, done.stdout + done.stderr
     lines = (folder / name / "metrics.jsonl").read_text().splitlines()
     left_out = ("time/", "speed/", "mismatch/")

@@ -22,6 +22,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.experts_model(tmp_path_factory.mktemp("model") / "moe", layers=4, experts=4)
 
 
+def common(model: Path) -> tuple[str, ...]:
+    return (f'model.path="{model}"', 'model.dtype="float32"')
+
+
+def exported(folder: Path) -> dict[str, torch.Tensor]:
+    assert convert.main(["to-hf", str(folder / "run"), str(folder / "hf")]) == 0
+    return AutoModelForCausalLM.from_pretrained(folder / "hf").state_dict()
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """What a run on one rank reports, and its export."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert whole_run.train(folder, RECIPE, *common(model)) == 0
+    return whole_run.metrics(folder), exported(folder)
+
+
 @pytest.mark.parametrize(
     ("world", "layout"),
     [
@@ -31,23 +48,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=["EP 2", "VPP 2", "EP 2 x TP 2"],
 )
-def test_a_run_is_the_same_under_every_layout(world: int, layout: tuple, model: Path, tmp_path: Path) -> None:
+def test_a_run_is_the_same_under_every_layout(world: int, layout: tuple, model: Path, alone, tmp_path: Path) -> None:
     """Losses and entropies of two steps with two updates each, and what is exported, agree with one rank's."""
-    common = (f'model.path="{model}"', 'model.dtype="float32"')
-    assert whole_run.train(tmp_path / "one", RECIPE, *common) == 0
-    assert (
-        whole_run.train(tmp_path / "many", RECIPE, *common, f"parallel.ranks_per_node={world}", *layout, world=world)
-        == 0
-    )
-    for one, many in zip(whole_run.metrics(tmp_path / "one"), whole_run.metrics(tmp_path / "many"), strict=True):
+    steps, weights = alone
+    options = (f"parallel.ranks_per_node={world}", *layout)
+    assert whole_run.train(tmp_path, RECIPE, *common(model), *options, world=world) == 0
+    for one, many in zip(steps, whole_run.metrics(tmp_path), strict=True):
         for name in ("loss/policy", "entropy/full", "reward/mean", "grad/norm"):
             assert many[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
         assert many["mismatch/max"] < 1e-3  # the engine samples from the weights that were streamed to it
-    exported = []
-    for name in ("one", "many"):
-        assert convert.main(["to-hf", str(tmp_path / name / "run"), str(tmp_path / name / "hf")]) == 0
-        exported.append(AutoModelForCausalLM.from_pretrained(tmp_path / name / "hf").state_dict())
+    found = exported(tmp_path)
     moved = AutoModelForCausalLM.from_pretrained(model).state_dict()
-    for name, value in exported[0].items():
-        torch.testing.assert_close(exported[1][name], value, rtol=0, atol=1e-4)
-    assert sum(not torch.equal(value, moved[name]) for name, value in exported[0].items()) > len(moved) / 2
+    for name, value in weights.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-4)
+    assert sum(not torch.equal(value, moved[name]) for name, value in weights.items()) > len(moved) / 2

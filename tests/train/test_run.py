@@ -1,6 +1,7 @@
 """Whole runs through the command line: killed and resumed, stopped by a signal, refused for bad input.
 
-The runs are real: two ranks over gloo, the shipped tiny model, rollouts, math-verify, checkpoints.
+The runs are real: two ranks over gloo, the shipped tiny model, rollouts, math-verify, checkpoints. The first is started
+in fresh interpreters, the others warm (tests/warm).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,7 +33,7 @@ from megatron_ext.model.build import build_policy
 from megatron_ext.model.forward import forward
 from megatron_ext.model.megatron_config import ModelLayout, ModelOptions
 from megatron_ext.train import packing
-from tests import gloo
+from tests import gloo, warm
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "recipes/siren/siren-tiny-cpu.toml"
@@ -56,23 +58,29 @@ def command(folder: Path, *overrides: str) -> list[str]:
     return [sys.executable, "-m", "tools.train", RECIPE, *settings]
 
 
-def start(folder: Path, *overrides: str, largest_file: int = resource.RLIM_INFINITY) -> subprocess.Popen:
-    """``largest_file``: bytes beyond which the kernel refuses to write, as on a full disk."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
+def start(folder: Path, *overrides: str, popen: Callable[..., subprocess.Popen] = warm.popen) -> subprocess.Popen:
+    return popen(
         command(folder, *overrides),
         cwd=ROOT,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY)),
     )
 
 
-def finish(folder: Path, *overrides: str, largest_file: int = resource.RLIM_INFINITY) -> tuple[int, str]:
-    process = start(folder, *overrides, largest_file=largest_file)
+def finish(
+    folder: Path,
+    *overrides: str,
+    largest_file: int = resource.RLIM_INFINITY,
+    popen: Callable[..., subprocess.Popen] = warm.popen,
+) -> tuple[int, str]:
+    """Exit code and output. ``largest_file``: bytes beyond which the kernel refuses to write, as on a full disk."""
+    process = start(folder, *overrides, popen=popen)
+    if largest_file != resource.RLIM_INFINITY:
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
     output, _ = process.communicate(timeout=400)
     return process.returncode, output
 
@@ -112,8 +120,9 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
+    """In fresh interpreters: what the others, which start warm, are compared with."""
     folder = tmp_path_factory.mktemp("whole")
-    code, output = finish(folder, "train.steps=4")
+    code, output = finish(folder, "train.steps=4", popen=subprocess.Popen)
     assert code == 0, output
     return folder
 
@@ -160,7 +169,8 @@ def megatron_log_probs(rank: int, world: int, source: str, path: str, sequences:
 def test_transformers_alone_loads_the_export_and_matches_megatron(uninterrupted: Path, tmp_path: Path) -> None:
     source, export = str(ROOT / "recipes/tiny/base"), tmp_path / "hf"
     command = [sys.executable, "-m", "tools.convert", "to-hf", str(run_folder(uninterrupted)), str(export)]
-    subprocess.run(command, cwd=ROOT, check=True)
+    converted = warm.run(command, cwd=ROOT)
+    assert converted.returncode == 0, converted.stderr
     script = (
         "import sys, json, torch\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
@@ -219,11 +229,11 @@ def test_a_signal_saves_and_asks_to_be_run_again(uninterrupted: Path, tmp_path: 
 
 
 def test_a_start_that_is_stopped_asks_to_be_run_again_but_not_for_ever(tmp_path: Path) -> None:
-    for count, code in ((1, 75), (2, 75), (3, 76)):
-        process = start(tmp_path, "train.steps=4")
+    for count, code in ((1, 75), (2, 75), (3, 76)):  # fresh: they load libraries when the signal comes
+        process = start(tmp_path, "train.steps=4", popen=subprocess.Popen)
         wait_for(run_folder(tmp_path) / ".lock", process)
         process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=200)
         assert process.returncode == code, output
         assert output.count("SIGTERM: ") == 1 and "stopped while starting: nothing new to save" in output
         assert "Traceback" not in output and not (run_folder(tmp_path) / "checkpoints").exists()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import warm
 from tests.transformer_engine import source
 
 ROOT = Path(__file__).parents[2]
@@ -23,9 +23,13 @@ def inside(function: str, *, world: int = 1, **options: Any) -> list[Any]:
             f"Transformer Engine {source.VERSION} is not in {source.SOURCE}: make build/transformer-engine/.fetched"
         )
         pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-    command = [sys.executable, "-m", "tests.transformer_engine.inside", function]
-    done = subprocess.run(
-        [*command, json.dumps({"world": world, **options})], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    command = [
+        sys.executable,
+        "-m",
+        "tests.transformer_engine.inside",
+        function,
+        json.dumps({"world": world, **options}),
+    ]
+    done = warm.run(command, cwd=ROOT, env=os.environ | source.ENVIRONMENT, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -12,6 +12,7 @@ optimizer and attention as on a GPU, while ``cpu_compat.enter`` keeps their tens
 from __future__ import annotations
 
 import enum
+import functools
 import importlib
 import os
 import sys
@@ -23,6 +24,8 @@ from unittest import mock
 
 VERSION = "2.11.0"
 CUDNN = 91400  # 9.14.0, as the bindings tell it
+ENVIRONMENT = {"NVTE_PROJECT_BUILDING": "1"}  # its core library is not loaded
+COMPUTE_CAPABILITY = {"major": 9, "minor": 0}
 SOURCE = Path(__file__).parents[2] / "build" / "transformer-engine"
 
 
@@ -70,12 +73,13 @@ def _kernel(name: str) -> Any:
     return refuse
 
 
-def load(compute_capability: tuple[int, int] = (9, 0)) -> Bindings:
-    """Import the sources. For them alone there is a GPU, of that compute capability. Returns the bindings."""
+@functools.cache
+def load() -> Bindings:
+    """Import the sources. For them alone there is a GPU, of ``COMPUTE_CAPABILITY``. Returns the bindings."""
     assert not any(name.startswith("megatron") for name in sys.modules)
     import torch
 
-    os.environ["NVTE_PROJECT_BUILDING"] = "1"  # its core library is not loaded
+    os.environ.update(ENVIRONMENT)
     sys.path.insert(0, str(SOURCE))
     for name in ("onnx", "onnxscript"):
         stand_in = mock.MagicMock(__spec__=ModuleSpec(name, None))
@@ -93,7 +97,7 @@ def load(compute_capability: tuple[int, int] = (9, 0)) -> Bindings:
     real = torch.cuda.is_available
     cuda: Any = torch.cuda
     cuda.is_available = lambda: _asked_by_transformer_engine() or real()
-    cuda.get_device_properties = lambda _: SimpleNamespace(major=compute_capability[0], minor=compute_capability[1])
+    cuda.get_device_properties = lambda _: SimpleNamespace(**COMPUTE_CAPABILITY)
     whole: Any = importlib.import_module("transformer_engine")
     whole.common = common
     assert whole.__version__ == VERSION

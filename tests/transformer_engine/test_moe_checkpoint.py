@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests import warm
 from tests.train import whole_run
 from tests.transformer_engine.models import moe_of_16
 from tests.transformer_engine.running import ROOT, inside
@@ -42,7 +42,7 @@ def test_it_resumes_bitwise(saved: tuple[Path, str, list[Any]]) -> None:
 
 def test_without_transformer_engine_it_is_exported_bitwise(saved: tuple[Path, str, list[Any]], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.convert", "to-hf", str(saved[0]), str(tmp_path / "hf")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = warm.run(command, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     stored, exported = (load_file(path / "model.safetensors") for path in (moe_of_16(), tmp_path / "hf"))
     assert exported.keys() == stored.keys()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -115,25 +116,38 @@ def logprobs_of(reference: HFEngine, sample: Sample, sampling: Sampling) -> list
     return [math.log(p[token]) for p, token in zip(kept, sample.response_ids, strict=True)]
 
 
-def alone(_rank: int, _world: int, folder: Path, case: str) -> Any:
-    from megatron_ext.rollout.vllm.engine import VLLMEngine
+def alone(_rank: int, _world: int) -> dict[str, Any]:
+    """What one engine says and is, what it draws, and last what it refuses."""
+    from megatron_ext.rollout.vllm import engine as module
 
+    said: list[str] = []
+    vars(module)["print"] = lambda line, **_: said.append(line)
     torch.distributed.destroy_process_group()
-    engine = VLLMEngine(folder, dtype="float32", max_tokens=64, enforce_eager=True)
+    engine = module.VLLMEngine(BASE, dtype="float32", max_tokens=64, enforce_eager=True)
     KEPT.append(engine)
     listening = [each.laddr.ip for each in psutil.Process().net_connections("inet") if each.status == "LISTEN"]
     assert set(listening) <= {"127.0.0.1"}, listening
-    if case == "runner":
-        found = engine.llm.collective_rpc(lambda worker: type(worker.model_runner).__module__)  # what really runs
-        return found, engine.model_runner, engine.metrics(), os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
-    if case == "draws":
-        many = [Request(requests(3)[2].prompt_ids[:4], seed_of(1, i)) for i in range(200)]
-        again = engine.generate(many[::-1][:7], Sampling(2.0, 1.0, 8))
-        return engine.generate(many, Sampling(2.0, 1.0, 8)), again
-    weights = list(AutoModelForCausalLM.from_pretrained(folder).state_dict().items())
-    with pytest.raises(ValueError, match="left out .*norm"):
+    found: dict[str, Any] = {
+        "said": said,
+        "modules": engine.llm.collective_rpc(lambda worker: type(worker.model_runner).__module__),  # what really runs
+        "reported": engine.model_runner,
+        "metrics": engine.metrics(),
+        "variable": os.environ.get("VLLM_USE_V2_MODEL_RUNNER"),
+    }
+    many = [Request(requests(3)[2].prompt_ids[:4], seed_of(1, i)) for i in range(200)]
+    found["again"] = engine.generate(many[::-1][:7], Sampling(2.0, 1.0, 8))
+    found["drawn"] = engine.generate(many, Sampling(2.0, 1.0, 8))
+    weights = list(AutoModelForCausalLM.from_pretrained(BASE).state_dict().items())
+    try:
         engine.update_weights(Listed([pair for pair in weights if pair[0] != "model.norm.weight"]), 1)
-    return None
+    except ValueError as error:
+        found["refused"] = str(error)
+    return found
+
+
+@pytest.fixture(scope="module")
+def engine() -> dict[str, Any]:
+    return gloo.run(alone, 1, timeout=240)[0]
 
 
 class Listed(list):
@@ -143,23 +157,22 @@ class Listed(list):
         return [(name, value.dtype, tuple(value.shape)) for name, value in self]
 
 
-def test_a_response_follows_from_its_seed_and_seeds_differ() -> None:
-    [(drawn, again)] = gloo_alone("draws")
+def test_a_response_follows_from_its_seed_and_seeds_differ(engine: dict[str, Any]) -> None:
+    drawn, again = engine["drawn"], engine["again"]
     for a, b in zip(drawn[::-1], again, strict=False):
         assert a.response_ids == b.response_ids and a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
     assert len({sample.response_ids for sample in drawn}) > 20
 
 
-def test_weights_that_do_not_cover_the_model_are_refused() -> None:
-    gloo_alone("missing")
+def test_weights_that_do_not_cover_the_model_are_refused(engine: dict[str, Any]) -> None:
+    assert re.search("left out .*norm", engine["refused"])
 
 
-def test_the_model_runner_is_reported(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_model_runner_is_reported(engine: dict[str, Any]) -> None:
     """vLLM's build for CPUs has no Triton: its runner is V1, chosen by itself; GPUs have V2 (vllm.v1.worker.gpu)."""
-    [(modules, reported, metrics, variable)] = gloo_alone("runner")
-    assert modules == ["vllm.v1.worker.cpu_model_runner"] and variable is None
-    assert reported == 1 and metrics == {"vllm/model_runner": 1.0}
-    assert capfd.readouterr().out.count("rollout: vLLM samples with its model runner V1\n") == 1
+    assert engine["modules"] == ["vllm.v1.worker.cpu_model_runner"] and engine["variable"] is None
+    assert engine["reported"] == 1 and engine["metrics"] == {"vllm/model_runner": 1.0}
+    assert engine["said"].count("rollout: vLLM samples with its model runner V1") == 1
 
 
 def test_the_model_runner_is_the_configured_one() -> None:
@@ -201,7 +214,3 @@ def test_weights_never_arrive_beside_a_full_kv_cache() -> None:
     [asked] = gloo.run(first_update, 1, timeout=60)
     one = ["sleep", "wake_upweights", "start_weight_update", "update_weights", "finish_weight_update"]
     assert asked == [*one, "wake_upkv_cache", "reset_prefix_cache"] * 2
-
-
-def gloo_alone(case: str) -> list[Any]:
-    return gloo.run(alone, 1, BASE, case, timeout=120)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.tools.analyze.inputs import (
     BASE,
     DATA,
@@ -104,9 +104,9 @@ def test_bad_input_is_a_clear_error(
 
 def test_the_command_is_known_and_helps() -> None:
     command = [sys.executable, "-m", "tools.cli", "analyze"]
-    done = subprocess.run([*command, "--help"], capture_output=True, text=True)
+    done = warm.run([*command, "--help"])
     assert done.returncode == 0 and all(name in done.stdout for name in [*ANALYSES, "all"])
-    wrong = subprocess.run([*command, "pass-at-n"], capture_output=True, text=True)
+    wrong = warm.run([*command, "pass-at-n"])
     assert wrong.returncode == 2 and "did you mean pass-at-k?" in wrong.stderr
 
 

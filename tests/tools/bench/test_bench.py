@@ -8,20 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import warm
+
 ROOT = Path(__file__).parents[3]
 
 
-def bench(folder: Path, *arguments: str, code: str = "") -> subprocess.CompletedProcess:
+def bench(folder: Path, *arguments: str, code: str = "") -> subprocess.CompletedProcess[str]:
+    """The command, whose every process runs ``code`` before."""
+    hook = folder.with_name(f"{folder.name}-hook")
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(code)
     options = ["ops", "--tokens", "16", "--vocab", "512", "--dtype", "float32", "--repeat", "1", "--out", str(folder)]
-    run = f"{code}\nimport sys; from tools.bench.command import main; sys.exit(main({[*options, *arguments]!r}))"
-    return subprocess.run(
-        [sys.executable, "-c", run],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{hook}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "tools.bench", *options, *arguments]
+    return warm.run(command, cwd=ROOT, env=environment, timeout=300)
 
 
 def test_the_table_is_written_with_its_plot(tmp_path):

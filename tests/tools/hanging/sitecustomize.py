@@ -1,4 +1,4 @@
-"""Makes a rank of a real run hang, from outside: Python imports this at the start of every process that finds it.
+"""Makes a rank of a real run hang, from outside: every process that finds this runs it at its start.
 
 In the environment: HANG, one of WAYS; HANG_RANK; HANG_STEP, counted from 1; HANG_PIPE, a pipe that nobody writes to.
 """
@@ -131,14 +131,17 @@ class Patch(importlib.abc.MetaPathFinder):
 
 
 def patch(name: str, change: Callable[[ModuleType], None]) -> None:
-    sys.meta_path.insert(0, Patch(name, change))
+    if name in sys.modules:  # of a process that started warm
+        change(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, Patch(name, change))
 
 
 if "HANG" in os.environ:
-    how = os.environ["HANG"]
+    how, rank = os.environ["HANG"], os.environ.get("RANK")
     patch("megatron_ext.heartbeat", shorter)
     patch("tools.watchdog", sooner)
-    if how == "alone_in_a_collective":
+    if how == "alone_in_a_collective" and rank is not None:
         patch("megatron_ext.train.loop", alone_in_a_collective)
-    elif os.environ.get("RANK") == os.environ["HANG_RANK"]:
+    elif rank == os.environ["HANG_RANK"]:
         patch("megatron_ext.train.loop", slow_to_score if how == "slow_to_score" else in_the_update)

@@ -15,6 +15,7 @@ import pytest
 
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.methods import METHODS
+from tests import warm
 from tools.lab import command as lab
 from tools.lab import runs as lab_runs
 from tools.lab.plan import Job, jobs, load_plan
@@ -233,7 +234,7 @@ def test_a_lab_that_is_stopped_continues_and_writes_its_page(tmp_path: Path) -> 
     command = [sys.executable, "-m", "tools.lab", "--plan", str(path), "--dir", str(tmp_path / "runs")]
     command += ["--only", "grpo", "--seeds", "1", "--jobs", "1"]
     metrics = tmp_path / "runs/grpo-s0/metrics.jsonl"
-    first = subprocess.Popen([*command, "--steps", "12"], cwd=ROOT)
+    first = warm.popen([*command, "--steps", "12"], cwd=ROOT, stdin=subprocess.DEVNULL)
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         assert first.poll() is None
         time.sleep(0.05)
@@ -242,7 +243,7 @@ def test_a_lab_that_is_stopped_continues_and_writes_its_page(tmp_path: Path) -> 
     wait_until_free(tmp_path / "runs")
     done = metrics.read_text().count("\n")
     assert done < 12
-    assert subprocess.run([*command, "--steps", "12"], cwd=ROOT).returncode == 0
+    assert warm.popen([*command, "--steps", "12"], cwd=ROOT, stdin=subprocess.DEVNULL).wait() == 0
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, 13))
     assert "resuming after step" in (tmp_path / "runs/grpo-s0/log.txt").read_text()
