@@ -18,6 +18,7 @@ from megatron_ext.metrics.glossary import Glossary
 from megatron_ext.metrics.writer import MetricsWriter, sample_record, token_texts, write_config
 from megatron_ext.model import parallel
 from megatron_ext.rollout.base import RolloutError
+from megatron_ext.train.balance import sequence_cost
 from megatron_ext.train.collect_rollouts import Rollouts
 from megatron_ext.train.messages import file_fault, tell
 from megatron_ext.train.setup import build, reward_pool
@@ -108,7 +109,8 @@ def train_step(trainer: Trainer, watch: Watch) -> StepRecord:
     trainer.begin_stage()
     with watch.phase("sync"):
         trainer.sync()
-    rollouts = Rollouts(trainer.config, trainer.engine, trainer.pool, trainer.step, watch)
+    cost = sequence_cost(trainer.learner.policy.architecture)
+    rollouts = Rollouts(trainer.config, trainer.engine, trainer.pool, trainer.step, watch, cost)
     episodes, sampled = rollouts.collect(trainer.next_problems)
     stale = {e.sample.weight_version for e in episodes} - {trainer.step}
     if stale:

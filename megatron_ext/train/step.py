@@ -17,10 +17,12 @@ for each mini-batch, unless the method leaves the policy alone in this step:
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -37,6 +39,7 @@ from megatron_ext.model.forward import forward, forward_backward
 from megatron_ext.model.reference import Reference
 from megatron_ext.model.trainable import TrainableModel, totals
 from megatron_ext.train import critic, mismatch, packing, routing
+from megatron_ext.train.balance import sequence_cost
 from megatron_ext.train.packing import MiniBatch
 from megatron_ext.train.token_weights import token_weights
 from megatron_ext.types import Advantages, Batch, Episode, RolloutBatch, TokenStats
@@ -74,8 +77,7 @@ class Learner:
     def step(self, episodes: Sequence[Episode], watch: Watch) -> tuple[dict[str, float], TokenStats]:
         """Train on this rank's episodes; metrics over all ranks and the old policy's statistics ``[T]``."""
         routing.begin_step(self.policy)
-        size = len(episodes) * self.config.train.mini_batch_prompts // self.config.rollout.prompts
-        spans = [range(start, start + size) for start in range(0, len(episodes), size)]
+        spans = self.mini_batch_spans(episodes)
         mini_batches = [self.pack([episodes[i] for i in span]) for span in spans]
         rollouts, old = self.compute_old_logprobs(episodes, mini_batches, watch)
         advantages = self.method.compute_advantages(rollouts, self.reduce)
@@ -100,6 +102,12 @@ class Learner:
         for each in self.trained.values():
             each.end_step()
         return metrics | {name: value / len(mini_batches) for name, value in updates.items()}, old
+
+    def mini_batch_spans(self, episodes: Sequence[Episode]) -> list[range]:
+        """Where those of each mini-batch are: its groups are numbered one after another over all ranks."""
+        size, updates = self.config.train.mini_batch_prompts, self.config.updates_per_step
+        ends = [bisect_left(episodes, size * number, key=lambda each: each.group) for number in range(1, updates)]
+        return [range(start, end) for start, end in pairwise([0, *ends, len(episodes)])]
 
     def only_update(
         self, whole: Batch, episodes: Sequence[Episode], mini_batches: list[MiniBatch], watch: Watch
@@ -251,7 +259,8 @@ class Learner:
         pairs = [(e.sample.prompt_ids, e.sample.response_ids) for e in episodes]
         train, layout = self.config.train, self.config.parallel
         width = self.policy.architecture.hidden_size if train.share_prompts and self.policy.can_share_prompts else 0
-        divide = partial(packing.split, pairs, train.micro_batch_tokens, width=width)
+        cost = sequence_cost(self.policy.architecture)
+        divide = partial(packing.split, pairs, train.micro_batch_tokens, width=width, cost=cost)
         bins = divide(parallel.num_micro_batches(len(divide()), layout))
         multiple = layout.tensor if layout.sequence else 1
         told = routing.of_episodes(episodes, self.policy)
