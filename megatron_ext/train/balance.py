@@ -9,6 +9,7 @@ so who trains on what changes the order of summation and nothing else.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Sequence
 
 from megatron_ext.model.architectures import Architecture
@@ -28,18 +29,19 @@ def longest_first(costs: Sequence[float], num_bins: int) -> list[int]:
     The heaviest bin has at most 4/3 - 1/(3 num_bins) of what it has at the best division (Graham, SIAM J. Appl. Math.
     17, 1969). With costs above 0 no bin stays empty where there are as many items.
     """
-    load, bins = [0.0] * num_bins, [0] * len(costs)
+    heap, bins = [(0.0, number) for number in range(num_bins)], [0] * len(costs)  # the lightest is on top
     for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
-        bins[item] = min(range(num_bins), key=lambda number: (load[number], number))
-        load[bins[item]] += costs[item]
+        load, bins[item] = heap[0]
+        heapq.heapreplace(heap, (load + costs[item], bins[item]))
     return bins
 
 
-def deal(costs: Sequence[float], mini_batch: int, num_ranks: int) -> list[int]:
+def deal(costs: Sequence[float], mini_batch: int, num_ranks: int, *, first: int) -> list[int]:
     """The rank that trains on each of a step's groups, the next ``mini_batch`` of which make a mini-batch.
 
     Each mini-batch is divided for itself. Its heaviest share goes to the rank that has least of the step so far: before
-    the first update the ranks read all mini-batches and meet once.
+    the first update the ranks read all mini-batches and meet once. Of equal ranks the ``first`` comes first: the number
+    of the step, so that no rank has the heaviest share in all of them.
     """
     owners, total = list[int](), [0.0] * num_ranks
     for start in range(0, len(costs), mini_batch):
@@ -47,7 +49,7 @@ def deal(costs: Sequence[float], mini_batch: int, num_ranks: int) -> list[int]:
         bins = longest_first(part, num_ranks)
         load = loads(part, bins, num_ranks)
         heaviest = sorted(range(num_ranks), key=lambda number: (-load[number], number))
-        idlest = sorted(range(num_ranks), key=lambda rank: (total[rank], rank))
+        idlest = sorted(range(num_ranks), key=lambda rank: (total[rank], (rank - first) % num_ranks))
         rank_of = dict(zip(heaviest, idlest, strict=True))
         for number, rank in rank_of.items():
             total[rank] += load[number]
@@ -71,12 +73,6 @@ def imbalance(costs: Sequence[float], owners: Sequence[int], mini_batch: int, nu
         load = loads(costs[part], owners[part], num_ranks)
         ratios.append(max(load) * num_ranks / sum(load))
     return sum(ratios) / len(ratios)
-
-
-def idle_share(busy: Sequence[float]) -> float:
-    """The share of all ranks' time that they wait where each works so long and all wait for the last; 0 for no work."""
-    longest = max(busy)
-    return 1 - sum(busy) / (len(busy) * longest) if longest > 0 else 0.0
 
 
 def least_longest(costs: Sequence[float], num_ranks: int) -> float:

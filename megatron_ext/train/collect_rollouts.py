@@ -36,6 +36,7 @@ from megatron_ext.rollout.rewards.verify import Outcome
 from megatron_ext.rollout.sampling import seed_of
 from megatron_ext.train.balance import deal, imbalance
 from megatron_ext.train.packing import num_read
+from megatron_ext.train.timeline import meet
 from megatron_ext.types import Episode, Problem
 
 EncodedProblem = tuple[Problem, tuple[int, ...]]
@@ -74,7 +75,7 @@ class Rollouts:
                 generations += 1
             chosen = choose(verdicts, rollout.prompts)
             metrics = {"dynamic/generations": float(generations)} | report(verdicts, rollout)
-        own, ratio = exchange(episodes, chosen, self.config.train.mini_batch_prompts, self.cost)
+        own, ratio = exchange(episodes, chosen, self.config.train.mini_batch_prompts, cost=self.cost, step=self.step)
         return own, metrics | {"data/imbalance": ratio}
 
     def generate(self, problems: Sequence[EncodedProblem], *, first: int) -> dict[int, list[Episode]]:
@@ -114,6 +115,7 @@ class Rollouts:
             ]
             rewards = self.pool.score_samples(answers)
             phase.advance(len(own))
+            meet(self.watch)
             scored = {
                 index: Episode(encoded[index[0]][0], index[0], sample, reward)
                 for index, sample, reward in zip(own, samples, rewards, strict=True)
@@ -151,7 +153,12 @@ def choose(verdicts: Sequence[Verdict], wanted: int) -> list[int]:
 
 
 def exchange(
-    episodes: dict[int, list[Episode]], chosen: Sequence[int], mini_batch: int, cost: Callable[[int], int]
+    episodes: dict[int, list[Episode]],
+    chosen: Sequence[int],
+    mini_batch: int,
+    *,
+    cost: Callable[[int], int],
+    step: int,
 ) -> tuple[list[Episode], float]:
     """This rank's share of the ``chosen`` groups, numbered anew from 0, and the ``imbalance`` of all shares.
 
@@ -161,7 +168,7 @@ def exchange(
     held = {number: episodes[prompt_index] for number, prompt_index in enumerate(chosen) if prompt_index in episodes}
     everyone = gathered({number: work(group, cost) for number, group in held.items()}, data)
     costs = [everyone[number] for number in range(len(chosen))]
-    owners = deal(costs, mini_batch, data.size())
+    owners = deal(costs, mini_batch, data.size(), first=step)
     leaving: list[dict[int, list[Episode]]] = [{} for _ in range(data.size())]
     for number, group in held.items():
         leaving[owners[number]][number] = group

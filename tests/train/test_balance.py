@@ -11,7 +11,7 @@ import pytest
 
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.model.architectures import read_architecture
-from megatron_ext.train.balance import deal, idle_share, imbalance, least_longest, loads, longest_first, sequence_cost
+from megatron_ext.train.balance import deal, imbalance, least_longest, loads, longest_first, sequence_cost
 
 MODELS = Path(__file__).parents[2] / "recipes" / "models"
 
@@ -49,22 +49,20 @@ def test_bounds_by_hand() -> None:
 
 def test_every_mini_batch_is_divided_and_the_heavy_shares_take_turns() -> None:
     """The rank with the first mini-batch's 9 gets the three ones of the second."""
-    assert deal([9, 1, 1, 1, 9, 1, 1, 1], 4, 2) == [0, 1, 1, 1, 1, 0, 0, 0]
-    assert deal([9, 1, 1, 9], 2, 2) == [0, 1, 0, 1]  # of the second, 1 is the smaller share and 9 the larger
-    assert deal([5, 5, 5, 5], 4, 1) == [0, 0, 0, 0]
+    assert deal([9, 1, 1, 1, 9, 1, 1, 1], 4, 2, first=0) == [0, 1, 1, 1, 1, 0, 0, 0]
+    assert deal([9, 1, 1, 9], 2, 2, first=0) == [0, 1, 0, 1]  # 9 and 1, then 1 to where 9 is and 9 to where 1 is
+    assert deal([5, 5, 5, 5], 4, 1, first=3) == [0, 0, 0, 0]
+
+
+def test_another_rank_has_the_heaviest_share_in_every_step() -> None:
+    assert [deal([9, 5, 1], 3, 3, first=step) for step in range(4)] == [[0, 1, 2], [1, 2, 0], [2, 0, 1], [0, 1, 2]]
 
 
 def test_no_rank_is_left_without_groups() -> None:
     for seed in range(20):
         costs = skewed(seed, 24)
-        owners = deal(costs, 8, 8)
+        owners = deal(costs, 8, 8, first=seed)
         assert all(sorted(owners[start : start + 8]) == list(range(8)) for start in range(0, 24, 8))
-
-
-def test_idle_shares_by_hand() -> None:
-    """Of two ranks that work 10 and 6 seconds, 4 of 20 seconds are waited."""
-    assert idle_share([10, 6]) == pytest.approx(0.2)
-    assert idle_share([3, 3]) == 0 and idle_share([0, 0]) == 0 and idle_share([0, 4]) == 0.5
 
 
 def test_imbalance_by_hand() -> None:
@@ -84,14 +82,14 @@ def test_the_busiest_rank_has_little_more_than_the_mean(ranks: int, per_rank: in
     mini_batch = ranks * per_rank
     costs = [cost for seed in range(10) for cost in skewed(seed, mini_batch)]
     in_turn = [number % ranks for number in range(len(costs))]
-    owners = deal(costs, mini_batch, ranks)
+    owners = deal(costs, mini_batch, ranks, first=0)
     before, after = (imbalance(costs, each, mini_batch, ranks) for each in (in_turn, owners))
     assert after - 1 < (before - 1) / 2
     assert imbalance(costs, owners, len(costs), ranks) < 1.02  # of all mini-batches together
 
 
 def test_a_sequence_costs_its_products_and_its_attention() -> None:
-    """Qwen2.5-Math-7B: a token's forward takes 2 operations a weight, and 2 x layers x width a token of its sequence."""
+    """Qwen2.5-Math-7B: a token's forward takes 2 operations a weight, and 2 x layers x width a token there."""
     cost = sequence_cost(read_architecture(read_hf_config(MODELS / "qwen2.5-math-7b")))
     weights = 28 * 3584 * (2 * 3584 + 2 * 512 + 3 * 18944) + 152064 * 3584
     assert cost(1000) == 1000 * (2 * weights + 2 * 28 * 3584 * 1000)

@@ -204,7 +204,11 @@ def gradients_of_shares(rank: int, world: int, path: str, method: dict, mini_bat
     cost = sequence_cost(learner.policy.architecture)
     costs = [work([e for e in everything if e.group == group], cost) for group in range(4)]
     found = []
-    for owners in ([0, 1, 0, 1], deal(costs, mini_batch, 2), [0, 1, 1, 1] if mini_batch == 4 else [1, 0, 0, 1]):
+    for owners in (
+        [0, 1, 0, 1],
+        deal(costs, mini_batch, 2, first=0),
+        [0, 1, 1, 1] if mini_batch == 4 else [1, 0, 0, 1],
+    ):
         learner.method.load_state_dict(methods.create(method).state_dict())
         learner.actor.update = lambda max_bad_steps: (1.0, 0.0)  # type: ignore[method-assign]
         learner.step([e for e in everything if owners[e.group] == rank], Watch(1, show=False))
