@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_ext import cpu_compat
-from megatron_ext.config.schema import ParallelConfig
+from megatron_ext.config.schema import ParallelConfig, TrainConfig
 from megatron_ext.metrics.display import Watch
 from megatron_ext.metrics.spans import WAITING, Span, busy_seconds, idle_shares
 from megatron_ext.metrics.writer import MetricsWriter, read_steps, write_planner
@@ -50,7 +50,8 @@ def test_a_rank_that_comes_early_waits_and_all_ranks_have_one_clock() -> None:
 
 
 def spans_of_a_step(rank: int, world: int, path: str, method: dict, mini_batch: int) -> list[Span]:
-    learner = learner_of(path, world, method, {"ranks_per_node": 2}, mini_batch)
+    several = TrainConfig(mini_batch_prompts=mini_batch, micro_batch_tokens=22, share_prompts=False)  # micro-batches
+    learner = learner_of(path, world, method, {"ranks_per_node": 2}, train=several)
     with Watch(1, show=False) as watch:
         data = parallel.groups.data()
         learner.step([each for each in tiny.episodes() if each.group % data.size() == data.rank()], watch)
