@@ -220,9 +220,10 @@ def gradients_of_shares(rank: int, world: int, path: str, method: dict, mini_bat
 @pytest.mark.parametrize("mini_batch", [4, 2])
 @pytest.mark.parametrize("method", [{"name": "siren", "coef": 0.7}, {"name": "forking_tokens"}], ids=str)
 def test_who_trains_on_a_group_changes_no_gradient(method: dict, mini_batch: int) -> None:
+    """To the rounding of fp32, as between layouts (test_invariance.py)."""
     for plain, *others in gloo.run(gradients_of_shares, 2, str(tiny.hf_model()[1]), method, mini_batch):
         assert all(gradient.any() for gradient in plain.values())
-        assert all(worst(other, plain) < 1e-6 for other in others)
+        assert all(worst(other, plain) < 1e-5 for other in others)
 
 
 def test_a_reward_that_is_none_does_not_make_a_group_useful() -> None:

@@ -18,7 +18,10 @@ from megatron_ext.model import parallel
 from megatron_ext.plan.memory import Roles
 from megatron_ext.train.timeline import describe_run, gather, meet
 from tests import gloo, tiny
+from tests.train import whole_run
 from tests.train.test_passes import learner_of
+from tools.measured_run import comparison, read_measured
+from tools.report.page import report
 
 NAP = 1.0  # seconds: a busy machine is late by less
 
@@ -97,3 +100,28 @@ def test_a_timeline_is_cut_with_the_metrics_of_its_steps(tmp_path: Path) -> None
 def test_what_the_planner_has_to_know_is_written_whole(tmp_path: Path) -> None:
     write_planner(tmp_path, {"first_step": 1})
     assert json.loads((tmp_path / "planner.json").read_text()) == {"first_step": 1}
+
+
+def test_a_run_leaves_its_timeline_and_what_the_planner_needs(tmp_path: Path) -> None:
+    """Of each step and both ranks; the first two steps of a start do not count as measured, the last two do."""
+    assert whole_run.train(tmp_path, "siren/siren-tiny-cpu.toml", "train.steps=4", world=2) == 0
+    folder = tmp_path / "run"
+    lines = list(read_steps(folder / "timeline.jsonl"))
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    phases = {"sync", "rollout", "reward", "old_logprob", "update", "save", WAITING}
+    for line, metrics in zip(lines, whole_run.steps(tmp_path), strict=True):
+        assert set(line["names"]) == phases and len(line["ranks"]) == 2
+        for rank in line["ranks"]:
+            assert all(0 <= begin <= end for _, begin, end in rank)
+            meetings = [name for name, _, _ in rank if line["names"][name] == WAITING]
+            assert len(meetings) >= 4  # after the rewards and the old pass, and in two updates
+        for phase in ("rollout", "old_logprob", "update", "step"):
+            assert 0 <= metrics[f"time/idle/{phase}"] < 1
+        assert metrics["prompt/length"] > 3
+    page = report(folder)
+    assert "<h2>Timeline</h2>" in page and "First step: 1" in page and "rank 1: update" in page
+    assert "<h2>Plan</h2>" in page and "medians of 2 on 2 x cpu" in page
+    measured = read_measured(folder)
+    rows = {each.phase: each for each in comparison(measured)}
+    assert measured.gpu is None and measured.roles.current and rows["rollout"].at_assumed_rates is None
+    assert rows["rollout"].measured == pytest.approx(rows["rollout"].at_its_own)
