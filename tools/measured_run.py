@@ -124,7 +124,8 @@ def rates_told(measured: Measured) -> list[tuple[str, str, str]]:
 
 def _arithmetic(rates: Rates, is_dense: bool) -> str:
     mfu = rates.mfu if is_dense else rates.mfu_experts
-    return f"{rates.flops * mfu / 1e12:.3g} TFLOP/s" + (f", mfu {mfu:.2f}" if mfu != 1 else "")
+    size, unit = (1e12, "TFLOP/s") if rates.flops * mfu >= 1e12 else (1e9, "GFLOP/s")
+    return f"{rates.flops * mfu / size:.3g} {unit}" + (f", mfu {mfu:.2f}" if mfu != 1 else "")
 
 
 def _described(folder: Path) -> _Described:

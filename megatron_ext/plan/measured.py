@@ -27,7 +27,7 @@ from megatron_ext.plan.speed import RATES, Decoding, Lengths, Rates, step_second
 
 COMPARED = {  # what stands side by side: phases of the plan, phases of a run (time/<phase>_s)
     "rollout": (("rollout",), ("rollout",)),
-    "passes before the first update": (("score",), ("old_logprob",)),
+    "passes before updates": (("score",), ("old_logprob",)),
     "updates": (("update", "gradient exchange"), ("update", "critic")),
     "weight sync": (("weight sync",), ("sync",)),
 }

@@ -178,7 +178,7 @@ def test_what_a_run_writes_of_its_machine_is_what_is_read(tmp_path: Path) -> Non
 
 def test_a_report_has_both(tmp_path: Path) -> None:
     page = report(write_run(tmp_path / "a", CONFIG, {"rollout": 100.0, "update": 300.0}))
-    assert "<h2>Plan</h2>" in page and "planned, assumed" in page and "medians of 3 on 4 x NVIDIA H100" in page
+    assert "<h2>Plan</h2>" in page and "at assumed rates" in page and "medians of 3 on 4 x NVIDIA H100" in page
     page = report(write_run(tmp_path / "b", CONFIG, {"update": 300.0}, steps=2))
     assert "Not compared with the planner" in page and "its last step is 2" in page
 

@@ -24,8 +24,8 @@ def planned(folder: Path) -> str:
     known = "" if measured.gpu else f" There is no data sheet of {measured.device} here to assume rates from."
     about = (
         f"Seconds of a step, medians of {measured.num_steps} on {measured.config.parallel.world} x {measured.device}, "
-        "beside the planner's: at the rates that it assumes, and at the run's own, with which megatron-entropy plan "
-        f"RECIPE --measured {folder} plans.{known}"
+        "and what the planner says: at the rates that it assumes, and at the run's own, with which megatron-entropy "
+        f"plan RECIPE --measured {folder} plans.{known}"
     )
     rows = "".join(
         f'<tr><th>{escape(each.phase)}</th><td class="n">{short(each.measured)}</td>'
@@ -38,7 +38,7 @@ def planned(folder: Path) -> str:
     )
     return (
         f'<h2>Plan</h2><p class="sub">{escape(about)}</p><div class="pair"><div class="card"><table><tr><th>phase</th>'
-        '<th class="n">measured</th><th class="n">planned, assumed</th><th class="n">planned, its own</th></tr>'
+        '<th class="n">measured</th><th class="n">at assumed rates</th><th class="n">at its own</th></tr>'
         f'{rows}</table></div><div class="card"><table><tr><th>rate</th><th class="n">measured</th>'
         f'<th class="n">assumed</th></tr>{told}</table></div></div>'
     )

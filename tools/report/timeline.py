@@ -136,8 +136,9 @@ def _table(steps: Sequence[Step], phases: Sequence[str]) -> str:
         waits.append(_numbers(waited) + f'<td class="n">{short(share, True)}</td>')
     rows.append(f"<tr><th>{WAITING}</th>{''.join(waits)}</tr>")
     return (
-        '<div class="card"><p>Seconds of each phase without the waits in it.</p><table class="dense"><tr><th></th>'
-        f"{head}</tr><tr><th>phase</th>{kinds}</tr>{''.join(rows)}</table></div>"
+        '<div class="pair"><div class="card"><p>Seconds of each phase without the waits in it.</p>'
+        '<table class="dense"><tr><th></th>'
+        f"{head}</tr><tr><th>phase</th>{kinds}</tr>{''.join(rows)}</table></div></div>"
     )
 
 
