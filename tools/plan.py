@@ -50,9 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
         config = read_valid(options.recipe, options.overrides)
         roles = method_roles(config)
         find_family(config.model.family)
-        measured = None if options.measured is None else read_measured(options.measured)
-        if measured is not None:
-            check_fit(options.measured, measured, config, options.gpu)
+        run: Path | None = options.measured
+        measured = None if run is None else read_measured(run)
+        if run is not None and measured is not None:
+            check_fit(run, measured, config, options.gpu)
         lengths = _lengths(options, config, measured)
     except ConfigError as error:
         print(f"configuration error\n{error}", file=sys.stderr)
@@ -71,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         found |= {} if measured is None else {"measured": [each._asdict() for each in comparison(measured)]}
         print(json.dumps(plan.as_dict() | found, indent=2))
     else:
-        beside = [] if measured is None else ["", *measured_table(options.measured, measured)]
+        beside = [] if run is None or measured is None else ["", *measured_table(run, measured)]
         told = sources(rates, lengths, gpu if measured is None else measured.gpu or measured.device)
         print("\n".join([*table(plan), *verdict(plan, nearest), *beside, "", *told]))
     return FITS if plan.fits else DOES_NOT_FIT
