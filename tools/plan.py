@@ -4,20 +4,26 @@
     megatron-entropy plan RECIPE --json                    the same as JSON
     megatron-entropy plan RECIPE --svg memory.svg          a bar chart of the memory, phase by phase
     megatron-entropy plan RECIPE --gpu a800 --mfu .3       other rates; the table says which were used
+    megatron-entropy plan RECIPE --measured runs/mine      with the rates of a run, whose times stand beside their plan
+
+A run measures for its own layout of the model, rollout engine, dtype and kind of GPU; batch, model, method and the
+number of data-parallel ranks may differ. Options such as --mfu override what it measured.
 
 Weights, gradients and optimizer are exact: the dry run (tools.train RECIPE --dry-run) compares them with the built
 shards. The rest is counted, or assumed in megatron_ext/plan/device.py; what fits leaves 3 GB free.
 
-Exit codes: 0 it fits, 1 it does not, 2 configuration.
+Exit codes: 0 it fits, 1 it does not, 2 configuration, or a run that does not fit the recipe.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_ext.config.checks import layout_faults
 from megatron_ext.config.errors import ConfigError
@@ -26,10 +32,13 @@ from megatron_ext.config.schema import Config
 from megatron_ext.model.architectures import find_family
 from megatron_ext.plan.device import MARGIN, TOTAL_BYTES
 from megatron_ext.plan.layout import Plan, make_plan, nearest_fit
+from megatron_ext.plan.measured import Measured
 from megatron_ext.plan.memory import PHASES, RECOMPUTE, Roles
 from megatron_ext.plan.speed import RATES, Lengths, Rates, default_lengths
 
 from .arguments import add_recipe, command_parser, number, output_file
+from .charts import short
+from .measured_run import check_fit, comparison, rates_told, read_measured
 
 FITS, DOES_NOT_FIT, CONFIGURATION = 0, 1, 2
 GB = 1e9
@@ -40,13 +49,18 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = read_valid(options.recipe, options.overrides)
         roles = method_roles(config)
-        lengths = _lengths(options, config)
         find_family(config.model.family)
+        run: Path | None = options.measured
+        measured = None if run is None else read_measured(run)
+        if run is not None and measured is not None:
+            check_fit(run, measured, config, options.gpu)
+        lengths = _lengths(options, config, measured)
     except ConfigError as error:
         print(f"configuration error\n{error}", file=sys.stderr)
         return CONFIGURATION
-    rates = _rates(options)
-    total = options.memory_gb * GB if options.memory_gb else TOTAL_BYTES[options.gpu]
+    gpu = options.gpu or "h100"
+    rates = _rates(options, RATES[gpu] if measured is None else measured.rates())
+    total = options.memory_gb * GB if options.memory_gb else TOTAL_BYTES[gpu] if measured is None else measured.memory
     plan = make_plan(config, roles, rates=rates, gpu_memory=total, lengths=lengths)
     nearest = None if plan.fits else nearest_fit(plan, rates=rates, lengths=lengths)
     if options.svg:
@@ -54,10 +68,13 @@ def main(arguments: list[str] | None = None) -> int:
 
         memory_chart(plan).savefig(options.svg, format="svg")
     if options.json:
-        found = {"nearest_fit": nearest[0] if nearest else None, "rates": vars(rates), "lengths": vars(lengths)}
+        found = {"nearest_fit": nearest[0] if nearest else None, "rates": finite(rates), "lengths": vars(lengths)}
+        found |= {} if measured is None else {"measured": [each._asdict() for each in comparison(measured)]}
         print(json.dumps(plan.as_dict() | found, indent=2))
     else:
-        print("\n".join([*table(plan), *verdict(plan, nearest), "", *sources(rates, lengths, options.gpu)]))
+        beside = [] if run is None or measured is None else ["", *measured_table(run, measured)]
+        told = sources(rates, lengths, gpu if measured is None else measured.gpu or measured.device)
+        print("\n".join([*table(plan), *verdict(plan, nearest), *beside, "", *told]))
     return FITS if plan.fits else DOES_NOT_FIT
 
 
@@ -71,10 +88,9 @@ def read_valid(recipe: str | Path, overrides: list[str] | None = None) -> Config
 
 def method_roles(config: Config) -> Roles:
     """The models and passes that the recipe's method asks for. Raises ConfigError for a bad option."""
-    from megatron_ext.train.method_factory import create_method  # brings torch: the plan itself does without
+    from megatron_ext.train.method_factory import create_method, roles_of  # brings torch: the plan itself does without
 
-    needs = create_method(config).needs
-    return Roles(reference=needs.reference, critic=needs.value, current=needs.current)
+    return roles_of(config, create_method(config).needs)
 
 
 def table(plan: Plan) -> list[str]:
@@ -106,7 +122,9 @@ def table(plan: Plan) -> list[str]:
         lines.append("peak by pipeline rank, GB: " + ", ".join(f"{rank.peak / GB:.1f}" for rank in plan.ranks))
     total = sum(plan.seconds.values())
     lines.append("")
-    lines.append(f"a step takes about {total:.0f} s: " + ", ".join(f"{k} {v:.0f}" for k, v in plan.seconds.items()))
+    lines.append(
+        f"a step takes about {short(total)} s: " + ", ".join(f"{k} {short(v)}" for k, v in plan.seconds.items())
+    )
     lines.append(
         f"the run of {plan.config.train.steps} steps: about {plan.config.train.steps * total / 3600:.0f} h, "
         f"{plan.config.train.steps * total / 3600 * plan.config.parallel.world:,.0f} GPU hours"
@@ -138,12 +156,42 @@ def _too_large(plan: Plan, mode: str) -> bool:
     return not make_plan(config, plan.roles, rates=rates, gpu_memory=plan.gpu_memory).fits
 
 
+def measured_table(folder: Path, measured: Measured) -> list[str]:
+    """A run's step beside its plan, and its rates."""
+    lines = [
+        f"{folder}: seconds of a step, medians of {measured.num_steps} on {measured.config.parallel.world} x "
+        f"{measured.device}",
+        f"  {'':<34}{'measured':>20}{'planned, assumed':>20}{'planned, its own':>20}",
+    ]
+    for each in comparison(measured):
+        seconds = (each.measured, each.at_assumed_rates, each.at_its_own)
+        lines.append(f"  {each.phase:<34}" + "".join(f"{short(value):>20}" for value in seconds))
+    lines.append(f"  {'rate':<34}{'measured':>20}{'assumed':>20}")
+    lines += [f"  {name:<34}{own:>20}{assumed:>20}" for name, assumed, own in rates_told(measured)]
+    return lines
+
+
+def finite(rates: Rates) -> dict[str, Any]:
+    """For JSON, which has no infinity: what is not known is null."""
+    values = vars(rates)
+    return {name: None if value == math.inf else value for name, value in values.items()}
+
+
 def sources(rates: Rates, lengths: Lengths, gpu: str) -> list[str]:
+    if not math.isfinite(rates.bandwidth):
+        known = f"{rates.flops / 1e9:.3g} GFLOP/s of a rank in training; {rates.source}"
+        return [f"rates ({gpu}): {known}", *_told_lengths(lengths)]
     return [
         f"rates ({gpu}): {rates.flops / 1e12:.0f} TFLOP/s bf16, {rates.bandwidth / 1e12:.2f} TB/s memory, "
         f"{rates.network / 1e9:.0f} GB/s network, mfu {rates.mfu} ({rates.mfu_experts} with experts); {rates.source}",
+        *_told_lengths(lengths),
+    ]
+
+
+def _told_lengths(lengths: Lengths) -> list[str]:
+    return [
         f"lengths: {lengths.prompt:.0f} prompt and {lengths.response:.0f} response tokens on average (assumed unless "
-        "given); memory is for full-length sequences",
+        "given or measured); memory is for full-length sequences"
     ]
 
 
@@ -151,19 +199,22 @@ def _gb(size: float | None) -> str:
     return f"{'-' if size is None else f'{size / GB:.1f}':>10}"
 
 
-def _rates(options: argparse.Namespace) -> Rates:
+def _rates(options: argparse.Namespace, known: Rates) -> Rates:
     given = {name: getattr(options, name) for name in ("flops", "bandwidth", "network", "mfu", "mfu_experts", "decode")}
-    return replace(RATES[options.gpu], **{name: value for name, value in given.items() if value is not None})
+    return replace(known, **{name: value for name, value in given.items() if value is not None})
 
 
-def _lengths(options: argparse.Namespace, config: Config) -> Lengths:
-    """Raises ConfigError for a mean above the limit."""
+def _lengths(options: argparse.Namespace, config: Config, measured: Measured | None) -> Lengths:
+    """Given, else a run's as far as the recipe allows them. Raises ConfigError for a given mean above the limit."""
     most = {"prompt": config.data.max_prompt_tokens, "response": config.rollout.max_response_tokens}
     given = {kind: getattr(options, f"mean_{kind}") for kind in most}
     for kind, value in given.items():
         if value is not None and value > most[kind]:
             raise ConfigError(f"--mean-{kind}: found {value:g} tokens, expected at most the recipe's {most[kind]}")
-    return replace(default_lengths(config), **{kind: value for kind, value in given.items() if value is not None})
+    known = default_lengths(config)
+    if measured is not None:
+        known = Lengths(**{kind: min(getattr(measured.lengths, kind), limit) for kind, limit in most.items()})
+    return replace(known, **{kind: value for kind, value in given.items() if value is not None})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -172,7 +223,8 @@ def _parser() -> argparse.ArgumentParser:
     add_recipe(parser, example="parallel.tensor=4")
     add("--json", action="store_true", help="print JSON")
     add("--svg", type=output_file, metavar="FILE", help="write the memory as a bar chart")
-    add("--gpu", choices=list(RATES), default="h100", help="whose total memory and data sheet (default h100)")
+    add("--gpu", choices=list(RATES), help="whose total memory and data sheet (default h100, or that of --measured)")
+    add("--measured", type=Path, metavar="RUN", help="folder of a run whose rates are used, of at least three steps")
     add("--memory-gb", type=number(), help="total memory of one GPU as torch reports it (default: that of --gpu)")
     add("--flops", type=number(), help="peak bf16 operations a second")
     add("--bandwidth", type=number(), help="memory bandwidth, bytes a second")

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from megatron_ext import heartbeat
 from megatron_ext.metrics.glossary import GLOSSARY, Glossary
+from megatron_ext.metrics.spans import WAITING, Span
 
 GAP = 2  # columns of a terminal between two of the table
 
@@ -53,9 +54,9 @@ class Watch:
             metrics |= watch.times()  # time/rollout_s, speed/rollout_tokens_per_s, time/step_s
             watch.step(1, metrics)
 
-    A phase entered several times in a step adds up. The clock is the host's: a phase must end with the device
-    idle (reading one of its results is enough). ``show=False`` keeps the clock and prints nothing. What it times is
-    where the rank is for its launcher (megatron_ext/heartbeat.py).
+    A phase entered several times in a step adds up; each of its spans is kept for the timeline. The clock is the
+    host's: a phase must end with the device idle (reading one of its results is enough). ``show=False`` keeps the clock
+    and prints nothing. What it times is where the rank is for its launcher (megatron_ext/heartbeat.py).
     """
 
     def __init__(
@@ -75,7 +76,8 @@ class Watch:
         self._show, self._is_live = show, show and self._console.is_terminal
         self._seconds: dict[str, float] = {}
         self._tokens: dict[str, int] = {}
-        self._step_start = clock()
+        self._spans: list[Span] = []
+        self._step_start = self._origin = clock()
         self._paces: deque[float] = deque(maxlen=20)  # seconds of the last steps, for the ETA
         self._steps_shown: deque[tuple[int, dict[str, float]]] = deque(maxlen=8)
         self._live: Live | None = None
@@ -84,7 +86,7 @@ class Watch:
         self._phases = Progress(*bar, TimeElapsedColumn(), console=self._console, expand=True)
 
     def __enter__(self) -> Watch:
-        self._step_start = self._last_step = self._clock()
+        self._step_start = self._last_step = self._origin = self._clock()
         heartbeat.enter(heartbeat.BETWEEN, step=self._done + 1)
         if self._is_live:
             self._steps.add_task(self._title, total=self._total, completed=self._done, eta="-")
@@ -108,10 +110,35 @@ class Watch:
             with heartbeat.phase(name):
                 yield phase
         finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start
+            end = self._add_span(name, start)
+            self._seconds[name] = self._seconds.get(name, 0.0) + end - start
             self._tokens[name] = self._tokens.get(name, 0) + phase.tokens
             if task is not None:
                 self._phases.stop_task(task)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time a wait for other ranks, within a phase, whose time goes on, or between two."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._add_span(WAITING, start)
+
+    def _add_span(self, name: str, start: float) -> float:
+        """Returns the time."""
+        end = self._clock()
+        self._spans.append(Span(name, start - self._origin, end - self._origin))
+        return end
+
+    def restart(self) -> None:
+        """All ranks have just met: what follows is told in seconds from now, by ``take_spans``."""
+        self._spans, self._origin = [], self._clock()
+
+    def take_spans(self) -> list[Span]:
+        """The phases and waits since ``restart`` or the last call, in the order in which they ended."""
+        found, self._spans = self._spans, []
+        return found
 
     def count(self, name: str, seconds: float) -> None:
         """Add what was spent on a part elsewhere, beside the step."""

@@ -17,7 +17,7 @@ FINITE = ("loss/", "grad/", "entropy/", "logprob/", "reward/", "mismatch/")  # N
 LEARNING, VALIDATION, ENTROPY, UPDATE = "Learning", "Validation", "Entropy", "Update"
 CRITIC, RESPONSES, MACHINE = "Critic", "Responses", "Machine"
 OF_RESPONSES, OF_GROUPS = "share of responses", "share of groups"
-OF_PROBLEMS, OF_TOKENS = "share of problems", "share of tokens"
+OF_PROBLEMS, OF_TOKENS, OF_TIME = "share of problems", "share of tokens", "share of all ranks' time"
 NATS, SECONDS, SPEED = "nats per token", "seconds", "tokens per second"
 
 METRICS = (
@@ -191,6 +191,10 @@ METRICS = (
         high="near rollout.max_response_tokens: see response/truncated",
     ),
     Metric(
+        name="prompt/length", section=RESPONSES, title="Length of prompts", unit="tokens",
+        meaning="mean number of tokens of the responses' prompts",
+    ),
+    Metric(
         name="response/truncated", section=RESPONSES, title="Truncated", unit=OF_RESPONSES, short="cut",
         meaning="responses that reached rollout.max_response_tokens",
         good="low",
@@ -297,6 +301,15 @@ METRICS = (
         high="see which phase of time/ grew; data/imbalance and response/length say why",
     ),
     Metric(
+        name="time/idle/<phase>", section=MACHINE, title="Idle ranks", unit=OF_TIME, good="near 0",
+        meaning="what ranks would wait if they met at the end of the phase: 1 - mean / longest of their work in it",
+        high="of update and old_logprob: see data/imbalance. Of rollout: some ranks' responses are longer",
+    ),
+    Metric(
+        name="time/idle/step", section=MACHINE, title="Idle ranks", unit=OF_TIME, good="near 0",
+        meaning="what ranks waited for one another", high="the report's timeline shows who waits for whom",
+    ),
+    Metric(
         name="time/save_background_s", section=MACHINE, title="Time of a save", unit=SECONDS,
         meaning="writing a checkpoint during training; it overlaps with the other phases",
         good="less than checkpoint.every steps take",
@@ -312,7 +325,7 @@ METRICS = (
     ),
     Metric(
         name="data/imbalance", section=MACHINE, title="Imbalance", unit="ratio",
-        meaning="tokens of the busiest data-parallel rank over the mean of all",
+        meaning="work of the busiest data-parallel rank, as operations of a forward, over the mean of all",
         good="near 1", high="more prompts per data-parallel rank: raise train.mini_batch_prompts",
     ),
     Metric(

@@ -28,6 +28,7 @@ def summarise(batch: Batch, old: TokenStats, episodes: Sequence[Episode], reduce
     per_sequence = {
         "reward/mean": torch.where(valid, batch.reward, 0.0),
         "response/length": torch.bincount(batch.sequence, minlength=len(batch.reward)),
+        "prompt/length": torch.tensor([len(e.sample.prompt_ids) for e in episodes]),
         "response/truncated": batch.truncated,
         "response/unknown_logprobs": torch.tensor([sum(not isfinite(x) for x in e.sample.logprobs) for e in episodes]),
         "reward/nan": ~valid,

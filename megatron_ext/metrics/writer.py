@@ -1,10 +1,10 @@
 """What a run leaves behind for people, in files of its folder that rank 0 writes.
 
 ``config.json`` (redacted), ``metrics.jsonl`` (one flat JSON object per step, the validation before training as step 0),
-``glossary.json`` (its keys' meaning) and
-``samples.jsonl`` (a few responses per step, token by token). Steps count from 1. Everything under ``time/`` and
-``speed/`` depends on the machine; every other key is a function of the configuration and the seed, so two runs can be
-compared bit for bit (tools/compare_runs.py). Experiment trackers are fed from these files (trackers.py).
+``glossary.json`` (its keys' meaning), ``samples.jsonl`` (a few responses per step, token by token), ``timeline.jsonl``
+(what every rank did when, step by step) and ``planner.json`` (on what it ran). Steps count from 1. Everything under
+``time/`` and ``speed/`` depends on the machine; every other key is a function of the configuration and the seed, so two
+runs can be compared bit for bit (tools/compare_runs.py). Experiment trackers are fed from these files (trackers.py).
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 from megatron_ext.config.redact import redact
 from megatron_ext.files import parse_json, read_lines, write_atomically
 from megatron_ext.metrics.glossary import GLOSSARY, Glossary
+from megatron_ext.metrics.spans import Span
 from megatron_ext.metrics.trackers import FINISH_S, Trackers
 
 if TYPE_CHECKING:
     from megatron_ext.types import Episode
 
 CONFIG, METRICS, SAMPLES, MEANINGS = "config.json", "metrics.jsonl", "samples.jsonl", "glossary.json"
+TIMELINE, PLANNER = "timeline.jsonl", "planner.json"
 STRICT = "MEGATRON_ENTROPY_STRICT_METRICS"  # set by tests: a metric that the glossary does not have is an error
 
 
@@ -52,13 +54,13 @@ class MetricsWriter:
     ):
         folder, self._glossary = Path(run_dir), glossary
         folder.mkdir(parents=True, exist_ok=True)
-        self._metrics, self._samples = folder / METRICS, folder / SAMPLES
+        self._metrics, self._samples, self._timeline = folder / METRICS, folder / SAMPLES, folder / TIMELINE
         self._lines: list[str] = []
         if resume_step:
             first = _check_steps(self._metrics, resume_step)
             if first > 1:
                 self._lines.append(f"{self._metrics}: steps before {first} are not in it: the file was moved away")
-        for path in (self._metrics, self._samples):
+        for path in (self._metrics, self._samples, self._timeline):
             path.touch()
             _cut_after(path, resume_step)
         _replace(folder / MEANINGS, [vars(metric) for metric in glossary.metrics])
@@ -74,8 +76,14 @@ class MetricsWriter:
             for key in metrics:
                 self._glossary.require(key)
         values = {key: _number(value) for key, value in metrics.items()}
-        _append(self._samples, [{"step": step, **sample} for sample in samples])
-        _append(self._metrics, [{"step": step} | {key: _or_null(value) for key, value in values.items()}])
+        _append(self._samples, [{"step": step, **sample} for sample in samples], sync=True)
+        _append(self._metrics, [{"step": step} | {key: _or_null(value) for key, value in values.items()}], sync=True)
+
+    def write_timeline(self, step: int, ranks: Sequence[Sequence[Span]]) -> None:
+        """Append what each rank did in a step, before ``write``: ``[number of the name, begin, end]`` of each span."""
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(s.name for spans in ranks for s in spans))}
+        lists = [[[numbers[s.name], round(s.begin, 4), round(s.end, 4)] for s in spans] for spans in ranks]
+        _append(self._timeline, [{"step": step, "names": list(numbers), "ranks": lists}], sync=False)
 
     def lines(self) -> list[str]:
         """What there is to tell the user since the last call."""
@@ -103,6 +111,11 @@ def write_config(run_dir: str | Path, config: Mapping[str, Any]) -> None:
     target = Path(run_dir) / CONFIG
     target.parent.mkdir(parents=True, exist_ok=True)
     _replace(target, redact(config))
+
+
+def write_planner(run_dir: str | Path, described: Mapping[str, Any]) -> None:
+    """Write what the planner has to know of a run besides its configuration (train/timeline.py::describe_run)."""
+    _replace(Path(run_dir) / PLANNER, described)
 
 
 def sample_record(
@@ -216,12 +229,13 @@ def _replace(target: Path, value: Any) -> None:
     write_atomically(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def _append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+def _append(path: Path, records: Sequence[Mapping[str, Any]], *, sync: bool) -> None:
     text = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
     with path.open("ab") as file:
         file.write(text.encode("utf-8", "replace"))  # a model can emit half a surrogate pair
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

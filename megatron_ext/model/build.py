@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,6 +100,22 @@ class Policy:
         group, architecture = groups.tensor(), self.architecture
         padded_size = architecture.padded_vocab(group.size())
         return VocabShard.for_vocab(architecture.vocab_size, group, padded_size=padded_size)
+
+    @contextmanager
+    def before_gradient_exchange(self, call: Callable[[], None]) -> Iterator[None]:
+        """Within, every backward calls ``call`` when this rank has its gradients, before it waits for the others'."""
+        config: Any = self.modules[0].config  # one for all
+        exchange = config.finalize_model_grads_func
+
+        def called_first(*args: Any, **options: Any) -> None:
+            call()
+            exchange(*args, **options)
+
+        config.finalize_model_grads_func = called_first
+        try:
+            yield
+        finally:
+            config.finalize_model_grads_func = exchange
 
     def finish_param_sync(self) -> None:
         """Gather what the last update changed and no forward has asked for yet. Collective over data-parallel ranks.

@@ -47,6 +47,7 @@ class Roles:
     reference: bool = False
     critic: bool = False
     current: bool = False  # a pass without gradient before every update after the first
+    old: bool = True  # one before the first update, which otherwise measures the policy that sampled itself
 
 
 def sharding(p: ParallelConfig) -> Sharding:

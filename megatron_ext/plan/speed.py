@@ -1,11 +1,14 @@
 """How long a step takes, from stated rates. An estimate for choosing a layout, not a promise.
 
 train     2 operations per active weight and token forward, 4 backward, plus attention's, at ``mfu`` of the peak;
-          recomputation and the fused head repeat their part of the forward; pipeline stages idle (p - 1) / (m v)
+          recomputation and the fused head repeat their part of the forward; pipeline stages idle (p - 1) / (m v);
+          ``score`` are the passes before the first update, ``update`` the updates and a moved policy's own passes
 exchange  gradients in fp32 reduced, weights gathered, over the data-parallel ranks, once an update
-rollout   a decoding step reads the weights and all sequences' KV cache once, at ``decode`` of the memory bandwidth,
-          and costs at least ``launch_s`` per layer
+rollout   a decoding step of an engine reads the weights and all sequences' KV cache once, at ``decode`` of the memory
+          bandwidth, and costs at least ``launch_s`` per layer
 sync      every weight once through the host, as the streamed export does
+
+Rewards, validation and checkpoints are not estimated. measured.py puts what a run measured in the place of the rates.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ class Rates:
 
 COMMON = (
     "mfu .40: Megatron-Core reports up to .47 on H100; mfu_experts .20, decode .5, host link 20 GB/s, launch .8 ms a "
-    "layer (embedded engine; a tenth under vLLM's CUDA graphs): assumed, replace them by a run's metrics"
+    "layer (embedded engine; a tenth under vLLM's CUDA graphs): assumed; --measured takes those of a run"
 )
 _NIC_200, _NIC_400 = "one 200 Gb/s NIC per GPU (DGX A100)", "one 400 Gb/s NIC per GPU (DGX H100, B200)"
 # NVIDIA's data sheets of the SXM modules; dense bf16, half of what they give with sparsity; NVLink's total halved
@@ -84,14 +87,16 @@ def step_seconds(a: Architecture, config: Config, roles: Roles, rates: Rates, le
     tokens = responses * lengths.total
     once = tokens * forward_flops(a, lengths.total)
     speed = rates.flops * (rates.mfu_experts if a.experts else rates.mfu) * p.world
-    per_rank = tokens / updates / p.data
-    bubble = 1 + (p.pipeline - 1) / (max(1, math.ceil(per_rank / t.micro_batch_tokens)) * p.virtual)
-    passes = 1 + roles.reference + roles.critic + (roles.current * (updates - 1) / updates)
+    micro_batches = max(1, math.ceil(tokens / updates / p.data / t.micro_batch_tokens))
+    bubble = 1 + (p.pipeline - 1) / (micro_batches * p.virtual)
+    passes = roles.old + roles.reference + roles.critic
+    has_pass = roles.current and (micro_batches > 1 or p.pipeline > 1)  # else the update's own forward measures it
+    current = has_pass * (updates - 1) / updates
     backward = 3 + repeated_share(a, config)
     return {
         "rollout": rollout_seconds(a, config, rates, lengths),
         "score": passes * once / speed * bubble,
-        "update": (1 + roles.critic) * backward * once / speed * bubble,
+        "update": ((1 + roles.critic) * backward + current) * once / speed * bubble,
         "gradient exchange": (1 + roles.critic) * updates * exchange_seconds(a, config, rates),
         "weight sync": num_parameters(a) * memory.element_bytes(config) / rates.host_link,
     }
@@ -116,17 +121,28 @@ def exchange_seconds(a: Architecture, config: Config, rates: Rates) -> float:
 
 def rollout_seconds(a: Architecture, config: Config, rates: Rates, lengths: Lengths) -> float:
     """An engine decodes batch after batch, each to its longest response, or replaces finished sequences at once."""
-    r = config.rollout
-    responses = r.prompts * r.samples / memory.num_engines(config)  # of one engine
-    weights = memory.engine_weights(a, config)
-    kv = memory.kv_bytes_per_token(a, config) / r.tensor_parallel_size * lengths.total
-    speed = rates.bandwidth * rates.decode
-    if not find_engine(r).continuous_batching:
-        batches = math.ceil(responses / r.batch_size)
-        batch = responses / batches
-        step = max((weights + batch * kv) / speed, a.num_layers * rates.launch_s)
-        return batches * r.max_response_tokens * step
-    batch = min(responses, r.batch_size)
-    step = max((weights + batch * kv) / speed, a.num_layers * rates.launch_s / 10)
-    steps = max(responses * lengths.response / batch, r.max_response_tokens)
-    return steps * step
+    decoding = Decoding.of(a, config, lengths)
+    return decoding.steps * max(decoding.bytes / (rates.bandwidth * rates.decode), decoding.launches * rates.launch_s)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What an engine does in a rollout: its decoding steps, and of each the bytes that a GPU reads and the layers that
+    are launched as ``Rates.launch_s`` counts them."""
+
+    steps: float
+    bytes: float
+    launches: float
+
+    @classmethod
+    def of(cls, a: Architecture, config: Config, lengths: Lengths) -> Decoding:
+        r = config.rollout
+        responses = r.prompts * r.samples / memory.num_engines(config)  # of one engine
+        weights = memory.engine_weights(a, config)
+        kv = memory.kv_bytes_per_token(a, config) / r.tensor_parallel_size * lengths.total
+        if not find_engine(r).continuous_batching:
+            batches = math.ceil(responses / r.batch_size)
+            return cls(batches * r.max_response_tokens, weights + responses / batches * kv, a.num_layers)
+        batch = min(responses, r.batch_size)
+        steps = max(responses * lengths.response / batch, r.max_response_tokens)
+        return cls(steps, weights + batch * kv, a.num_layers / 10)

@@ -4,9 +4,8 @@ A prompt's index is its number in the step's order of data. To sample, prompts a
 turn. Within one copy of the model its tensor- and pipeline-parallel ranks sample and score a part each and exchange the
 episodes, so that all of them train on the same ones.
 
-To train, the whole groups of each mini-batch (the next ``train.mini_batch_prompts`` of them) are dealt anew: as many to
-every data-parallel rank, and so that the one with the most tokens, for which all others wait, has few (``deal``). A
-step's loss is a sum over tokens with weights fixed before, so who trains on which changes rounding only.
+To train, the whole groups of each mini-batch (the next ``train.mini_batch_prompts`` of them) are dealt to the
+data-parallel ranks anew, so that the one with the most work, for which all others wait, has little (balance.py).
 
 Dynamic sampling (DAPO, arXiv 2503.14476): a group whose rewards are all equal has no advantage. It is dropped, and the
 next prompts are sampled until ``rollout.prompts`` groups are left, in at most ``rollout.max_generations`` rounds. The
@@ -35,6 +34,9 @@ from megatron_ext.rollout.rewards.function_pool import FunctionPool
 from megatron_ext.rollout.rewards.reward_pool import RewardPool
 from megatron_ext.rollout.rewards.verify import Outcome
 from megatron_ext.rollout.sampling import seed_of
+from megatron_ext.train.balance import deal, imbalance
+from megatron_ext.train.packing import num_read
+from megatron_ext.train.timeline import meet
 from megatron_ext.types import Episode, Problem
 
 EncodedProblem = tuple[Problem, tuple[int, ...]]
@@ -51,6 +53,7 @@ class Rollouts:
     pool: RewardPool | FunctionPool
     step: int
     watch: Watch
+    cost: Callable[[int], int]  # of a sequence of so many tokens (balance.py::sequence_cost)
 
     def collect(self, next_problems: NextProblems) -> tuple[list[Episode], dict[str, float]]:
         """The episodes this data-parallel rank trains on, in order of prompt index and sample, and metrics.
@@ -72,8 +75,8 @@ class Rollouts:
                 generations += 1
             chosen = choose(verdicts, rollout.prompts)
             metrics = {"dynamic/generations": float(generations)} | report(verdicts, rollout)
-        own, imbalance = exchange(episodes, chosen, self.config.train.mini_batch_prompts)
-        return own, metrics | {"data/imbalance": imbalance}
+        own, ratio = exchange(episodes, chosen, self.config.train.mini_batch_prompts, cost=self.cost, step=self.step)
+        return own, metrics | {"data/imbalance": ratio}
 
     def generate(self, problems: Sequence[EncodedProblem], *, first: int) -> dict[int, list[Episode]]:
         """``prompt_index -> group`` of this data-parallel rank's part of ``problems``, numbered from ``first``."""
@@ -112,6 +115,7 @@ class Rollouts:
             ]
             rewards = self.pool.score_samples(answers)
             phase.advance(len(own))
+            meet(self.watch)
             scored = {
                 index: Episode(encoded[index[0]][0], index[0], sample, reward)
                 for index, sample, reward in zip(own, samples, rewards, strict=True)
@@ -148,56 +152,34 @@ def choose(verdicts: Sequence[Verdict], wanted: int) -> list[int]:
     return sorted(by_use[:wanted])
 
 
-def deal(tokens: Sequence[int], holders: Sequence[int], mini_batch: int, num_ranks: int) -> list[int]:
-    """Which rank trains on each group: of each mini-batch as many groups on every rank, and about as many tokens.
+def exchange(
+    episodes: dict[int, list[Episode]],
+    chosen: Sequence[int],
+    mini_batch: int,
+    *,
+    cost: Callable[[int], int],
+    step: int,
+) -> tuple[list[Episode], float]:
+    """This rank's share of the ``chosen`` groups, numbered anew from 0, and the ``imbalance`` of all shares.
 
-    The longest group first, to the rank with the fewest tokens that has room; of equals, to the one that holds it.
-    """
-    owners = [0] * len(tokens)
-    for start in range(0, len(tokens), mini_batch):
-        part = range(start, min(start + mini_batch, len(tokens)))
-        load, room = [0] * num_ranks, [len(part) // num_ranks] * num_ranks
-        for number in sorted(part, key=lambda number: (-tokens[number], number)):
-            vacant = (rank for rank in range(num_ranks) if room[rank])
-            owner = min(vacant, key=lambda rank: (load[rank], rank != holders[number], rank))
-            owners[number] = owner
-            load[owner] += tokens[number]
-            room[owner] -= 1
-    return owners
-
-
-def imbalance(tokens: Sequence[int], owners: Sequence[int], mini_batch: int, num_ranks: int) -> float:
-    """The largest rank's number of tokens over the mean of all, averaged over mini-batches: 1 is balance."""
-    ratios = []
-    for start in range(0, len(tokens), mini_batch):
-        load = Counter(dict.fromkeys(range(num_ranks), 0))
-        for number in range(start, min(start + mini_batch, len(tokens))):
-            load[owners[number]] += tokens[number]
-        ratios.append(max(load.values()) * num_ranks / load.total())
-    return sum(ratios) / len(ratios)
-
-
-def exchange(episodes: dict[int, list[Episode]], chosen: Sequence[int], mini_batch: int) -> tuple[list[Episode], float]:
-    """This rank's share of the ``chosen`` groups, numbered anew from 0, and the share's ``imbalance``.
-
-    Groups are whole on a rank.
+    Groups are whole on a rank, and every rank has some of each mini-batch.
     """
     data = groups.data()
     held = {number: episodes[prompt_index] for number, prompt_index in enumerate(chosen) if prompt_index in episodes}
-    lengths = gathered({number: num_tokens(group) for number, group in held.items()}, data)
-    tokens = [lengths[number] for number in range(len(chosen))]
-    owners = deal(tokens, [prompt_index % data.size() for prompt_index in chosen], mini_batch, data.size())
+    everyone = gathered({number: work(group, cost) for number, group in held.items()}, data)
+    costs = [everyone[number] for number in range(len(chosen))]
+    owners = deal(costs, mini_batch, data.size(), first=step)
     leaving: list[dict[int, list[Episode]]] = [{} for _ in range(data.size())]
     for number, group in held.items():
         leaving[owners[number]][number] = group
     own = {number: group for part in parallel.swap(leaving, data) for number, group in part.items()}
     dealt = [replace(episode, group=number) for number in sorted(own) for episode in own[number]]
-    return dealt, imbalance(tokens, owners, mini_batch, data.size())
+    return dealt, imbalance(costs, owners, mini_batch, data.size())
 
 
-def num_tokens(group: Sequence[Episode]) -> int:
-    """Prompts and responses: what a training pass reads."""
-    return sum(len(episode.sample.prompt_ids) + len(episode.sample.response_ids) for episode in group)
+def work(group: Sequence[Episode], cost: Callable[[int], int]) -> int:
+    """What a training pass costs that reads the prompts and responses of a group."""
+    return sum(cost(num_read((episode.sample.prompt_ids, episode.sample.response_ids))) for episode in group)
 
 
 def report(verdicts: Sequence[Verdict], rollout: RolloutConfig) -> dict[str, float]:

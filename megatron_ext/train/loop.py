@@ -15,13 +15,17 @@ from megatron_ext.config.schema import Config
 from megatron_ext.metrics import warnings_log
 from megatron_ext.metrics.display import Watch
 from megatron_ext.metrics.glossary import Glossary
-from megatron_ext.metrics.writer import MetricsWriter, sample_record, token_texts, write_config
+from megatron_ext.metrics.spans import Span, idle_shares
+from megatron_ext.metrics.writer import MetricsWriter, sample_record, token_texts, write_config, write_planner
 from megatron_ext.model import parallel
 from megatron_ext.rollout.base import RolloutError
+from megatron_ext.train.balance import sequence_cost
 from megatron_ext.train.collect_rollouts import Rollouts
 from megatron_ext.train.messages import file_fault, tell
+from megatron_ext.train.method_factory import roles_of
 from megatron_ext.train.setup import build, reward_pool
 from megatron_ext.train.signals import REQUEUE, StopSignals
+from megatron_ext.train.timeline import describe_run, gather
 from megatron_ext.train.trainer import StepRecord, Trainer
 from megatron_ext.types import Episode, TokenStats
 
@@ -39,7 +43,7 @@ def run(config: Config) -> int:
     with reward_pool(config) as pool:
         trainer = build(config, pool)
         glossary = Glossary(trainer.learner.method.glossary())
-        writer = _open_files(config, trainer.recorded, glossary)
+        writer = _open_files(trainer, glossary)
         signals.defer()
         with writer or nullcontext(), _watch(trainer, glossary) as watch:
             train(trainer, signals, writer, watch)
@@ -78,7 +82,7 @@ def validate_first(trainer: Trainer, signals: StopSignals, writer: MetricsWriter
     if trainer.recorded == 0 and validation.baseline:  # also where the files begin anew
         times = watch.times()
         clock = {name: times[name] for name in ("time/validation_s",) if name in times}
-        _write(writer, 0, validation.baseline | clock, [])
+        _write(writer, 0, validation.baseline | clock, [], None)
 
 
 def finish_step(
@@ -98,17 +102,22 @@ def finish_step(
     if trainer.is_due():
         trainer.save(watch)
     metrics |= watch.times()
-    _write(writer, trainer.step, metrics, samples)
+    ranks = gather(watch)
+    if ranks is not None:
+        metrics |= idle_shares(ranks)
+    _write(writer, trainer.step, metrics, samples, ranks)
     trainer.publish(watch, wait=False)
     watch.step(trainer.step, metrics)
 
 
 def train_step(trainer: Trainer, watch: Watch) -> StepRecord:
-    """One rollout step: sync, sample, score, update."""
+    """One rollout step: sync, sample, score, update. All ranks have just met."""
+    watch.restart()
     trainer.begin_stage()
     with watch.phase("sync"):
         trainer.sync()
-    rollouts = Rollouts(trainer.config, trainer.engine, trainer.pool, trainer.step, watch)
+    cost = sequence_cost(trainer.learner.policy.architecture)
+    rollouts = Rollouts(trainer.config, trainer.engine, trainer.pool, trainer.step, watch, cost)
     episodes, sampled = rollouts.collect(trainer.next_problems)
     stale = {e.sample.weight_version for e in episodes} - {trainer.step}
     if stale:
@@ -141,11 +150,14 @@ def _watch(trainer: Trainer, glossary: Glossary) -> Watch:
     return Watch(config.train.steps, resume_step=trainer.recorded, title=config.name, glossary=glossary, show=show)
 
 
-def _open_files(config: Config, step: int, glossary: Glossary) -> MetricsWriter | None:
-    """The run's configuration and, on rank 0, the writer that goes on after ``step``."""
+def _open_files(trainer: Trainer, glossary: Glossary) -> MetricsWriter | None:
+    """The run's configuration, on what it runs, and, on rank 0, the writer that goes on after what is recorded."""
+    config, step = trainer.config, trainer.recorded
+    described = describe_run(roles_of(config, trainer.learner.method.needs), first_step=step + 1)
 
     def open_files() -> None:
         write_config(config.run_dir, config.model_dump())
+        write_planner(config.run_dir, described)
         opened.append(
             MetricsWriter(
                 config.run_dir,
@@ -183,9 +195,17 @@ def _samples(trainer: Trainer, episodes: Sequence[Episode], old: TokenStats) -> 
     return records
 
 
-def _write(writer: MetricsWriter | None, step: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
-    """A step's metrics and responses into the run's files, on rank 0, which has the writer."""
+def _write(
+    writer: MetricsWriter | None,
+    step: int,
+    metrics: dict[str, float],
+    samples: list[dict[str, Any]],
+    ranks: Sequence[Sequence[Span]] | None,
+) -> None:
+    """A step's metrics, responses and timeline into the run's files, on rank 0, which has the writer."""
     if writer is not None:
+        if ranks is not None:
+            writer.write_timeline(step, ranks)
         writer.write(step, metrics, samples)
         _tell_lines(writer)
 

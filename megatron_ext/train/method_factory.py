@@ -6,7 +6,8 @@ from megatron_ext import methods
 from megatron_ext.config.aliases import find, renamed_values
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.schema import Config, OptimizerConfig
-from megatron_ext.methods.base import Method
+from megatron_ext.methods.base import Method, Needs
+from megatron_ext.plan.memory import Roles
 from megatron_ext.plugins import options_of_class
 
 
@@ -37,6 +38,18 @@ def create_method(config: Config) -> Method:
                 f'lower it, or set {section}.schedule = "constant"'
             )
     return method
+
+
+def measures_old_in_update(config: Config, needs: Needs) -> bool:
+    """Whether the step's only update sees the policy that sampled before anything needs its statistics."""
+    single = config.train.mini_batch_prompts == config.rollout.prompts
+    return single and not (needs.old or needs.current or needs.value or config.importance.mode != "off")
+
+
+def roles_of(config: Config, needs: Needs) -> Roles:
+    """The models and passes of a step, for the planner."""
+    old = not measures_old_in_update(config, needs)
+    return Roles(reference=needs.reference, critic=needs.value, current=needs.current, old=old)
 
 
 def optimizers(config: Config, method: Method) -> dict[str, OptimizerConfig]:

@@ -8,7 +8,7 @@ token, D the hidden size, and under a mask all tokens of a tree look at one anot
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -110,12 +110,15 @@ def trees(pairs: Sequence[Pair], width: int, budget: float = math.inf) -> Iterat
         yield members, size
 
 
-def split(pairs: Sequence[Pair], budget: int, num_bins: int = 1, *, width: int = 0) -> list[list[int]]:
+def split(
+    pairs: Sequence[Pair], budget: int, num_bins: int = 1, *, width: int = 0, cost: Callable[[int], float] = float
+) -> list[list[int]]:
     """Divide sequences into at least ``num_bins`` bins of at most ``budget`` tokens each; trees stay whole.
 
-    Longest first into the emptiest bin (balanced bins cost the least time); the number of bins is the
-    smallest at which that fits. Within a bin the sequences keep their order. Bins may be empty. Nothing is shared
-    where there are fewer trees than bins. Raises ValueError for a sequence longer than the budget.
+    Longest first into the bin that costs least by ``cost`` of each tree's tokens and has room (the stages of a
+    pipeline, and the ranks that share experts, wait for the longest); the number of bins is the smallest at which that
+    fits. Within a bin the sequences keep their order. Bins may be empty. Nothing is shared where there are fewer trees
+    than bins. Raises ValueError for a sequence longer than the budget.
     """
     found = list(trees(pairs, width, budget))
     if len(found) < num_bins:
@@ -126,17 +129,26 @@ def split(pairs: Sequence[Pair], budget: int, num_bins: int = 1, *, width: int =
         )
     num_bins = max(num_bins, -(-sum(size for _, size in found) // budget))
     order = sorted(range(len(found)), key=lambda i: (-found[i][1], i))
-    while True:
-        bins: list[list[int]] = [[] for _ in range(num_bins)]
-        load = [0] * num_bins
-        for i in order:
-            members, size = found[i]
-            lightest = min(range(num_bins), key=lambda b: (load[b], b))
-            bins[lightest] += members
-            load[lightest] += size
-        if max(load) <= budget:
-            return [sorted(bin) for bin in bins]
+    while (bins := _divide([found[i] for i in order], budget, num_bins, cost)) is None:
         num_bins += 1
+    return bins
+
+
+def _divide(
+    found: Sequence[tuple[list[int], int]], budget: int, num_bins: int, cost: Callable[[int], float]
+) -> list[list[int]] | None:
+    """Each of the trees, in order, into the cheapest bin with room; None where one finds none."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    tokens, load = [0] * num_bins, [0.0] * num_bins
+    for members, size in found:
+        with_room = [number for number in range(num_bins) if tokens[number] + size <= budget]
+        if not with_room:
+            return None
+        cheapest = min(with_room, key=lambda number: (load[number], number))
+        bins[cheapest] += members
+        tokens[cheapest] += size
+        load[cheapest] += cost(size)
+    return [sorted(bin) for bin in bins]
 
 
 def pack(pairs: Sequence[Pair], *, multiple: int = 1, width: int = 0) -> PackedSequences:

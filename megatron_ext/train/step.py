@@ -17,10 +17,12 @@ for each mini-batch, unless the method leaves the policy alone in this step:
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -37,7 +39,10 @@ from megatron_ext.model.forward import forward, forward_backward
 from megatron_ext.model.reference import Reference
 from megatron_ext.model.trainable import TrainableModel, totals
 from megatron_ext.train import critic, mismatch, packing, routing
+from megatron_ext.train.balance import sequence_cost
+from megatron_ext.train.method_factory import measures_old_in_update
 from megatron_ext.train.packing import MiniBatch
+from megatron_ext.train.timeline import meet
 from megatron_ext.train.token_weights import token_weights
 from megatron_ext.types import Advantages, Batch, Episode, RolloutBatch, TokenStats
 
@@ -74,8 +79,7 @@ class Learner:
     def step(self, episodes: Sequence[Episode], watch: Watch) -> tuple[dict[str, float], TokenStats]:
         """Train on this rank's episodes; metrics over all ranks and the old policy's statistics ``[T]``."""
         routing.begin_step(self.policy)
-        size = len(episodes) * self.config.train.mini_batch_prompts // self.config.rollout.prompts
-        spans = [range(start, start + size) for start in range(0, len(episodes), size)]
+        spans = self.mini_batch_spans(episodes)
         mini_batches = [self.pack([episodes[i] for i in span]) for span in spans]
         rollouts, old = self.compute_old_logprobs(episodes, mini_batches, watch)
         advantages = self.method.compute_advantages(rollouts, self.reduce)
@@ -87,19 +91,27 @@ class Learner:
         batches = [(self.batch(part, advantages.select(position)), position) for part, position in parts]
         updates: Counter[str] = Counter()
         if self.critic is not None:
-            with watch.phase("critic", total=len(mini_batches)) as phase:
+            exchange = self.critic.model.before_gradient_exchange(partial(meet, watch))
+            with watch.phase("critic", total=len(mini_batches)) as phase, exchange:
                 for (batch, _), mini_batch in zip(batches, mini_batches, strict=True):
                     updates.update(self.update_critic(self.critic, batch, mini_batch))
                     phase.advance(tokens=len(batch.mask))
         if self.method.updates_policy:
-            with watch.phase("update", total=len(mini_batches)) as phase:
+            exchange = self.policy.before_gradient_exchange(partial(meet, watch))
+            with watch.phase("update", total=len(mini_batches)) as phase, exchange:
                 for number, ((batch, position), mini_batch) in enumerate(zip(batches, mini_batches, strict=True)):
                     current = old.map(lambda value, position=position: value[position]) if number == 0 else None
-                    updates.update(self.update(batch, current, mini_batch))
+                    updates.update(self.update(batch, current, mini_batch, watch))
                     phase.advance(tokens=len(batch.mask))
         for each in self.trained.values():
             each.end_step()
         return metrics | {name: value / len(mini_batches) for name, value in updates.items()}, old
+
+    def mini_batch_spans(self, episodes: Sequence[Episode]) -> list[range]:
+        """Where those of each mini-batch are: its groups are numbered one after another over all ranks."""
+        size, updates = self.config.train.mini_batch_prompts, self.config.updates_per_step
+        ends = [bisect_left(episodes, size * number, key=lambda each: each.group) for number in range(1, updates)]
+        return [range(start, end) for start, end in pairwise([0, *ends, len(episodes)])]
 
     def only_update(
         self, whole: Batch, episodes: Sequence[Episode], mini_batches: list[MiniBatch], watch: Watch
@@ -107,7 +119,8 @@ class Learner:
         """The step's one update, whose own forward measures the policy that sampled: ``step`` without a pass before."""
         [mini_batch] = mini_batches
         metrics = self.method.on_step_start(whole, None, self.reduce)
-        with watch.phase("update", total=1) as phase:
+        exchange = self.policy.before_gradient_exchange(partial(meet, watch))
+        with watch.phase("update", total=1) as phase, exchange:
             prepared = self.method.prepare(whole, None, self.reduce)
             results, values = self.backward(whole, prepared, mini_batch, self.reported, measures_old=True)
             old = self.joined(results, mini_batch)
@@ -119,10 +132,8 @@ class Learner:
 
     @property
     def update_measures_old(self) -> bool:
-        """Whether the step's only update sees the policy that sampled before anything needs its statistics."""
-        config, needs = self.config, self.method.needs
-        single = config.train.mini_batch_prompts == config.rollout.prompts
-        return single and not (needs.old or needs.current or needs.value or config.importance.mode != "off")
+        """Whether no pass of its own is needed for the policy that sampled."""
+        return measures_old_in_update(self.config, self.method.needs)
 
     def reference_waits_for_support(self, mini_batches: Sequence[MiniBatch]) -> bool:
         """Whether a pass of the policy must find what the sampler kept before the reference is measured on it.
@@ -160,6 +171,7 @@ class Learner:
                     ref = torch.cat([self.statistics(reference, each, Needs()).logprob for each in mini_batches])
             if self.critic is not None:
                 value = torch.cat([critic.values(self.critic, each) for each in mini_batches])
+            meet(watch)
         return self.rollout_batch(episodes, old, ref, value), old
 
     def describe(self, batch: Batch, old: TokenStats, episodes: Sequence[Episode]) -> dict[str, float]:
@@ -169,8 +181,11 @@ class Learner:
         mismatch.check(metrics, self.config)
         return metrics
 
-    def update(self, batch: Batch, current: TokenStats | None, mini_batch: MiniBatch) -> dict[str, float]:
+    def update(self, batch: Batch, current: TokenStats | None, mini_batch: MiniBatch, watch: Watch) -> dict[str, float]:
         """One optimizer step on one mini-batch; ``current`` None: the policy has moved since it was measured."""
+        if current is None and self.method.needs.current and not self.is_one_pass(mini_batch):
+            current = self.statistics(self.policy, mini_batch, self.method.needs)
+            meet(watch)
         prepared, values = self.gradients(batch, current, mini_batch)
         return values | prepared.report | self.apply()
 
@@ -188,23 +203,22 @@ class Learner:
     def gradients(
         self, batch: Batch, current: TokenStats | None, mini_batch: MiniBatch
     ) -> tuple[Prepared, dict[str, float]]:
-        """Leave the gradient of the mini-batch's loss in the optimizer's buffers; the metrics of its tokens."""
-        needs, prepared = self.method.needs, None
-        if current is None and needs.current and self.is_one_pass(mini_batch):
+        """Leave the gradient of the mini-batch's loss in the optimizer's buffers; the metrics of its tokens.
 
-            def prepare(stats: TokenStats) -> Prepared:
-                nonlocal prepared
-                prepared = self.method.prepare(batch, stats, self.reduce)
-                return prepared
+        ``current`` None, though the method needs it: the mini-batch is one micro-batch, whose forward measures it.
+        """
+        needs = self.method.needs
+        if current is not None or not needs.current:
+            prepared = self.method.prepare(batch, current, self.reduce)
+            return prepared, self.backward(batch, prepared, mini_batch, needs)[1]
+        found: list[Prepared] = []
 
-            _, metrics = self.backward(batch, prepare, mini_batch, needs)
-            assert prepared is not None
-            return prepared, metrics
-        if current is None and needs.current:
-            current = self.statistics(self.policy, mini_batch, needs)
-        prepared = self.method.prepare(batch, current, self.reduce)
-        _, metrics = self.backward(batch, prepared, mini_batch, needs)
-        return prepared, metrics
+        def prepare(stats: TokenStats) -> Prepared:
+            found.append(self.method.prepare(batch, stats, self.reduce))
+            return found[0]
+
+        _, metrics = self.backward(batch, prepare, mini_batch, needs)
+        return found[0], metrics
 
     def is_one_pass(self, mini_batch: MiniBatch) -> bool:
         """Whether one forward sees the whole mini-batch, on every rank."""
@@ -251,7 +265,8 @@ class Learner:
         pairs = [(e.sample.prompt_ids, e.sample.response_ids) for e in episodes]
         train, layout = self.config.train, self.config.parallel
         width = self.policy.architecture.hidden_size if train.share_prompts and self.policy.can_share_prompts else 0
-        divide = partial(packing.split, pairs, train.micro_batch_tokens, width=width)
+        cost = sequence_cost(self.policy.architecture)
+        divide = partial(packing.split, pairs, train.micro_batch_tokens, width=width, cost=cost)
         bins = divide(parallel.num_micro_batches(len(divide()), layout))
         multiple = layout.tensor if layout.sequence else 1
         told = routing.of_episodes(episodes, self.policy)

@@ -132,3 +132,19 @@ def test_a_phase_that_raises_still_counts():
             clock.now += 3
             raise RuntimeError
         assert watch.times()["time/reward_s"] == 3
+
+
+def test_spans_are_told_from_the_moment_at_which_the_ranks_met():
+    clock = Clock()
+    with Watch(5, show=False, clock=clock) as watch:
+        with watch.phase("validation"):
+            clock.now += 7
+        watch.restart()  # what was before is forgotten
+        clock.now += 1
+        with watch.phase("update"):
+            clock.now += 2
+            with watch.waiting():
+                clock.now += 3
+            clock.now += 4
+        assert watch.take_spans() == [("waiting", 3, 6), ("update", 1, 10)] and watch.take_spans() == []
+        assert watch.times()["time/update_s"] == 9  # a wait is part of its phase

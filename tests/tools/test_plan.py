@@ -37,7 +37,7 @@ def test_json_adds_up(capsys: pytest.CaptureFixture) -> None:
     assert found["fits"] and found["nearest_fit"] is None and found["lengths"]["response"] == 1000
     peak = max(sum(items.values()) for items in found["memory"].values())
     assert found["peak_by_rank"] == [pytest.approx(peak)] and 40e9 < peak < 80e9
-    assert found["roles"] == {"reference": False, "critic": False, "current": True}
+    assert found["roles"] == {"reference": False, "critic": False, "current": True, "old": True}
 
 
 def test_what_does_not_fit_names_a_layout_that_does(capsys: pytest.CaptureFixture) -> None:

@@ -77,13 +77,13 @@ def updates(
     assert buckets > 4 if several else buckets <= 2
     actor = TrainableModel.build(policy, config.optimizer)
     learner = Learner(config, methods.create(config.method), actor)
-    share = 16 // config.parallel.data
+    ranks, rank_of_data = config.parallel.data, parallel.groups.data().rank()
     norms = []
     for seed in range(3):
         if config.model.offload_optimizer:
             actor.offload()
             actor.restore()
-        own = tiny.episodes(seed=seed)[parallel.groups.data().rank() * share :][:share]
+        own = [each for each in tiny.episodes(seed=seed) if each.group % ranks == rank_of_data]
         metrics, _ = learner.step(own, Watch(3, show=False))
         norms.append(torch.tensor(metrics["grad/norm"]))
     return norms, dict(hf_weights.PolicyWeights(policy)), counts

@@ -32,6 +32,14 @@ def test_bins_are_balanced() -> None:
     assert [len(bin) for bin in bins] == [2, 2, 2, 2]
 
 
+def test_bins_are_balanced_by_what_their_sequences_cost() -> None:
+    """By tokens 6 stands against 3 + 3; squared, 36 against 18, and both of the next 2 go to the latter."""
+    pairs = of_lengths(6, 3, 3, 2, 2)
+    assert split(pairs, 100, 2) == [[0, 3], [1, 2, 4]]
+    assert split(pairs, 100, 2, cost=lambda tokens: tokens**2) == [[0], [1, 2, 3, 4]]
+    assert split(pairs, 9, 2, cost=lambda tokens: tokens**2) == [[0, 4], [1, 2, 3]]  # the cheaper one has no room
+
+
 def test_more_bins_than_sequences_leave_some_empty() -> None:
     assert sorted(map(len, split(of_lengths(3), 10, 3))) == [0, 0, 1]
 

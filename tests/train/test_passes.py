@@ -92,8 +92,8 @@ def counted(learner: Learner, *, standing: bool = False) -> tuple[dict[str, floa
     module._statistics = statistics
     if standing:
         learner.actor.update = lambda max_bad_steps: (1.0, 0.0)  # type: ignore[method-assign]
-    share = len(tiny.episodes()) // learner.config.parallel.data
-    own = tiny.episodes()[parallel.groups.data().rank() * share :][:share]
+    data = parallel.groups.data()
+    own = [each for each in tiny.episodes() if each.group % data.size() == data.rank()]
     metrics, old = learner.step(own, Watch(1, show=False))
     module._statistics = real
     return metrics, old, passes

@@ -5,11 +5,12 @@
     megatron-entropy bench ops --replay     log-probabilities on a sampler's support (tools/bench/replay.py)
     megatron-entropy bench rollout [--engines hf vllm vllm_server] [--steps 8]        (tools/bench/rollout.py)
     megatron-entropy bench step [--sizes tiny large] [--steps 24]   beside TRL's GRPOTrainer   (tools/bench/step.py)
+    megatron-entropy bench balance [--ranks 64] [--lengths RUN]     what ranks wait, simulated (tools/bench/balance.py)
 
-Writes ``ops-<device>-tp<N>.json`` and ``.svg``, ``replay-<device>-tp<N>.json``, ``rollout.json`` or ``step.json`` to
-``runs/bench``. A result that is wrong ends the run before any speed is printed. Peers that are not installed are named
-as such: ``make bench`` runs the operators in an environment that has them, ``make .venv-vllm/.installed`` makes the one
-with vLLM and ``make .venv-trl/.installed`` the one with TRL.
+Writes ``ops-<device>-tp<N>.json`` and ``.svg``, ``replay-<device>-tp<N>.json``, ``rollout.json``, ``step.json`` or
+``balance.json`` to ``runs/bench``. A result that is wrong ends the run before any speed is printed. Peers that are not
+installed are named as such: ``make bench`` runs the operators in an environment that has them,
+``make .venv-vllm/.installed`` makes the one with vLLM and ``make .venv-trl/.installed`` the one with TRL.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ import sys
 from collections.abc import Sequence
 
 from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.shipped import find
 from megatron_ext.rollout.registry import ENGINES
 
 from .. import module_of
-from ..arguments import command_parser
+from ..arguments import command_parser, whole_number
 from ..ranks import launched, run_ranks
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = command_parser("bench", __doc__)
-    parser.add_argument("what", choices=["ops", "rollout", "step"])
+    parser.add_argument("what", choices=["ops", "rollout", "step", "balance"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(%(default)s)")
     parser.add_argument("--tp", type=int, default=1, help="ranks that share the vocabulary, all on this machine")
     parser.add_argument("--tokens", type=int, help="token positions (256; 2048 of --replay)")
@@ -49,14 +51,23 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--sizes", nargs="+", choices=["tiny", "large"], default=["tiny"], help="of step (%(default)s)")
     parser.add_argument("--peer", default=".venv-trl", help="of step: TRL's environment (%(default)s)")
     parser.add_argument("--compile", action="store_true", help="of rollout: vLLM compiles")
+    whole = whole_number(1)
+    parser.add_argument("--ranks", type=whole, default=64, help="of balance: data-parallel ranks (%(default)s)")
+    parser.add_argument("--samples", type=whole, default=8, help="of balance: responses of a group (%(default)s)")
+    parser.add_argument("--longest", type=whole, default=8192, help="of balance: tokens of a response (%(default)s)")
+    parser.add_argument(
+        "--lengths", metavar="RUN", help="of balance: folder of a run whose responses' lengths are taken"
+    )
+    parser.add_argument("--model", default=find("recipes/models/qwen2.5-7b"), help="of balance: its config.json")
     options = parser.parse_args(arguments)
     options.tokens = options.tokens or (2048 if options.replay else 256)
     options.steps = options.steps or (24 if options.what == "step" else 8)
-    if options.what == "step":
+    if options.what in ("step", "balance"):
+        from .balance import run as run_balance
         from .step import run as run_step
 
         try:
-            return run_step(options)
+            return run_balance(options) if options.what == "balance" else run_step(options)
         except ConfigError as error:
             print(f"bench: {error}", file=sys.stderr)
             return 2

@@ -204,7 +204,9 @@ def read_evaluations(path: Path) -> dict[str, Evaluation]:
     try:
         found = EVALUATIONS.validate_python(read_json(path))
     except ValidationError as error:
-        raise ValueError(f"{path}: {_first(error)}; write it with megatron-entropy evaluate, or remove it") from None
+        raise ValueError(
+            f"{path}: {first_fault(error)}; write it with megatron-entropy evaluate, or remove it"
+        ) from None
     for label, evaluation in found.items():
         for row in evaluation.problems:
             if row.c > row.n:
@@ -218,7 +220,7 @@ def read_responses(path: Path) -> Iterator[Response]:
         try:
             found = Response.model_validate(json.loads(raw))
         except ValidationError as error:
-            raise ValueError(f"{path}, {line}: {_first(error)}; repair the line or move the file away") from None
+            raise ValueError(f"{path}, {line}: {first_fault(error)}; repair the line or move the file away") from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, {line}: not JSON: {error}; repair the line or move the file away") from None
         if not len(found.tokens) == len(found.entropy) == len(found.logprob):
@@ -246,7 +248,7 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
                 yield f"line {count}" if whole else f"byte {file.tell() - len(raw)}", raw
 
 
-def _first(error: ValidationError) -> str:
+def first_fault(error: ValidationError) -> str:
     """The first thing that is wrong: where, what was expected and what was found."""
     each = error.errors()[0]
     where = ".".join(str(part) for part in each["loc"])

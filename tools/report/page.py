@@ -4,7 +4,8 @@
 
 writes ``RUN_DIR/report.html``. The page is self-contained: no request leaves it, and its content security
 policy allows the one script below by hash and nothing else. All text of models and data is escaped.
-Reads ``metrics.jsonl`` and, when they exist, ``config.json``, ``samples.jsonl`` and ``evaluation.json``.
+Reads ``metrics.jsonl`` and, when they exist, ``config.json``, ``samples.jsonl``, ``timeline.jsonl``, ``planner.json``
+and ``evaluation.json``.
 Exit codes: 0 done, 2 the folder holds no run, or one of these files is damaged.
 """
 
@@ -37,7 +38,9 @@ from .data import (
     section,
 )
 from .evaluation import evaluations
+from .planned import planned
 from .style import SCRIPT, STYLE
+from .timeline import timeline
 from .tokens import keep, pick, problem_table, samples, token_table
 
 TILES = ("reward/mean", "entropy/full", "response/length", "response/truncated")
@@ -69,6 +72,8 @@ def report(run_dir: str | Path) -> str:
         tiles(metrics, section(config, "train").get("steps")),
         evaluations(found, figures),
         curves(metrics, read_glossary(folder), figures),
+        timeline(folder, metrics),
+        planned(folder),
         token_table(kept),
         problem_table(kept),
         samples(pick(kept.by_step)),

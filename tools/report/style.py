@@ -53,12 +53,14 @@ svg { display:block; width:100%; max-width:440px; overflow:visible } svg.interva
 .tick { fill:var(--soft); font-size:FONTpx; font-variant-numeric:tabular-nums }
 .line { fill:none; stroke-width:2; stroke-linejoin:round; stroke-linecap:round }
 .raw { fill:none; stroke-width:1; opacity:.3 }
+.wait { fill:var(--card); stroke:var(--soft); stroke-width:.7 }
 .area { opacity:.82 } .band { opacity:.16 } .cursor { stroke:var(--ink); opacity:0; stroke-dasharray:2 3 }
 .legend { display:flex; flex-wrap:wrap; gap:2px 14px; margin-top:8px; font-size:12.5px; color:var(--soft) }
 .legend b { color:var(--ink); font-weight:600; font-variant-numeric:tabular-nums }
 .legend .item { overflow-wrap:anywhere; min-width:0 } .spike { flex-basis:100% } .spike>span { color:var(--key) }
 .key { display:inline-block; width:12px; height:4px; border-radius:2px; background:var(--key); margin-right:5px;
   vertical-align:middle }
+.key.wait { height:8px; background:none; border:1px solid var(--soft) }
 .key.dashed { background:none; height:0; border-top:2px dashed var(--key); border-radius:0 }
 table { border-collapse:collapse; width:100%; font-size:14px } td,th { padding:6px 14px; text-align:left }
 th { color:var(--soft); font-weight:500 } tr+tr>* { border-top:1px solid var(--rule) }

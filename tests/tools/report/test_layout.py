@@ -101,6 +101,9 @@ def long_run(folder: Path) -> Path:
     with (folder / "samples.jsonl").open("a") as file:
         row = sample(problem_id=word, prompt=word, answer=word, tokens=[word, " x" * 200, "\n", word], outcome=word)
         file.writelines(json.dumps({"step": step} | row) + "\n" for step in range(99_900, 100_000))
+    ranks = [[[0, 0.0, 1.0 + rank / 40], [1, 1.0 + rank / 40, 2.0], [2, 2.0, 1234.5]] for rank in range(40)]
+    timeline = {"step": 1, "names": ["rollout", "waiting", word], "ranks": ranks}
+    (folder / "timeline.jsonl").write_text(json.dumps(timeline) + "\n")
     save_evaluations(folder, text=word, before=[0, 4, 2, 1] * 5, after=[3, 2, 4, 3] * 5)
     return folder
 

@@ -1,0 +1,127 @@
+"""Ranks that wait for one another say so, by one clock."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ext import cpu_compat
+from megatron_ext.config.schema import ParallelConfig, TrainConfig
+from megatron_ext.metrics.display import Watch
+from megatron_ext.metrics.spans import WAITING, Span, busy_seconds, idle_shares
+from megatron_ext.metrics.writer import MetricsWriter, read_steps, write_planner
+from megatron_ext.model import parallel
+from megatron_ext.plan.memory import Roles
+from megatron_ext.train.timeline import describe_run, gather, meet
+from tests import gloo, tiny
+from tests.train import whole_run
+from tests.train.test_passes import learner_of
+from tools.measured_run import comparison, read_measured
+from tools.report.page import report
+
+NAP = 1.0  # seconds: a busy machine is late by less
+
+
+def slow_first_rank(rank: int, world: int) -> Any:
+    """A step in which rank 0 works NAP longer than the others, who wait for it."""
+    cpu_compat.enter()
+    parallel.initialize(ParallelConfig(ranks_per_node=world))
+    with Watch(1, show=False) as watch:
+        meet(watch)
+        watch.restart()
+        with watch.phase("update"):
+            time.sleep(NAP * (2 if rank == 0 else 1))
+            meet(watch)
+        return gather(watch), describe_run(Roles(critic=True), first_step=3)
+
+
+def test_a_rank_that_comes_early_waits_and_all_ranks_have_one_clock() -> None:
+    (ranks, described), (nothing, same) = gloo.run(slow_first_rank, 2)
+    assert nothing is None and same == described and ranks is not None
+    slow, fast = ranks
+    assert [span.name for span in slow] == [span.name for span in fast] == [WAITING, "update"]
+    assert busy_seconds(fast, "update") < busy_seconds(slow, "update") - NAP / 2
+    assert fast[0].end - fast[0].begin > NAP / 2 > slow[0].end - slow[0].begin
+    assert abs(fast[1].end - slow[1].end) < NAP / 2  # they met there
+    assert 0.05 < idle_shares(ranks)["time/idle/step"] < 0.5
+    assert described["first_step"] == 3 and described["roles"]["critic"] and not described["roles"]["reference"]
+    assert len(described["ranks"]) == 2 and {"host", "device", "memory"} == described["ranks"][0].keys()
+
+
+def spans_of_a_step(rank: int, world: int, path: str, method: dict, mini_batch: int) -> list[Span]:
+    several = TrainConfig(mini_batch_prompts=mini_batch, micro_batch_tokens=22, share_prompts=False)  # micro-batches
+    learner = learner_of(path, world, method, {"ranks_per_node": 2}, train=several)
+    with Watch(1, show=False) as watch:
+        data = parallel.groups.data()
+        learner.step([each for each in tiny.episodes() if each.group % data.size() == data.rank()], watch)
+        return watch.take_spans()
+
+
+@pytest.mark.parametrize(
+    ("method", "mini_batch", "waits"),
+    [
+        ({"name": "grpo"}, 4, {"old_logprob": 1, "update": 1}),
+        ({"name": "grpo"}, 2, {"old_logprob": 1, "update": 2}),
+        ({"name": "siren", "coef": 0.7}, 2, {"old_logprob": 1, "update": 3}),  # the second update measures the policy
+    ],
+    ids=str,
+)
+def test_ranks_meet_before_they_need_one_another(method: dict, mini_batch: int, waits: dict[str, int]) -> None:
+    """Once behind the passes before the first update, once in every update, once behind a pass of the moved policy."""
+    for spans in gloo.run(spans_of_a_step, 2, str(tiny.hf_model()[1]), method, mini_batch):
+        phases = {span.name: span for span in spans if span.name != WAITING}
+        found = dict.fromkeys(phases, 0)
+        for wait in (span for span in spans if span.name == WAITING):
+            [phase] = [name for name, span in phases.items() if span.begin <= wait.begin and wait.end <= span.end]
+            found[phase] += 1
+        assert found == waits
+
+
+def test_a_timeline_is_cut_with_the_metrics_of_its_steps(tmp_path: Path) -> None:
+    ranks = [[Span("rollout", 0.0, 1.23456), Span(WAITING, 1.23456, 2.0)], [Span("rollout", 0.0, 2.0)]]
+    with MetricsWriter(tmp_path, trackers=[], total_steps=3) as writer:
+        for step in (1, 2, 3):
+            writer.write_timeline(step, ranks)
+            writer.write(step, {"time/step_s": 2.0})
+    with (tmp_path / "timeline.jsonl").open("a") as file:
+        file.write('{"step": 4, "na')  # killed
+    with MetricsWriter(tmp_path, trackers=[], total_steps=3, resume_step=2) as writer:
+        writer.write_timeline(3, ranks[:1])
+    [first, second, third] = read_steps(tmp_path / "timeline.jsonl")
+    assert first == second | {"step": 1} and third["ranks"] == first["ranks"][:1]
+    assert first["names"] == ["rollout", "waiting"]
+    assert first["ranks"] == [[[0, 0.0, 1.2346], [1, 1.2346, 2.0]], [[0, 0.0, 2.0]]]
+
+
+def test_what_the_planner_has_to_know_is_written_whole(tmp_path: Path) -> None:
+    write_planner(tmp_path, {"first_step": 1})
+    assert json.loads((tmp_path / "planner.json").read_text()) == {"first_step": 1}
+
+
+def test_a_run_leaves_its_timeline_and_what_the_planner_needs(tmp_path: Path) -> None:
+    """Of each step and both ranks; the first two steps of a start do not count as measured, the last two do."""
+    assert whole_run.train(tmp_path, "siren/siren-tiny-cpu.toml", "train.steps=4", world=2) == 0
+    folder = tmp_path / "run"
+    lines = list(read_steps(folder / "timeline.jsonl"))
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    phases = {"sync", "rollout", "reward", "old_logprob", "update", "save", WAITING}
+    for line, metrics in zip(lines, whole_run.steps(tmp_path), strict=True):
+        assert set(line["names"]) == phases and len(line["ranks"]) == 2
+        for rank in line["ranks"]:
+            assert all(0 <= begin <= end for _, begin, end in rank)
+            meetings = [name for name, _, _ in rank if line["names"][name] == WAITING]
+            assert len(meetings) >= 4  # after the rewards and the old pass, and in two updates
+        for phase in ("rollout", "old_logprob", "update", "step"):
+            assert 0 <= metrics[f"time/idle/{phase}"] < 1
+        assert metrics["prompt/length"] > 3
+    page = report(folder)
+    assert "<h2>Timeline</h2>" in page and "First step: 1" in page and "rank 1: update" in page
+    assert "<h2>Plan</h2>" in page and "medians of 2 on 2 x cpu" in page
+    measured = read_measured(folder)
+    rows = {each.phase: each for each in comparison(measured)}
+    assert measured.gpu is None and measured.roles.current and rows["rollout"].at_assumed_rates is None
+    assert rows["rollout"].measured == pytest.approx(rows["rollout"].at_its_own)
