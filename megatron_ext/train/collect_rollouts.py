@@ -21,25 +21,36 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 import torch.distributed as dist
 
 from megatron_ext.config.schema import Config, RolloutConfig
-from megatron_ext.metrics.display import Watch
+from megatron_ext.metrics.display import Phase
 from megatron_ext.model import groups, parallel
 from megatron_ext.rollout.base import Request, RolloutEngine, Sampling
 from megatron_ext.rollout.rewards.function_pool import FunctionPool
 from megatron_ext.rollout.rewards.reward_pool import RewardPool
 from megatron_ext.rollout.rewards.verify import Outcome
 from megatron_ext.rollout.sampling import seed_of
-from megatron_ext.types import Episode, Problem
+from megatron_ext.train.sampled_batch import SampledBatch
+from megatron_ext.types import Episode, Problem, Sample
 
 EncodedProblem = tuple[Problem, tuple[int, ...]]
 NextProblems = Callable[[int], Sequence[EncodedProblem]]  # the next so many problems in the order of the data
 Verdict = Literal["useful", "right", "wrong"]  # right, wrong: rewards all equal
+
+
+Own = dict[tuple[int, int], Episode]  # (prompt index, sample) -> what this rank has sampled and scored
+
+
+class Clock(Protocol):
+    """What times the phases of sampling: the run's Watch, or one for another thread."""
+
+    def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Phase]: ...
 
 
 @dataclass(frozen=True)
@@ -50,42 +61,46 @@ class Rollouts:
     engine: RolloutEngine
     pool: RewardPool | FunctionPool
     step: int
-    watch: Watch
+    watch: Clock
+    replies: dict[Any, str] = field(default_factory=dict)  # of the pool, over all rounds: equal answers are scored once
 
-    def collect(self, next_problems: NextProblems) -> tuple[list[Episode], dict[str, float]]:
-        """The episodes this data-parallel rank trains on, in order of prompt index and sample, and metrics.
+    def collect(self, next_problems: NextProblems) -> SampledBatch:
+        """The groups that train, with their metrics. Collective.
 
-        A response's seed depends on the run's seed, the step and its prompt index, not on the layout. Groups are
-        numbered from 0 in the order of the whole step's batch.
+        A response's seed depends on the run's seed, the step and its prompt index, not on the layout.
         """
+        return self.complete(self.sample(next_problems(self.num_first), first=0), next_problems)
+
+    @property
+    def num_first(self) -> int:
+        """Prompts of the first round."""
         rollout = self.config.rollout
-        wanted = math.ceil(rollout.prompts * rollout.oversample) if rollout.dynamic_sampling else rollout.prompts
-        episodes = self.generate(next_problems(wanted), first=0)
-        chosen, metrics = list(range(wanted)), {}
+        return math.ceil(rollout.prompts * rollout.oversample) if rollout.dynamic_sampling else rollout.prompts
+
+    def complete(self, first: Own, next_problems: NextProblems) -> SampledBatch:
+        """``collect`` once the first round is there."""
+        rollout = self.config.rollout
+        episodes = self.share_groups(first)
+        chosen, metrics = list(range(rollout.prompts)), {}
         if rollout.dynamic_sampling:
             verdicts = share_verdicts(episodes)
             generations = 1
             while verdicts.count("useful") < rollout.prompts and generations < rollout.max_generations:
-                more = self.generate(next_problems(num_to_take(verdicts, rollout.prompts)), first=len(verdicts))
+                problems = next_problems(num_to_take(verdicts, rollout.prompts))
+                more = self.share_groups(self.sample(problems, first=len(verdicts)))
                 episodes |= more
                 verdicts += share_verdicts(more)
                 generations += 1
             chosen = choose(verdicts, rollout.prompts)
             metrics = {"dynamic/generations": float(generations)} | report(verdicts, rollout)
-        own, imbalance = exchange(episodes, chosen, self.config.train.mini_batch_prompts)
-        return own, metrics | {"data/imbalance": imbalance}
+        taken = {prompt_index: episodes[prompt_index] for prompt_index in chosen if prompt_index in episodes}
+        return SampledBatch(self.step, chosen, taken, metrics)
 
-    def generate(self, problems: Sequence[EncodedProblem], *, first: int) -> dict[int, list[Episode]]:
-        """``prompt_index -> group`` of this data-parallel rank's part of ``problems``, numbered from ``first``."""
-        data, group, rollout = groups.data(), groups.model(), self.config.rollout
-        mine = [
-            prompt_index
-            for prompt_index in range(first, first + len(problems))
-            if prompt_index % data.size() == data.rank()
-        ]
-        indices = [(prompt_index, sample) for prompt_index in mine for sample in range(rollout.samples)]
-        own = indices[group.rank() :: group.size()]
-        encoded = dict(enumerate(problems, first))
+    def sample(self, problems: Sequence[EncodedProblem], *, first: int) -> Own:
+        """This rank's part of ``problems``, whose prompt indices begin with ``first``. No collective but the engine's
+        own: of an engine that can, in any thread."""
+        rollout, encoded = self.config.rollout, dict(enumerate(problems, first))
+        own = own_part(encoded, rollout.samples)
         seed = self.config.train.seed
         requests = [
             Request(encoded[prompt_index][1], seed_of(seed, self.step, prompt_index, sample))
@@ -100,26 +115,40 @@ class Rollouts:
             keeps_support=rollout.replays_sampling,
             routing=rollout.routing_replay,
         )
-        with self.watch.phase("rollout", total=len(own)) as phase:
-            samples = self.engine.generate(
-                requests,
-                sampling,
-                lambda done: phase.advance(len(done), tokens=group.size() * sum(len(s.response_ids) for s in done)),
-            )
-        with self.watch.phase("reward", total=len(own)) as phase:
-            answers = [
-                (encoded[prompt_index][0], sample) for (prompt_index, _), sample in zip(own, samples, strict=True)
-            ]
-            rewards = self.pool.score_samples(answers)
-            phase.advance(len(own))
-            scored = {
-                index: Episode(encoded[index[0]][0], index[0], sample, reward)
-                for index, sample, reward in zip(own, samples, rewards, strict=True)
-            }
-            everyone = gathered(scored, group)
+        with self.pool.scoring(len(own), self.replies) as scoring:
+            with self.watch.phase("rollout", total=len(own)) as phase:
+
+                def finished(done: Mapping[int, Sample]) -> None:
+                    scoring.submit([(encoded[own[number][0]][0], sample) for number, sample in done.items()])
+                    tokens = sum(len(sample.response_ids) for sample in done.values())
+                    phase.advance(len(done), tokens=groups.model().size() * tokens)
+
+                samples = self.engine.generate(requests, sampling, finished)
+            with self.watch.phase("reward", total=len(own)) as phase:
+                answers = [
+                    (encoded[prompt_index][0], sample) for (prompt_index, _), sample in zip(own, samples, strict=True)
+                ]
+                rewards = scoring.score_samples(answers)
+                phase.advance(len(own))
         return {
-            prompt_index: [everyone[prompt_index, sample] for sample in range(rollout.samples)] for prompt_index in mine
+            index: Episode(encoded[index[0]][0], index[0], sample, reward)
+            for index, sample, reward in zip(own, samples, rewards, strict=True)
         }
+
+    def share_groups(self, own: Own) -> dict[int, list[Episode]]:
+        """``prompt index -> group``: what the ranks of this copy of the model have sampled."""
+        with self.watch.phase("reward"):  # of the slowest rank
+            everyone = gathered(own, groups.model())
+        indices = sorted({prompt_index for prompt_index, _ in everyone})
+        samples = range(self.config.rollout.samples)
+        return {prompt_index: [everyone[prompt_index, sample] for sample in samples] for prompt_index in indices}
+
+
+def own_part(prompt_indices: Iterable[int], samples: int) -> list[tuple[int, int]]:
+    """``(prompt index, sample)`` of what this rank samples."""
+    data, group = groups.data(), groups.model()
+    mine = (prompt_index for prompt_index in prompt_indices if prompt_index % data.size() == data.rank())
+    return [(prompt_index, sample) for prompt_index in mine for sample in range(samples)][group.rank() :: group.size()]
 
 
 def verdict_of(group: Sequence[Episode]) -> Verdict:
@@ -177,13 +206,13 @@ def imbalance(tokens: Sequence[int], owners: Sequence[int], mini_batch: int, num
     return sum(ratios) / len(ratios)
 
 
-def exchange(episodes: dict[int, list[Episode]], chosen: Sequence[int], mini_batch: int) -> tuple[list[Episode], float]:
-    """This rank's share of the ``chosen`` groups, numbered anew from 0, and the share's ``imbalance``.
+def exchange(batch: SampledBatch, mini_batch: int) -> tuple[list[Episode], float]:
+    """This rank's share of the batch, in order of group and sample, and the share's ``imbalance``. Collective.
 
-    Groups are whole on a rank.
+    Groups are whole on a rank, and numbered from 0 in the order of the whole batch.
     """
-    data = groups.data()
-    held = {number: episodes[prompt_index] for number, prompt_index in enumerate(chosen) if prompt_index in episodes}
+    data, chosen = groups.data(), batch.chosen
+    held = {number: batch.groups[index] for number, index in enumerate(chosen) if index in batch.groups}
     lengths = gathered({number: num_tokens(group) for number, group in held.items()}, data)
     tokens = [lengths[number] for number in range(len(chosen))]
     owners = deal(tokens, [prompt_index % data.size() for prompt_index in chosen], mini_batch, data.size())

@@ -36,7 +36,7 @@ from megatron_ext.train.validation import load_validation
 def build(config: Config, pool: RewardPool | FunctionPool) -> Trainer:
     """Everything a step needs, where the newest valid checkpoint left it."""
     _seed(config.train.seed)
-    check_engine(config.rollout)
+    spec = check_engine(config.rollout)
     method = create_method(config)
     with users_files():
         architecture = read_architecture(read_hf_config(config.model.path), find_family(config.model.family))
@@ -69,6 +69,7 @@ def build(config: Config, pool: RewardPool | FunctionPool) -> Trainer:
         keeps_support=config.rollout.replays_sampling and config.rollout.top_k > 0 and not config.validation.every,
     )
     trainer = Trainer(config, learner, engine, pool, problems, order, Alarms(config.alarms), checkpoints, validation)
+    trainer.beside_training = spec.beside_training
     if loaded is not None:
         resume(trainer, loaded)
     return trainer

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -17,8 +18,17 @@ from megatron_ext.config.schema import Config, ParallelConfig, RolloutConfig, Tr
 from megatron_ext.data.sampler import DataOrder
 from megatron_ext.metrics.display import Watch
 from megatron_ext.model import hf_weights, parallel
-from megatron_ext.rollout.base import Request, Sampling
-from megatron_ext.train.collect_rollouts import Rollouts, choose, deal, imbalance, num_to_take, num_tokens, verdict_of
+from megatron_ext.rollout.base import OnBatch, Request, Sampling
+from megatron_ext.train.collect_rollouts import (
+    Rollouts,
+    choose,
+    deal,
+    exchange,
+    imbalance,
+    num_to_take,
+    num_tokens,
+    verdict_of,
+)
 from megatron_ext.types import Episode, Problem, Reward, Sample
 from tests import gloo, tiny
 from tests.train.test_invariance import gathered_gradients, worst
@@ -32,7 +42,7 @@ class Engine:
     """A response is its seed, and now and then a long one."""
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, on_batch: Callable[[list[Sample]], None] | None = None
+        self, requests: Sequence[Request], sampling: Sampling, on_batch: OnBatch | None = None
     ) -> list[Sample]:
         lengths = [2 ** (r.seed % 9) for r in requests]
         return [
@@ -46,6 +56,10 @@ class Pool:
 
     def __init__(self, everything: float | None) -> None:
         self.everything = everything
+
+    @contextlib.contextmanager
+    def scoring(self, num_answers: int, replies: dict[Any, str]) -> Iterator[Pool]:
+        yield self
 
     def score_samples(self, samples: Sequence[tuple[Problem, Sample]]) -> list[Reward]:
         return [self.reward(int(problem.problem_id), int(sample.text)) for problem, sample in samples]
@@ -80,8 +94,9 @@ def collected(
             return [(Problem(str(i), "", ""), (i,)) for i in order.take(count, step=step)]
 
         rollouts: Any = Rollouts(config, Engine(), Pool(everything), step, Watch(1, show=False))  # type: ignore[arg-type]
-        found, metrics = rollouts.collect(next_problems)
-        episodes += found
+        batch = rollouts.collect(next_problems)
+        found, balance = exchange(batch, MINI)
+        episodes, metrics = episodes + found, batch.metrics | {"data/imbalance": balance}
     return episodes, metrics, order.take(5, step=2)
 
 

@@ -11,7 +11,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -45,7 +45,7 @@ class Frozen:
     """Weights that stay what they are (rollout/base.py::Weights)."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
+        self.tensors, self.closed = tensors, False
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.tensors.items()
@@ -163,11 +163,11 @@ def test_every_update_reaches_all_servers(engine: ServerEngine, truth: Truth) ->
     prompts = requests(13)
     for version in (1, 2, 3):
         engine.update_weights(truth.weights(version), version)
-        finished: list[Sample] = []
-        samples = engine.generate(prompts, GREEDY, finished.extend)
+        finished: dict[int, Sample] = {}
+        samples = engine.generate(prompts, GREEDY, finished.update)
         truth.check(samples, version)
         assert [sample.prompt_ids for sample in samples] == [request.prompt_ids for request in prompts]
-        assert sorted(map(str, finished)) == sorted(map(str, samples))
+        assert finished == dict(enumerate(samples))
     for each in engine.servers.items():  # not one server alone
         one = Round(dict([each]), "3", 64, 60, engine.tokenizer, engine.eos, engine.vocab_size)
         got: dict[int, Sample] = {}
@@ -344,9 +344,9 @@ def test_a_killed_and_a_hanging_server_are_replaced(
     monkeypatch.setattr(server_round, "HEALTH_S", 0.5)
     killed, hanging = (engine.fleet.processes[url] for url in engine.servers)
     engine.fleet.max_restarts = restarts + 2
-    finished: list[Sample] = []
+    finished: list[int] = []
 
-    def strike(done: list[Sample]) -> None:
+    def strike(done: Mapping[int, Sample]) -> None:
         if not finished:
             os.killpg(killed.pid, signal.SIGKILL)
             os.killpg(hanging.pid, signal.SIGSTOP)
@@ -365,7 +365,7 @@ def test_a_killed_and_a_hanging_server_are_replaced(
     assert given_up[0] - start < 30  # far below the minute that a response may take
     assert engine.num_restarts == restarts + 2
     assert engine.num_failed > failed
-    assert len(finished) == 60  # what was answered before the strike was not asked for again
+    assert sorted(finished) == [*range(60)]  # what was answered before the strike was not asked for again
 
 
 def test_no_restart_is_left(engine: ServerEngine, truth: Truth) -> None:

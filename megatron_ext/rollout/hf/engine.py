@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from megatron_ext import cpu_compat, heartbeat
 from megatron_ext.kept_tokens import KeptTokens, Restriction
-from megatron_ext.rollout.base import Request, Sampling
+from megatron_ext.rollout.base import OnBatch, Request, Sampling
 from megatron_ext.rollout.hf.routing import RoutingRecorder
 from megatron_ext.rollout.model_files import eos_ids, load_tokenizer
 from megatron_ext.rollout.sampling import gumbel, sampling_logprobs
@@ -54,7 +54,7 @@ class HFEngine:
         self.version = version
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, on_batch: Callable[[list[Sample]], None] | None = None
+        self, requests: Sequence[Request], sampling: Sampling, on_batch: OnBatch | None = None
     ) -> list[Sample]:
         """One sample per request, in order; batches hold prompts of similar length."""
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
@@ -65,7 +65,7 @@ class HFEngine:
                 batch = self._generate([requests[i] for i in chosen], sampling)
             samples.update(zip(chosen, batch, strict=True))
             if on_batch is not None:
-                on_batch(batch)
+                on_batch(dict(zip(chosen, batch, strict=True)))
         return [samples[i] for i in range(len(requests))]
 
     def sleep(self) -> None:

@@ -42,6 +42,7 @@ SPEC = EngineSpec(
     missing_package=vllm_fault,
     faults=faults,
     colocated=False,
+    beside_training=True,
     takes_share=True,
     continuous_batching=True,
     prefill_tokens=PREFILL_TOKENS,
