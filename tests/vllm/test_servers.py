@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -366,6 +368,42 @@ def test_a_killed_and_a_hanging_server_are_replaced(
     assert engine.num_restarts == restarts + 2
     assert engine.num_failed > failed
     assert sorted(finished) == [*range(60)]  # what was answered before the strike was not asked for again
+
+
+def test_a_server_that_fails_while_the_policy_trains_is_left_out_until_the_next_update(
+    engine: ServerEngine, truth: Truth
+) -> None:
+    """In a second thread, as beside training: no weights are to be had, so the others generate what it owes."""
+    weights = truth.weights(13)
+    engine.update_weights(weights, 13)
+    weights.closed = True
+    killed, restarts = next(iter(engine.servers)), engine.num_restarts
+    engine.fleet.max_restarts = restarts + 1
+
+    def strike(done: Mapping[int, Sample]) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(engine.fleet.processes[killed].pid, signal.SIGKILL)
+
+    with ThreadPoolExecutor(1) as thread:
+        samples = thread.submit(engine.generate, requests(60), GREEDY, strike).result()
+    truth.check(samples, 13)
+    assert list(engine.left_out) == [killed] and killed not in engine.servers and engine.num_restarts == restarts
+    engine.update_weights(truth.weights(14), 14)
+    assert killed in engine.servers and engine.left_out == {} and engine.num_restarts == restarts + 1
+    truth.check(engine.generate(requests(13), GREEDY), 14)
+
+
+def test_with_no_server_left_while_the_policy_trains_the_run_stops(engine: ServerEngine, truth: Truth) -> None:
+    weights = truth.weights(15)
+    engine.update_weights(weights, 15)
+    weights.closed = True
+    for url in engine.servers:
+        os.killpg(engine.fleet.processes[url].pid, signal.SIGKILL)
+    with pytest.raises(RolloutError, match="no server is left that has the weights of version 15"):
+        engine.generate(requests(4), GREEDY)
+    engine.fleet.max_restarts = engine.num_restarts + 2
+    engine.update_weights(truth.weights(16), 16)
+    truth.check(engine.generate(requests(4), GREEDY), 16)
 
 
 def test_no_restart_is_left(engine: ServerEngine, truth: Truth) -> None:
