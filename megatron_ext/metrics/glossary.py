@@ -64,7 +64,7 @@ METRICS = (
     ),
     Metric(
         name="dynamic/kept_share", section=LEARNING, title="Dynamic sampling", unit=OF_GROUPS,
-        meaning="generated groups whose rewards differ",
+        meaning="groups whose rewards differ, of those up to the last one that the batch needed",
         low="most generation is thrown away: choose other problems or more rollout.samples",
     ),
     Metric(
@@ -87,7 +87,8 @@ METRICS = (
     ),
     Metric(
         name="dynamic/surplus", section=LEARNING, title="Filled and surplus groups", unit="groups",
-        meaning="groups with different rewards that the batch has no room for", high="lower rollout.oversample",
+        meaning="groups begun after the last one that the batch needed; they do not train",
+        high="lower rollout.oversample",
     ),
     Metric(
         name="data/epoch", section=LEARNING, title="Epochs", unit="epochs",
@@ -325,6 +326,12 @@ METRICS = (
             "update": "response tokens per second of time/update_s, of one data-parallel rank",
             "critic": "response tokens per second of time/critic_s, of one data-parallel rank",
         }.items()
+    ),
+    Metric(
+        name="speed/dropped_responses", section=MACHINE, title="Dropped responses", unit="responses",
+        meaning="responses under dynamic sampling that were given up before they were finished, since the batch was "
+        "complete without them; how many is up to the clock, the batch is not",
+        high="lower rollout.oversample",
     ),
     Metric(
         name="data/imbalance", section=MACHINE, title="Imbalance", unit="ratio",

@@ -48,6 +48,12 @@ class Request:
 
 
 OnBatch = Callable[[Mapping[int, Sample]], None]  # is given finished samples, each by the number of its request
+IsNeeded = Callable[[int], bool]  # whether the request of that number is still to be answered; from any thread
+
+
+def unfinished(request: Request, version: int) -> Sample:
+    """In the place of a response that is no longer needed."""
+    return Sample(request.prompt_ids, (), (), "", True, version)
 
 
 class Weights(Protocol):
@@ -87,10 +93,18 @@ class RolloutEngine(Protocol):
         ...
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, on_batch: OnBatch | None = None
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        on_batch: OnBatch | None = None,
+        is_needed: IsNeeded | None = None,
     ) -> list[Sample]:
         """One sample per request, in order. ``on_batch`` is given samples as they are finished, in any order, each
-        once: they are scored while others are generated. What it is not given is scored afterwards."""
+        once: they are scored while others are generated. What it is not given is scored afterwards.
+
+        An engine that declares ``stops_early`` is given ``is_needed``: what is needed no longer never is again; it may
+        be given up, and is then ``unfinished``.
+        """
         ...
 
     def sleep(self) -> None:

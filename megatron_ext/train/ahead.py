@@ -73,7 +73,7 @@ class BesideClock:
 
 
 def _rollouts(trainer: Trainer, step: int, watch: Watch) -> Rollouts:
-    return Rollouts(trainer.config, trainer.engine, trainer.pool, step, watch)
+    return Rollouts(trainer.config, trainer.engine, trainer.pool, step, watch, stop_group=trainer.stop_group)
 
 
 def _next_problems(trainer: Trainer, step: int) -> NextProblems:

@@ -12,9 +12,9 @@ Dynamic sampling (DAPO, arXiv 2503.14476): a group whose rewards are all equal h
 next prompts are sampled until ``rollout.prompts`` groups are left, in at most ``rollout.max_generations`` rounds. The
 first takes ``rollout.oversample`` times the prompts, a later one as many as the share of useful groups so far makes
 necessary. The step trains on the first useful groups in order of prompt index, so the choice depends on seeds and
-rewards alone, not on the layout; those beyond the last one needed are lost, with their prompts. When the rounds are
-used up, the step's first dropped groups fill the gap (DAPO's code ends the run there): they add tokens without an
-advantage, and are counted.
+rewards alone, not on the layout; those beyond the last one needed are lost, with their prompts, and generated no
+further once that is known (early_stop.py). When the rounds are used up, the step's first dropped groups fill the gap
+(DAPO's code ends the run there): they add tokens without an advantage, and are counted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
@@ -34,17 +34,16 @@ from megatron_ext.model import groups, parallel
 from megatron_ext.rollout.base import Request, RolloutEngine, Sampling
 from megatron_ext.rollout.rewards.function_pool import FunctionPool
 from megatron_ext.rollout.rewards.reward_pool import RewardPool
-from megatron_ext.rollout.rewards.verify import Outcome
 from megatron_ext.rollout.sampling import seed_of
+from megatron_ext.train.early_stop import EarlyStop, Index, LookUp, Verdict, WholeRound, verdict_of
 from megatron_ext.train.sampled_batch import SampledBatch
 from megatron_ext.types import Episode, Problem, Sample
 
 EncodedProblem = tuple[Problem, tuple[int, ...]]
 NextProblems = Callable[[int], Sequence[EncodedProblem]]  # the next so many problems in the order of the data
-Verdict = Literal["useful", "right", "wrong"]  # right, wrong: rewards all equal
 
 
-Own = dict[tuple[int, int], Episode]  # (prompt index, sample) -> what this rank has sampled and scored
+Own = dict[Index, Episode]  # what this rank has sampled and scored
 
 
 class Clock(Protocol):
@@ -63,6 +62,8 @@ class Rollouts:
     step: int
     watch: Clock
     replies: dict[Any, str] = field(default_factory=dict)  # of the pool, over all rounds: equal answers are scored once
+    stop_group: dist.ProcessGroup | None = None  # of the exchanges that stop a round early; None: none is stopped
+    dropped: list[int] = field(default_factory=list)  # responses of all ranks that each round has given up
 
     def collect(self, next_problems: NextProblems) -> SampledBatch:
         """The groups that train, with their metrics. Collective.
@@ -83,22 +84,27 @@ class Rollouts:
         episodes = self.share_groups(first)
         chosen, metrics = list(range(rollout.prompts)), {}
         if rollout.dynamic_sampling:
-            verdicts = share_verdicts(episodes)
+            verdicts, num_prompts = share_verdicts(episodes), self.num_first
             generations = 1
-            while verdicts.count("useful") < rollout.prompts and generations < rollout.max_generations:
+            while (found := verdicts.count("useful")) < rollout.prompts and generations < rollout.max_generations:
                 problems = next_problems(num_to_take(verdicts, rollout.prompts))
-                more = self.share_groups(self.sample(problems, first=len(verdicts)))
+                own = self.sample(problems, first=len(verdicts), wanted=rollout.prompts - found)
+                more = self.share_groups(own)
                 episodes |= more
                 verdicts += share_verdicts(more)
+                num_prompts += len(problems)
                 generations += 1
             chosen = choose(verdicts, rollout.prompts)
-            metrics = {"dynamic/generations": float(generations)} | report(verdicts, rollout)
+            metrics = {"dynamic/generations": float(generations)} | report(verdicts, num_prompts, rollout)
         taken = {prompt_index: episodes[prompt_index] for prompt_index in chosen if prompt_index in episodes}
-        return SampledBatch(self.step, chosen, taken, metrics)
+        return SampledBatch(self.step, chosen, taken, metrics, num_dropped=sum(self.dropped))
 
-    def sample(self, problems: Sequence[EncodedProblem], *, first: int) -> Own:
-        """This rank's part of ``problems``, whose prompt indices begin with ``first``. No collective but the engine's
-        own: of an engine that can, in any thread."""
+    def sample(self, problems: Sequence[EncodedProblem], *, first: int, wanted: int = 0) -> Own:
+        """This rank's part of ``problems``, whose prompt indices begin with ``first``; of a round that stops when
+        ``wanted`` groups are useful (0: those of a batch), what is needed of it.
+
+        No collective but the engine's own and those of ``stop_group``: of an engine that can, in any thread.
+        """
         rollout, encoded = self.config.rollout, dict(enumerate(problems, first))
         own = own_part(encoded, rollout.samples)
         seed = self.config.train.seed
@@ -116,24 +122,42 @@ class Rollouts:
             routing=rollout.routing_replay,
         )
         with self.pool.scoring(len(own), self.replies) as scoring:
-            with self.watch.phase("rollout", total=len(own)) as phase:
+            stop = self.stop_of(scoring.look_up, len(own), len(problems), first, wanted or rollout.prompts)
+            with stop.running():
+                with self.watch.phase("rollout", total=len(own)) as phase:
 
-                def finished(done: Mapping[int, Sample]) -> None:
-                    scoring.submit([(encoded[own[number][0]][0], sample) for number, sample in done.items()])
-                    tokens = sum(len(sample.response_ids) for sample in done.values())
-                    phase.advance(len(done), tokens=groups.model().size() * tokens)
+                    def finished(done: Mapping[int, Sample]) -> None:
+                        pairs = {own[number]: (encoded[own[number][0]][0], each) for number, each in done.items()}
+                        scoring.submit(pairs.values())
+                        stop.finished(pairs)
+                        tokens = sum(len(sample.response_ids) for sample in done.values())
+                        phase.advance(len(done), tokens=groups.model().size() * tokens)
 
-                samples = self.engine.generate(requests, sampling, finished)
-            with self.watch.phase("reward", total=len(own)) as phase:
-                answers = [
-                    (encoded[prompt_index][0], sample) for (prompt_index, _), sample in zip(own, samples, strict=True)
-                ]
-                rewards = scoring.score_samples(answers)
-                phase.advance(len(own))
+                    stops = isinstance(stop, EarlyStop)
+                    needed = (lambda number: stop.is_needed(own[number][0]),) if stops else ()
+                    samples = self.engine.generate(requests, sampling, finished, *needed)
+                with self.watch.phase("reward", total=len(own)) as phase:
+                    sampled = {
+                        index: (encoded[index[0]][0], sample)
+                        for index, sample in zip(own, samples, strict=True)
+                        if stop.is_needed(index[0])
+                    }
+                    rewards = scoring.score_samples(list(sampled.values()))
+                    phase.advance(len(own))
+        self.dropped.append(stop.num_dropped)
         return {
-            index: Episode(encoded[index[0]][0], index[0], sample, reward)
-            for index, sample, reward in zip(own, samples, rewards, strict=True)
+            index: Episode(problem, index[0], sample, reward)
+            for (index, (problem, sample)), reward in zip(sampled.items(), rewards, strict=True)
+            if stop.is_needed(index[0])
         }
+
+    def stop_of(self, look_up: LookUp, num_own: int, num_prompts: int, first: int, wanted: int) -> WholeRound:
+        """When a round of ``num_prompts`` stops."""
+        rollout = self.config.rollout
+        if self.stop_group is None or not rollout.dynamic_sampling or num_prompts <= wanted:
+            return WholeRound()
+        samples = rollout.samples
+        return EarlyStop(self.stop_group, look_up, first=first, samples=samples, wanted=wanted, num_own=num_own)
 
     def share_groups(self, own: Own) -> dict[int, list[Episode]]:
         """``prompt index -> group``: what the ranks of this copy of the model have sampled."""
@@ -144,24 +168,17 @@ class Rollouts:
         return {prompt_index: [everyone[prompt_index, sample] for sample in samples] for prompt_index in indices}
 
 
-def own_part(prompt_indices: Iterable[int], samples: int) -> list[tuple[int, int]]:
-    """``(prompt index, sample)`` of what this rank samples."""
+def own_part(prompt_indices: Iterable[int], samples: int) -> list[Index]:
+    """What this rank samples."""
     data, group = groups.data(), groups.model()
     mine = (prompt_index for prompt_index in prompt_indices if prompt_index % data.size() == data.rank())
     return [(prompt_index, sample) for prompt_index in mine for sample in range(samples)][group.rank() :: group.size()]
 
 
-def verdict_of(group: Sequence[Episode]) -> Verdict:
-    """Whether a group's rewards, NaN left out, differ; if not, whether its responses are right."""
-    scored = [episode.reward for episode in group if not math.isnan(episode.reward.value)]
-    if len({reward.value for reward in scored}) > 1:
-        return "useful"
-    return "right" if scored and scored[0].outcome == Outcome.CORRECT else "wrong"
-
-
 def share_verdicts(own: dict[int, list[Episode]]) -> list[Verdict]:
     """The verdicts of one round's groups, all data-parallel ranks' together, in order of prompt index."""
-    everyone = gathered({prompt_index: verdict_of(group) for prompt_index, group in own.items()}, groups.data())
+    verdicts = {index: verdict_of([episode.reward for episode in group]) for index, group in own.items()}
+    everyone = gathered(verdicts, groups.data())
     return [everyone[prompt_index] for prompt_index in sorted(everyone)]
 
 
@@ -229,15 +246,18 @@ def num_tokens(group: Sequence[Episode]) -> int:
     return sum(len(episode.sample.prompt_ids) + len(episode.sample.response_ids) for episode in group)
 
 
-def report(verdicts: Sequence[Verdict], rollout: RolloutConfig) -> dict[str, float]:
-    """Shares of all the step's groups, and how many of the batch were dropped ones or were not needed."""
-    counts = Counter(verdicts)
+def report(verdicts: Sequence[Verdict], num_prompts: int, rollout: RolloutConfig) -> dict[str, float]:
+    """Shares of the step's groups up to the last one needed, how many of the batch were dropped ones, and how many of
+    the ``num_prompts`` that were begun were not needed: the same wherever a round was stopped."""
+    useful = [number for number, verdict in enumerate(verdicts) if verdict == "useful"]
+    needed = verdicts[: useful[rollout.prompts - 1] + 1] if len(useful) >= rollout.prompts else verdicts
+    counts = Counter(needed)
     return {
-        "dynamic/kept_share": counts["useful"] / len(verdicts),
-        "dynamic/all_right": counts["right"] / len(verdicts),
-        "dynamic/all_wrong": counts["wrong"] / len(verdicts),
-        "dynamic/filled": float(max(0, rollout.prompts - counts["useful"])),
-        "dynamic/surplus": float(max(0, counts["useful"] - rollout.prompts)),
+        "dynamic/kept_share": counts["useful"] / len(needed),
+        "dynamic/all_right": counts["right"] / len(needed),
+        "dynamic/all_wrong": counts["wrong"] / len(needed),
+        "dynamic/filled": float(rollout.prompts - counts["useful"]),
+        "dynamic/surplus": float(num_prompts - len(needed)),
     }
 
 

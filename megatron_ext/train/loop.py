@@ -120,6 +120,8 @@ def train_step(trainer: Trainer, watch: Watch) -> StepRecord:
             metrics, old = trainer.learner.step(episodes, watch, lag=lag)
     values, warnings = trainer.alarms.check(metrics)
     metrics |= trainer.engine.metrics() | {"data/imbalance": imbalance} | values | batch.metrics
+    if trainer.stop_group is not None:
+        metrics["speed/dropped_responses"] = float(batch.num_dropped)
     if config.rollout.max_lag:
         metrics["rollout/lag"] = float(lag)
     trainer.step += 1

@@ -30,6 +30,7 @@ class SampledBatch:
 
     ``chosen`` are the prompt indices of its groups in order, ``groups`` those of this data-parallel rank, which holds
     index i where i modulo the data-parallel size is its rank. ``version``: of the weights that sampled it.
+    ``num_dropped``: responses given up for it, which is up to the clock, and not saved.
     """
 
     step: int
@@ -37,6 +38,7 @@ class SampledBatch:
     groups: dict[int, list[Episode]]
     metrics: dict[str, float] = field(default_factory=dict)
     version: int = 0
+    num_dropped: int = 0
 
     def state_dict(self) -> State:
         """All ranks' groups on rank 0, nothing on the others. Collective."""

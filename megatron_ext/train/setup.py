@@ -18,7 +18,7 @@ from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.schema import Config
 from megatron_ext.data.curriculum import data_order
 from megatron_ext.metrics.alarms import Alarms
-from megatron_ext.model import kernels
+from megatron_ext.model import kernels, parallel
 from megatron_ext.model.architectures import Architecture, find_family, read_architecture
 from megatron_ext.model.megatron_config import ModelOptions
 from megatron_ext.rollout.registry import check_engine, create_engine
@@ -70,6 +70,8 @@ def build(config: Config, pool: RewardPool | FunctionPool) -> Trainer:
     )
     trainer = Trainer(config, learner, engine, pool, problems, order, Alarms(config.alarms), checkpoints, validation)
     trainer.beside_training = spec.beside_training
+    if config.rollout.dynamic_sampling and spec.stops_early:
+        trainer.stop_group = parallel.new_gloo()
     if loaded is not None:
         resume(trainer, loaded)
     return trainer

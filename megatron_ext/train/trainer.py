@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_ext.checkpoint.checkpoint import Checkpoints
 from megatron_ext.checkpoint.weight_initializer import weights_identity
 from megatron_ext.config.errors import ConfigError
@@ -47,6 +49,7 @@ class Trainer:
     checkpoints: Checkpoints
     validation: Validation
     beside_training: bool = False  # whether the engine generates while the policy trains
+    stop_group: dist.ProcessGroup | None = None  # on which ranks agree to stop a round of dynamic sampling early
     weights: PolicyWeights = field(init=False)  # that the engine was given last
     step: int = 0  # training steps done
     ahead: deque[SampledBatch] = field(default_factory=deque)  # sampled and not yet trained on, the next step's first

@@ -27,8 +27,8 @@ from megatron_ext.train.collect_rollouts import (
     imbalance,
     num_to_take,
     num_tokens,
-    verdict_of,
 )
+from megatron_ext.train.early_stop import verdict_of
 from megatron_ext.types import Episode, Problem, Reward, Sample
 from tests import gloo, tiny
 from tests.train.test_invariance import gathered_gradients, worst
@@ -60,6 +60,9 @@ class Pool:
     @contextlib.contextmanager
     def scoring(self, num_answers: int, replies: dict[Any, str]) -> Iterator[Pool]:
         yield self
+
+    def look_up(self, problem: Problem, sample: Sample) -> Reward:
+        return self.reward(int(problem.problem_id), int(sample.text))
 
     def score_samples(self, samples: Sequence[tuple[Problem, Sample]]) -> list[Reward]:
         return [self.reward(int(problem.problem_id), int(sample.text)) for problem, sample in samples]
@@ -271,5 +274,8 @@ def test_a_reward_that_is_none_does_not_make_a_group_useful() -> None:
         return [Episode(Problem("", "", ""), 0, sample, Reward(v, "correct" if v > 0 else "wrong")) for v in values]
 
     nan = float("nan")
-    found = [verdict_of(group(*values)) for values in ((1, 0), (1, nan), (0, nan), (nan, nan), (nan, 1, 0))]
+    found = [
+        verdict_of([each.reward for each in group(*values)])
+        for values in ((1, 0), (1, nan), (0, nan), (nan, nan), (nan, 1, 0))
+    ]
     assert found == ["useful", "right", "wrong", "wrong", "useful"]

@@ -49,6 +49,9 @@ class ExactRewards:
     def submit(self, samples: Sequence[tuple[Problem, Sample]]) -> None:
         """Scored with the others."""
 
+    def look_up(self, problem: Problem, sample: Sample) -> Reward:
+        return self.reward(problem, sample.text)
+
     def score(self, answers: Sequence[tuple[Problem, str]]) -> list[Reward]:
         return [self.reward(problem, response) for problem, response in answers]
 

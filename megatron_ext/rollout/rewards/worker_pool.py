@@ -177,7 +177,7 @@ class QuestionBatch(Generic[Question]):
         self._is_over, self._error = False, None
 
     def ask(self, questions: Iterable[Question]) -> None:
-        """Have them answered from now on. ``replies_to`` is told of all answers, these too."""
+        """Have them answered from now on. ``replies_to`` is told of all answers that count, these too."""
         with self._changed:
             self._add(Counter(questions))
 
@@ -190,6 +190,10 @@ class QuestionBatch(Generic[Question]):
             self._changed.wait_for(lambda: self._error is not None or len(self._replies) == len(self._asked))
         self.raise_error()
         return self._replies
+
+    def reply(self, question: Question) -> str | None:
+        """The reply, if it is there already."""
+        return self._replies.get(question)
 
     def work(self, worker: Worker) -> None:
         try:
@@ -239,8 +243,14 @@ class Scoring(Generic[Question]):
         self._pool, self._batch = pool, batch
 
     def submit(self, samples: Iterable[tuple[Problem, Sample]]) -> None:
-        """Responses that are finished; ``score_samples`` is given them all, in order."""
+        """Responses that are finished; ``score_samples`` is given those that count, in order."""
         self._batch.ask(q for each in samples if (q := self._pool.question(*each)) is not None)
+
+    def look_up(self, problem: Problem, sample: Sample) -> Reward | None:
+        """The reward of a response that was submitted, if it is known already. From any thread."""
+        question = self._pool.question(problem, sample)
+        reply = "" if question is None else self._batch.reply(question)
+        return None if reply is None else self._pool.reward(question, reply)
 
     def score_samples(self, samples: Sequence[tuple[Problem, Sample]]) -> list[Reward]:
         """The reward of each response, in order, once it is known; it depends on no order of ``submit``."""

@@ -20,7 +20,15 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.config.positions import max_positions
-from megatron_ext.rollout.base import OnBatch, Request, RolloutError, Sampling, Weights
+from megatron_ext.rollout.base import (
+    IsNeeded,
+    OnBatch,
+    Request,
+    RolloutError,
+    Sampling,
+    Weights,
+    unfinished,
+)
 from megatron_ext.rollout.model_files import eos_ids, load_config, load_tokenizer
 from megatron_ext.rollout.vllm.common import cpu_arguments, mask_arguments, model_runner_variable
 from megatron_ext.rollout.vllm_server.fleet import Fleet, ServerProcess, free_ports, serve_command
@@ -129,14 +137,18 @@ class ServerEngine:
         self._sync(faults, reconnect=bool(faults) or self.transfer is None)
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, on_batch: OnBatch | None = None
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        on_batch: OnBatch | None = None,
+        is_needed: IsNeeded | None = None,
     ) -> list[Sample]:
         """One sample per request, in order; every rank calls it. Raises RolloutError, on all ranks, when servers fail
         for good or refuse a request."""
         samples: dict[int, Sample] = {}
         was_stale: set[str] = set()
         while True:
-            outcome = self._ask(requests, sampling, samples, on_batch)
+            outcome = self._ask(requests, sampling, samples, on_batch, is_needed or (lambda number: True))
             outcomes = self._gather(outcome)
             self.num_failed += sum(each.num_failed for each in outcomes)
             self.num_stale += sum(each.num_stale for each in outcomes)
@@ -146,7 +158,7 @@ class ServerEngine:
             faults = {url: reason for each in outcomes for url, reason in each.faults.items()}
             stale = {url: reason for each in outcomes for url, reason in each.stale.items()}
             if not faults and not stale:
-                return [samples[number] for number in range(len(requests))]
+                return [samples.get(i) or unfinished(request, self.version) for i, request in enumerate(requests)]
             faults |= {url: reason for url, reason in stale.items() if url in was_stale}  # new weights did not help
             was_stale |= set(stale)
             if self.weights is not None and self.weights.closed:
@@ -178,9 +190,10 @@ class ServerEngine:
         sampling: Sampling,
         samples: dict[int, Sample],
         on_batch: OnBatch | None,
+        is_needed: IsNeeded,
     ) -> RoundResult:
-        """One round for what ``samples`` lacks."""
-        missing = [number for number in range(len(requests)) if number not in samples]
+        """One round for what ``samples`` lacks and is needed."""
+        missing = [number for number in range(len(requests)) if number not in samples and is_needed(number)]
         if not missing:
             return RoundResult()
 
@@ -191,7 +204,8 @@ class ServerEngine:
 
         label = None if self.weights is None else str(self.version)
         one = Round(self.servers, label, self.slots, self.deadline_s, self.tokenizer, self.eos, self.vocab_size)
-        return asyncio.run(one.run([requests[number] for number in missing], sampling, take))
+        asked = [requests[number] for number in missing]
+        return asyncio.run(one.run(asked, sampling, take, lambda number: is_needed(missing[number])))
 
     def _leave_out(self, faults: dict[str, str], stale: dict[str, str]) -> None:
         """Ask the others alone until the next update. Raises RolloutError, on all ranks, where there are none."""

@@ -43,6 +43,7 @@ SPEC = EngineSpec(
     faults=faults,
     colocated=False,
     beside_training=True,
+    stops_early=True,
     takes_share=True,
     continuous_batching=True,
     prefill_tokens=PREFILL_TOKENS,
