@@ -93,17 +93,13 @@ class RolloutEngine(Protocol):
         ...
 
     def generate(
-        self,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        on_batch: OnBatch | None = None,
-        is_needed: IsNeeded | None = None,
+        self, requests: Sequence[Request], sampling: Sampling, on_batch: OnBatch | None = None
     ) -> list[Sample]:
         """One sample per request, in order. ``on_batch`` is given samples as they are finished, in any order, each
         once: they are scored while others are generated. What it is not given is scored afterwards.
 
-        An engine that declares ``stops_early`` is given ``is_needed``: what is needed no longer never is again; it may
-        be given up, and is then ``unfinished``.
+        An engine that declares ``stops_early`` takes one more argument, ``is_needed: IsNeeded | None = None``: what is
+        needed no longer never is again; it may be given up, and is then ``unfinished``.
         """
         ...
 

@@ -133,9 +133,10 @@ class Rollouts:
                         tokens = sum(len(sample.response_ids) for sample in done.values())
                         phase.advance(len(done), tokens=groups.model().size() * tokens)
 
+                    generate: Any = self.engine.generate  # takes one more argument where the engine can stop early
                     stops = isinstance(stop, EarlyStop)
-                    needed = (lambda number: stop.is_needed(own[number][0]),) if stops else ()
-                    samples = self.engine.generate(requests, sampling, finished, *needed)
+                    is_needed = (lambda number: stop.is_needed(own[number][0]),) if stops else ()
+                    samples = generate(requests, sampling, finished, *is_needed)
                 with self.watch.phase("reward", total=len(own)) as phase:
                     sampled = {
                         index: (encoded[index[0]][0], sample)

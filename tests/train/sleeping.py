@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.rollout.base import OnBatch, Request, Sampling
+from megatron_ext.rollout.base import IsNeeded, OnBatch, Request, Sampling
 from megatron_ext.rollout.engine_spec import EngineSpec, EngineStart
 from megatron_ext.rollout.hf.engine import HFEngine
 from megatron_ext.types import Sample
@@ -28,15 +28,19 @@ class SleepingEngine(HFEngine):
         self.seconds = seconds
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, on_batch: OnBatch | None = None
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        on_batch: OnBatch | None = None,
+        is_needed: IsNeeded | None = None,
     ) -> list[Sample]:
         time.sleep(self.seconds)
-        return super().generate(requests, sampling, on_batch)
+        return super().generate(requests, sampling, on_batch, is_needed)
 
 
 def create(start: EngineStart, options: Any) -> SleepingEngine:
     return SleepingEngine(start.model_path, batch_size=start.rollout.batch_size, seconds=options.seconds)
 
 
-BESIDE = EngineSpec(create=create, options=Options, beside_training=True)
+BESIDE = EngineSpec(create=create, options=Options, beside_training=True, stops_early=True)
 IN_TURN = replace(BESIDE, beside_training=False)
