@@ -38,6 +38,8 @@ def sampled(trainer: Trainer, watch: Watch) -> Iterator[SampledBatch]:
     last = min(trainer.step + lag, trainer.config.train.steps - 1)
     missing = list(range(trainer.step + len(ahead), last + 1))
     beside = missing.pop() if trainer.beside_training and missing and missing[-1] > trainer.step else None
+    for phase in ("rollout", "reward"):
+        watch.count(phase, 0.0)  # told of every step, also of one in which nothing is left to sample
     for step in missing:
         ahead.append(_finished(trainer, _rollouts(trainer, step, watch).collect(_next_problems(trainer, step))))
     if beside is None:

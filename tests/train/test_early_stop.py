@@ -114,7 +114,7 @@ def test_the_batch_is_that_of_a_round_that_runs_to_its_end(layout: tuple[int, in
 def one_by_one(rank: int, world: int) -> list[tuple[float, bool]]:
     """Where a round of six prompts, of which two are wanted, ends after each group that is known."""
     cpu_compat.enter()
-    parallel.initialize(ParallelConfig())
+    parallel.initialize(ParallelConfig(ranks_per_node=world))
     rewards = {0: (1.0, 0.0), 1: (1.0, 1.0), 2: (0.0, 1.0), 3: (0.0, 1.0), 4: (0.0, 0.0), 5: (0.0, 1.0)}
 
     def look_up(problem: Problem, sample: Sample) -> Reward:
