@@ -131,10 +131,10 @@ def test_beside_training_the_batches_are_those_that_are_sampled_in_turn(dynamic:
     """Also where the run was killed while one was in the making."""
     options = (*MOVING, "rollout.max_lag=1", "train.steps=4", f"rollout.dynamic_sampling={str(dynamic).lower()}")
     for name in ("IN_TURN", "BESIDE"):
-        assert whole_run.train(tmp_path / name, RECIPE, *options, *engine(name), world=2) == 0
+        assert whole_run.train(tmp_path / name, RECIPE, *options, *engine(name, 0.1), world=2) == 0
     with pytest.raises(AssertionError, match="died without a report|closed by peer"):  # of the rank that dies first
-        gloo.run(killed_in_the_third_update, 2, tmp_path / "killed", (*options, *engine("BESIDE", 0.3)))
-    assert whole_run.train(tmp_path / "killed", RECIPE, *options, *engine("BESIDE"), world=2) == 0
+        gloo.run(killed_in_the_third_update, 2, tmp_path / "killed", (*options, *engine("BESIDE", 0.1)))
+    assert whole_run.train(tmp_path / "killed", RECIPE, *options, *engine("BESIDE", 0.1), world=2) == 0
     steps = whole_run.steps(tmp_path / "BESIDE")
     assert ["time/rollout_background_s" in step for step in steps] == [True, True, True, False]
     for name in ("BESIDE", "killed"):
