@@ -204,6 +204,11 @@ class RolloutConfig(Section):
         le=1000,
         description="dynamic sampling: the first round generates this multiple of the prompts",
     )
+    max_lag: NonNegative = Field(
+        default=0,
+        description="a step trains on a batch that the weights of so many steps before have sampled, exactly; servers "
+        "then generate beside training",
+    )
     max_generations: Positive = Field(
         default=10, description="dynamic sampling: rounds per step; after the last one, dropped groups fill the batch"
     )

@@ -140,9 +140,10 @@ class Watch:
         found, self._spans = self._spans, []
         return found
 
-    def count(self, name: str, seconds: float) -> None:
+    def count(self, name: str, seconds: float, *, tokens: int = 0) -> None:
         """Add what was spent on a part elsewhere, beside the step."""
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+        self._tokens[name] = self._tokens.get(name, 0) + tokens
 
     def times(self) -> dict[str, float]:
         """``time/<phase>_s``, ``speed/<phase>_tokens_per_s`` and ``time/step_s`` since the last call; starts anew."""

@@ -64,7 +64,7 @@ METRICS = (
     ),
     Metric(
         name="dynamic/kept_share", section=LEARNING, title="Dynamic sampling", unit=OF_GROUPS,
-        meaning="generated groups whose rewards differ",
+        meaning="groups whose rewards differ, of those up to the last one that the batch needed",
         low="most generation is thrown away: choose other problems or more rollout.samples",
     ),
     Metric(
@@ -87,7 +87,8 @@ METRICS = (
     ),
     Metric(
         name="dynamic/surplus", section=LEARNING, title="Filled and surplus groups", unit="groups",
-        meaning="groups with different rewards that the batch has no room for", high="lower rollout.oversample",
+        meaning="groups begun after the last one that the batch needed; they do not train",
+        high="lower rollout.oversample",
     ),
     Metric(
         name="data/epoch", section=LEARNING, title="Epochs", unit="epochs",
@@ -132,7 +133,8 @@ METRICS = (
     ),
     Metric(
         name="entropy/full", section=ENTROPY, title="Entropy", unit=NATS, short="entropy",
-        meaning="mean entropy of the sampling policy over the whole vocabulary",
+        meaning="mean entropy, over the whole vocabulary, of the policy that the step begins with: newer than the one "
+        "that sampled the tokens where rollout/lag is above 0",
         good="neither falls to a fraction of the first step's nor rises to a multiple",
         low="the policy collapses; raise the method's entropy term or target, or lower optimizer.lr",
         high="the policy dissolves; lower the method's entropy term or target, or optimizer.lr",
@@ -202,7 +204,8 @@ METRICS = (
     ),
     Metric(
         name="logprob/mean", section=RESPONSES, title="Log-probability", unit=NATS,
-        meaning="mean log-prob of the sampled tokens under the policy that sampled them",
+        meaning="mean log-prob of the sampled tokens under the policy that the step begins with: the one that sampled "
+        "them where rollout/lag is 0",
         good="near minus entropy/full (where sampling leaves no token out)",
         low="sampled tokens are less likely than the policy says: see mismatch/mean",
     ),
@@ -212,7 +215,8 @@ METRICS = (
         good="near 0, of the size of rounding in model.dtype (unless rollout.sampling_replay is off under a top-p, "
         "top-k or min-p)",
         high="the engine samples from other weights or in too low a precision: try model.dtype = float32, or "
-        "importance.mode; above alarms.mismatch the run stops",
+        "importance.mode; above alarms.mismatch the run stops. Where rollout/lag is above 0 it holds how far the "
+        "policy has moved since, and stops nothing",
     ),
     Metric(
         name="mismatch/max", section=RESPONSES, title="Mismatch", unit=NATS,
@@ -222,6 +226,12 @@ METRICS = (
         name="mismatch/ratio", section=RESPONSES, title="Probability ratio", unit="ratio",
         meaning="mean probability ratio, trainer to engine, of the sampled tokens",
         good="1", low="see mismatch/mean", high="see mismatch/mean",
+    ),
+    Metric(
+        name="rollout/lag", section=RESPONSES, title="Lag", unit="steps",
+        meaning="training steps by which the policy that the step begins with is newer than the one that sampled its "
+        "batch; reported under rollout.max_lag",
+        good="rollout.max_lag; less at the beginning, where the first weights sample several batches",
     ),
     Metric(
         name="routing/differing", section=RESPONSES, title="Experts", unit="share of tokens and layers",
@@ -286,8 +296,8 @@ METRICS = (
         Metric(name=f"time/{phase}_s", section=MACHINE, title="Time", unit=SECONDS, adds_up=True, meaning=meaning)
         for phase, meaning in {
             "sync": "sending the weights to the rollout engine",
-            "rollout": "generation",
-            "reward": "verification of the answers",
+            "rollout": "generation; beside training, what the run waited for it",
+            "reward": "verification of the answers that were not scored during generation",
             "validation": "validation: sending the weights, generation and verification",
             "old_logprob": "forward passes before the first update: old policy, reference, critic",
             "critic": "updates of the critic",
@@ -310,6 +320,12 @@ METRICS = (
         meaning="what ranks waited for one another", high="the report's timeline shows who waits for whom",
     ),
     Metric(
+        name="time/rollout_background_s", section=MACHINE, title="Time of a rollout beside training", unit=SECONDS,
+        meaning="generation and verification of a later step's batch while this step trains; of it time/rollout_s is "
+        "what the run waited for, the rest is hidden",
+        good="less than the updates take", high="more servers: rollout.servers.num",
+    ),
+    Metric(
         name="time/save_background_s", section=MACHINE, title="Time of a save", unit=SECONDS,
         meaning="writing a checkpoint during training; it overlaps with the other phases",
         good="less than checkpoint.every steps take",
@@ -318,10 +334,17 @@ METRICS = (
         Metric(name=f"speed/{phase}_tokens_per_s", section=MACHINE, title="Speed", unit=SPEED, meaning=meaning)
         for phase, meaning in {
             "rollout": "generated tokens per second of time/rollout_s, of one model-parallel group",
+            "rollout_background": "the same of time/rollout_background_s",
             "old_logprob": "response tokens per second of time/old_logprob_s, of one data-parallel rank",
             "update": "response tokens per second of time/update_s, of one data-parallel rank",
             "critic": "response tokens per second of time/critic_s, of one data-parallel rank",
         }.items()
+    ),
+    Metric(
+        name="speed/dropped_responses", section=MACHINE, title="Dropped responses", unit="responses",
+        meaning="responses under dynamic sampling that were given up before they were finished, since the batch was "
+        "complete without them; how many is up to the clock, the batch is not",
+        high="lower rollout.oversample",
     ),
     Metric(
         name="data/imbalance", section=MACHINE, title="Imbalance", unit="ratio",

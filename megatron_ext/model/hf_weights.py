@@ -77,13 +77,18 @@ def own_experts(a: Architecture, rank: int | None = None) -> range:
     return range(first, first + count)
 
 
-@dataclass(frozen=True)
+@dataclass
 class PolicyWeights:
-    """The policy's weights as full HF tensors; every iteration streams those of its moment (see ``stream``)."""
+    """The policy's weights as full HF tensors; every iteration streams those of its moment (see ``stream``).
+
+    Whoever lets the policy train before it takes them again closes them first.
+    """
 
     policy: Policy
+    closed: bool = False
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        assert not self.closed
         modules = self.policy.modules
         return stream(self.policy, [{name: p.detach() for name, p in m.named_parameters()} for m in modules])
 

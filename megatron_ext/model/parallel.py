@@ -94,6 +94,11 @@ def gloo(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
     return _twins[tuple(dist.get_process_group_ranks(group))]
 
 
+def new_gloo() -> dist.ProcessGroup:
+    """All ranks over gloo again, for a second thread: two threads must not meet in one group. Collective."""
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
+
+
 def _make_twins(layout: ParallelConfig) -> None:
     """Every rank takes part in making every group, its own or not, in one order."""
     _twins.clear()

@@ -5,7 +5,7 @@ What an engine declares of itself is in engine_spec.py; docs/adding-an-engine.md
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,11 +47,25 @@ class Request:
     seed: int
 
 
+OnBatch = Callable[[Mapping[int, Sample]], None]  # is given finished samples, each by the number of its request
+IsNeeded = Callable[[int], bool]  # whether the request of that number is still to be answered; from any thread
+
+
+def unfinished(request: Request, version: int) -> Sample:
+    """In the place of a response that is no longer needed."""
+    return Sample(request.prompt_ids, (), (), "", True, version)
+
+
 class Weights(Protocol):
     """A model's weights under their Hugging Face names, whole, one tensor at a time.
 
     Each iteration is a fresh pass over all of them and a collective: every rank of the trainer makes it, to its end.
     """
+
+    @property
+    def closed(self) -> bool:
+        """Whether the policy has begun to train: these weights can be had no more, and no iteration may begin."""
+        ...
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
 
@@ -65,18 +79,28 @@ class RolloutError(RuntimeError):
 
 
 class RolloutEngine(Protocol):
-    """Every method is called on every rank of the trainer, in the same order."""
+    """Every method is called on every rank of the trainer, in the same order.
+
+    Of an engine that declares ``beside_training``, ``generate`` may be called from a second thread while the first one
+    trains; nothing else is called meanwhile.
+    """
 
     tokenizer: Any
 
     def update_weights(self, weights: Weights, version: int) -> None:
-        """Take new weights. An engine may iterate over them again until the next update, while it generates."""
+        """Take new weights. An engine may iterate over them again until the next update, while it generates, as long
+        as they are not ``closed``."""
         ...
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, on_batch: Callable[[list[Sample]], None] | None = None
+        self, requests: Sequence[Request], sampling: Sampling, on_batch: OnBatch | None = None
     ) -> list[Sample]:
-        """One sample per request, in order. ``on_batch`` sees samples as they are finished, for progress."""
+        """One sample per request, in order. ``on_batch`` is given samples as they are finished, in any order, each
+        once: they are scored while others are generated. What it is not given is scored afterwards.
+
+        An engine that declares ``stops_early`` takes one more argument, ``is_needed: IsNeeded | None = None``: what is
+        needed no longer never is again; it may be given up, and is then ``unfinished``.
+        """
         ...
 
     def sleep(self) -> None:

@@ -67,6 +67,8 @@ class EngineSpec:
     missing_package: Callable[[], str | None] = nothing_missing  # what is not installed or too old, and what to do
     faults: Callable[[Config], list[str]] = no_faults  # rules of its own between fields
     colocated: bool = True  # on the trainer's GPUs; else on its own, which the plan leaves out
+    beside_training: bool = False  # needs nothing of the trainer's while it generates: no device, group or weights
+    stops_early: bool = False  # heeds what is no longer needed (generate's is_needed)
     sleeps: bool = False  # gives its memory to the trainer between rollouts, by mapping it itself
     takes_share: bool = False  # fills rollout.gpu_memory_utilization with KV cache; else it holds one batch's
     continuous_batching: bool = False  # a finished sequence is replaced at once; else a batch ends with its longest

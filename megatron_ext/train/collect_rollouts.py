@@ -11,37 +11,37 @@ Dynamic sampling (DAPO, arXiv 2503.14476): a group whose rewards are all equal h
 next prompts are sampled until ``rollout.prompts`` groups are left, in at most ``rollout.max_generations`` rounds. The
 first takes ``rollout.oversample`` times the prompts, a later one as many as the share of useful groups so far makes
 necessary. The step trains on the first useful groups in order of prompt index, so the choice depends on seeds and
-rewards alone, not on the layout; those beyond the last one needed are lost, with their prompts. When the rounds are
-used up, the step's first dropped groups fill the gap (DAPO's code ends the run there): they add tokens without an
-advantage, and are counted.
+rewards alone, not on the layout; those beyond the last one needed are lost, with their prompts, and generated no
+further once that is known (early_stop.py). When the rounds are used up, the step's first dropped groups fill the gap
+(DAPO's code ends the run there): they add tokens without an advantage, and are counted.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch.distributed as dist
 
 from megatron_ext.config.schema import Config, RolloutConfig
-from megatron_ext.metrics.display import Watch
 from megatron_ext.model import groups, parallel
 from megatron_ext.rollout.base import Request, RolloutEngine, Sampling
 from megatron_ext.rollout.rewards.function_pool import FunctionPool
 from megatron_ext.rollout.rewards.reward_pool import RewardPool
-from megatron_ext.rollout.rewards.verify import Outcome
 from megatron_ext.rollout.sampling import seed_of
 from megatron_ext.train.balance import deal, imbalance
+from megatron_ext.train.early_stop import EarlyStop, Index, LookUp, Verdict, WholeRound, verdict_of
 from megatron_ext.train.packing import num_read
-from megatron_ext.train.timeline import meet
-from megatron_ext.types import Episode, Problem
+from megatron_ext.train.sampled_batch import SampledBatch
+from megatron_ext.train.timeline import Clock, meet
+from megatron_ext.types import Episode, Problem, Sample
 
 EncodedProblem = tuple[Problem, tuple[int, ...]]
 NextProblems = Callable[[int], Sequence[EncodedProblem]]  # the next so many problems in the order of the data
-Verdict = Literal["useful", "right", "wrong"]  # right, wrong: rewards all equal
+Own = dict[Index, Episode]  # what this rank has sampled and scored
 
 
 @dataclass(frozen=True)
@@ -52,43 +52,53 @@ class Rollouts:
     engine: RolloutEngine
     pool: RewardPool | FunctionPool
     step: int
-    watch: Watch
-    cost: Callable[[int], int]  # of a sequence of so many tokens (balance.py::sequence_cost)
+    watch: Clock
+    replies: dict[Any, str] = field(default_factory=dict)  # of the pool, over all rounds: equal answers are scored once
+    stop_group: dist.ProcessGroup | None = None  # of the exchanges that stop a round early; None: none is stopped
+    dropped: list[int] = field(default_factory=list)  # responses of all ranks that each round has given up
 
-    def collect(self, next_problems: NextProblems) -> tuple[list[Episode], dict[str, float]]:
-        """The episodes this data-parallel rank trains on, in order of prompt index and sample, and metrics.
+    def collect(self, next_problems: NextProblems) -> SampledBatch:
+        """The groups that train, with their metrics. Collective.
 
-        A response's seed depends on the run's seed, the step and its prompt index, not on the layout. Groups are
-        numbered from 0 in the order of the whole step's batch.
+        A response's seed depends on the run's seed, the step and its prompt index, not on the layout.
         """
+        return self.complete(self.sample(next_problems(self.num_first), first=0), next_problems)
+
+    @property
+    def num_first(self) -> int:
+        """Prompts of the first round."""
         rollout = self.config.rollout
-        wanted = math.ceil(rollout.prompts * rollout.oversample) if rollout.dynamic_sampling else rollout.prompts
-        episodes = self.generate(next_problems(wanted), first=0)
-        chosen, metrics = list(range(wanted)), {}
+        return math.ceil(rollout.prompts * rollout.oversample) if rollout.dynamic_sampling else rollout.prompts
+
+    def complete(self, first: Own, next_problems: NextProblems) -> SampledBatch:
+        """``collect`` once the first round is there."""
+        rollout = self.config.rollout
+        episodes = self.share_groups(first)
+        chosen, metrics = list(range(rollout.prompts)), {}
         if rollout.dynamic_sampling:
-            verdicts = share_verdicts(episodes)
+            verdicts, num_prompts = share_verdicts(episodes), self.num_first
             generations = 1
-            while verdicts.count("useful") < rollout.prompts and generations < rollout.max_generations:
-                more = self.generate(next_problems(num_to_take(verdicts, rollout.prompts)), first=len(verdicts))
+            while (found := verdicts.count("useful")) < rollout.prompts and generations < rollout.max_generations:
+                problems = next_problems(num_to_take(verdicts, rollout.prompts))
+                own = self.sample(problems, first=len(verdicts), wanted=rollout.prompts - found)
+                more = self.share_groups(own)
                 episodes |= more
                 verdicts += share_verdicts(more)
+                num_prompts += len(problems)
                 generations += 1
             chosen = choose(verdicts, rollout.prompts)
-            metrics = {"dynamic/generations": float(generations)} | report(verdicts, rollout)
-        own, ratio = exchange(episodes, chosen, self.config.train.mini_batch_prompts, cost=self.cost, step=self.step)
-        return own, metrics | {"data/imbalance": ratio}
+            metrics = {"dynamic/generations": float(generations)} | report(verdicts, num_prompts, rollout)
+        taken = {prompt_index: episodes[prompt_index] for prompt_index in chosen if prompt_index in episodes}
+        return SampledBatch(self.step, chosen, taken, metrics, num_dropped=sum(self.dropped))
 
-    def generate(self, problems: Sequence[EncodedProblem], *, first: int) -> dict[int, list[Episode]]:
-        """``prompt_index -> group`` of this data-parallel rank's part of ``problems``, numbered from ``first``."""
-        data, group, rollout = groups.data(), groups.model(), self.config.rollout
-        mine = [
-            prompt_index
-            for prompt_index in range(first, first + len(problems))
-            if prompt_index % data.size() == data.rank()
-        ]
-        indices = [(prompt_index, sample) for prompt_index in mine for sample in range(rollout.samples)]
-        own = indices[group.rank() :: group.size()]
-        encoded = dict(enumerate(problems, first))
+    def sample(self, problems: Sequence[EncodedProblem], *, first: int, wanted: int = 0) -> Own:
+        """This rank's part of ``problems``, whose prompt indices begin with ``first``; of a round that stops when
+        ``wanted`` groups are useful (0: those of a batch), what is needed of it.
+
+        No collective but the engine's own and those of ``stop_group``: of an engine that can, in any thread.
+        """
+        rollout, encoded = self.config.rollout, dict(enumerate(problems, first))
+        own = own_part(encoded, rollout.samples)
         seed = self.config.train.seed
         requests = [
             Request(encoded[prompt_index][1], seed_of(seed, self.step, prompt_index, sample))
@@ -103,40 +113,66 @@ class Rollouts:
             keeps_support=rollout.replays_sampling,
             routing=rollout.routing_replay,
         )
-        with self.watch.phase("rollout", total=len(own)) as phase:
-            samples = self.engine.generate(
-                requests,
-                sampling,
-                lambda done: phase.advance(len(done), tokens=group.size() * sum(len(s.response_ids) for s in done)),
-            )
-        with self.watch.phase("reward", total=len(own)) as phase:
-            answers = [
-                (encoded[prompt_index][0], sample) for (prompt_index, _), sample in zip(own, samples, strict=True)
-            ]
-            rewards = self.pool.score_samples(answers)
-            phase.advance(len(own))
-            meet(self.watch)
-            scored = {
-                index: Episode(encoded[index[0]][0], index[0], sample, reward)
-                for index, sample, reward in zip(own, samples, rewards, strict=True)
-            }
-            everyone = gathered(scored, group)
+        with self.pool.scoring(len(own), self.replies) as scoring:
+            stop = self.stop_of(scoring.look_up, len(own), len(problems), first, wanted or rollout.prompts)
+            with stop.running():
+                with self.watch.phase("rollout", total=len(own)) as phase:
+
+                    def finished(done: Mapping[int, Sample]) -> None:
+                        pairs = {own[number]: (encoded[own[number][0]][0], each) for number, each in done.items()}
+                        scoring.submit(pairs.values())
+                        stop.finished(pairs)
+                        tokens = sum(len(sample.response_ids) for sample in done.values())
+                        phase.advance(len(done), tokens=groups.model().size() * tokens)
+
+                    generate: Any = self.engine.generate  # takes one more argument where the engine can stop early
+                    stops = isinstance(stop, EarlyStop)
+                    is_needed = (lambda number: stop.is_needed(own[number][0]),) if stops else ()
+                    samples = generate(requests, sampling, finished, *is_needed)
+                with self.watch.phase("reward", total=len(own)) as phase:
+                    sampled = {
+                        index: (encoded[index[0]][0], sample)
+                        for index, sample in zip(own, samples, strict=True)
+                        if stop.is_needed(index[0])
+                    }
+                    rewards = scoring.score_samples(list(sampled.values()))
+                    phase.advance(len(own))
+        self.dropped.append(stop.num_dropped)
         return {
-            prompt_index: [everyone[prompt_index, sample] for sample in range(rollout.samples)] for prompt_index in mine
+            index: Episode(problem, index[0], sample, reward)
+            for (index, (problem, sample)), reward in zip(sampled.items(), rewards, strict=True)
+            if stop.is_needed(index[0])
         }
 
+    def stop_of(self, look_up: LookUp, num_own: int, num_prompts: int, first: int, wanted: int) -> WholeRound:
+        """When a round of ``num_prompts`` stops."""
+        rollout = self.config.rollout
+        if self.stop_group is None or not rollout.dynamic_sampling or num_prompts <= wanted:
+            return WholeRound()
+        samples = rollout.samples
+        return EarlyStop(self.stop_group, look_up, first=first, samples=samples, wanted=wanted, num_own=num_own)
 
-def verdict_of(group: Sequence[Episode]) -> Verdict:
-    """Whether a group's rewards, NaN left out, differ; if not, whether its responses are right."""
-    scored = [episode.reward for episode in group if not math.isnan(episode.reward.value)]
-    if len({reward.value for reward in scored}) > 1:
-        return "useful"
-    return "right" if scored and scored[0].outcome == Outcome.CORRECT else "wrong"
+    def share_groups(self, own: Own) -> dict[int, list[Episode]]:
+        """``prompt index -> group``: what the ranks of this copy of the model have sampled."""
+        with self.watch.phase("reward"):  # of the slowest rank
+            meet(self.watch)
+            everyone = gathered(own, groups.model())
+        indices = sorted({prompt_index for prompt_index, _ in everyone})
+        samples = range(self.config.rollout.samples)
+        return {prompt_index: [everyone[prompt_index, sample] for sample in samples] for prompt_index in indices}
+
+
+def own_part(prompt_indices: Iterable[int], samples: int) -> list[Index]:
+    """What this rank samples."""
+    data, group = groups.data(), groups.model()
+    mine = (prompt_index for prompt_index in prompt_indices if prompt_index % data.size() == data.rank())
+    return [(prompt_index, sample) for prompt_index in mine for sample in range(samples)][group.rank() :: group.size()]
 
 
 def share_verdicts(own: dict[int, list[Episode]]) -> list[Verdict]:
     """The verdicts of one round's groups, all data-parallel ranks' together, in order of prompt index."""
-    everyone = gathered({prompt_index: verdict_of(group) for prompt_index, group in own.items()}, groups.data())
+    verdicts = {index: verdict_of([episode.reward for episode in group]) for index, group in own.items()}
+    everyone = gathered(verdicts, groups.data())
     return [everyone[prompt_index] for prompt_index in sorted(everyone)]
 
 
@@ -152,23 +188,17 @@ def choose(verdicts: Sequence[Verdict], wanted: int) -> list[int]:
     return sorted(by_use[:wanted])
 
 
-def exchange(
-    episodes: dict[int, list[Episode]],
-    chosen: Sequence[int],
-    mini_batch: int,
-    *,
-    cost: Callable[[int], int],
-    step: int,
-) -> tuple[list[Episode], float]:
-    """This rank's share of the ``chosen`` groups, numbered anew from 0, and the ``imbalance`` of all shares.
+def exchange(batch: SampledBatch, mini_batch: int, *, cost: Callable[[int], int]) -> tuple[list[Episode], float]:
+    """This rank's share of the batch, in order of group and sample, and the ``imbalance`` of all shares. Collective.
 
-    Groups are whole on a rank, and every rank has some of each mini-batch.
+    Groups are whole on a rank, every rank has some of each mini-batch, and they are numbered from 0 in the order of the
+    whole batch. ``cost``: of a sequence of so many tokens (balance.py::sequence_cost).
     """
-    data = groups.data()
-    held = {number: episodes[prompt_index] for number, prompt_index in enumerate(chosen) if prompt_index in episodes}
+    data, chosen = groups.data(), batch.chosen
+    held = {number: batch.groups[index] for number, index in enumerate(chosen) if index in batch.groups}
     everyone = gathered({number: work(group, cost) for number, group in held.items()}, data)
     costs = [everyone[number] for number in range(len(chosen))]
-    owners = deal(costs, mini_batch, data.size(), first=step)
+    owners = deal(costs, mini_batch, data.size(), first=batch.step)
     leaving: list[dict[int, list[Episode]]] = [{} for _ in range(data.size())]
     for number, group in held.items():
         leaving[owners[number]][number] = group
@@ -182,15 +212,18 @@ def work(group: Sequence[Episode], cost: Callable[[int], int]) -> int:
     return sum(cost(num_read((episode.sample.prompt_ids, episode.sample.response_ids))) for episode in group)
 
 
-def report(verdicts: Sequence[Verdict], rollout: RolloutConfig) -> dict[str, float]:
-    """Shares of all the step's groups, and how many of the batch were dropped ones or were not needed."""
-    counts = Counter(verdicts)
+def report(verdicts: Sequence[Verdict], num_prompts: int, rollout: RolloutConfig) -> dict[str, float]:
+    """Shares of the step's groups up to the last one needed, how many of the batch were dropped ones, and how many of
+    the ``num_prompts`` that were begun were not needed: the same wherever a round was stopped."""
+    useful = [number for number, verdict in enumerate(verdicts) if verdict == "useful"]
+    needed = verdicts[: useful[rollout.prompts - 1] + 1] if len(useful) >= rollout.prompts else verdicts
+    counts = Counter(needed)
     return {
-        "dynamic/kept_share": counts["useful"] / len(verdicts),
-        "dynamic/all_right": counts["right"] / len(verdicts),
-        "dynamic/all_wrong": counts["wrong"] / len(verdicts),
-        "dynamic/filled": float(max(0, rollout.prompts - counts["useful"])),
-        "dynamic/surplus": float(max(0, counts["useful"] - rollout.prompts)),
+        "dynamic/kept_share": counts["useful"] / len(needed),
+        "dynamic/all_right": counts["right"] / len(needed),
+        "dynamic/all_wrong": counts["wrong"] / len(needed),
+        "dynamic/filled": float(rollout.prompts - counts["useful"]),
+        "dynamic/surplus": float(num_prompts - len(needed)),
     }
 
 

@@ -19,8 +19,9 @@ from megatron_ext.metrics.spans import Span, idle_shares
 from megatron_ext.metrics.writer import MetricsWriter, sample_record, token_texts, write_config, write_planner
 from megatron_ext.model import parallel
 from megatron_ext.rollout.base import RolloutError
+from megatron_ext.train.ahead import sampled
 from megatron_ext.train.balance import sequence_cost
-from megatron_ext.train.collect_rollouts import Rollouts
+from megatron_ext.train.collect_rollouts import exchange
 from megatron_ext.train.messages import file_fault, tell
 from megatron_ext.train.method_factory import roles_of
 from megatron_ext.train.setup import build, reward_pool
@@ -113,25 +114,24 @@ def finish_step(
 def train_step(trainer: Trainer, watch: Watch) -> StepRecord:
     """One rollout step: sync, sample, score, update. All ranks have just met."""
     watch.restart()
+    config, cost = trainer.config, sequence_cost(trainer.learner.policy.architecture)
     trainer.begin_stage()
     with watch.phase("sync"):
         trainer.sync()
-    cost = sequence_cost(trainer.learner.policy.architecture)
-    rollouts = Rollouts(trainer.config, trainer.engine, trainer.pool, trainer.step, watch, cost)
-    episodes, sampled = rollouts.collect(trainer.next_problems)
-    stale = {e.sample.weight_version for e in episodes} - {trainer.step}
-    if stale:
-        raise RolloutError(f"rollout: samples of weight versions {sorted(stale)}, expected {trainer.step} only")
-    trainer.engine.sleep()
-    with trainer.optimizers_present():
-        metrics, old = trainer.learner.step(episodes, watch)
+    with sampled(trainer, watch) as batch:
+        episodes, imbalance = exchange(batch, config.train.mini_batch_prompts, cost=cost)
+        stale = {e.sample.weight_version for e in episodes} - {batch.version}
+        if stale:
+            raise RolloutError(f"rollout: samples of weight versions {sorted(stale)}, expected {batch.version} only")
+        lag = trainer.step - batch.version
+        with trainer.optimizers_present():
+            metrics, old = trainer.learner.step(episodes, watch, lag=lag)
     values, warnings = trainer.alarms.check(metrics)
-    metrics |= (
-        trainer.engine.metrics()
-        | sampled
-        | values
-        | {"data/epoch": float(trainer.order.epoch), "data/stage": float(trainer.order.stage)}
-    )
+    metrics |= trainer.engine.metrics() | {"data/imbalance": imbalance} | values | batch.metrics
+    if trainer.stop_group is not None:
+        metrics["speed/dropped_responses"] = float(batch.num_dropped)
+    if config.rollout.max_lag:
+        metrics["rollout/lag"] = float(lag)
     trainer.step += 1
     for line in warnings:
         tell(f"step {trainer.step}: {line}")

@@ -66,9 +66,11 @@ def known(rollout_logprob: Tensor, old_logprob: Tensor) -> Tensor:
     return torch.where(rollout_logprob.isfinite(), rollout_logprob, old_logprob)
 
 
-def check(metrics: Mapping[str, float], config: Config) -> None:
+def check(metrics: Mapping[str, float], config: Config, *, lag: int = 0) -> None:
     """Raise MismatchError when engine and trainer disagree by more than ``alarms.mismatch`` nats a token on average, or
     when the engine does not tell more than ``alarms.unknown_logprobs`` of its log-probs, which cannot be compared.
+
+    A batch that weights of ``lag`` steps before have sampled says nothing of the engine: the policy has moved since.
 
     Without sampling replay a nucleus may raise the engine's log-probs by up to ``-log(rollout.top_p)``, which is
     allowed for; top-k and min-p may raise them by any amount: then they are not compared.
@@ -83,7 +85,7 @@ def check(metrics: Mapping[str, float], config: Config) -> None:
         )
     limit, found = config.alarms.mismatch, metrics["mismatch/mean"]
     allowed = limit + largest_rise(config.rollout)
-    if not limit or found <= allowed:
+    if not limit or lag or found <= allowed:
         return
     raise MismatchError(
         f"rollout: the engine's log-probs differ from the trainer's by {found:.3g} nats a token on average, expected "

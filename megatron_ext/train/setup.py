@@ -18,7 +18,7 @@ from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.schema import Config
 from megatron_ext.data.curriculum import data_order
 from megatron_ext.metrics.alarms import Alarms
-from megatron_ext.model import kernels
+from megatron_ext.model import kernels, parallel
 from megatron_ext.model.architectures import Architecture, find_family, read_architecture
 from megatron_ext.model.megatron_config import ModelOptions
 from megatron_ext.rollout.registry import check_engine, create_engine
@@ -36,7 +36,7 @@ from megatron_ext.train.validation import load_validation
 def build(config: Config, pool: RewardPool | FunctionPool) -> Trainer:
     """Everything a step needs, where the newest valid checkpoint left it."""
     _seed(config.train.seed)
-    check_engine(config.rollout)
+    spec = check_engine(config.rollout)
     method = create_method(config)
     with users_files():
         architecture = read_architecture(read_hf_config(config.model.path), find_family(config.model.family))
@@ -69,6 +69,9 @@ def build(config: Config, pool: RewardPool | FunctionPool) -> Trainer:
         keeps_support=config.rollout.replays_sampling and config.rollout.top_k > 0 and not config.validation.every,
     )
     trainer = Trainer(config, learner, engine, pool, problems, order, Alarms(config.alarms), checkpoints, validation)
+    trainer.beside_training = spec.beside_training
+    if config.rollout.dynamic_sampling and spec.stops_early:
+        trainer.stop_group = parallel.new_gloo()
     if loaded is not None:
         resume(trainer, loaded)
     return trainer

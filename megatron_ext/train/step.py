@@ -76,8 +76,11 @@ class Learner:
             return {}
         return {"reference": self.reference.policy}
 
-    def step(self, episodes: Sequence[Episode], watch: Watch) -> tuple[dict[str, float], TokenStats]:
-        """Train on this rank's episodes; metrics over all ranks and the old policy's statistics ``[T]``."""
+    def step(self, episodes: Sequence[Episode], watch: Watch, *, lag: int = 0) -> tuple[dict[str, float], TokenStats]:
+        """Train on this rank's episodes; metrics over all ranks and the old policy's statistics ``[T]``.
+
+        The old policy is that of the step's beginning, whose weights are ``lag`` steps newer than those that sampled.
+        """
         routing.begin_step(self.policy)
         spans = self.mini_batch_spans(episodes)
         mini_batches = [self.pack([episodes[i] for i in span]) for span in spans]
@@ -85,8 +88,8 @@ class Learner:
         advantages = self.method.compute_advantages(rollouts, self.reduce)
         whole = self.batch(rollouts, advantages)
         if old is None:
-            return self.only_update(whole, episodes, mini_batches, watch)
-        metrics = self.describe(whole, old, episodes) | self.method.on_step_start(whole, old, self.reduce)
+            return self.only_update(whole, episodes, mini_batches, watch, lag=lag)
+        metrics = self.describe(whole, old, episodes, lag) | self.method.on_step_start(whole, old, self.reduce)
         parts = [rollouts.select(span) for span in spans]
         batches = [(self.batch(part, advantages.select(position)), position) for part, position in parts]
         updates: Counter[str] = Counter()
@@ -114,7 +117,7 @@ class Learner:
         return [range(start, end) for start, end in pairwise([0, *ends, len(episodes)])]
 
     def only_update(
-        self, whole: Batch, episodes: Sequence[Episode], mini_batches: list[MiniBatch], watch: Watch
+        self, whole: Batch, episodes: Sequence[Episode], mini_batches: list[MiniBatch], watch: Watch, *, lag: int
     ) -> tuple[dict[str, float], TokenStats]:
         """The step's one update, whose own forward measures the policy that sampled: ``step`` without a pass before."""
         [mini_batch] = mini_batches
@@ -124,7 +127,7 @@ class Learner:
             prepared = self.method.prepare(whole, None, self.reduce)
             results, values = self.backward(whole, prepared, mini_batch, self.reported, measures_old=True)
             old = self.joined(results, mini_batch)
-            metrics |= self.describe(known_old(whole, old.logprob), old, episodes) | values | prepared.report
+            metrics |= self.describe(known_old(whole, old.logprob), old, episodes, lag) | values | prepared.report
             metrics |= self.apply()
             phase.advance(tokens=len(whole.mask))
         self.actor.end_step()
@@ -174,11 +177,11 @@ class Learner:
             meet(watch)
         return self.rollout_batch(episodes, old, ref, value), old
 
-    def describe(self, batch: Batch, old: TokenStats, episodes: Sequence[Episode]) -> dict[str, float]:
+    def describe(self, batch: Batch, old: TokenStats, episodes: Sequence[Episode], lag: int) -> dict[str, float]:
         """What the step's batch looks like. Raises MismatchError where the engine samples from another policy."""
         metrics = summarise(batch, old, episodes, self.reduce) | routing.describe(episodes, self.policy, self.reduce)
         metrics |= mismatch.corrections(batch, self.config.importance, self.reduce)
-        mismatch.check(metrics, self.config)
+        mismatch.check(metrics, self.config, lag=lag)
         return metrics
 
     def update(self, batch: Batch, current: TokenStats | None, mini_batch: MiniBatch, watch: Watch) -> dict[str, float]:

@@ -12,19 +12,28 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import AbstractContextManager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from megatron_ext.metrics.display import Watch
+from megatron_ext.metrics.display import Phase, Watch
 from megatron_ext.metrics.spans import Span
 from megatron_ext.model import parallel
 from megatron_ext.plan.memory import Roles
 
 
-def meet(watch: Watch) -> None:
+class Clock(Protocol):
+    """What times phases and waits: the run's Watch, or one for another thread."""
+
+    def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Phase]: ...
+
+    def waiting(self) -> AbstractContextManager[None]: ...
+
+
+def meet(watch: Clock) -> None:
     """Wait until every rank is here. How long this one waits is in the timeline."""
     if torch.cuda.is_available():
         torch.cuda.current_stream().synchronize()  # its work is this rank's own; other streams may wait for others

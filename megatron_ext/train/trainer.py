@@ -7,10 +7,13 @@ sync, is created when the optimizer is already at rest, and checkpoints are save
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch.distributed as dist
 
 from megatron_ext.checkpoint.checkpoint import Checkpoints
 from megatron_ext.checkpoint.weight_initializer import weights_identity
@@ -25,6 +28,7 @@ from megatron_ext.rollout.rewards.function_pool import FunctionPool
 from megatron_ext.rollout.rewards.reward_pool import RewardPool
 from megatron_ext.train.collect_rollouts import EncodedProblem
 from megatron_ext.train.messages import tell
+from megatron_ext.train.sampled_batch import SampledBatch
 from megatron_ext.train.step import Learner
 from megatron_ext.train.validation import Validation
 
@@ -44,7 +48,11 @@ class Trainer:
     alarms: Alarms
     checkpoints: Checkpoints
     validation: Validation
+    beside_training: bool = False  # whether the engine generates while the policy trains
+    stop_group: dist.ProcessGroup | None = None  # on which ranks agree to stop a round of dynamic sampling early
+    weights: PolicyWeights = field(init=False)  # that the engine was given last
     step: int = 0  # training steps done
+    ahead: deque[SampledBatch] = field(default_factory=deque)  # sampled and not yet trained on, the next step's first
     unfinished: StepRecord | None = None  # of a step whose validation is not done
 
     @property
@@ -54,7 +62,8 @@ class Trainer:
 
     def sync(self) -> None:
         """Stream the policy's weights to the engine, stamped with the number of steps they have seen."""
-        self.engine.update_weights(PolicyWeights(self.learner.policy), self.step)
+        self.weights = PolicyWeights(self.learner.policy)
+        self.engine.update_weights(self.weights, self.step)
 
     def validate(self, watch: Watch, is_stopped: Callable[[], bool]) -> dict[str, float] | None:
         """Metrics of the policy on the validation's problems; None if the run is to stop before they are known."""
@@ -79,7 +88,7 @@ class Trainer:
 
     def begin_stage(self) -> None:
         """Under ``data.stage_restart``, begin the step's stage, where it is a new one, like a run of its own."""
-        if not self.config.data.stage_restart or not self.order.begins_stage(self.step):
+        if not self.config.data.stage_restart or self.step not in self.order.starts[1:]:
             return
         for each in self.learner.trained.values():
             each.restart()
@@ -87,11 +96,12 @@ class Trainer:
             self.learner.reference.become(self.learner.policy)
         tell(f"step {self.step + 1}: a stage begins with a new optimizer, and the reference is the policy as it is")
 
-    def next_problems(self, count: int) -> list[EncodedProblem]:
-        """The next ``count`` problems."""
-        return [self.problems[i] for i in self.order.take(count, step=self.step)]
+    def next_problems(self, count: int, *, step: int) -> list[EncodedProblem]:
+        """The next ``count`` problems, for step ``step``."""
+        return [self.problems[i] for i in self.order.take(count, step=step)]
 
     def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside models, optimizers and schedules: rank 0's. Collective."""
         state = {
             "method": self.learner.method.state_dict(),
             "order": self.order.state_dict(),
@@ -103,6 +113,8 @@ class Trainer:
             state["validation"] = self.validation.state_dict()
         if self.unfinished is not None:
             state["unfinished"] = self.unfinished
+        if self.ahead:
+            state["ahead"] = [batch.state_dict() for batch in self.ahead]
         return state
 
     def load_state(self, step: int, state: dict[str, Any]) -> None:
@@ -119,6 +131,7 @@ class Trainer:
             each.bad_steps = state["bad_steps"][name]
         self.alarms.load_state_dict(state["alarms"])
         self.unfinished = state.get("unfinished")
+        self.ahead = deque(SampledBatch.of_state(batch) for batch in state.get("ahead", ()))
         if "validation" in state:
             if line := self.validation.load_state_dict(state["validation"]):
                 tell(line)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_ext.kept_tokens import Restriction
-from megatron_ext.rollout.base import Request, Sampling
+from megatron_ext.rollout.base import Request, Sampling, unfinished
 from megatron_ext.rollout.hf.engine import HFEngine
 from megatron_ext.rollout.sampling import gumbel, sampling_logprobs, seed_of
 from megatron_ext.types import Sample
@@ -51,6 +51,24 @@ def test_a_request_has_one_answer_whatever_it_is_batched_with(path: Path) -> Non
     same(HFEngine(path, batch_size=5).generate(wanted, SAMPLING), whole)
     same(HFEngine(path, batch_size=24).generate(wanted[::-1], SAMPLING)[::-1], whole)
     assert len({sample.response_ids for sample in whole}) > 12
+
+
+def test_what_is_no_longer_needed_is_given_up_and_changes_no_bit_of_the_others(path: Path) -> None:
+    wanted, calls = requests(24), list[int]()
+    given_up = {1, 2, 3, 5, 8, 13, 21}
+    engine, reported = HFEngine(path, batch_size=8), dict[int, Sample]()
+    whole = engine.generate(wanted, SAMPLING)
+
+    def is_needed(number: int) -> bool:
+        """Until the third token of the first batch everything is, then most, at last nothing."""
+        calls.append(number)
+        return len(calls) <= 24 or (number not in given_up and len(reported) < 8)
+
+    found = engine.generate(wanted, SAMPLING, reported.update, is_needed)
+    assert set(range(24)) - set(reported) > given_up and len(reported) >= 8
+    for number, request in enumerate(wanted):
+        assert found[number] == (whole[number] if number in reported else unfinished(request, 0))
+    assert len(calls) < 24 * SAMPLING.max_response_tokens  # the last batch was not begun
 
 
 def test_a_prompt_of_several_responses_is_read_once(path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +23,7 @@ from megatron_ext.rollout.rewards.reward_pool import (
     outcome_counts,
 )
 from megatron_ext.rollout.rewards.verify import Outcome
-from megatron_ext.types import Problem, Reward
+from megatron_ext.types import Problem, Reward, Sample
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +108,47 @@ def test_identical_answers_are_asked_once(monkeypatch: pytest.MonkeyPatch):
     with RewardPool(1, deadline_s=20) as pool:
         assert all_right(pool.score(integers(3) * 8))
     assert len(asked) == 3 + len(reward_pool.CANARIES)
+
+
+def samples(answers: list[tuple[Problem, str]]) -> list[tuple[Problem, Sample]]:
+    return [(problem, Sample((1,), (2,), (0.0,), text, False, 0)) for problem, text in answers]
+
+
+def test_answers_are_scored_as_they_come_in_any_order_and_equal_ones_once_a_step(monkeypatch: pytest.MonkeyPatch):
+    """Two rounds of a step. Of the first some answers come early, in a scrambled order; of the second none does."""
+    asked: list[Question] = []
+    record_questions(monkeypatch, asked)
+    wrong = [(problem, r"\boxed{3.5}") for problem, _ in integers(4)]
+    first = samples(integers(8) * 3 + wrong * 2 + [(integers(1)[0][0], "no answer")])
+    second = samples(integers(12))
+    with RewardPool(2, deadline_s=20) as pool:
+        expected = [pool.score_samples(first), pool.score_samples(second)]
+        for seed in range(3):
+            early = random.Random(seed).sample(first, 20)
+            replies: dict[Question, str] = {}
+            asked.clear()
+            with pool.scoring(len(first), replies) as scoring:
+                for start in range(0, 20, 3):
+                    scoring.submit(early[start : start + 3])
+                assert scoring.score_samples(first) == expected[0]
+            with pool.scoring(len(second), replies) as scoring:
+                assert scoring.score_samples(second) == expected[1]
+            questions = {question for each in first + second if (question := pool.question(*each)) is not None}
+            known = {question for question, _ in reward_pool.CANARIES}
+            assert Counter(question for question in asked if question not in known) == Counter(questions)
+
+
+def test_an_answer_is_scored_while_others_are_awaited(pool: RewardPool):
+    """Before the batch's last answer is known, and with nobody waiting for it."""
+    replies: dict[Question, str] = {}
+    answers = samples(integers(2))
+    with pool.scoring(2, replies) as scoring:
+        scoring.submit(answers[:1])
+        end = time.monotonic() + 120
+        while not replies and time.monotonic() < end:
+            time.sleep(0.01)
+        assert list(replies.values()) == [Outcome.CORRECT]
+        assert all_right(scoring.score_samples(answers))
 
 
 def test_no_worker_loads_gmpy2(pool: RewardPool):
@@ -279,6 +322,21 @@ def test_breaker(deadly: int):
         with pytest.raises(VerifierError, match=r"at least 3 of 20 answers got no verdict.*max_timeout_share = 0.1"):
             pool.score(above)
         assert all_right(pool.score(integers(5, start=18)))  # the pool itself is not harmed
+
+
+@pytest.mark.usefixtures("trusted")
+def test_breaker_counts_the_whole_batch_whatever_comes_first():
+    """The two answers without a verdict are the first to come: a tenth of the batch, not all of what is there."""
+    batch = samples(integers(18, start=18) + integers(1, start=17) * 2)
+    with RewardPool(2, deadline_s=2, max_timeout_share=0.1) as pool:
+        with pool.scoring(20) as scoring:
+            scoring.submit(batch[18:])
+            scoring.submit(batch[:5])
+            assert [reward.value for reward in scoring.score_samples(batch)] == [1.0] * 18 + [0.0] * 2
+        with pytest.raises(VerifierError, match="at least 3 of 20"), pool.scoring(20) as scoring:
+            scoring.submit(batch[17:])
+            scoring.score_samples(batch[1:] + batch[-1:])
+        assert all_right(pool.score(integers(5, start=18)))
 
 
 @pytest.mark.usefixtures("trusted")

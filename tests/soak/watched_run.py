@@ -31,7 +31,7 @@ SAVING = ("shards", "manifest", "rename", "latest", "removal")  # of a save, in 
 _PHASES = (  # the first whose file, and function of it, is on the stack
     ("loading", "setup.py", "build"),
     ("sync", "trainer.py", "sync"),
-    ("reward", "reward_pool.py", ""),
+    ("reward", "worker_pool.py", "replies_to"),
     ("rollout", "collect_rollouts.py", ""),
     ("step", "step.py", ""),
     ("save: copy", "checkpoint.py", ""),

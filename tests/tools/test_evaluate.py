@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from megatron_ext.config.errors import ConfigError
-from megatron_ext.rollout.base import Request, Sampling
+from megatron_ext.rollout.base import OnBatch, Request, Sampling
 from megatron_ext.rollout.rewards.reward_pool import RewardPool
 from megatron_ext.rollout.rewards.voting import equal_answers
 from megatron_ext.types import Problem, Reward, Sample
@@ -30,7 +30,7 @@ class FakeEngine:
         self.scripts, self.seeds = scripts, []
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, on_batch: Callable[[list[Sample]], None] | None = None
+        self, requests: Sequence[Request], sampling: Sampling, on_batch: OnBatch | None = None
     ) -> list[Sample]:
         self.seeds += [request.seed for request in requests]
         texts = [self.scripts[request.prompt_ids[0]].pop(0) for request in requests]

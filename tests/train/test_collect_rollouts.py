@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ from megatron_ext.config.schema import Config, ParallelConfig, RolloutConfig, Tr
 from megatron_ext.data.sampler import DataOrder
 from megatron_ext.metrics.display import Watch
 from megatron_ext.model import hf_weights, parallel
-from megatron_ext.rollout.base import Request, Sampling
+from megatron_ext.rollout.base import OnBatch, Request, Sampling
 from megatron_ext.train.balance import deal, sequence_cost
-from megatron_ext.train.collect_rollouts import Rollouts, choose, num_to_take, verdict_of, work
+from megatron_ext.train.collect_rollouts import Rollouts, choose, exchange, num_to_take, work
+from megatron_ext.train.early_stop import verdict_of
 from megatron_ext.types import Episode, Problem, Reward, Sample
 from tests import gloo, tiny
 from tests.train.test_invariance import gathered_gradients, worst
@@ -31,7 +33,7 @@ class Engine:
     """A response is its seed, and now and then a long one."""
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, on_batch: Callable[[list[Sample]], None] | None = None
+        self, requests: Sequence[Request], sampling: Sampling, on_batch: OnBatch | None = None
     ) -> list[Sample]:
         lengths = [2 ** (r.seed % 9) for r in requests]
         return [
@@ -45,6 +47,13 @@ class Pool:
 
     def __init__(self, everything: float | None) -> None:
         self.everything = everything
+
+    @contextlib.contextmanager
+    def scoring(self, num_answers: int, replies: dict[Any, str]) -> Iterator[Pool]:
+        yield self
+
+    def look_up(self, problem: Problem, sample: Sample) -> Reward:
+        return self.reward(int(problem.problem_id), int(sample.text))
 
     def score_samples(self, samples: Sequence[tuple[Problem, Sample]]) -> list[Reward]:
         return [self.reward(int(problem.problem_id), int(sample.text)) for problem, sample in samples]
@@ -78,10 +87,10 @@ def collected(
         def next_problems(count: int, step: int = step) -> list[tuple[Problem, tuple[int, ...]]]:
             return [(Problem(str(i), "", ""), (i,)) for i in order.take(count, step=step)]
 
-        watch = Watch(1, show=False)
-        rollouts: Any = Rollouts(config, Engine(), Pool(everything), step, watch, lambda n: n)  # type: ignore[arg-type]
-        found, metrics = rollouts.collect(next_problems)
-        episodes += found
+        rollouts: Any = Rollouts(config, Engine(), Pool(everything), step, Watch(1, show=False))  # type: ignore[arg-type]
+        batch = rollouts.collect(next_problems)
+        found, balance = exchange(batch, MINI, cost=lambda n: n)
+        episodes, metrics = episodes + found, batch.metrics | {"data/imbalance": balance}
     return episodes, metrics, order.take(5, step=2)
 
 
@@ -232,5 +241,8 @@ def test_a_reward_that_is_none_does_not_make_a_group_useful() -> None:
         return [Episode(Problem("", "", ""), 0, sample, Reward(v, "correct" if v > 0 else "wrong")) for v in values]
 
     nan = float("nan")
-    found = [verdict_of(group(*values)) for values in ((1, 0), (1, nan), (0, nan), (nan, nan), (nan, 1, 0))]
+    found = [
+        verdict_of([each.reward for each in group(*values)])
+        for values in ((1, 0), (1, nan), (0, nan), (nan, nan), (nan, 1, 0))
+    ]
     assert found == ["useful", "right", "wrong", "wrong", "useful"]

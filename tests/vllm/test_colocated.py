@@ -80,9 +80,9 @@ def rollouts(rank: int, world: int, folders: list[Path], shared: int) -> list[di
             hf_weights.load_weights(module, architecture, folder)
         engine.update_weights(hf_weights.PolicyWeights(policy), version)
         engine.sleep()
-        finished: list[Sample] = []
-        greedy = engine.generate(mine, GREEDY, finished.extend)
-        assert sorted(map(str, finished)) == sorted(map(str, greedy))
+        finished: dict[int, Sample] = {}
+        greedy = engine.generate(mine, GREEDY, finished.update)
+        assert finished == dict(enumerate(greedy))
         found.append({GREEDY: greedy, **{way: engine.generate(mine, way) for way in (NUCLEUS, RESTRICTED)}})
     return found
 

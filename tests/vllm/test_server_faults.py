@@ -147,6 +147,31 @@ def test_a_server_that_does_not_tell_its_health_is_given_up(monkeypatch: pytest.
     assert len(got) == 2 and not outcome.faults
 
 
+def test_requests_that_are_no_longer_needed_are_ended_or_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first two are answered, the next two are in flight and sleep, the others wait for a slot."""
+    monkeypatch.setattr(server_round, "GIVE_UP_S", 0.05)
+    made, quick = list[web.Request](), answering()
+
+    async def sleeping(request: web.Request) -> web.StreamResponse:
+        made.append(request)
+        if len(made) <= 2:
+            return await quick(request)
+        return await silent(request)
+
+    got: dict[int, Any] = {}
+    with server(sleeping, RUNNING) as url:
+        one = Round({url: TOKEN}, "3", 2, 20.0, Tokenizer(), [1], VOCAB)
+        asked, start = [Request((5, 6), i) for i in range(9)], time.monotonic()
+
+        def is_needed(number: int) -> bool:
+            return len(made) < 4 or number < 2
+
+        outcome = asyncio.run(one.run(asked, SAMPLING, got.__setitem__, is_needed))
+        assert time.monotonic() - start < 5
+    assert sorted(got) == [0, 1] and len(made) == 4
+    assert not outcome.faults and not outcome.stale and outcome.num_failed == 0
+
+
 @pytest.mark.parametrize(
     ("generate", "field", "message"),
     [

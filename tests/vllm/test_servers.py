@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -11,7 +12,8 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -45,7 +47,7 @@ class Frozen:
     """Weights that stay what they are (rollout/base.py::Weights)."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
+        self.tensors, self.closed = tensors, False
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.tensors.items()
@@ -163,11 +165,11 @@ def test_every_update_reaches_all_servers(engine: ServerEngine, truth: Truth) ->
     prompts = requests(13)
     for version in (1, 2, 3):
         engine.update_weights(truth.weights(version), version)
-        finished: list[Sample] = []
-        samples = engine.generate(prompts, GREEDY, finished.extend)
+        finished: dict[int, Sample] = {}
+        samples = engine.generate(prompts, GREEDY, finished.update)
         truth.check(samples, version)
         assert [sample.prompt_ids for sample in samples] == [request.prompt_ids for request in prompts]
-        assert sorted(map(str, finished)) == sorted(map(str, samples))
+        assert finished == dict(enumerate(samples))
     for each in engine.servers.items():  # not one server alone
         one = Round(dict([each]), "3", 64, 60, engine.tokenizer, engine.eos, engine.vocab_size)
         got: dict[int, Sample] = {}
@@ -344,9 +346,9 @@ def test_a_killed_and_a_hanging_server_are_replaced(
     monkeypatch.setattr(server_round, "HEALTH_S", 0.5)
     killed, hanging = (engine.fleet.processes[url] for url in engine.servers)
     engine.fleet.max_restarts = restarts + 2
-    finished: list[Sample] = []
+    finished: list[int] = []
 
-    def strike(done: list[Sample]) -> None:
+    def strike(done: Mapping[int, Sample]) -> None:
         if not finished:
             os.killpg(killed.pid, signal.SIGKILL)
             os.killpg(hanging.pid, signal.SIGSTOP)
@@ -365,7 +367,43 @@ def test_a_killed_and_a_hanging_server_are_replaced(
     assert given_up[0] - start < 30  # far below the minute that a response may take
     assert engine.num_restarts == restarts + 2
     assert engine.num_failed > failed
-    assert len(finished) == 60  # what was answered before the strike was not asked for again
+    assert sorted(finished) == [*range(60)]  # what was answered before the strike was not asked for again
+
+
+def test_a_server_that_fails_while_the_policy_trains_is_left_out_until_the_next_update(
+    engine: ServerEngine, truth: Truth
+) -> None:
+    """In a second thread, as beside training: no weights are to be had, so the others generate what it owes."""
+    weights = truth.weights(13)
+    engine.update_weights(weights, 13)
+    weights.closed = True
+    killed, restarts = next(iter(engine.servers)), engine.num_restarts
+    engine.fleet.max_restarts = restarts + 1
+
+    def strike(done: Mapping[int, Sample]) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(engine.fleet.processes[killed].pid, signal.SIGKILL)
+
+    with ThreadPoolExecutor(1) as thread:
+        samples = thread.submit(engine.generate, requests(60), GREEDY, strike).result()
+    truth.check(samples, 13)
+    assert list(engine.left_out) == [killed] and killed not in engine.servers and engine.num_restarts == restarts
+    engine.update_weights(truth.weights(14), 14)
+    assert killed in engine.servers and engine.left_out == {} and engine.num_restarts == restarts + 1
+    truth.check(engine.generate(requests(13), GREEDY), 14)
+
+
+def test_with_no_server_left_while_the_policy_trains_the_run_stops(engine: ServerEngine, truth: Truth) -> None:
+    weights = truth.weights(15)
+    engine.update_weights(weights, 15)
+    weights.closed = True
+    for url in engine.servers:
+        os.killpg(engine.fleet.processes[url].pid, signal.SIGKILL)
+    with pytest.raises(RolloutError, match="no server is left that has the weights of version 15"):
+        engine.generate(requests(4), GREEDY)
+    engine.fleet.max_restarts = engine.num_restarts + 2
+    engine.update_weights(truth.weights(16), 16)
+    truth.check(engine.generate(requests(4), GREEDY), 16)
 
 
 def test_no_restart_is_left(engine: ServerEngine, truth: Truth) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,7 +16,7 @@ from .samples_file import Samples
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from megatron_ext.rollout.base import Request, Sampling
+    from megatron_ext.rollout.base import OnBatch, Request, Sampling
     from megatron_ext.types import Problem, Reward, Sample
 
 Encoded = Sequence[tuple["Problem", tuple[int, ...]]]
@@ -26,7 +26,7 @@ class Engine(Protocol):
     """What is used of a rollout engine."""
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, on_batch: Callable[[list[Sample]], None] | None = None
+        self, requests: Sequence[Request], sampling: Sampling, on_batch: OnBatch | None = None
     ) -> list[Sample]: ...
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    AutoModelForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.utils import logging
 
 from megatron_ext import cpu_compat, heartbeat
 from megatron_ext.kept_tokens import KeptTokens, Restriction
-from megatron_ext.rollout.base import Request, Sampling
+from megatron_ext.rollout.base import IsNeeded, OnBatch, Request, Sampling, unfinished
 from megatron_ext.rollout.hf.routing import RoutingRecorder
 from megatron_ext.rollout.model_files import eos_ids, load_tokenizer
 from megatron_ext.rollout.sampling import gumbel, sampling_logprobs
@@ -54,19 +60,33 @@ class HFEngine:
         self.version = version
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, on_batch: Callable[[list[Sample]], None] | None = None
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        on_batch: OnBatch | None = None,
+        is_needed: IsNeeded | None = None,
     ) -> list[Sample]:
-        """One sample per request, in order; batches hold prompts of similar length."""
+        """One sample per request, in order; batches hold prompts of similar length.
+
+        A batch ends with the last of its responses that is needed. It is never made smaller: no bit of a response
+        depends on when others were given up.
+        """
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
         samples: dict[int, Sample] = {}
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
+            if is_needed is not None and not any(map(is_needed, chosen)):
+                continue
+            stop = StoppingCriteriaList([] if is_needed is None else [_NotNeeded(chosen, is_needed)])
             with cpu_compat.as_it_is():
-                batch = self._generate([requests[i] for i in chosen], sampling)
-            samples.update(zip(chosen, batch, strict=True))
+                batch = self._generate([requests[i] for i in chosen], sampling, stop)
+            finished = dict(zip(chosen, batch, strict=True))
+            if is_needed is not None:
+                finished = {i: sample for i, sample in finished.items() if is_needed(i)}
+            samples.update(finished)
             if on_batch is not None:
-                on_batch(batch)
-        return [samples[i] for i in range(len(requests))]
+                on_batch(finished)
+        return [samples.get(i) or unfinished(request, self.version) for i, request in enumerate(requests)]
 
     def sleep(self) -> None:
         """Nothing to release: the weights stay where they are."""
@@ -78,7 +98,7 @@ class HFEngine:
         del self.model
 
     @torch.no_grad()
-    def _generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
+    def _generate(self, requests: list[Request], sampling: Sampling, stop: StoppingCriteriaList) -> list[Sample]:
         longest = max(len(request.prompt_ids) for request in requests)
         pad = [longest - len(request.prompt_ids) for request in requests]
         filled = [[self._eos[0]] * n + list(request.prompt_ids) for n, request in zip(pad, requests, strict=True)]
@@ -92,6 +112,7 @@ class HFEngine:
                 attention_mask=mask,
                 past_key_values=None if recorder else self._read_prompts(ids, mask),
                 logits_processor=LogitsProcessorList([sampler]),
+                stopping_criteria=stop,
                 do_sample=False,
                 max_new_tokens=sampling.max_response_tokens,
                 eos_token_id=self._eos,
@@ -140,6 +161,16 @@ class HFEngine:
             weight_version=self.version,
             support=None if support is None else KeptTokens.of_lists(support[: len(response)]),
         )
+
+
+class _NotNeeded(StoppingCriteria):
+    """Ends the sequences of a batch that are needed no more; ``numbers`` are those of their requests."""
+
+    def __init__(self, numbers: Sequence[int], is_needed: IsNeeded) -> None:
+        self.numbers, self.is_needed = numbers, is_needed
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # pyright: ignore
+        return torch.tensor([not self.is_needed(number) for number in self.numbers], device=input_ids.device)
 
 
 class _Sampler(LogitsProcessor):

@@ -17,4 +17,4 @@ def create(start: EngineStart, options: NoOptions) -> RolloutEngine:
     return HFEngine(start.model_path, batch_size=start.rollout.batch_size)
 
 
-SPEC = EngineSpec(create=create, keys=("routing_replay",))
+SPEC = EngineSpec(create=create, keys=("routing_replay",), stops_early=True)

@@ -12,8 +12,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import astuple
 from typing import Any, NamedTuple
 
@@ -48,11 +46,8 @@ class FunctionPool(WorkerPool[Question]):
         super().__init__(program, workers, deadline_s=reward.deadline_s, max_timeout_share=reward.max_timeout_share)
         self.reward = reward
 
-    def score_samples(self, samples: Sequence[tuple[Problem, Sample]]) -> list[Reward]:
-        """The reward of each response of an engine, in order. Raises ``VerifierError`` as ``ask_all`` does."""
-        questions = [_question(problem, sample) for problem, sample in samples]
-        replies = self.ask_all(Counter(questions), len(questions))
-        return [self._reward(replies[question]) for question in questions]
+    def question(self, problem: Problem, sample: Sample) -> Question:
+        return Question(astuple(problem), astuple(Response(sample.text, sample.response_ids, sample.truncated)))
 
     def outcome(self, reply: str) -> Outcome:
         return Outcome(reply) if reply in NO_VERDICT else counted(json.loads(reply)[1])
@@ -65,7 +60,7 @@ class FunctionPool(WorkerPool[Question]):
             f"{response.text[:200]!r}. Mend the function; if it is only slow, raise reward.deadline_s"
         )
 
-    def _reward(self, reply: str) -> Reward:
+    def reward(self, question: Question | None, reply: str) -> Reward:
         """A number alone is ``correct`` from reward.correct on, ``wrong`` up to reward.wrong, ``other`` between."""
         if reply in NO_VERDICT:
             return Reward(self.reward.wrong, reply)
@@ -76,7 +71,3 @@ class FunctionPool(WorkerPool[Question]):
             right, wrong = value >= self.reward.correct, value <= self.reward.wrong
             outcome = Outcome.CORRECT if right else Outcome.WRONG if wrong else Outcome.OTHER
         return Reward(value, str(outcome), extracted)
-
-
-def _question(problem: Problem, sample: Sample) -> Question:
-    return Question(astuple(problem), astuple(Response(sample.text, sample.response_ids, sample.truncated)))

@@ -87,12 +87,17 @@ class RewardPool(WorkerPool[Question]):
         """
         questions = [_question(problem, response, self.answer_format) for problem, response in answers]
         copies = Counter(question for question in questions if question is not None)
-        replies: dict[Question | None, str] = {None: Outcome.NO_ANSWER, **self.ask_all(copies, len(answers))}
-        return [self._reward(question, self.outcome(replies[question])) for question in questions]
+        replies = self.ask_all(copies, len(answers))
+        return [self.reward(question, "" if question is None else replies[question]) for question in questions]
 
-    def score_samples(self, samples: Sequence[tuple[Problem, Sample]]) -> list[Reward]:
-        """The same for responses of an engine, of which the text alone counts."""
-        return self.score([(problem, sample.text) for problem, sample in samples])
+    def question(self, problem: Problem, sample: Sample) -> Question | None:
+        """Of a response of an engine the text alone counts."""
+        return _question(problem, sample.text, self.answer_format)
+
+    def reward(self, question: Question | None, reply: str) -> Reward:
+        outcome = Outcome.NO_ANSWER if question is None else self.outcome(reply)
+        value = self.correct if outcome is Outcome.CORRECT else self.wrong
+        return Reward(value, outcome.value, None if question is None else question.extracted)
 
     def check_canaries(self) -> None:
         """Have every worker score the known answers now. Raises ``VerifierError``. ``score`` does it by itself."""
@@ -118,10 +123,6 @@ class RewardPool(WorkerPool[Question]):
             f"{reply}, answer {question.extracted[:200]!r} to gold {question.answer[:200]!r}. If the machine is "
             "overloaded lower reward.workers or raise reward.deadline_s; otherwise look at what the policy writes"
         )
-
-    def _reward(self, question: Question | None, outcome: Outcome) -> Reward:
-        value = self.correct if outcome is Outcome.CORRECT else self.wrong
-        return Reward(value, outcome.value, None if question is None else question.extracted)
 
 
 def outcome_counts(rewards: Sequence[Reward]) -> dict[str, int]:

@@ -5,6 +5,9 @@ which no C call defeats, and a fresh one takes over; the other answers are not t
 ``exec``, not forked and not through ``multiprocessing``: a trainer with threads must not be forked, and
 ``multiprocessing`` would import the trainer's main module, and with it torch, into every worker.
 
+A batch's answers may come one after the other, as an engine finishes them: each is scored at once, beside what the
+caller does. Equal questions are asked once, and what a question's reply is depends on no order.
+
 What scores must not go wrong unseen: too large a share of answers without a verdict is an error.
 """
 
@@ -18,16 +21,20 @@ import subprocess
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from megatron_ext import heartbeat
+from megatron_ext.records import Problem, Reward
 from megatron_ext.rollout.rewards import verify
 from megatron_ext.rollout.rewards.verify import Outcome
+
+if TYPE_CHECKING:
+    from megatron_ext.types import Sample
 
 START_S = 120.0  # to import SymPy, or to score a known answer, on a busy machine
 CHECK_EVERY_S = 60.0  # at most, between known answers of one worker
@@ -94,6 +101,25 @@ class WorkerPool(Generic[Question]):
         """A question that got no verdict, for the error."""
         raise NotImplementedError
 
+    def question(self, problem: Problem, sample: Sample) -> Question | None:
+        """What a worker is asked about a response of an engine; None where it need not be asked."""
+        raise NotImplementedError
+
+    def reward(self, question: Question | None, reply: str) -> Reward:
+        """``reply`` means nothing where there is no question."""
+        raise NotImplementedError
+
+    def score_samples(self, samples: Sequence[tuple[Problem, Sample]]) -> list[Reward]:
+        """The reward of each response of an engine, in order. Raises ``VerifierError`` as ``ask_all`` does."""
+        with self.scoring(len(samples)) as scoring:
+            return scoring.score_samples(samples)
+
+    @contextmanager
+    def scoring(self, num_answers: int, replies: dict[Question, str] | None = None) -> Iterator[Scoring[Question]]:
+        """Score ``num_answers`` responses of an engine as they come; ``replies`` as in ``asking``."""
+        with self.asking(num_answers, replies) as batch:
+            yield Scoring(self, batch)
+
     def ask_all(self, copies: Counter[Question], num_answers: int) -> dict[Question, str]:
         """The reply to each question. ``copies`` counts the answers that share one; ``num_answers`` are the batch's,
         those that need not be asked too.
@@ -101,38 +127,35 @@ class WorkerPool(Generic[Question]):
         Raises ``VerifierError`` as ``check`` does, when workers cannot be started, and when more than
         ``max_timeout_share`` of at least 20 answers got no verdict.
         """
-        pending, replies = deque(copies), {}
+        with self.asking(num_answers) as batch:
+            return batch.replies_to(copies)
 
-        def work(worker: Worker) -> None:
-            try:
-                if time.monotonic() >= worker.check_due:
-                    self.check(worker)
-                    worker.check_due = time.monotonic() + CHECK_EVERY_S
-                while pending:
-                    try:
-                        question = pending.popleft()
-                    except IndexError:  # another thread took the last one
-                        return
-                    replies[question] = worker.ask(question, self.deadline_s)
-                    heartbeat.progress()
-                    if self.outcome(replies[question]) in NO_VERDICT:
-                        self._check_breaker(dict(replies), copies, num_answers)
-            except BaseException:
-                pending.clear()
-                raise
-
+    @contextmanager
+    def asking(self, num_answers: int, replies: dict[Question, str] | None = None) -> Iterator[QuestionBatch[Question]]:
+        """A batch of ``num_answers`` that are asked as they come, by all workers. What ``replies`` holds is not asked
+        again; the batch's are put there. Raises what ``ask_all`` does."""
+        batch = QuestionBatch(self, num_answers, {} if replies is None else replies)
         with self._one_batch:
             if not self._workers:
                 raise ValueError("RewardPool: the pool is closed; score inside its with-block")
             with ThreadPoolExecutor(len(self._workers)) as threads:
+                for worker in self._workers:
+                    threads.submit(batch.work, worker)
                 try:
-                    list(threads.map(work, self._workers))
+                    yield batch
                 finally:
-                    pending.clear()  # an interrupt of this thread: the others end after their current answer
-        return replies
+                    batch.end()  # also at an interrupt of this thread: the others end after their current answer
+        batch.raise_error()
 
-    def _check_breaker(self, replies: dict[Question, str], copies: Counter[Question], num_answers: int) -> None:
-        lost = {question: reply for question, reply in replies.items() if self.outcome(reply) in NO_VERDICT}
+    def check_when_due(self, worker: Worker) -> None:
+        """``check``, unless the process has passed it within ``CHECK_EVERY_S``."""
+        if time.monotonic() >= worker.check_due:
+            self.check(worker)
+            worker.check_due = time.monotonic() + CHECK_EVERY_S
+
+    def check_breaker(self, replies: dict[Question, str], copies: Counter[Question], num_answers: int) -> None:
+        """Raises ``VerifierError`` where too many of the answers that ``copies`` counts got no verdict."""
+        lost = {q: replies[q] for q in copies if q in replies and self.outcome(replies[q]) in NO_VERDICT}
         num_lost = sum(copies[question] for question in lost)
         if num_answers >= MIN_ANSWERS_TO_TRIP and num_lost > self.max_timeout_share * num_answers:
             question, reply = next(iter(lost.items()))
@@ -140,6 +163,100 @@ class WorkerPool(Generic[Question]):
                 f"reward: at least {num_lost} of {num_answers} answers got no verdict, expected at most a share of "
                 f"reward.max_timeout_share = {self.max_timeout_share}; one of them: {self.described(question, reply)}"
             )
+
+
+class QuestionBatch(Generic[Question]):
+    """Questions that workers answer while more come in; equal ones once. ``work`` runs in a thread for each worker."""
+
+    def __init__(self, pool: WorkerPool[Question], num_answers: int, replies: dict[Question, str]) -> None:
+        self._pool, self._num_answers, self._replies = pool, num_answers, replies
+        self._copies: Counter[Question] = Counter()  # the answers that share a question
+        self._asked: set[Question] = set(replies)
+        self._pending: deque[Question] = deque()
+        self._changed = threading.Condition()
+        self._is_over, self._error = False, None
+
+    def ask(self, questions: Iterable[Question]) -> None:
+        """Have them answered from now on. ``replies_to`` is told of all answers that count, these too."""
+        with self._changed:
+            self._add(Counter(questions))
+
+    def replies_to(self, copies: Counter[Question]) -> dict[Question, str]:
+        """The replies, once all are there. ``copies`` counts the whole batch's answers that share a question."""
+        with self._changed:
+            self._copies.clear()
+            self._add(copies)
+            self._pool.check_breaker(self._replies, self._copies, self._num_answers)
+            self._changed.wait_for(lambda: self._error is not None or len(self._replies) == len(self._asked))
+        self.raise_error()
+        return self._replies
+
+    def reply(self, question: Question) -> str | None:
+        """The reply, if it is there already."""
+        return self._replies.get(question)
+
+    def work(self, worker: Worker) -> None:
+        try:
+            self._pool.check_when_due(worker)
+            while (question := self._next()) is not None:
+                self._pool.check_when_due(worker)
+                reply = worker.ask(question, self._pool.deadline_s)
+                heartbeat.progress()
+                with self._changed:
+                    self._replies[question] = reply
+                    if self._pool.outcome(reply) in NO_VERDICT:
+                        self._pool.check_breaker(self._replies, self._copies, self._num_answers)
+                    self._changed.notify_all()
+        except BaseException as error:
+            self.end(error)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """The workers stop after their current answers."""
+        with self._changed:
+            self._is_over, self._error = True, self._error or error
+            self._pending.clear()
+            self._changed.notify_all()
+
+    def raise_error(self) -> None:
+        """What ended a worker, if something did."""
+        if self._error is not None:
+            raise self._error
+
+    def _add(self, copies: Counter[Question]) -> None:
+        self._copies.update(copies)
+        new = [question for question in copies if question not in self._asked]
+        self._asked.update(new)
+        self._pending.extend(new)
+        self._changed.notify_all()
+
+    def _next(self) -> Question | None:
+        """The next question, once there is one; None when there will be none."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_over or bool(self._pending))
+            return self._pending.popleft() if self._pending else None
+
+
+class Scoring(Generic[Question]):
+    """Responses of an engine that are scored while others are still generated."""
+
+    def __init__(self, pool: WorkerPool[Question], batch: QuestionBatch[Question]) -> None:
+        self._pool, self._batch = pool, batch
+
+    def submit(self, samples: Iterable[tuple[Problem, Sample]]) -> None:
+        """Responses that are finished; ``score_samples`` is given those that count, in order."""
+        self._batch.ask(q for each in samples if (q := self._pool.question(*each)) is not None)
+
+    def look_up(self, problem: Problem, sample: Sample) -> Reward | None:
+        """The reward of a response that was submitted, if it is known already. From any thread."""
+        question = self._pool.question(problem, sample)
+        reply = "" if question is None else self._batch.reply(question)
+        return None if reply is None else self._pool.reward(question, reply)
+
+    def score_samples(self, samples: Sequence[tuple[Problem, Sample]]) -> list[Reward]:
+        """The reward of each response, in order, once it is known; it depends on no order of ``submit``."""
+        questions = [self._pool.question(problem, sample) for problem, sample in samples]
+        replies = self._batch.replies_to(Counter(question for question in questions if question is not None))
+        return [self._pool.reward(q, "" if q is None else replies[q]) for q in questions]
 
 
 class Worker:

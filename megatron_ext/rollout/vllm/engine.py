@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from megatron_ext import heartbeat
 from megatron_ext.config.positions import max_positions
-from megatron_ext.rollout.base import Request, Sampling, Weights
+from megatron_ext.rollout.base import OnBatch, Request, Sampling, Weights
 from megatron_ext.rollout.model_files import eos_ids, load_config, load_tokenizer
 from megatron_ext.rollout.vllm.common import (
     cpu_arguments,
@@ -146,7 +146,7 @@ class VLLMEngine:
             self.asleep = True
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, on_batch: Callable[[list[Sample]], None] | None = None
+        self, requests: Sequence[Request], sampling: Sampling, on_batch: OnBatch | None = None
     ) -> list[Sample]:
         """One sample per request, in order; every rank of an engine calls it, as often as the others."""
         if self.asleep:
@@ -167,7 +167,7 @@ class VLLMEngine:
             }
             samples |= own
             if own and on_batch is not None:
-                on_batch(list(own.values()))
+                on_batch(own)
         return [samples[number] for number in range(len(requests))]
 
     def metrics(self) -> dict[str, float]:

@@ -3,7 +3,8 @@
 Rank 0 of the trainer starts, watches and replaces the servers and sends them the weights, through vLLM's own
 trainer-side classes. Every rank sends its own requests to all servers, in rounds: after each the ranks tell each other
 what failed, rank 0 replaces the servers at fault, all ranks stream the current weights again, and what is still
-missing is asked for again. No answer of other weights than the current ones is used.
+missing is asked for again. No answer of other weights than the current ones is used. Once the policy trains, beside
+the servers, the current weights cannot be had again: servers at fault are then left out until the next update.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.config.positions import max_positions
-from megatron_ext.rollout.base import Request, RolloutError, Sampling, Weights
+from megatron_ext.rollout.base import (
+    IsNeeded,
+    OnBatch,
+    Request,
+    RolloutError,
+    Sampling,
+    Weights,
+    unfinished,
+)
 from megatron_ext.rollout.model_files import eos_ids, load_config, load_tokenizer
 from megatron_ext.rollout.vllm.common import cpu_arguments, mask_arguments, model_runner_variable
 from megatron_ext.rollout.vllm_server.fleet import Fleet, ServerProcess, free_ports, serve_command
@@ -84,6 +93,7 @@ class ServerEngine:
         self.deadline_s, self.slots = deadline_s, -(-batch_size // self.world)
         self.address = address or LOOPBACK
         self.version, self.weights = 0, None
+        self.left_out: dict[str, str] = {}  # servers at fault, which the next update replaces, with the reason
         self.num_restarts = self.num_stale = self.num_failed = 0
         self.client = Servers(min(CALL_S, deadline_s))
         self.source = Source(self._barrier, self.client.checksum if self.rank == 0 else None)
@@ -123,17 +133,22 @@ class ServerEngine:
     def update_weights(self, weights: Weights, version: int) -> None:
         """Stream them to every server; what was computed with older ones is forgotten. Collective."""
         self.weights, self.version = weights, version
-        self._sync({}, reconnect=self.transfer is None)
+        faults, self.left_out = self.left_out, {}
+        self._sync(faults, reconnect=bool(faults) or self.transfer is None)
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, on_batch: Callable[[list[Sample]], None] | None = None
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        on_batch: OnBatch | None = None,
+        is_needed: IsNeeded | None = None,
     ) -> list[Sample]:
         """One sample per request, in order; every rank calls it. Raises RolloutError, on all ranks, when servers fail
         for good or refuse a request."""
         samples: dict[int, Sample] = {}
         was_stale: set[str] = set()
         while True:
-            outcome = self._ask(requests, sampling, samples, on_batch)
+            outcome = self._ask(requests, sampling, samples, on_batch, is_needed or (lambda number: True))
             outcomes = self._gather(outcome)
             self.num_failed += sum(each.num_failed for each in outcomes)
             self.num_stale += sum(each.num_stale for each in outcomes)
@@ -143,10 +158,13 @@ class ServerEngine:
             faults = {url: reason for each in outcomes for url, reason in each.faults.items()}
             stale = {url: reason for each in outcomes for url, reason in each.stale.items()}
             if not faults and not stale:
-                return [samples[number] for number in range(len(requests))]
+                return [samples.get(i) or unfinished(request, self.version) for i, request in enumerate(requests)]
             faults |= {url: reason for url, reason in stale.items() if url in was_stale}  # new weights did not help
             was_stale |= set(stale)
-            self._sync(faults, reconnect=True)
+            if self.weights is not None and self.weights.closed:
+                self._leave_out(faults, stale)
+            else:
+                self._sync(faults, reconnect=True)
 
     def metrics(self) -> dict[str, float]:
         """Of the whole run so far: restarts of servers; requests whose server failed, or had other weights."""
@@ -171,21 +189,34 @@ class ServerEngine:
         requests: Sequence[Request],
         sampling: Sampling,
         samples: dict[int, Sample],
-        on_batch: Callable[[list[Sample]], None] | None,
+        on_batch: OnBatch | None,
+        is_needed: IsNeeded,
     ) -> RoundResult:
-        """One round for what ``samples`` lacks."""
-        missing = [number for number in range(len(requests)) if number not in samples]
+        """One round for what ``samples`` lacks and is needed."""
+        missing = [number for number in range(len(requests)) if number not in samples and is_needed(number)]
         if not missing:
             return RoundResult()
 
         def take(number: int, sample: Sample) -> None:
             samples[missing[number]] = sample
             if on_batch is not None:
-                on_batch([sample])
+                on_batch({missing[number]: sample})
 
         label = None if self.weights is None else str(self.version)
         one = Round(self.servers, label, self.slots, self.deadline_s, self.tokenizer, self.eos, self.vocab_size)
-        return asyncio.run(one.run([requests[number] for number in missing], sampling, take))
+        asked = [requests[number] for number in missing]
+        return asyncio.run(one.run(asked, sampling, take, lambda number: is_needed(missing[number])))
+
+    def _leave_out(self, faults: dict[str, str], stale: dict[str, str]) -> None:
+        """Ask the others alone until the next update. Raises RolloutError, on all ranks, where there are none."""
+        self.left_out |= faults
+        self.servers = {url: token for url, token in self.servers.items() if url not in faults | stale}
+        if not self.servers:
+            raise RolloutError(
+                f"rollout: no server is left that has the weights of version {self.version}, and the policy trains on "
+                f"meanwhile (rollout.max_lag): {'; '.join((faults | stale).values())}. Resume the run: it goes on from "
+                "its newest checkpoint"
+            )
 
     def _sync(self, faults: dict[str, str], *, reconnect: bool) -> None:
         """Replace the servers in ``faults``, then stream the weights until all servers have them. Collective."""

@@ -11,13 +11,14 @@ from typing import Any
 import aiohttp
 
 from megatron_ext import heartbeat
-from megatron_ext.rollout.base import Request, Sampling
+from megatron_ext.rollout.base import IsNeeded, Request, Sampling
 from megatron_ext.rollout.vllm.common import finished_sample, sampling_parameters
 from megatron_ext.rollout.vllm_server.http_api import RequestRefused, ServerFault, ask, new_session
 from megatron_ext.rollout.vllm_server.reply import max_bytes, read_reply
 from megatron_ext.types import Sample
 
 HEALTH_S = 10.0  # between two looks at a server's health, and for an answer to one
+GIVE_UP_S = 0.5  # between two looks at what is needed no longer
 HEALTH_POLLS = 3  # so many unanswered in a row: the server hangs
 
 
@@ -61,11 +62,18 @@ class Round:
     vocab_size: int
 
     async def run(
-        self, requests: Sequence[Request], sampling: Sampling, take: Callable[[int, Sample], None]
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        take: Callable[[int, Sample], None],
+        is_needed: IsNeeded = lambda number: True,
     ) -> RoundResult:
         """Give every answered request's number and sample to ``take``. Servers draw from one queue, front to back, so
-        that the responses to one prompt mostly share a server and its cache of the prompt."""
+        that the responses to one prompt mostly share a server and its cache of the prompt. A request that is needed no
+        longer is not made, or its connection is closed, which ends it on the server."""
         outcome, queue = RoundResult(), deque(range(len(requests)))
+        running: dict[int, asyncio.Task[Sample]] = {}
+        given_up: set[int] = set()
         slots = min(self.slots, -(-len(requests) // len(self.servers)))
         # no connection is used twice: one that the server is just closing would look like a failed server
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
@@ -74,9 +82,27 @@ class Round:
             async def work(url: str) -> None:
                 while queue:
                     number = queue.popleft()
+                    if not is_needed(number):
+                        continue
                     asked[url] += 1
-                    take(number, await self._sample(session, url, requests[number], sampling))
+                    running[number] = asyncio.create_task(self._sample(session, url, requests[number], sampling))
+                    try:
+                        take(number, await running[number])
+                    except asyncio.CancelledError:
+                        own = asyncio.current_task()
+                        if number not in given_up or (own is not None and own.cancelling()):
+                            raise
+                    finally:
+                        del running[number]
                     asked[url] -= 1
+
+            async def give_up() -> None:
+                while True:
+                    await asyncio.sleep(GIVE_UP_S)
+                    for number, task in running.items():
+                        if not is_needed(number):
+                            given_up.add(number)
+                            task.cancel()
 
             async def serve(url: str) -> None:
                 try:
@@ -90,7 +116,9 @@ class Round:
                         queue.clear()
 
             asked = dict.fromkeys(self.servers, 0)
+            giving_up = asyncio.create_task(give_up())
             await asyncio.gather(*(serve(url) for url in self.servers))
+            giving_up.cancel()
         return outcome
 
     async def _sample(self, session: aiohttp.ClientSession, url: str, request: Request, sampling: Sampling) -> Sample:

@@ -88,15 +88,20 @@ def alone_in_a_collective(loop: Any) -> None:
 
 def slow_to_score(loop: Any) -> None:
     from megatron_ext.rollout.rewards.reward_pool import RewardPool
+    from megatron_ext.rollout.rewards.worker_pool import Scoring
 
-    real = RewardPool.score
+    def slow(kind: Any, name: str) -> None:
+        real = getattr(kind, name)
 
-    def score(pool: Any, answers: Any) -> Any:
-        time.sleep(SLOW_S)
-        print("slow to score", flush=True)
-        return real(pool, answers)
+        def score(self: Any, answers: Any) -> Any:
+            time.sleep(SLOW_S)
+            print("slow to score", flush=True)
+            return real(self, answers)
 
-    RewardPool.score = score  # pyright: ignore[reportAttributeAccessIssue]
+        setattr(kind, name, score)
+
+    slow(RewardPool, "score")  # of the data's own answers
+    slow(Scoring, "score_samples")
 
 
 def shorter(heartbeat: Any) -> None:
