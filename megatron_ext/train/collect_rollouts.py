@@ -1,8 +1,8 @@
 """One step's prompts -> scored episodes of this data-parallel rank.
 
 A prompt's index is its number in the step's order of data. To sample, prompts are dealt to the data-parallel ranks in
-turn. Within one copy of the model its tensor- and pipeline-parallel ranks sample and score a part each and exchange the
-episodes, so that all of them train on the same ones.
+turn. The tensor-, context- and pipeline-parallel ranks that train together sample and score a part each and exchange
+the episodes, so that all of them have the same ones.
 
 To train, the whole groups of each mini-batch (the next ``train.mini_batch_prompts`` of them) are dealt anew: as many to
 every data-parallel rank, and so that the one with the most tokens, for which all others wait, has few (``deal``). A
@@ -77,7 +77,7 @@ class Rollouts:
 
     def generate(self, problems: Sequence[EncodedProblem], *, first: int) -> dict[int, list[Episode]]:
         """``prompt_index -> group`` of this data-parallel rank's part of ``problems``, numbered from ``first``."""
-        data, group, rollout = groups.data(), groups.model(), self.config.rollout
+        data, group, rollout = groups.data(), parallel.same_sequences(), self.config.rollout
         mine = [
             prompt_index
             for prompt_index in range(first, first + len(problems))
