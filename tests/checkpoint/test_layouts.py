@@ -131,7 +131,7 @@ def test_every_layout_saves_the_same_and_loads_it(
             assert all(torch.equal(weights[name], value) for name, value in exported.items())
 
 
-@pytest.mark.parametrize(("kind", "world", "layout"), [CASES[0], CASES[4]], ids=str)
+@pytest.mark.parametrize(("kind", "world", "layout"), [CASES[0], ("qwen3_moe", *EXPERTS[1])], ids=str)
 def test_a_converted_model_directory_is_read_under_every_layout(
     kind: str, world: int, layout: dict[str, Any], tmp_path: Path
 ) -> None:

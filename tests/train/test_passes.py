@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ CASES = [
 
 
 def world_of(layout: dict[str, Any]) -> int:
-    return layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("ranks_per_node", 1)
+    return math.prod(layout.get(name, 1) for name in ("tensor", "pipeline", "context", "ranks_per_node"))
 
 
 def learner_of(path: str, world: int, method: dict, layout: dict, mini_batch: int = 4, **sections: Any) -> Learner:
