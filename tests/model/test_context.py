@@ -17,6 +17,7 @@ from megatron_ext import cpu_compat
 from megatron_ext.config.schema import ParallelConfig
 from megatron_ext.kept_tokens import KeptTokens, PackedSupport, Restriction
 from megatron_ext.model import context, groups, layers, parallel, zigzag
+from megatron_ext.train.collect_rollouts import gathered
 from megatron_ext.train.packing import MiniBatch, Pair, lay_out_routing, pack, split
 from megatron_ext.types import PackedSequences
 from tests import gloo
@@ -149,6 +150,18 @@ def test_statistics_are_whole_on_every_rank_and_gradients_stay_with_their_tokens
         assert values.equal(whole.targets.double() ** 2)
     assert parts[0].context is not None
     assert torch.cat([gradient for _, gradient in found])[parts[0].context.order].equal(expected)
+
+
+def sampling_groups(rank: int, world: int) -> tuple[int, list[int], int]:
+    """Data-parallel ranks, whose objects the ranks with the same sequences have, and the largest number of any rank."""
+    cpu_compat.enter()
+    parallel.initialize(ParallelConfig(ranks_per_node=world, context=world))
+    found = gathered({rank: rank}, parallel.same_sequences())
+    return groups.data().size(), sorted(found), parallel.max_over_ranks(rank)
+
+
+def test_ranks_that_share_sequences_sample_together_and_are_one_data_parallel_rank() -> None:
+    assert gloo.run(sampling_groups, 2) == [(1, [0, 1], 1)] * 2
 
 
 def nothing_to_predict(rank: int, world: int) -> tuple[int, bool]:
