@@ -287,7 +287,8 @@ class TrainConfig(Section):
     )
     share_prompts: bool = Field(
         default=True,
-        description="read a prompt once for several of its responses; of effect with dense models on a CPU",
+        description="read a prompt once for several of its responses; of effect with dense models on a CPU, and where "
+        "sequences are whole (parallel.context = 1)",
     )
     seed: NonNegative = Field(default=0, description="seed of generation, data order and new weights")
     max_bad_steps: Positive = Field(

@@ -87,9 +87,11 @@ def _attention(a: Architecture, *, tensor: int, context: int, dtype: torch.dtype
             'set parallel.context = 1, or model.dtype = "bfloat16"'
         )
     found = utils.FlashAttentionUtils
+    without = f"would take its unfused kernel, whose memory grows with the square of a sequence's {longest} tokens,"
+    if context > 1:
+        without = f"has none for sequences that are cut, parallel.context = {context},"
     raise ValueError(
-        f"attention: Transformer Engine would take its unfused kernel, whose memory grows with the square of a "
-        f"sequence's {longest} tokens, on {torch.cuda.get_device_name()} (compute capability "
+        f"attention: Transformer Engine {without} on {torch.cuda.get_device_name()} (compute capability "
         f"{'.'.join(map(str, torch.cuda.get_device_capability()))}). Install flash-attn, at least "
         f"{found.version_required} and at most {found.max_version} for this version:\n"
         f"  pip install --no-build-isolation flash-attn=={found.max_version}\n"

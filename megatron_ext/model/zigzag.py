@@ -28,7 +28,7 @@ def own_tokens(starts: Tensor, rank: int, size: int) -> Tensor:
     chunk = starts.diff() // (2 * size)
     begins = torch.stack([starts[:-1] + rank * chunk, starts[:-1] + (2 * size - 1 - rank) * chunk], 1).flatten()
     lengths = chunk.repeat_interleave(2)
-    shift = begins - (lengths.cumsum(0) - lengths)  # from a place in the rank's tokens to one in the whole
+    shift = begins - (lengths.cumsum(0) - lengths)  # from an index in the rank's tokens to one in the whole
     return shift.repeat_interleave(lengths) + torch.arange(int(lengths.sum()), device=starts.device)
 
 
@@ -38,10 +38,10 @@ def cut(whole: PackedSequences, rank: int, size: int) -> PackedSequences:
     A response token belongs to the rank that has the position which predicts it.
     """
     assert whole.branch is None and whole.context is None
-    holder, place = torch.empty_like(whole.position), torch.empty_like(whole.position)
+    holder, index = torch.empty_like(whole.position), torch.empty_like(whole.position)
     for each in range(size):
         own = own_tokens(whole.starts, each, size)
-        holder[own], place[own] = each, torch.arange(len(own))
+        holder[own], index[own] = each, torch.arange(len(own))
     own, holder_T = own_tokens(whole.starts, rank, size), holder[whole.logit_positions]
     by_rank = holder_T.argsort(stable=True)
     order = torch.empty_like(by_rank)
@@ -51,7 +51,7 @@ def cut(whole: PackedSequences, rank: int, size: int) -> PackedSequences:
         whole,
         tokens=whole.tokens[own],
         position=whole.position[own],
-        logit_positions=place[whole.logit_positions[mine]],
+        logit_positions=index[whole.logit_positions[mine]],
         targets=whole.targets[mine],
         support=None if whole.support is None else whole.support.select(mine.numpy()),
         routing=None if whole.routing is None else whole.routing[own],

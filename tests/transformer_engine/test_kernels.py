@@ -24,9 +24,9 @@ GPUS: dict[str, dict[str, Any]] = {
 
 
 @functools.cache
-def said() -> dict[str, str]:
+def said(context: int = 1) -> dict[str, str]:
     gpus = [{"name": name, "dtype": "bfloat16", **gpu} for name, gpu in GPUS.items()]
-    [lines] = inside("attention", gpus=gpus, options={"tensor": 2, "longest": 8192})
+    [lines] = inside("attention", gpus=gpus, options={"tensor": 2, "context": context, "longest": 8192})
     return dict(zip(GPUS, lines, strict=True))
 
 
@@ -50,6 +50,16 @@ def test_unfused_attention_stops_a_run_and_says_what_to_install() -> None:
     assert "at least 2.1.1 and at most 2.8.3" in error and "flash-attn==2.8.3" in error
     assert "Disabling FusedAttention as no backend supports the provided input" in error
     assert "Disabling FlashAttention 2 for compute capability < sm80" in said()["V100"]
+
+
+def test_sequences_that_are_cut_need_a_fused_attention() -> None:
+    found = said(2)
+    assert "attention: cuDNN (NVTE_F16_arbitrary_seqlen);" in found["H100"]
+    assert "attention: flash-attn 2.8.3;" in found["A800 with flash-attn"]
+    none = "refused: attention: Transformer Engine has none"
+    assert found["A800 in fp32"].startswith(f"{none} in fp32 for sequences that are cut, parallel.context = 2;")
+    without = found["A800 without flash-attn"]
+    assert without.startswith(f"{none} for sequences that are cut, parallel.context = 2, on A800 without flash-attn")
 
 
 def test_megatron_passes_only_what_transformer_engine_takes() -> None:
