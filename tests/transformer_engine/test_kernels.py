@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests import tiny
 from tests.transformer_engine.running import ROOT, inside
 
 FUSED, NONE = "NVTE_F16_arbitrary_seqlen", "NVTE_No_Backend"  # what cuDNN's part answers
@@ -64,6 +65,13 @@ def test_sequences_that_are_cut_need_a_fused_attention() -> None:
 
 def test_megatron_passes_only_what_transformer_engine_takes() -> None:
     assert inside("packed_call") == [[]]
+
+
+def test_sequences_that_are_cut_go_round_their_ranks() -> None:
+    """Lengths are those of whole sequences, and their padding is no gap: then no kernel but cuDNN's would do."""
+    starts = [0, 8, 12]
+    expected = ["p2p", [0, 1], "padding_causal", 8, [starts] * 4]
+    assert inside("cut_attention", world=2, path=str(tiny.hf_model()[1])) == [[expected] * 4] * 2
 
 
 def test_a_transformer_engine_that_cannot_be_imported_is_an_error_on_a_gpu(tmp_path: Path) -> None:
