@@ -66,7 +66,9 @@ class Plan:
     def groups(self) -> dict[str, int]:
         p, s = self.config.parallel, memory.sharding(self.config.parallel)
         groups = {"world": p.world, "nodes": p.nodes, "data": p.data, "pipeline": p.pipeline, "virtual": p.virtual}
-        groups |= {"tensor": p.tensor, "context": p.context}
+        groups["tensor"] = p.tensor
+        if p.context > 1:
+            groups["context"] = p.context
         if self.architecture.experts:
             groups |= {"expert": p.expert, "expert_tensor": p.expert_tensor, "expert_data": s.expert_data}
         return groups
