@@ -104,6 +104,11 @@ def same_sequences() -> dist.ProcessGroup:
     return _twins.get(_together) or groups.model()
 
 
+def context_rank() -> int:
+    """Which of the parts of its sequences this rank has."""
+    return groups.context().rank()
+
+
 def _make_twins(layout: ParallelConfig) -> None:
     """Every rank takes part in making every group, its own or not, in one order."""
     global _together

@@ -31,7 +31,7 @@ from megatron_ext.kept_tokens import Restriction
 from megatron_ext.methods.base import Method, Needs, Prepared, Reducer, num_valid
 from megatron_ext.metrics.display import Watch
 from megatron_ext.metrics.step_metrics import summarise
-from megatron_ext.model import groups, parallel
+from megatron_ext.model import parallel
 from megatron_ext.model.build import Policy
 from megatron_ext.model.forward import forward, forward_backward
 from megatron_ext.model.reference import Reference
@@ -260,7 +260,7 @@ class Learner:
         if rollout.replays_sampling:
             restriction = Restriction(rollout.top_k, rollout.top_p, rollout.min_p)
             packed = packed.with_support(restriction, [e.sample.support for e in episodes])
-        return packed.cut(groups.context().rank(), layout.context)
+        return packed.cut(parallel.context_rank(), layout.context)
 
     def statistics(self, policy: Policy, mini_batch: MiniBatch, needs: Needs) -> TokenStats:
         """Statistics of a mini-batch without gradient, in the order of its tokens, on every stage."""
