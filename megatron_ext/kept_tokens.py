@@ -61,6 +61,13 @@ class KeptTokens(NamedTuple):
         """``[N]``: the position of the token that each id belongs to."""
         return np.repeat(np.arange(len(self.starts) - 1), self.sizes)
 
+    def select(self, token: np.ndarray) -> KeptTokens:
+        """Those of the tokens at the positions ``token``, ascending."""
+        chosen = np.zeros(len(self.starts) - 1, dtype=bool)
+        chosen[token] = True
+        starts = np.concatenate([[0], self.sizes[token].cumsum()]).astype(np.int64)
+        return KeptTokens(self.ids[chosen[self.token]], starts)
+
     def filled(self, other: KeptTokens, where: np.ndarray) -> KeptTokens:
         """Those of ``other`` for the tokens at which the mask ``where [T]`` is true, which have none here."""
         taken = where[other.token]
@@ -95,6 +102,10 @@ class PackedSupport:
     def recorded(restriction: Restriction, kept: KeptTokens, unknown: np.ndarray, targets: np.ndarray) -> PackedSupport:
         with_targets, outside = kept.with_targets(targets)
         return PackedSupport(restriction, with_targets, unknown, outside)
+
+    def select(self, token: np.ndarray) -> PackedSupport:
+        """What is known of the tokens at the positions ``token``, ascending."""
+        return PackedSupport(self.restriction, self.kept.select(token), self.unknown[token], self.outside[token])
 
     @property
     def is_known(self) -> bool:

@@ -87,6 +87,14 @@ class TokenStats:
 
 
 @dataclass(frozen=True)
+class ContextSplit:
+    """Which context-parallel ranks have the response tokens of a micro-batch: the way from each rank's to all."""
+
+    counts: tuple[int, ...]  # response tokens of each rank
+    order: Tensor  # [T] int64, where each token stands in the ranks' tokens, one rank after the other
+
+
+@dataclass(frozen=True)
 class PackedSequences:
     """One micro-batch for the model: prompts and responses end to end, S tokens in all.
 
@@ -94,6 +102,9 @@ class PackedSequences:
     and after it all of its responses, each a branch that sees the prompt and itself. Else it is one sequence.
     ``logit_positions`` are those whose logits predict a response token, ``targets`` those tokens, both ``[T]``
     in the order of the sequences.
+
+    Under context parallelism it is one rank's part (model/zigzag.py): S and T count that rank's tokens alone, all
+    but ``starts``, ``response_lengths`` and ``context``, which are of the whole micro-batch.
     """
 
     tokens: Tensor  # [S] int64
@@ -105,6 +116,7 @@ class PackedSequences:
     support: PackedSupport | None = None  # under sampling replay
     routing: Tensor | None = None  # [S, layers, top_k] int16, experts of the engine; -1: not told. None: of no token
     branch: Tensor | None = None  # [S] int64, a response's number in its tree, from 1; 0: the prompt. None: no sharing
+    context: ContextSplit | None = None  # None: it is whole
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -173,21 +173,28 @@ def missing(config: Config) -> Iterator[str]:
 
 def packing_check(config: Config) -> Check:
     """The first mini-batch of one data-parallel rank, every sequence at full length, and its fullest micro-batch."""
+    from megatron_ext.model import zigzag
     from megatron_ext.train import packing
 
-    prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
-    per_rank = config.train.mini_batch_prompts * config.rollout.samples // config.parallel.data
+    p, prompt, response = config.parallel, config.data.max_prompt_tokens, config.rollout.max_response_tokens
+    per_rank = config.train.mini_batch_prompts * config.rollout.samples // p.data
     full = ([0] * prompt, [0] * response)
-    bins = packing.split([full] * per_rank, config.train.micro_batch_tokens)
+    bins = packing.split([full] * per_rank, config.train.micro_batch_tokens, chunks=p.chunks)
     fullest = max(bins, key=len)
-    multiple = config.parallel.tensor if config.parallel.sequence else 1
-    packed = packing.pack([full] * len(fullest), multiple=multiple)
+    packed = packing.pack([full] * len(fullest), multiple=p.token_multiple, chunks=p.chunks)
     tokens, predicted = len(packed.tokens), len(packed.logit_positions)
-    right = tokens % multiple == 0 and tokens - config.train.micro_batch_tokens < multiple
+    right = tokens % p.token_multiple == 0 and tokens - config.train.micro_batch_tokens < p.token_multiple
     right &= predicted == response * len(fullest) and sum(map(len, bins)) == per_rank
+    cut = ""
+    if p.context > 1:
+        parts = [zigzag.cut(packed, rank, p.context) for rank in range(p.context)]
+        right &= all(len(part.tokens) * p.context == tokens for part in parts)
+        right &= sum(len(part.targets) for part in parts) == predicted
+        most = max(len(part.targets) for part in parts)
+        cut = f"; each of {p.context} context-parallel ranks has {tokens // p.context:,}, and predicts at most {most:,}"
     return Check(
         f"packing: {per_rank} responses of a mini-batch on each data-parallel rank in {len(bins)} micro-batches, the "
-        f"fullest of {len(fullest)} sequences, {tokens:,} tokens and {predicted:,} of them predicted",
+        f"fullest of {len(fullest)} sequences, {tokens:,} tokens and {predicted:,} of them predicted{cut}",
         right,
     )
 

@@ -103,7 +103,9 @@ def table(plan: Plan) -> list[str]:
         "groups: " + ", ".join(f"{name} {size}" for name, size in facts["groups"].items()),
         f"a step: {t['prompts']} prompts, {t['responses']} responses, at most {t['most_tokens']:,} tokens; "
         f"{t['updates']} updates of {t['responses_per_update']} responses, at most {t['micro_batches_per_update']} "
-        f"micro-batches of {t['micro_batch_tokens']:,} tokens on each data-parallel rank",
+        f"micro-batches of {t['micro_batch_tokens']:,} tokens on each data-parallel rank"
+        + f", {t['micro_batch_tokens_per_rank']:,} on each context-parallel one"
+        * (plan.config.parallel.context > 1),
         f"models: policy{', reference' * plan.roles.reference}{', critic' * plan.roles.critic}; "
         f"{plan.config.rollout.engine} decodes {plan.kv_sequences} full-length sequences at once on an engine of "
         f"{plan.config.rollout.tensor_parallel_size} GPU(s)",

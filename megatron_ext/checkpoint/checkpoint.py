@@ -112,8 +112,8 @@ class Checkpoints:
     ``save`` gives this rank's pieces to a thread that writes them, ``publish`` commits them once all ranks are done.
     With ``asynchronous``, ``save`` returns when the pieces are copied, and the host keeps room for one copy as long as
     this object lives: 14 bytes (bf16: weight, fp32 master, two moments; fp32: 16) for each parameter of the rank's
-    pipeline and tensor shard, divided by the data-parallel size. Without, it returns when they are written, and holds
-    one piece at a time.
+    pipeline and tensor shard, divided by the data- and context-parallel size. Without, it returns when they are
+    written, and holds one piece at a time.
 
     ``trained`` is the policy, under that name, and the other models that train; the names of their tensors start with
     theirs. So do those of ``frozen`` models, whose weights alone are saved. ``config`` is JSON-like.

@@ -189,6 +189,7 @@ ALIASES = {
     "pipeline_parallel_size": "parallel.pipeline",
     "virtual_pipeline_model_parallel_size": "parallel.virtual",
     "sequence_parallel": "parallel.sequence",
+    "context_parallel_size": "parallel.context",
     "expert_model_parallel_size": "parallel.expert",
     "expert_tensor_parallel_size": "parallel.expert_tensor",
     # checkpoints and logs

@@ -32,11 +32,12 @@ def check_layout(config: Config) -> None:
 def layout_faults(config: Config) -> list[str]:
     """What does not fit together, whatever files are there; of the model only ``config.json`` is read."""
     p, faults = config.parallel, []
-    model_parallel = p.tensor * p.pipeline
-    if p.world % model_parallel:
-        nearest = max(1, round(p.world / model_parallel)) * model_parallel
+    together = p.tensor * p.context * p.pipeline
+    if p.world % together:
+        nearest = max(1, round(p.world / together)) * together
+        context = f"context {p.context} x " * (p.context > 1)
         faults.append(
-            f"parallel: tensor {p.tensor} x pipeline {p.pipeline} = {model_parallel} does not divide the world "
+            f"parallel: tensor {p.tensor} x {context}pipeline {p.pipeline} = {together} does not divide the world "
             f"of nodes {p.nodes} x ranks_per_node {p.ranks_per_node} = {p.world}; nearest valid world is {nearest}"
         )
     if p.sequence and p.tensor == 1:
@@ -47,16 +48,17 @@ def layout_faults(config: Config) -> list[str]:
             f"train.mini_batch_prompts: {mini_batch} does not divide rollout.prompts {prompts}; "
             f"nearest valid is {nearest_divisor(prompts, mini_batch)}"
         )
-    elif not p.world % model_parallel and mini_batch % p.data:
+    elif not p.world % together and mini_batch % p.data:
         faults.append(
             f"train.mini_batch_prompts: {mini_batch} is not divisible by the data-parallel size {p.data}; "
             f"nearest valid is {max(1, round(mini_batch / p.data)) * p.data}"
         )
-    longest = config.longest_sequence
-    if config.train.micro_batch_tokens < longest:
+    longest, padded = config.longest_sequence, p.padded(config.longest_sequence)
+    if config.train.micro_batch_tokens < padded:
+        context = f", padded to a multiple of 2 x parallel.context = {p.chunks}" * (padded > longest)
         faults.append(
             f"train.micro_batch_tokens: {config.train.micro_batch_tokens} cannot hold one sequence of "
-            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}; raise it to at least {longest}"
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}{context}; raise it to at least {padded}"
         )
     faults += _engine_faults(config) + _schedule_faults("optimizer", config.optimizer)
     faults += _schedule_faults("critic", config.critic)

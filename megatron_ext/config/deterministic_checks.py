@@ -32,11 +32,12 @@ def deterministic_faults(hf: dict[str, Any], config: Config) -> list[str]:
         for key, found, covered in (
             ("model.dtype", model.dtype, "float32"),
             ("parallel.pipeline", p.pipeline, 1),
+            ("parallel.context", p.context, 1),
             ("parallel.sequence", str(p.sequence).lower(), "false"),
         )
         if found != covered
     ]
-    if p.world > p.tensor * p.pipeline:
+    if p.world > p.tensor * p.context * p.pipeline:
         faults.append(
             f"parallel: model.deterministic covers one copy of the model, found {p.data} data-parallel ones; set "
             f"parallel.ranks_per_node = {p.tensor} and parallel.nodes = 1"

@@ -287,10 +287,13 @@ class TrainConfig(Section):
 
     steps: Positive = Field(default=100, description="training steps; each one generates, then updates")
     mini_batch_prompts: Positive = Field(default=128, description="prompts per optimizer step")
-    micro_batch_tokens: Positive = Field(default=16384, description="token budget of one packed micro-batch")
+    micro_batch_tokens: Positive = Field(
+        default=16384, description="token budget of one packed micro-batch, which context-parallel ranks share"
+    )
     share_prompts: bool = Field(
         default=True,
-        description="read a prompt once for several of its responses; of effect with dense models on a CPU",
+        description="read a prompt once for several of its responses; of effect with dense models on a CPU, and where "
+        "sequences are whole (parallel.context = 1)",
     )
     seed: NonNegative = Field(default=0, description="seed of generation, data order and new weights")
     max_bad_steps: Positive = Field(
@@ -323,6 +326,9 @@ class ParallelConfig(Section):
     tensor: Positive = Field(default=1, description="tensor-parallel size")
     pipeline: Positive = Field(default=1, description="pipeline-parallel size")
     sequence: bool = Field(default=False, description="sequence parallelism over the tensor-parallel group")
+    context: Positive = Field(
+        default=1, description="context-parallel size: ranks that share the tokens of each sequence out"
+    )
     virtual: Positive = Field(default=1, description="pipeline stages per rank, for the interleaved schedule")
     stage_layers: tuple[Positive, ...] = Field(
         default=(), description="decoder layers of each of the pipeline x virtual stages; empty: equal"
@@ -346,7 +352,22 @@ class ParallelConfig(Section):
 
     @property
     def data(self) -> int:
-        return self.world // (self.tensor * self.pipeline)
+        """Ranks that train on other sequences. Context-parallel ones share the same."""
+        return self.world // (self.tensor * self.context * self.pipeline)
+
+    @property
+    def chunks(self) -> int:
+        """Into how many chunks of equal length context parallelism cuts a sequence: a rank has one from each half."""
+        return 2 * self.context if self.context > 1 else 1
+
+    @property
+    def token_multiple(self) -> int:
+        """What the tokens of a micro-batch are a multiple of, so that every rank has as many of them."""
+        return math.lcm(self.chunks, self.context * (self.tensor if self.sequence else 1))
+
+    def padded(self, num_tokens: int) -> int:
+        """The tokens of a sequence with its padding to a multiple of ``chunks``."""
+        return -(-num_tokens // self.chunks) * self.chunks
 
 
 class CheckpointConfig(Section):

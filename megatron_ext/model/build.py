@@ -84,10 +84,11 @@ class Policy:
     def can_share_prompts(self) -> bool:
         """Whether its layers read micro-batches in which several responses have one prompt.
 
-        Those of a CPU do, attention and rotation (``rope.use_rotate_packed``); and experts are balanced over the tokens
-        of whole sequences.
+        Those of a CPU do, attention and rotation (``rope.use_rotate_packed``); experts are balanced over the tokens of
+        whole sequences; and context parallelism cuts sequences, not trees.
         """
-        return cpu_compat.device().type == "cpu" and self.architecture.experts is None
+        is_whole = groups.context().size() == 1
+        return is_whole and cpu_compat.device().type == "cpu" and self.architecture.experts is None
 
     @property
     def stages(self) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_ext import cpu_compat
+from megatron_ext.model import context
 from megatron_ext.model.architectures import Architecture
 from megatron_ext.model.build import OVERLAPPED, Overlap, Policy, build_modules, wrap
 from megatron_ext.model.forward import run_pipeline, select_hidden
@@ -72,4 +73,8 @@ def values_backward(critic: Policy, packed: Sequence[PackedSequences], loss: Val
 
 def _reader(critic: Policy) -> Callable[[Tensor, PackedSequences], Tensor]:
     head: Any = critic.modules[-1]
-    return lambda output, micro_batch: head.output_layer(select_hidden(critic, output, micro_batch))
+
+    def read(output: Tensor, micro_batch: PackedSequences) -> Tensor:
+        return context.whole(head.output_layer(select_hidden(critic, output, micro_batch)), micro_batch.context)
+
+    return read

@@ -1,9 +1,12 @@
-"""Packed micro-batches through Megatron's pipeline schedules to token statistics. PP ends here.
+"""Packed micro-batches through Megatron's pipeline schedules to token statistics. PP and CP end here.
 
 The last stage gives hidden states. Those at the positions that predict a response token are chosen, and only those are
 multiplied by the output layer:
 
     hidden [S, 1, D] or [S/TP, 1, D]  ->  hidden [T, D]  ->  logits [T, V/TP]  ->  statistics [T]
+
+Under context parallelism a rank reads and predicts its own tokens of each sequence, and has the statistics of all at
+the end (context.py).
 
 Where the micro-batch says what the sampler kept of the vocabulary, the log-prob is that of the policy renormalised on
 it.
@@ -26,7 +29,7 @@ from torch import Tensor
 
 from megatron_ext import cpu_compat, heartbeat
 from megatron_ext.methods.base import Needs
-from megatron_ext.model import groups, layers
+from megatron_ext.model import context, groups, layers
 from megatron_ext.model.build import Policy
 from megatron_ext.model.supports import logits_in_parts, support_of
 from megatron_ext.ops import linear_policy_stats, policy_stats
@@ -59,7 +62,7 @@ def forward_backward(
     """Run the micro-batches with gradient. ``loss`` is called once per micro-batch on the last stage.
 
     Afterwards the gradient of the sum of all losses over micro-batches and data-parallel ranks is in the
-    distributed optimizer's buffers.
+    distributed optimizer's buffers. Context-parallel ranks have the same loss, which counts once.
     """
     return run_pipeline(policy, packed, _statistics(policy, needs, temperature, with_grad=True), loss)
 
@@ -130,9 +133,10 @@ def _statistics(
         else:  # nobody else reads these logits: the backward writes their gradient over them
             found = policy_stats(logits, targets, shard, inplace_backward=with_grad, **options)
         logprob, *others = want
-        return TokenStats(
+        own = TokenStats(
             found[logprob], **{name: found[name] for name in others}, **_of_support(micro_batch, shard, output.device)
         )
+        return own.map(lambda value: context.whole(value, micro_batch.context))
 
     return read
 
@@ -191,7 +195,8 @@ def _replayed(
 
 def _packed_params(micro_batch: PackedSequences) -> PackedSeqParams:
     starts = micro_batch.starts.to(cpu_compat.device())
-    longest = int(micro_batch.position.max()) + 1
+    of_whole = micro_batch.position + 1 if micro_batch.context is None else micro_batch.starts.diff()
+    longest = int(of_whole.max())
     params = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=starts,
@@ -201,4 +206,6 @@ def _packed_params(micro_batch: PackedSequences) -> PackedSeqParams:
     )
     if micro_batch.branch is not None:
         layers.share_prompts(params, micro_batch.position, micro_batch.branch)
+    if micro_batch.context is not None:
+        layers.cut_over_context(params, micro_batch.position)
     return params

@@ -17,7 +17,18 @@ def pipeline() -> dist.ProcessGroup:
 
 
 def data() -> dist.ProcessGroup:
+    """The ranks that train on other sequences with the same shard of the model."""
     return cast(dist.ProcessGroup, parallel_state.get_data_parallel_group())
+
+
+def context() -> dist.ProcessGroup:
+    """The ranks that share the tokens of the same sequences out."""
+    return cast(dist.ProcessGroup, parallel_state.get_context_parallel_group())
+
+
+def data_context() -> dist.ProcessGroup:
+    """Data and context parallelism together: the ranks that hold the same shard of everything but experts."""
+    return cast(dist.ProcessGroup, parallel_state.get_data_parallel_group(with_context_parallel=True))
 
 
 def expert() -> dist.ProcessGroup:
@@ -41,7 +52,10 @@ def expert_data() -> dist.ProcessGroup:
 
 
 def model() -> dist.ProcessGroup:
-    """Tensor and pipeline parallelism together: the ranks that hold one copy of the model."""
+    """Tensor and pipeline parallelism together: the ranks that hold one copy of the model.
+
+    Under context parallelism several copies train on the same sequences (parallel.same_sequences).
+    """
     return cast(dist.ProcessGroup, parallel_state.get_model_parallel_group())
 
 

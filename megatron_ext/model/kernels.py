@@ -23,14 +23,17 @@ from megatron_ext.model.layers import have_transformer_engine
 from megatron_ext.model.megatron_config import Fusions
 
 
-def describe(a: Architecture, *, tensor: int, dtype: torch.dtype, longest: int, fusions: Fusions) -> str:
-    """The kernels in one line. ``tensor``: parallel ranks of a layer; ``longest``: tokens of a sequence.
+def describe(
+    a: Architecture, *, tensor: int, context: int = 1, dtype: torch.dtype, longest: int, fusions: Fusions
+) -> str:
+    """The kernels in one line. ``tensor``: parallel ranks of a layer; ``context``: of a sequence, which has ``longest``
+    tokens.
 
     Raises ValueError if Transformer Engine is installed and cannot be imported on a GPU, or would not use a fused
-    attention for a 16-bit model (for fp32 there is none: such models are tests).
+    attention for a 16-bit model (for fp32 there is none: such models are tests, without context parallelism).
     """
     if have_transformer_engine():
-        attention = _attention(a, tensor=tensor, dtype=dtype, longest=longest)
+        attention = _attention(a, tensor=tensor, context=context, dtype=dtype, longest=longest)
         on = [field.name for field in dataclasses.fields(fusions) if getattr(fusions, field.name)]
         return f"Transformer Engine's layers; attention: {attention}; fusions: {', '.join(on) or 'none'}"
     if not torch.cuda.is_available():
@@ -49,7 +52,7 @@ def _import_fault() -> str:
     return "at first, and now it can; start again"
 
 
-def _attention(a: Architecture, *, tensor: int, dtype: torch.dtype, longest: int) -> str:
+def _attention(a: Architecture, *, tensor: int, context: int, dtype: torch.dtype, longest: int) -> str:
     """The attention that Transformer Engine takes for packed sequences in training."""
     from transformer_engine.pytorch.attention.dot_product_attention import utils
 
@@ -66,6 +69,7 @@ def _attention(a: Architecture, *, tensor: int, dtype: torch.dtype, longest: int
         window_size=(-1, 0),
         core_attention_bias_shape=None,
         core_attention_bias_requires_grad=False,
+        context_parallel=context > 1,
         deterministic=not int(os.getenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1")),
         is_training=True,
     )
@@ -75,12 +79,19 @@ def _attention(a: Architecture, *, tensor: int, dtype: torch.dtype, longest: int
         return f"flash-attn {flash_version}"
     if fused:
         return f"cuDNN ({backend.name})"
-    if dtype == torch.float32:
+    if dtype == torch.float32 and context == 1:
         return "unfused, there is no other in fp32"
+    if dtype == torch.float32:
+        raise ValueError(
+            f"attention: Transformer Engine has none in fp32 for sequences that are cut, parallel.context = {context}; "
+            'set parallel.context = 1, or model.dtype = "bfloat16"'
+        )
     found = utils.FlashAttentionUtils
+    without = f"would take its unfused kernel, whose memory grows with the square of a sequence's {longest} tokens,"
+    if context > 1:
+        without = f"has none for sequences that are cut, parallel.context = {context},"
     raise ValueError(
-        f"attention: Transformer Engine would take its unfused kernel, whose memory grows with the square of a "
-        f"sequence's {longest} tokens, on {torch.cuda.get_device_name()} (compute capability "
+        f"attention: Transformer Engine {without} on {torch.cuda.get_device_name()} (compute capability "
         f"{'.'.join(map(str, torch.cuda.get_device_capability()))}). Install flash-attn, at least "
         f"{found.version_required} and at most {found.max_version} for this version:\n"
         f"  pip install --no-build-isolation flash-attn=={found.max_version}\n"

@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_ext.model import layer_ops
+from megatron_ext.model import context, groups, layer_ops, zigzag
 
 
 class RMSNorm(torch.nn.Module):
@@ -47,6 +47,9 @@ class PackedAttention(torch.nn.Module):
 
     query ``[S, heads/TP, head_dim]``, key and value ``[S, groups/TP, head_dim]``, S tokens of all sequences.
     Sequences are laid side by side, padded at their ends: under a causal mask no real token sees padding.
+
+    Under context parallelism the S tokens are this rank's; keys and values come from all ranks, and a query sees those
+    up to its position in the whole sequence.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, **_unused):
@@ -65,30 +68,41 @@ class PackedAttention(torch.nn.Module):
         **_unused,
     ) -> Tensor:
         padded = _padded(packed_seq_params)
-
-        def side_by_side(x: Tensor) -> Tensor:  # [S, heads, head_dim] -> [B, heads, longest, head_dim]
-            put = layer_ops.put(x, padded.slots, padded.number * padded.longest)
-            return put.unflatten(0, (padded.number, padded.longest)).transpose(1, 2)
-
+        if is_cut(packed_seq_params):
+            key, value = context.all_ranks(torch.cat([key, value], 1)).chunk(2, 1)
         out = F.scaled_dot_product_attention(
-            side_by_side(query),
-            side_by_side(key),
-            side_by_side(value),
+            padded.queries.put(query),
+            padded.keys.put(key),
+            padded.keys.put(value),
             attn_mask=padded.mask,
             is_causal=padded.mask is None,
             scale=self.scale,
             enable_gqa=True,
         )
-        return layer_ops.take(out.transpose(1, 2).flatten(0, 1).flatten(1), padded.slots)
+        return layer_ops.take(out.transpose(1, 2).flatten(0, 1).flatten(1), padded.queries.slots)
 
 
-class _Padded(NamedTuple):
+class _Rows(NamedTuple):
     """Sequences, or trees, side by side, padded at their ends to the longest."""
 
     slots: Tensor  # [S]: where each token stands
     number: int
     longest: int
-    mask: Tensor | None  # [count, 1, longest, longest], True: is seen. None: a causal one
+
+    def put(self, x: Tensor) -> Tensor:
+        """``[S, heads, head_dim] -> [number, heads, longest, head_dim]``"""
+        placed = layer_ops.put(x, self.slots, self.number * self.longest)
+        return placed.unflatten(0, (self.number, self.longest)).transpose(1, 2)
+
+    def row(self, x: Tensor) -> Tensor:
+        """``[S] -> [number, 1, longest]``"""
+        return layer_ops.put(x, self.slots, self.number * self.longest).view(self.number, 1, self.longest)
+
+
+class _Padded(NamedTuple):
+    queries: _Rows
+    keys: _Rows  # the same, but under context parallelism
+    mask: Tensor | None  # [number, 1, queries' longest, keys' longest], True: is seen. None: a causal one
 
 
 def share_prompts(packed_seq_params: PackedSeqParams, position: Tensor, branch: Tensor) -> None:
@@ -100,22 +114,50 @@ def share_prompts(packed_seq_params: PackedSeqParams, position: Tensor, branch: 
     vars(packed_seq_params)["branch"] = branch
 
 
+def cut_over_context(packed_seq_params: PackedSeqParams, position: Tensor) -> None:
+    """Have layers read this rank's part of every sequence (zigzag.py), whose tokens stand at ``position [S/C]``.
+
+    The padding that makes a sequence divisible counts as its tokens: it is at the end, where under a causal mask none
+    of the others sees it. flash-attn knows no gaps between sequences.
+    """
+    packed_seq_params.cu_seqlens_q_padded = packed_seq_params.cu_seqlens_q
+    packed_seq_params.cu_seqlens_kv_padded = packed_seq_params.cu_seqlens_kv
+    vars(packed_seq_params.cu_seqlens_q)["position"] = position
+
+
+def is_cut(packed_seq_params: PackedSeqParams) -> bool:
+    """Whether the tokens are one context-parallel rank's."""
+    return packed_seq_params.cu_seqlens_q_padded is not None
+
+
 def _padded(packed_seq_params: PackedSeqParams) -> _Padded:
     """Found once for all layers of a micro-batch."""
     known = vars(packed_seq_params)
     if "padded" not in known:
-        starts = packed_seq_params.cu_seqlens_q.long()
-        lengths = starts.diff()
-        count, longest = len(lengths), int(lengths.max())
-        shift = torch.arange(count, device=starts.device) * longest - starts[:-1]
-        slots = torch.arange(int(starts[-1]), device=starts.device) + shift.repeat_interleave(lengths)
-        mask = None
-        if "branch" in known:
-            branch = layer_ops.put(known["branch"], slots, count * longest).view(count, 1, longest)
+        starts, mask = packed_seq_params.cu_seqlens_q.long(), None
+        queries = keys = _rows(starts)
+        if is_cut(packed_seq_params):
+            group = groups.context()
+            parts = [zigzag.own_tokens(starts, rank, group.size()) for rank in range(group.size())]
+            queries = _rows(starts // group.size())
+            position = queries.row(keys.slots[parts[group.rank()]] % keys.longest)
+            mask = torch.arange(keys.longest, device=starts.device) <= position[..., None]
+            keys = keys._replace(slots=keys.slots[torch.cat(parts)])
+        elif "branch" in known:
+            branch = queries.row(known["branch"])
             sees = (branch[:, :, None] == 0) | (branch[:, :, None] == branch[..., None])
             mask = sees.tril()
-        known["padded"] = _Padded(slots, count, longest, mask)
+        known["padded"] = _Padded(queries, keys, mask)
     return known["padded"]
+
+
+def _rows(starts: Tensor) -> _Rows:
+    """Of sequences, or trees, with the cumulative lengths ``starts [B + 1]``."""
+    lengths = starts.diff()
+    number, longest = len(lengths), int(lengths.max())
+    shift = torch.arange(number, device=starts.device) * longest - starts[:-1]
+    slots = torch.arange(int(starts[-1]), device=starts.device) + shift.repeat_interleave(lengths)
+    return _Rows(slots, number, longest)
 
 
 class SwiGLU(MLP):

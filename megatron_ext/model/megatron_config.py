@@ -5,7 +5,7 @@ Choices for reinforcement learning, the same for every model:
 - no dropout, no router jitter, no token dropped: a token's log-prob depends on its sequence and the weights alone;
 - the router works in fp32 and chooses by plain top-k; the auxiliary balance losses are off, so the gradient is the
   method's and nothing else (``router_aux_loss_coef`` of config.json, meant for pre-training, is not used);
-- gradients are summed over micro-batches and data-parallel ranks and divided by nothing.
+- gradients are summed over micro-batches, data- and context-parallel ranks and divided by nothing.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class ModelLayout:
     virtual: int = 1
     stage_layers: tuple[int, ...] = ()
     sequence: bool = False  # sequence parallelism over the tensor-parallel group
+    context: int = 1  # ranks that share the tokens of each sequence out
     expert: int = 1  # ranks that share the experts out
     expert_tensor: int = 1  # tensor parallelism within an expert
 
@@ -122,6 +123,7 @@ def transformer_config(architecture: Architecture, layout: ModelLayout, options:
         pipeline_model_parallel_size=layout.pipeline,
         pipeline_model_parallel_layout=_pipeline_layout(a, layout),
         sequence_parallel=layout.sequence,
+        context_parallel_size=layout.context,
         pipeline_dtype=options.dtype,
         # interleaved stages exchange activations and gradients in calls of their own: in one batch, two pipeline
         # ranks, each the other's next and previous, would take one for the other

@@ -31,6 +31,7 @@ T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # of the gloo twins: one rank may verify data or write for hours
 LATER = timedelta(minutes=2)  # than its launcher a rank gives up waiting for one that hangs
 _twins: dict[tuple[int, ...], dist.ProcessGroup] = {}  # by the ranks of the group; of more than one rank
+_together: tuple[int, ...] = ()  # the ranks that train on the same sequences as this one
 
 
 def initialize(layout: ParallelConfig, *, seed: int = 0, hang_minutes: float = 15) -> None:
@@ -53,6 +54,7 @@ def initialize(layout: ParallelConfig, *, seed: int = 0, hang_minutes: float = 1
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+        context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         distributed_timeout_minutes=math.ceil(patience / timedelta(minutes=1)),
@@ -90,7 +92,7 @@ def _local_store(patience: timedelta) -> dict[str, Any]:
 
 
 def gloo(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
-    """The ranks of ``group`` (the data-, pipeline- or model-parallel one; None: all) over gloo."""
+    """The ranks of ``group`` (data- or pipeline-parallel, or ``same_sequences()``; None: all) over gloo."""
     return _twins[tuple(dist.get_process_group_ranks(group))]
 
 
@@ -99,13 +101,29 @@ def new_gloo() -> dist.ProcessGroup:
     return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
 
 
+def same_sequences() -> dist.ProcessGroup:
+    """The ranks that train on the same sequences: tensor, context and pipeline parallelism together.
+
+    Over gloo where there are several: Megatron has no such group.
+    """
+    return _twins.get(_together) or groups.model()
+
+
+def context_rank() -> int:
+    """Which of the parts of its sequences this rank has."""
+    return groups.context().rank()
+
+
 def _make_twins(layout: ParallelConfig) -> None:
     """Every rank takes part in making every group, its own or not, in one order."""
+    global _together
     _twins.clear()
     everyone = tuple(range(layout.world))
-    sizes = {"tp": layout.tensor, "dp": layout.data, "pp": layout.pipeline}
-    ranks_of = parallel_state.RankGenerator(**sizes, ep=1, cp=1, order="tp-cp-ep-dp-pp").get_ranks  # as Megatron's
-    apart = {tuple(ranks) for kind in ("dp", "pp", "tp-pp") for ranks in ranks_of(kind) if len(ranks) > 1}
+    sizes = {"tp": layout.tensor, "cp": layout.context, "dp": layout.data, "pp": layout.pipeline}
+    ranks_of = parallel_state.RankGenerator(**sizes, ep=1, order="tp-cp-ep-dp-pp").get_ranks  # as Megatron's
+    sharing = [tuple(ranks) for ranks in ranks_of("tp-cp-pp")]
+    _together = next(ranks for ranks in sharing if dist.get_rank() in ranks)
+    apart = {ranks for ranks in (*map(tuple, ranks_of("dp")), *map(tuple, ranks_of("pp")), *sharing) if len(ranks) > 1}
     for ranks in sorted(apart | {everyone}):
         twin = dist.new_group(list(ranks), backend="gloo", timeout=PATIENCE)
         if dist.get_rank() in ranks:
@@ -123,7 +141,10 @@ def overlap(layout: ParallelConfig) -> Overlap:
 
 
 class DataReducer:
-    """The other data-parallel ranks, as a method sees them (methods/base.py::Reducer)."""
+    """The other data-parallel ranks, as a method sees them (methods/base.py::Reducer).
+
+    Context-parallel ranks are not among them: each has the statistics of whole sequences, and computes the same.
+    """
 
     def __init__(self) -> None:
         self.group = groups.data()
@@ -161,9 +182,9 @@ def swap(outgoing: Sequence[T], group: dist.ProcessGroup) -> list[T]:
 
 
 def max_over_ranks(value: int) -> int:
-    """The largest of the data-parallel ranks' values."""
+    """The largest of the data- and context-parallel ranks' values."""
     box = torch.tensor([value], device=cpu_compat.device())
-    dist.all_reduce(box, op=dist.ReduceOp.MAX, group=groups.data())
+    dist.all_reduce(box, op=dist.ReduceOp.MAX, group=groups.data_context())
     return int(box)
 
 

@@ -47,8 +47,8 @@ def rotate_packed(x: Tensor, starts: Tensor, angles: Tensor, **_unused: Any) -> 
     """``[S, heads, head_dim]`` rotated by each token's position in its sequence.
 
     ``starts [B + 1]`` are cumulative lengths, ``angles [longest, 1, 1, head_dim]`` those of each position. Where
-    prompts are shared, the positions come with the starts (layers.share_prompts). The cos and sin of the last sequences
-    are kept with the angles: all layers ask for the same ones.
+    prompts are shared or sequences cut, the positions come with the starts (layers.share_prompts, cut_over_context).
+    The cos and sin of the last sequences are kept with the angles: all layers ask for the same ones.
     """
     known = vars(angles)
     if known.get("starts") is not starts or known["cos"].dtype != x.dtype:

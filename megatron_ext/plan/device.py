@@ -41,8 +41,9 @@ def communicators(a: Architecture, config: Config) -> dict[str, int]:
     """Ranks of every group over which a rank sends tensors between GPUs. NCCL buffers belong to each.
 
     Groups of one rank are left out, and gloo's: Python objects travel over those. That of the whole world counts
-    whether it is used or not: the others may be split from it. Megatron has two equal groups of the data-parallel
-    ranks, and one of all that share an optimizer; vLLM one of torch and one of its own for an engine.
+    whether it is used or not: the others may be split from it. Megatron has two groups of the data-parallel ranks,
+    with context-parallel ones and without, and one of all that share an optimizer; vLLM one of torch and one of its own
+    for an engine.
     """
     p, tied_ends = config.parallel, a.tied and config.parallel.pipeline > 1
     groups = {
@@ -51,7 +52,8 @@ def communicators(a: Architecture, config: Config) -> dict[str, int]:
         "tensor": p.tensor,
         "pipeline": p.pipeline,
         "data": p.data,
-        "data with context": p.data,
+        "data with context": p.data * p.context,
+        "context": p.context,
         "embedding": 2 if tied_ends else 1,
     }
     if a.experts is not None:

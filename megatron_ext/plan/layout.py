@@ -17,6 +17,8 @@ from megatron_ext.plan.sizes import active_parameters, num_parameters
 from megatron_ext.plan.speed import Lengths, Rates
 from megatron_ext.rollout.registry import find_engine
 
+LONG = 16384  # tokens of a sequence from which on other context-parallel sizes are tried
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -65,6 +67,8 @@ class Plan:
         p, s = self.config.parallel, memory.sharding(self.config.parallel)
         groups = {"world": p.world, "nodes": p.nodes, "data": p.data, "pipeline": p.pipeline, "virtual": p.virtual}
         groups["tensor"] = p.tensor
+        if p.context > 1:
+            groups["context"] = p.context
         if self.architecture.experts:
             groups |= {"expert": p.expert, "expert_tensor": p.expert_tensor, "expert_data": s.expert_data}
         return groups
@@ -79,6 +83,7 @@ class Plan:
             "longest_sequence": self.config.longest_sequence,
             "most_tokens": r.prompts * r.samples * self.config.longest_sequence,
             "micro_batch_tokens": t.micro_batch_tokens,
+            "micro_batch_tokens_per_rank": memory.rank_tokens(self.config),
             "micro_batches_per_update": self.num_micro_batches,
         }
 
@@ -111,7 +116,8 @@ def make_plan(config: Config, roles: Roles, *, rates: Rates, gpu_memory: float, 
     a = read_architecture(read_hf_config(config.model.path), find_family(config.model.family))
     lengths = lengths or speed.default_lengths(config)
     per_rank = config.train.mini_batch_prompts * config.rollout.samples // config.parallel.data
-    micro_batches = math.ceil(per_rank / (config.train.micro_batch_tokens // config.longest_sequence))
+    longest = config.parallel.padded(config.longest_sequence)
+    micro_batches = math.ceil(per_rank / (config.train.micro_batch_tokens // longest))
     ranks = [
         memory.rank_memory(a, config, roles, rank, gpu_memory=gpu_memory, num_micro_batches=micro_batches)
         for rank in range(config.parallel.pipeline)
@@ -141,12 +147,13 @@ def nearest_fit(plan: Plan, *, rates: Rates, lengths: Lengths | None = None) -> 
 def _variants(plan: Plan) -> Iterator[tuple[float, dict[str, Any]]]:
     """Combinations of other values with the number of steps that each is away."""
     c, p = plan.config, plan.config.parallel
-    least = c.longest_sequence
+    least = p.padded(c.longest_sequence)
     knobs: list[list[tuple[float, dict[str, Any]]]] = [
         _ladder("model.recompute", c.model.recompute, memory.RECOMPUTE),
         _ladder("model.fused_head", c.model.fused_head, (False, True)),
         _ladder("parallel.tensor", p.tensor, (1, 2, 4, 8)),
         _ladder("parallel.pipeline", p.pipeline, (1, 2, 4, 8)) if not p.stage_layers else [(0, {})],
+        _ladder("parallel.context", p.context, (1, 2, 4, 8)) if least >= LONG else [(0, {})],
         _ladder("parallel.expert", p.expert, (1, 2, 4, 8, 16, 32)) if plan.architecture.experts else [(0, {})],
         [(0, {})] + ([(0.5, {"train.micro_batch_tokens": least})] if c.train.micro_batch_tokens > least else []),
         [(0, {})] + ([(0.5, {"model.offload_reference": True})] if plan.roles.reference else []),

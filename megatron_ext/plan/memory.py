@@ -7,7 +7,8 @@
 Weights, gradients and optimizer are exact (sizes.py). Activations are counted per saved tensor of a Transformer Engine
 layer with flash attention (``saved_per_token``), the head per copy of the logits that is alive at once. What is gone
 before the first tensor, and what the allocator loses, is assumed (device.py). Bytes throughout; bf16 has 2, fp32 4 per
-element.
+element. Context-parallel ranks have a share of a micro-batch's tokens each; where gradients are summed and the
+optimizer is sharded they count as data-parallel ones.
 
 A colocated vLLM engine takes ``rollout.gpu_memory_utilization`` of the GPU's total memory, not of what is free: at its
 start it refuses when less than that is free, measures weights, a prefill and its CUDA graphs, and makes the rest of the
@@ -55,7 +56,7 @@ def sharding(p: ParallelConfig) -> Sharding:
         tensor=p.tensor,
         expert=p.expert,
         expert_tensor=p.expert_tensor,
-        data=p.data,
+        data=p.data * p.context,
         expert_data=p.world // (p.pipeline * p.expert * p.expert_tensor),
     )
 
@@ -81,7 +82,10 @@ def rank_buffers(a: Architecture, p: ParallelConfig, rank: int, *, critic: bool 
 
 
 def bucket_size(p: ParallelConfig) -> float:
-    """Elements at which Megatron-Core closes a bucket, on the first pipeline rank's first virtual stage."""
+    """Elements at which Megatron-Core closes a bucket, on the first pipeline rank's first virtual stage.
+
+    It goes by the data-parallel ranks without the context-parallel ones.
+    """
     return (p.bucket_size or max(40_000_000, 1_000_000 * p.data)) if p.overlap_grad_reduce else math.inf
 
 
@@ -118,16 +122,26 @@ def in_flight(p: ParallelConfig, rank: int, num_micro_batches: int) -> float:
 
 def activations(a: Architecture, config: Config, rank: int, recompute: Recompute, num_micro_batches: int) -> float:
     """Peak in the update: what all micro-batches in flight keep, one layer's own in full and as much in gradients."""
-    p, element, tokens = config.parallel, element_bytes(config), config.train.micro_batch_tokens
+    p, element, tokens = config.parallel, element_bytes(config), rank_tokens(config)
     layers = [layer for chunk in stage_layers(a, p)[rank] for layer in chunk]
     kept = sum(saved_per_token(a, p, layer, recompute) for layer in layers)
     return tokens * element * (in_flight(p, rank, num_micro_batches) * kept + working_layer(a, p, layers, recompute))
 
 
+def rank_tokens(config: Config) -> int:
+    """Of a full micro-batch, on each of the context-parallel ranks that share it."""
+    return -(-config.train.micro_batch_tokens // config.parallel.context)
+
+
 def working_layer(a: Architecture, p: ParallelConfig, layers: Sequence[int], recompute: Recompute) -> float:
-    """Elements per token of the layer that backward stands in: its gradients, and what was recomputed of it."""
+    """Elements per token of the layer that backward stands in: its gradients, and what was recomputed of it.
+
+    Under context parallelism also the keys and values that go round, and their gradients: two buffers of each, in one
+    of which the next rank's arrive.
+    """
     largest = max((saved_per_token(a, p, layer, "none") for layer in layers), default=0.0)
-    return largest * (1 if recompute == "none" else 2)
+    exchanged = 8 * attention_widths(a)[1] / p.tensor if p.context > 1 else 0.0
+    return largest * (1 if recompute == "none" else 2) + exchanged
 
 
 def head(a: Architecture, config: Config, *, grad: bool) -> float:
@@ -136,7 +150,7 @@ def head(a: Architecture, config: Config, *, grad: bool) -> float:
     Their hidden states are selected before the product, and backward writes the gradient into the logits: these are
     alive once.
     """
-    p, element, tokens = config.parallel, element_bytes(config), config.train.micro_batch_tokens
+    p, element, tokens = config.parallel, element_bytes(config), rank_tokens(config)
     width = a.padded_vocab(p.tensor) // p.tensor
     weight, logits = width * a.hidden_size, tokens * width * element
     hidden = tokens * a.hidden_size * element * (2 + grad)  # gathered, selected, its gradient
@@ -225,7 +239,7 @@ def rank_memory(
     engine = {"rollout weights": engine_weights(a, config)} if spec.colocated else {}
     asleep = {} if spec.sleeps else dict(engine)
     layers = [layer for chunk in stage_layers(a, p)[rank] for layer in chunk]
-    scored = config.train.micro_batch_tokens * element * working_layer(a, p, layers, "none")
+    scored = rank_tokens(config) * element * working_layer(a, p, layers, "none")
     score = {"activations": scored} | _head_item(a, config, last, grad=False)
     update = {"activations": activations(a, config, rank, config.model.recompute, num_micro_batches)}
     if config.rollout.routing_replay:
@@ -257,7 +271,7 @@ def replayed_experts(a: Architecture, config: Config, layers: Sequence[int]) -> 
     """
     p, routed = config.parallel, sum(a.has_experts(layer) for layer in layers)
     top_k = 0 if a.experts is None else a.experts.top_k
-    return config.train.micro_batch_tokens / (p.tensor if p.sequence else 1) * routed * top_k * 2
+    return rank_tokens(config) / (p.tensor if p.sequence else 1) * routed * top_k * 2
 
 
 def trained_bytes(own: Buffers, element: int) -> dict[str, float]:

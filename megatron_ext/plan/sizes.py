@@ -74,7 +74,7 @@ def active_parameters(a: Architecture) -> int:
 
 @dataclass(frozen=True)
 class Sharding:
-    """Over how many ranks weights are sharded, and over how many data-parallel ranks the optimizer's state."""
+    """Over how many ranks weights are sharded, and over how many data- (and context-) parallel ones the optimizer."""
 
     tensor: int = 1
     expert: int = 1

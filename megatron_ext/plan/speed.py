@@ -1,9 +1,10 @@
 """How long a step takes, from stated rates. An estimate for choosing a layout, not a promise.
 
 train     2 operations per active weight and token forward, 4 backward, plus attention's, at ``mfu`` of the peak;
-          recomputation and the fused head repeat their part of the forward; pipeline stages idle (p - 1) / (m v);
-          ``score`` are the passes before the first update, ``update`` the updates and a moved policy's own passes
-exchange  gradients in fp32 reduced, weights gathered, over the data-parallel ranks, once an update
+          recomputation and the fused head repeat their part of the forward; pipeline stages idle (p - 1) / (m v); keys
+          and values go round the context-parallel ranks beside attention, which takes longer; ``score`` are the
+          passes before the first update, ``update`` the updates and a moved policy's own passes
+exchange  gradients in fp32 reduced, weights gathered, over data- and context-parallel ranks, once an update
 rollout   a decoding step of an engine reads the weights and all sequences' KV cache once, at ``decode`` of the memory
           bandwidth, and costs at least ``launch_s`` per layer
 sync      every weight once through the host, as the streamed export does
@@ -116,7 +117,8 @@ def exchange_seconds(a: Architecture, config: Config, rates: Rates) -> float:
     p = config.parallel
     own = max(memory.rank_buffers(a, p, rank).padded for rank in range(p.pipeline))
     link = rates.network if p.nodes > 1 else rates.node_link
-    return own * (4 + memory.element_bytes(config)) * (p.data - 1) / p.data / link
+    ranks = p.data * p.context
+    return own * (4 + memory.element_bytes(config)) * (ranks - 1) / ranks / link
 
 
 def rollout_seconds(a: Architecture, config: Config, rates: Rates, lengths: Lengths) -> float:

@@ -1,8 +1,8 @@
 """One step's prompts -> scored episodes of this data-parallel rank.
 
 A prompt's index is its number in the step's order of data. To sample, prompts are dealt to the data-parallel ranks in
-turn. Within one copy of the model its tensor- and pipeline-parallel ranks sample and score a part each and exchange the
-episodes, so that all of them train on the same ones.
+turn. The tensor-, context- and pipeline-parallel ranks that train together sample and score a part each and exchange
+the episodes, so that all of them have the same ones.
 
 To train, the whole groups of each mini-batch (the next ``train.mini_batch_prompts`` of them) are dealt to the
 data-parallel ranks anew, so that the one with the most work, for which all others wait, has little (balance.py).
@@ -123,7 +123,7 @@ class Rollouts:
                         scoring.submit(pairs.values())
                         stop.finished(pairs)
                         tokens = sum(len(sample.response_ids) for sample in done.values())
-                        phase.advance(len(done), tokens=groups.model().size() * tokens)
+                        phase.advance(len(done), tokens=parallel.same_sequences().size() * tokens)
 
                     generate: Any = self.engine.generate  # takes one more argument where the engine can stop early
                     stops = isinstance(stop, EarlyStop)
@@ -153,10 +153,10 @@ class Rollouts:
         return EarlyStop(self.stop_group, look_up, first=first, samples=samples, wanted=wanted, num_own=num_own)
 
     def share_groups(self, own: Own) -> dict[int, list[Episode]]:
-        """``prompt index -> group``: what the ranks of this copy of the model have sampled."""
+        """``prompt index -> group``: what the ranks that train together have sampled."""
         with self.watch.phase("reward"):  # of the slowest rank
             meet(self.watch)
-            everyone = gathered(own, groups.model())
+            everyone = gathered(own, parallel.same_sequences())
         indices = sorted({prompt_index for prompt_index, _ in everyone})
         samples = range(self.config.rollout.samples)
         return {prompt_index: [everyone[prompt_index, sample] for sample in samples] for prompt_index in indices}
@@ -164,7 +164,7 @@ class Rollouts:
 
 def own_part(prompt_indices: Iterable[int], samples: int) -> list[Index]:
     """What this rank samples."""
-    data, group = groups.data(), groups.model()
+    data, group = groups.data(), parallel.same_sequences()
     mine = (prompt_index for prompt_index in prompt_indices if prompt_index % data.size() == data.rank())
     return [(prompt_index, sample) for prompt_index in mine for sample in range(samples)][group.rank() :: group.size()]
 

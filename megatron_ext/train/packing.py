@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.kept_tokens import KeptTokens, PackedSupport, Restriction
+from megatron_ext.model import zigzag
 from megatron_ext.types import Batch, PackedSequences
 
 Pair = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids
@@ -38,11 +39,12 @@ class MiniBatch:
         bins: Sequence[Sequence[int]],
         *,
         multiple: int = 1,
+        chunks: int = 1,
         width: int = 0,
         routing: Sequence[np.ndarray | None] | None = None,
     ) -> MiniBatch:
         """One micro-batch of each of the ``bins``, whose indices count in ``pairs`` and, if given, in ``routing``."""
-        packed = [pack([pairs[i] for i in each], multiple=multiple, width=width) for each in bins]
+        packed = [pack([pairs[i] for i in each], multiple=multiple, chunks=chunks, width=width) for each in bins]
         if routing is not None:
             parts = zip(packed, bins, strict=True)
             packed = [replace(part, routing=lay_out_routing([routing[i] for i in each], part)) for part, each in parts]
@@ -60,6 +62,12 @@ class MiniBatch:
         pairs = zip(self.sequences, self.micro_batches, strict=True)
         replayed = tuple(replace(packed, support=joined(sequences, packed)) for sequences, packed in pairs)
         return replace(self, micro_batches=replayed)
+
+    def cut(self, rank: int, size: int) -> MiniBatch:
+        """The part of context-parallel rank ``rank`` of ``size``. What is split and joined stays whole."""
+        if size == 1:
+            return self
+        return replace(self, micro_batches=tuple(zigzag.cut(packed, rank, size) for packed in self.micro_batches))
 
     @property
     def is_support_known(self) -> bool:
@@ -91,12 +99,19 @@ def num_read(pair: Pair) -> int:
     return len(pair[0]) + max(0, len(pair[1]) - 1)
 
 
-def trees(pairs: Sequence[Pair], width: int, budget: float = math.inf) -> Iterator[tuple[list[int], int]]:
+def padded(num_tokens: int, chunks: int) -> int:
+    """A sequence's tokens once it is padded to be cut into ``chunks`` of equal length."""
+    return -(-num_tokens // chunks) * chunks
+
+
+def trees(
+    pairs: Sequence[Pair], width: int, budget: float = math.inf, chunks: int = 1
+) -> Iterator[tuple[list[int], int]]:
     """Runs of sequences that share their prompt, with the number of tokens of each, at most ``budget`` where it has
-    several. ``width`` is the hidden size; 0: nothing is shared."""
+    several. ``width`` is the hidden size; 0: nothing is shared, and each sequence is padded to be cut."""
     members, size = list[int](), 0
     for i, (prompt, response) in enumerate(pairs):
-        own = num_read((prompt, response))
+        own = padded(num_read((prompt, response)), chunks)
         more = own - len(prompt)
         shares = width > 0 and members and pairs[i - 1][0] == prompt and size + more <= budget
         if shares and (size + more) ** 2 - size**2 <= own**2 + 6 * width * len(prompt):
@@ -111,7 +126,13 @@ def trees(pairs: Sequence[Pair], width: int, budget: float = math.inf) -> Iterat
 
 
 def split(
-    pairs: Sequence[Pair], budget: int, num_bins: int = 1, *, width: int = 0, cost: Callable[[int], float] = float
+    pairs: Sequence[Pair],
+    budget: int,
+    num_bins: int = 1,
+    *,
+    width: int = 0,
+    chunks: int = 1,
+    cost: Callable[[int], float] = float,
 ) -> list[list[int]]:
     """Divide sequences into at least ``num_bins`` bins of at most ``budget`` tokens each; trees stay whole.
 
@@ -120,9 +141,9 @@ def split(
     fits. Within a bin the sequences keep their order. Bins may be empty. Nothing is shared where there are fewer trees
     than bins. Raises ValueError for a sequence longer than the budget.
     """
-    found = list(trees(pairs, width, budget))
+    found = list(trees(pairs, width, budget, chunks))
     if len(found) < num_bins:
-        found = list(trees(pairs, 0))
+        found = list(trees(pairs, 0, chunks=chunks))
     if found and max(size for _, size in found) > budget:
         raise ValueError(
             f"micro_batch_tokens: {budget} cannot hold a sequence of {max(size for _, size in found)} tokens"
@@ -151,9 +172,10 @@ def _divide(
     return [sorted(bin) for bin in bins]
 
 
-def pack(pairs: Sequence[Pair], *, multiple: int = 1, width: int = 0) -> PackedSequences:
+def pack(pairs: Sequence[Pair], *, multiple: int = 1, chunks: int = 1, width: int = 0) -> PackedSequences:
     """Lay ``(prompt_ids, response_ids)`` pairs end to end, those of ``trees`` with one prompt; pad with one dummy
-    sequence to ``multiple`` tokens.
+    sequence to ``multiple`` tokens. ``chunks``, which divides ``multiple``, divides the length of each sequence too:
+    it is padded at its end.
 
     The response token at position t is predicted at t - 1, so ``logit_positions`` starts at the last prompt token.
     """
@@ -170,6 +192,10 @@ def pack(pairs: Sequence[Pair], *, multiple: int = 1, width: int = 0) -> PackedS
             tokens += response[:-1]
             position += range(len(prompt), num_read(pairs[i]))
             branch += [number] * (len(tokens) - len(branch))
+        if gap := -(len(tokens) - starts[-1]) % chunks:
+            tokens += [0] * gap
+            position += range(position[-1] + 1, position[-1] + 1 + gap)
+            branch += [0] * gap
         starts.append(len(tokens))
     padding = -len(tokens) % multiple or (multiple if not tokens else 0)
     if padding:

@@ -17,7 +17,7 @@ import torch
 
 from megatron_ext.checkpoint.collectives import gather_on_rank_0
 from megatron_ext.kept_tokens import KeptTokens
-from megatron_ext.model import groups
+from megatron_ext.model import groups, parallel
 from megatron_ext.types import Episode, Problem, Reward, Sample
 
 State = dict[str, Any]
@@ -42,7 +42,7 @@ class SampledBatch:
 
     def state_dict(self) -> State:
         """All ranks' groups on rank 0, nothing on the others. Collective."""
-        parts = gather_on_rank_0(self.groups if groups.model().rank() == 0 else {})
+        parts = gather_on_rank_0(self.groups if parallel.same_sequences().rank() == 0 else {})
         if not parts:
             return {}
         everyone = {index: group for part in parts for index, group in part.items()}

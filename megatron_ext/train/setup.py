@@ -111,6 +111,7 @@ def _kernels(config: Config, architecture: Architecture) -> str:
         return kernels.describe(
             architecture,
             tensor=config.parallel.tensor,
+            context=config.parallel.context,
             dtype=getattr(torch, config.model.dtype),
             longest=config.longest_sequence,
             fusions=ModelOptions.from_config(config.model).fusions,

@@ -264,21 +264,21 @@ class Learner:
         return results, totals(sums, batch, self.reduce)
 
     def pack(self, episodes: Sequence[Episode]) -> MiniBatch:
-        """The episodes of a mini-batch in micro-batches; as many on every rank."""
+        """The episodes of a mini-batch in micro-batches; as many on every rank. Of each this rank's part."""
         pairs = [(e.sample.prompt_ids, e.sample.response_ids) for e in episodes]
         train, layout = self.config.train, self.config.parallel
         width = self.policy.architecture.hidden_size if train.share_prompts and self.policy.can_share_prompts else 0
         cost = sequence_cost(self.policy.architecture)
-        divide = partial(packing.split, pairs, train.micro_batch_tokens, width=width, cost=cost)
+        divide = partial(packing.split, pairs, train.micro_batch_tokens, width=width, chunks=layout.chunks, cost=cost)
         bins = divide(parallel.num_micro_batches(len(divide()), layout))
-        multiple = layout.tensor if layout.sequence else 1
         told = routing.of_episodes(episodes, self.policy)
-        packed = MiniBatch.pack(pairs, bins, multiple=multiple, width=width, routing=told)
+        form = {"multiple": layout.token_multiple, "chunks": layout.chunks, "width": width}
+        packed = MiniBatch.pack(pairs, bins, routing=told, **form)
         rollout = self.config.rollout
-        if not rollout.replays_sampling:
-            return packed
-        restriction = Restriction(rollout.top_k, rollout.top_p, rollout.min_p)
-        return packed.with_support(restriction, [e.sample.support for e in episodes])
+        if rollout.replays_sampling:
+            restriction = Restriction(rollout.top_k, rollout.top_p, rollout.min_p)
+            packed = packed.with_support(restriction, [e.sample.support for e in episodes])
+        return packed.cut(parallel.context_rank(), layout.context)
 
     def statistics(self, policy: Policy, mini_batch: MiniBatch, needs: Needs) -> TokenStats:
         """Statistics of a mini-batch without gradient, in the order of its tokens, on every stage."""

@@ -139,6 +139,11 @@ def test_a_wrong_value_is_shown(recipe: Path) -> None:
         (["validation.every=1"], "validation.data: no file is named"),
         (["validation.every=1", "validation.data=nowhere.jsonl"], "validation.data: no such file: nowhere.jsonl"),
         (["validation.every=1", "validation.temperature=0", "validation.samples=2"], "the same response 2 times"),
+        (["parallel.context=4"], "tensor 2 x context 4 x pipeline 1 = 8 does not divide the world"),
+        (
+            ["parallel.context=2", "parallel.tensor=1", "train.micro_batch_tokens=17", "data.max_prompt_tokens=9"],
+            "max_response_tokens = 17, padded to a multiple of 2 x parallel.context = 4; raise it to at least 20",
+        ),
         (["steps"], "not of the form key=value"),
         (["train.steps=3", "train.steps.more=1"], "goes below steps"),
     ],

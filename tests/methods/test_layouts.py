@@ -36,7 +36,12 @@ TUNED: dict[str, dict[str, Any]] = {
 }
 CORRECTED = {f"grpo, {level} {mode}": (level, mode) for level in ("token", "sequence") for mode in ("truncate", "mask")}
 NAMES = [*OPTIONS, *CORRECTED]
-LAYOUTS = {"one": (1, 1, 1000), "tensor": (2, 1, 130), "data": (1, 2, 80)}  # tensor, data, budget of a micro-batch
+LAYOUTS = {  # tensor, data, context, budget of a micro-batch
+    "one": (1, 1, 1, 1000),
+    "tensor": (2, 1, 1, 130),
+    "data": (1, 2, 1, 80),
+    "context": (1, 1, 2, 130),
+}
 
 
 def options_of(name: str) -> dict[str, Any]:
@@ -52,18 +57,18 @@ def sampled_with(logprob: Tensor, episodes: list[Episode]) -> list[Episode]:
     ]
 
 
-def every_method(rank: int, world: int, path: str, layout: tuple[int, int, int]) -> dict[str, Any]:
+def every_method(rank: int, world: int, path: str, layout: tuple[int, int, int, int]) -> dict[str, Any]:
     """Metrics and whole gradients of one mini-batch of each method, as this rank sees them."""
-    tensor, data, budget = layout
+    tensor, data, context, budget = layout
     cpu_compat.enter()
     config = Config(
-        parallel=ParallelConfig(ranks_per_node=world, tensor=tensor),
+        parallel=ParallelConfig(ranks_per_node=world, tensor=tensor, context=context),
         rollout=RolloutConfig(prompts=4, samples=4, max_response_tokens=12),
         train=TrainConfig(mini_batch_prompts=4, micro_batch_tokens=budget),
     )
     parallel.initialize(config.parallel)
     architecture = architectures.read_architecture(read_hf_config(path))
-    policy = build.build_policy(architecture, ModelLayout(tensor=tensor), ModelOptions(torch.float32))
+    policy = build.build_policy(architecture, ModelLayout(tensor=tensor, context=context), ModelOptions(torch.float32))
     hf_weights.load_weights(policy.modules[0], architecture, path)
     optimizer = build.build_optimizer(policy, lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.99, eps=1e-8, clip_grad=1.0)
     scheduler = build.build_scheduler(optimizer, lr=1e-3, warmup_steps=0, weight_decay=0.1)
@@ -101,14 +106,15 @@ def every_method(rank: int, world: int, path: str, layout: tuple[int, int, int])
 def results() -> dict[str, list[dict[str, Any]]]:
     _, path = tiny.hf_model()
     return {
-        name: gloo.run(every_method, t * d, str(path), (t, d, b), timeout=200) for name, (t, d, b) in LAYOUTS.items()
+        name: gloo.run(every_method, t * d * c, str(path), (t, d, c, b), timeout=200)
+        for name, (t, d, c, b) in LAYOUTS.items()
     }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_layout_does_not_change_a_method(name: str, results: dict[str, list[dict[str, Any]]]) -> None:
     metrics, report, gradients = results["one"][0][name]
-    for layout in ("tensor", "data"):
+    for layout in ("tensor", "data", "context"):
         for rank in results[layout]:
             other_metrics, other_report, other = rank[name]
             assert worst(other, {n: g.double() for n, g in gradients.items()}) < 1e-5

@@ -32,6 +32,7 @@ NAMES = {  # Megatron-Core's descriptions; the default group has torch's
     "PIPELINE_MODEL_PARALLEL_GROUP": "pipeline",
     "DATA_PARALLEL_GROUP": "data",
     "DATA_PARALLEL_GROUP_WITH_CP": "data with context",
+    "CONTEXT_PARALLEL_GROUP": "context",
     "EMBEDDING_GROUP": "embedding",
     "EXPERT_MODEL_PARALLEL_GROUP": "expert",
     "EXPERT_TENSOR_PARALLEL_GROUP": "expert tensor",
@@ -119,8 +120,9 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
         (Qwen2Config, {"tie_word_embeddings": True}, {"pipeline": 2}),
         (Qwen3MoeConfig, EXPERTS, {"tensor": 2, "sequence": True, "expert": 2}),
         (Qwen3MoeConfig, EXPERTS, {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 2}),
+        (Qwen2Config, {}, {"context": 2}),
     ],
-    ids=["tied PP 2 x DP 2", "TP 2 x EP 2", "TP 2 x EP 2 x ETP 2"],
+    ids=["tied PP 2 x DP 2", "TP 2 x EP 2", "TP 2 x EP 2 x ETP 2", "CP 2 x DP 2"],
 )
 def test_the_planned_groups_are_those_in_use(
     config_class: Any, options: dict[str, Any], layout: dict[str, Any], tmp_path: Path

@@ -62,6 +62,29 @@ def test_activations_of_a_dense_layer() -> None:
     assert memory.saved_per_token(SEVEN, without, 0, "full") == D
 
 
+def test_context_parallel_ranks_share_a_micro_batch_and_the_optimizer() -> None:
+    whole, cut = plan(config()), plan(config(parallel={"context": 2}))
+    assert (whole.config.parallel.data, cut.config.parallel.data) == (4, 2)
+    assert cut.ranks[0].buffers == whole.ranks[0].buffers  # the optimizer is sharded over 4 ranks either way
+    assert (memory.rank_tokens(whole.config), memory.rank_tokens(cut.config)) == (16384, 8192)
+    exchanged = 8192 * 2 * 8 * 512 / 4  # two buffers of keys, values and their gradients, a quarter of the heads
+    assert cut.activations()["none"] == pytest.approx(whole.activations()["none"] / 2 + exchanged)
+    assert (whole.num_micro_batches, cut.num_micro_batches) == (4, 8)
+    groups = device.communicators(SEVEN, cut.config)
+    assert (groups["context"], groups["data"], groups["data with context"]) == (2, 2, 4)
+    assert "context" not in device.communicators(SEVEN, whole.config)
+    assert cut.seconds == pytest.approx(whole.seconds)
+
+
+def test_a_sequence_that_is_cut_is_padded() -> None:
+    p = ParallelConfig(nodes=1, tensor=2, sequence=True, context=4)
+    assert (p.data, p.chunks, p.token_multiple, p.padded(17)) == (1, 8, 8, 24)
+    wide = ParallelConfig(nodes=2, tensor=4, sequence=True, context=2)  # as many tokens on each of 4 x 2 ranks
+    assert (wide.chunks, wide.token_multiple) == (4, 8)
+    plain = ParallelConfig(nodes=1, tensor=4, sequence=True)
+    assert (plain.chunks, plain.token_multiple, plain.padded(17)) == (1, 4, 17)
+
+
 def test_activations_of_experts_count_the_busiest_rank() -> None:
     p = ParallelConfig(nodes=4, tensor=4, sequence=True, expert=8)
     mlp = memory.saved_per_token(MOE, p, 0, "mlp")

@@ -19,6 +19,7 @@ from tools.plan import read_valid
 
 ROOT = Path(__file__).parents[2]
 MOE = ROOT / "recipes" / "aer" / "aer-qwen3-30b-a3b-base-4n8g.toml"
+LONG = ROOT / "recipes" / "siren" / "siren-llama-3.1-8b-1n8g.toml"
 SMALL = ROOT / "recipes" / "siren" / "siren-qwen2.5-math-1.5b-1n8g.toml"
 
 
@@ -75,6 +76,24 @@ def test_other_layouts_of_the_experts(overrides: list[str], shards: Shards, tmp_
     assert len(shards.build(plan)) == plan.config.parallel.pipeline
     outside = 2 * 151936 * 2048 + 2048  # embedding, output layer, final norm
     assert sum(shard.hf_elements for shard in shards.build(plan)) == outside + (30_532_122_624 - outside) * 8 // 48
+
+
+@pytest.mark.parametrize(
+    ("tokens", "overrides"),
+    [
+        (32_768, ["parallel.context=2"]),
+        (131_072, ["parallel.nodes=4", "parallel.context=8", "model.fused_head=true"]),
+        (131_072, ["parallel.nodes=4", "parallel.context=4", "parallel.pipeline=2", "model.recompute=mlp"]),
+    ],
+)
+def test_long_sequences_are_cut_over_ranks(tokens: int, overrides: list[str], shards: Shards) -> None:
+    lengths = ["data.max_prompt_tokens=1024", f"rollout.max_response_tokens={tokens - 1024}"]
+    lengths.append(f"train.micro_batch_tokens={tokens}")
+    plan, checks = inspect(read_valid(LONG, [*lengths, *overrides]), shards)
+    assert [str(check) for check in checks if not check.right] == []
+    size = plan.config.parallel.context
+    assert f"each of {size} context-parallel ranks has {tokens // size:,}, and predicts at most" in str(checks[0])
+    assert plan.groups()["context"] == size and plan.groups()["data"] * size * 4 <= 32
 
 
 def test_a_tied_embedding_over_two_stages_and_a_padded_vocabulary(shards: Shards) -> None:

@@ -45,6 +45,7 @@ CASES: dict[str, tuple[dict[str, Any], int, tuple[str, bool]]] = {  # layout, bu
     "TP 2 with SP, PP 2": ({"ranks_per_node": 4, "tensor": 2, "pipeline": 2, "sequence": True}, 45, DENSE),
     "PP 2 x 2 stages": ({"ranks_per_node": 2, "pipeline": 2, "virtual": 2}, 50, DENSE),
     "EP 2": ({"ranks_per_node": 2, "expert": 2}, 60, EXPERTS),
+    "CP 2": ({"ranks_per_node": 2, "context": 2}, 50, DENSE),
 }
 
 

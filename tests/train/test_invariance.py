@@ -111,7 +111,7 @@ def gathered_gradients(policy: build.Policy) -> list[dict[str, Tensor]]:
     """Megatron leaves each data-parallel rank one shard of the summed gradient: put them together, module by module."""
     for chunk in policy.chunks:
         for buffers, group in (
-            (chunk.buffers, parallel.groups.data()),
+            (chunk.buffers, parallel.groups.data_context()),
             (chunk.expert_parallel_buffers, parallel.groups.expert_data()),
         ):
             for bucket in [bucket for buffer in buffers for bucket in buffer.buckets]:

@@ -43,6 +43,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {  # world, layout, model
     "VPP 2 x DP 2": (4, {"pipeline": 2, "virtual": 2}, "qwen2"),
     "TP 2 + SP x DP 2": (4, {"tensor": 2, "sequence": True}, "qwen2"),
     "EP 2": (2, {"expert": 2}, "qwen3_moe"),
+    "CP 2": (2, {"context": 2}, "qwen2"),
 }
 
 

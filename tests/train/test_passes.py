@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -34,7 +35,9 @@ from tests.train.test_invariance import gathered_gradients, worst
 
 BONUS = {"name": "entropy_bonus", "coef": 0.3}
 SIREN = {"name": "siren", "coef": 0.7}
-LAYOUTS: list[dict[str, Any]] = [{}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {"ranks_per_node": 2}]
+LAYOUTS: list[dict[str, Any]] = [
+    *({}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {"ranks_per_node": 2}, {"context": 2})
+]
 ONCE = ("grpo", "dr_grpo", "clip_higher", "nsr", "psr", "w_reinforce", "entropy_bonus", "entropy_advantage")
 CASES = [
     *(({"name": name}, {}) for name in ONCE),
@@ -45,7 +48,7 @@ CASES = [
 
 
 def world_of(layout: dict[str, Any]) -> int:
-    return layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("ranks_per_node", 1)
+    return math.prod(layout.get(name, 1) for name in ("tensor", "pipeline", "context", "ranks_per_node"))
 
 
 def learner_of(path: str, world: int, method: dict, layout: dict, mini_batch: int = 4, **sections: Any) -> Learner:

@@ -59,6 +59,8 @@ LAYOUTS = [  # tensor, pipeline, data, sequence, budget of a micro-batch; the re
     ((1, 2, 1, False, 50), {"virtual": 2, "recompute": "mlp"}),
     ((1, 3, 1, False, 50), {"stage_layers": (2, 1, 1)}),
     ((2, 2, 1, True, 45), {"virtual": 2, "recompute": "full"}),
+    ((1, 1, 1, False, 60), {"context": 2, "recompute": "full"}),
+    ((2, 1, 1, True, 60), {"context": 2, "expert": 2}),
 ]
 
 
@@ -122,7 +124,8 @@ def step(rank: int, world: int, path: str, layout: tuple, more: dict[str, Any]) 
 def test_replayed_experts_have_the_gradient_of_the_formula(layout: tuple, more: dict[str, Any], kind: str) -> None:
     loss, gradients = formula(kind)
     tensor, pipeline, data, _, _ = layout
-    for metrics, found in gloo.run(step, tensor * pipeline * data, str(tiny.hf_model(kind, False)[1]), layout, more):
+    world = tensor * pipeline * data * more.get("context", 1)
+    for metrics, found in gloo.run(step, world, str(tiny.hf_model(kind, False)[1]), layout, more):
         assert metrics["loss/policy"] == pytest.approx(loss, rel=1e-5)
         assert metrics["grad/norm"] == pytest.approx(norm(gradients), rel=1e-5)
         assert worst(found, gradients) < 1e-5

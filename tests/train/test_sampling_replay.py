@@ -41,13 +41,14 @@ from tests.train.test_invariance import gathered_gradients, moved, worst
 TEMPERATURE = 0.8
 RESTRICTION = Restriction(top_k=20, top_p=0.95, min_p=0.05)
 GRPO = {"name": "grpo"}
-LAYOUTS = [  # tensor, pipeline, sequence, budget of a micro-batch
-    (1, 1, False, 1000),
-    (1, 1, False, 23),
-    (2, 1, False, 60),
-    (2, 1, True, 40),
-    (4, 1, False, 60),
-    (1, 2, False, 50),
+LAYOUTS = [  # tensor, pipeline, sequence, budget of a micro-batch, context
+    (1, 1, False, 1000, 1),
+    (1, 1, False, 23, 1),
+    (2, 1, False, 60, 1),
+    (2, 1, True, 40, 1),
+    (4, 1, False, 60, 1),
+    (1, 2, False, 50, 1),
+    (1, 1, False, 40, 2),
 ]
 
 
@@ -73,13 +74,20 @@ def forgotten(episodes: list[Episode]) -> list[Episode]:
     return [replace(e, sample=replace(e.sample, support=None)) for e in episodes]
 
 
+def world_of(layout: tuple) -> int:
+    tensor, pipeline, _, _, context = layout
+    return tensor * pipeline * context
+
+
 def learner_of(
     path: str, world: int, layout: tuple, method: dict, *, fused_head: bool = False, **rollout: Any
 ) -> Learner:
-    tensor, pipeline, sequence, budget = layout
+    tensor, pipeline, sequence, budget, context = layout
     cpu_compat.enter()
     config = Config(
-        parallel=ParallelConfig(ranks_per_node=world, tensor=tensor, pipeline=pipeline, sequence=sequence),
+        parallel=ParallelConfig(
+            ranks_per_node=world, tensor=tensor, pipeline=pipeline, sequence=sequence, context=context
+        ),
         rollout=RolloutConfig(
             prompts=4, samples=4, temperature=TEMPERATURE, max_response_tokens=12, **(named(RESTRICTION) | rollout)
         ),
@@ -159,7 +167,7 @@ def test_gradients_are_those_of_the_restricted_policy(
     values, gradients = expected
     own = episodes if recorded else forgotten(episodes)
     path = str(tiny.hf_model()[1])
-    for stats, found in gloo.run(one_step, layout[0] * layout[1], path, layout, own, fused_head):
+    for stats, found in gloo.run(one_step, world_of(layout), path, layout, own, fused_head):
         for name, value in values.items():
             torch.testing.assert_close(stats[name].double(), value.double(), atol=2e-5, rtol=0)
         assert not stats["outside_support"].any()
@@ -201,7 +209,7 @@ def spied(learner: Learner) -> list[str]:
     return passes
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[2], LAYOUTS[4]], ids=str)
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[2], LAYOUTS[4], LAYOUTS[6]], ids=str)
 @pytest.mark.parametrize(
     ("beta", "recorded", "passes"), [(0.0, True, 1), (0.0, False, 1), (0.2, True, 1), (0.2, False, 2)], ids=str
 )
@@ -209,7 +217,7 @@ def test_the_only_update_finds_what_was_kept_but_for_a_reference(
     beta: float, recorded: bool, passes: int, layout: tuple, episodes: list[Episode]
 ) -> None:
     own, path = episodes if recorded else forgotten(episodes), str(tiny.hf_model()[1])
-    method, world = {"name": "grpo", "beta": beta}, layout[0] * layout[1]
+    method, world = {"name": "grpo", "beta": beta}, world_of(layout)
     for (expected, gradients, _), (metrics, found, count) in gloo.run(both_ways, world, path, layout, method, own):
         assert count == passes and worst(found, gradients) < 1e-6
         assert metrics == pytest.approx(expected, rel=1e-6, abs=1e-6)

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tests.transformer_engine import source
 
@@ -27,6 +28,7 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
+from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 from packaging.version import Version  # noqa: E402
 from transformer_engine.pytorch import DotProductAttention  # noqa: E402
 from transformer_engine.pytorch.attention.dot_product_attention import utils  # noqa: E402
@@ -194,6 +196,24 @@ def packed_call(rank: int, world: int) -> list[str]:
     taken = inspect.signature(DotProductAttention.forward).parameters
     passed = {field.name for field in dataclasses.fields(PackedSeqParams)} - {"cp_group", "local_cp_size"}
     return sorted(passed - taken.keys())
+
+
+def cut_attention(rank: int, world: int, path: str) -> list[Any]:
+    """What the attention of each layer is made with and called with where sequences are cut over all ranks."""
+    [module] = policy_of(world, path, {"context": world}).modules
+    starts, found = torch.tensor([0, 8, 12], dtype=torch.int32), []
+    with mock.patch.object(DotProductAttention, "forward", lambda self, *arguments, **named: named):
+        for child in module.modules():
+            if isinstance(child, DotProductAttention):
+                each: Any = child
+                params = PackedSeqParams("thd", starts, starts, max_seqlen_q=8, max_seqlen_kv=8)
+                layers.cut_over_context(params, torch.arange(6))
+                own = torch.empty(6, 4, 8)
+                named = each(own, own, own, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=params)
+                lengths = [named[f"cu_seqlens_{kind}"].tolist() for kind in ("q", "kv", "q_padded", "kv_padded")]
+                ranks = torch.distributed.get_process_group_ranks(each.cp_group)
+                found.append([each.cp_comm_type, ranks, named["attn_mask_type"], named["max_seqlen_q"], lengths])
+    return found
 
 
 def main(function: str, options: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests import tiny
 from tests.transformer_engine.running import ROOT, inside
 
 FUSED, NONE = "NVTE_F16_arbitrary_seqlen", "NVTE_No_Backend"  # what cuDNN's part answers
@@ -24,9 +25,9 @@ GPUS: dict[str, dict[str, Any]] = {
 
 
 @functools.cache
-def said() -> dict[str, str]:
+def said(context: int = 1) -> dict[str, str]:
     gpus = [{"name": name, "dtype": "bfloat16", **gpu} for name, gpu in GPUS.items()]
-    [lines] = inside("attention", gpus=gpus, options={"tensor": 2, "longest": 8192})
+    [lines] = inside("attention", gpus=gpus, options={"tensor": 2, "context": context, "longest": 8192})
     return dict(zip(GPUS, lines, strict=True))
 
 
@@ -52,8 +53,25 @@ def test_unfused_attention_stops_a_run_and_says_what_to_install() -> None:
     assert "Disabling FlashAttention 2 for compute capability < sm80" in said()["V100"]
 
 
+def test_sequences_that_are_cut_need_a_fused_attention() -> None:
+    found = said(2)
+    assert "attention: cuDNN (NVTE_F16_arbitrary_seqlen);" in found["H100"]
+    assert "attention: flash-attn 2.8.3;" in found["A800 with flash-attn"]
+    none = "refused: attention: Transformer Engine has none"
+    assert found["A800 in fp32"].startswith(f"{none} in fp32 for sequences that are cut, parallel.context = 2;")
+    without = found["A800 without flash-attn"]
+    assert without.startswith(f"{none} for sequences that are cut, parallel.context = 2, on A800 without flash-attn")
+
+
 def test_megatron_passes_only_what_transformer_engine_takes() -> None:
     assert inside("packed_call") == [[]]
+
+
+def test_sequences_that_are_cut_go_round_their_ranks() -> None:
+    """Lengths are those of whole sequences, and their padding is no gap: then no kernel but cuDNN's would do."""
+    starts = [0, 8, 12]
+    expected = ["p2p", [0, 1], "padding_causal", 8, [starts] * 4]
+    assert inside("cut_attention", world=2, path=str(tiny.hf_model()[1])) == [[expected] * 4] * 2
 
 
 def test_a_transformer_engine_that_cannot_be_imported_is_an_error_on_a_gpu(tmp_path: Path) -> None:
