@@ -77,7 +77,7 @@ class LpReg(Selective):
             return Prepared({"held": low & negative & (q > -torch.inf)})
         count = self.count(negative, reduce)
         low = top_k(-stats.logprob, negative, count if count > 1 else 0, token_keys(batch), reduce)
-        return Prepared({"held": low & (stats.logprob < q)})
+        return Prepared({"held": low & (stats.logprob + 1e-6 < q)})  # equal, but for rounding, where there is no noise
 
     def count(self, among: Tensor, reduce: Reducer) -> int:
         return count_of(self.rho, num_selected(among, reduce))
