@@ -70,7 +70,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "erc": {"name": "erc", "ratio_low": 0.9, "ratio_high": 1.2},
     "erc, preserve": {"name": "erc", "ratio_low": 0.9, "ratio_high": 1.2, "preserve": True, "dual_clip": 1.3},
     "lp_reg": {"name": "lp_reg", "rho": 0.6, "kappa": 0.05, "kl_coef": 0.7},
-    "lp_reg, authors": {"name": "lp_reg", "rho": 0.6, "kappa": 0.05, "variant": "authors", "dual_clip": None},
+    "lp_reg, authors": {"name": "lp_reg", "rho": 0.4, "kappa": 0.05, "variant": "authors", "dual_clip": None},
     "steer": {"name": "steer", "lambda_min": 0.3},
     "steer, authors": {"name": "steer", "lambda_min": 0.3, "variant": "authors", "dual_clip": 1.3},
 }
@@ -178,7 +178,8 @@ def without_noise(case: Case, logits: Tensor, kappa: float) -> tuple[Tensor, Ten
     there (minus infinity: it is below), ``[T]`` each."""
     mass, logprob = [], []
     for row, token in zip(logits.softmax(-1), case.token.tolist(), strict=True):
-        kept = [v for v in range(VOCAB) if float(row[v]) > kappa * float(row.max())]
+        p = row.tolist()
+        kept = [v for v in range(VOCAB) if p[v] > kappa * max(p)]
         mass.append(row[kept].sum())
         logprob.append((row[token] / mass[-1]).log() if token in kept else row[0].log() - torch.inf)
     return torch.stack(mass), torch.stack(logprob)

@@ -80,7 +80,8 @@ def test_the_authors_function_gives_the_same_number(case: Case) -> None:
     expected = authors(case, coef=COEF)
     assert float((expected - policy_loss(case)[case.tokens].mean()).abs()) > 1e-3  # so that something is held
     for scope in ("micro_batch", "mini_batch"):
-        assert close(run(case, OPTIONS["lp_reg, authors"] | {"kl_coef": COEF, "scope": scope}), expected, case)
+        options = OPTIONS["lp_reg, authors"] | {"rho": RHO, "kl_coef": COEF, "scope": scope}
+        assert close(run(case, options), expected, case)
 
 
 def test_a_single_token_is_not_held_by_the_authors(case: Case) -> None:
