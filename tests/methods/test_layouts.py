@@ -33,8 +33,7 @@ TUNED: dict[str, dict[str, Any]] = {
     "entropic": {"threshold": 0.01, "target": 3.2},
     "entropic, authors": {"threshold": 0.01, "target": 3.2},
     "entropic, full": {"target": 3.2},
-    "lp_reg": {"rho": 0.6, "kappa": 0.2},
-    "lp_reg, authors": {"rho": 0.6, "kappa": 0.2},
+    "lp_reg, authors": {"rho": 0.6},
 }
 CORRECTED = {f"grpo, {level} {mode}": (level, mode) for level in ("token", "sequence") for mode in ("truncate", "mask")}
 NAMES = [*OPTIONS, *CORRECTED]
