@@ -64,6 +64,8 @@ class TokenStats:
     Every value belongs to the distribution at the rollout temperature. Fields nobody asked for are None. Under sampling
     replay ``logprob`` is that of the policy renormalised on the tokens that the sampler kept, ``support_size`` their
     number, and ``outside_support`` 1 where the sampled token was not among them; entropies are the whole policy's.
+    ``min_p_mass`` is the whole policy's probability of the tokens above a share of the likeliest one's, and
+    ``min_p_logprob`` that of the sampled token renormalised on them, minus infinity where it is not one of them.
     """
 
     logprob: Tensor
@@ -71,6 +73,8 @@ class TokenStats:
     nucleus_entropy: Tensor | None = None
     nucleus_mass: Tensor | None = None
     nucleus_size: Tensor | None = None
+    min_p_mass: Tensor | None = None
+    min_p_logprob: Tensor | None = None
     support_size: Tensor | None = None
     outside_support: Tensor | None = None
 
@@ -84,6 +88,10 @@ class TokenStats:
     def present(self) -> dict[str, Tensor]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
+
+
+OF_MIN_P = {"nucleus_mass": "min_p_mass", "nucleus_logprob": "min_p_logprob"}
+"""The operator's outputs over the tokens that min_p keeps, which are its nucleus then -> the fields of TokenStats."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +144,7 @@ class RolloutBatch:
     truncated: Tensor  # [B] bool
     old_value: Tensor | None = None  # [T] fp32, of the critic before the first update, when the method needs it
     importance: Tensor | None = None  # [T] fp32, weight of the policy loss (train/mismatch.py); None: 1 everywhere
+    old: TokenStats | None = None  # of the policy that sampled, before the first update, when the method needs them
 
     def token(self, value_B: Tensor) -> Tensor:
         """``[B] -> [T]``: each token's value of its sequence."""
@@ -158,7 +167,8 @@ class RolloutBatch:
         per_token = {name: getattr(self, name) for name in self.PER_TOKEN}
         selected = {name: None if value is None else value[position] for name, value in per_token.items()}
         selected |= {name: getattr(self, name)[order] for name in self.PER_SEQUENCE}
-        return replace(self, sequence=renumber[self.sequence[position]], **selected), position
+        old = None if self.old is None else self.old.map(lambda value: value[position])
+        return replace(self, sequence=renumber[self.sequence[position]], old=old, **selected), position
 
     def complete(self, advantages: Advantages, *, weight: Tensor, num_sequences: int, num_tokens: int) -> Batch:
         """The batch that a method trains on."""

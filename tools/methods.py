@@ -108,6 +108,8 @@ def needed(needs: Needs) -> list[str]:
         words.append("entropy with gradient" if needs.entropy_grad else "entropy")
     if needs.nucleus_p is not None:
         words.append("nucleus entropy with gradient" if needs.nucleus_grad else "nucleus entropy")
+    if needs.min_p is not None:
+        words.append("min-p mass with gradient" if needs.min_p_grad else "min-p mass")
     if needs.current:
         words.append("a pass before each update")
     return words + ["reference model"] * needs.reference + ["critic"] * needs.value

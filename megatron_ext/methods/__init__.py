@@ -7,6 +7,7 @@ from typing import Any
 from megatron_ext.methods.aec import AEC
 from megatron_ext.methods.aer import AER
 from megatron_ext.methods.base import Method
+from megatron_ext.methods.ce_gppo import CEGPPO
 from megatron_ext.methods.clip_cov import ClipCov
 from megatron_ext.methods.clip_higher import ClipHigher
 from megatron_ext.methods.dmmpt import DMMPT
@@ -14,13 +15,16 @@ from megatron_ext.methods.dr_grpo import DrGRPO
 from megatron_ext.methods.entropic import EntroPIC
 from megatron_ext.methods.entropy_advantage import EntropyAdvantage, PPOEntropyAdvantage
 from megatron_ext.methods.entropy_bonus import EntropyBonus
+from megatron_ext.methods.erc import ERC
 from megatron_ext.methods.forking_tokens import ForkingTokens
 from megatron_ext.methods.grpo import GRPO
 from megatron_ext.methods.high_entropy_reward import HighEntropyReward
 from megatron_ext.methods.kl_cov import KLCov
+from megatron_ext.methods.lp_reg import LpReg
 from megatron_ext.methods.ppo import PPO
 from megatron_ext.methods.sent import SENT
 from megatron_ext.methods.siren import SIREN
+from megatron_ext.methods.steer import STEER
 from megatron_ext.methods.w_reinforce import NSR, PSR, WReinforce
 from megatron_ext.plugins import check_options, is_spec, load, options_of_class, suggest
 
@@ -45,6 +49,10 @@ METHODS: dict[str, type[Method]] = {
     "entropy_advantage_ppo": PPOEntropyAdvantage,
     "entropic": EntroPIC,
     "sent": SENT,
+    "ce_gppo": CEGPPO,
+    "erc": ERC,
+    "lp_reg": LpReg,
+    "steer": STEER,
 }
 
 

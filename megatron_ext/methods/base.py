@@ -59,7 +59,9 @@ class Needs:
     nucleus_p: float | None = None
     nucleus: Literal["inclusive", "exclusive"] = "inclusive"
     nucleus_grad: bool = False
-    old: bool = False  # on_step_start() needs the statistics of the policy that sampled, before its first update
+    min_p: float | None = None  # in the place of nucleus_p: tokens above this share of the likeliest one's probability
+    min_p_grad: bool = False  # of their mass
+    old: bool = False  # on_step_start() and Batch.old: statistics of the policy that sampled, before its first update
     current: bool = False  # prepare() needs the statistics of the policy as it is before this mini-batch
     reference: bool = False  # log-probs of the reference model
     value: bool = False  # a critic, trained beside the policy: its values before the step, value_loss() after it

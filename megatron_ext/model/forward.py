@@ -34,7 +34,7 @@ from megatron_ext.model.build import Policy
 from megatron_ext.model.supports import logits_in_parts, support_of
 from megatron_ext.ops import linear_policy_stats, policy_stats
 from megatron_ext.ops.shard import VocabShard
-from megatron_ext.types import PackedSequences, TokenStats
+from megatron_ext.types import OF_MIN_P, PackedSequences, TokenStats
 
 LossFunction = Callable[[int, TokenStats], Tensor]  # (number of the micro-batch, statistics) -> scalar
 
@@ -121,7 +121,9 @@ def _statistics(
         parts = logits_in_parts(policy, hidden) if logits is None else [logits.detach()]
         support = support_of(micro_batch, policy, parts, temperature, output.device)
         want, grad = _outputs(needs, logprob="logprob" if support is None else "support_logprob")
-        options: Any = {"temperature": temperature, "top_p": needs.nucleus_p, "nucleus": needs.nucleus}
+        by_probability = needs.min_p is not None
+        options: Any = {"temperature": temperature, "top_p": needs.nucleus_p, "min_p": needs.min_p}
+        options |= {"nucleus": "exclusive" if by_probability else needs.nucleus}
         options |= {"want": want, "grad": grad if with_grad else (), "support": support}
         options |= {"deterministic": policy.deterministic}
         if logits is None:
@@ -133,9 +135,9 @@ def _statistics(
         else:  # nobody else reads these logits: the backward writes their gradient over them
             found = policy_stats(logits, targets, shard, inplace_backward=with_grad, **options)
         logprob, *others = want
-        own = TokenStats(
-            found[logprob], **{name: found[name] for name in others}, **_of_support(micro_batch, shard, output.device)
-        )
+        fields = OF_MIN_P if by_probability else {}
+        values = {fields.get(name, name): found[name] for name in others}
+        own = TokenStats(found[logprob], **values, **_of_support(micro_batch, shard, output.device))
         return own.map(lambda value: context.whole(value, micro_batch.context))
 
     return read
@@ -181,6 +183,10 @@ def _outputs(needs: Needs, *, logprob: str) -> tuple[tuple[str, ...], tuple[str,
         want += ["nucleus_entropy", "nucleus_mass", "nucleus_size"]
     if needs.nucleus_p is not None and needs.nucleus_grad:
         grad.append("nucleus_entropy")
+    if needs.min_p is not None:
+        want += OF_MIN_P
+    if needs.min_p is not None and needs.min_p_grad:
+        grad.append("nucleus_mass")
     return tuple(want), tuple(grad)
 
 

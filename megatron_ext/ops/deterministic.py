@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_ext.ops.candidates import in_nucleus
 from megatron_ext.ops.collectives import all_gather
 from megatron_ext.ops.logit_passes import TokenGradient
+from megatron_ext.ops.min_p import cutoff
 from megatron_ext.ops.nucleus import PIVOTS, AtTheta, apply_rule
 from megatron_ext.ops.options import NucleusRule, Options
 from megatron_ext.ops.shard import VocabShard
@@ -92,7 +93,8 @@ def global_stats(logits: Tensor, column: Tensor, scale: Tensor, options: Options
     stats = GlobalStats(maximum.double(), total, entropy, target.double())
     if rule is None:
         return stats
-    parts = [_nucleus(x[tokens], stats, tokens, scale[tokens], shard, rule) for tokens in _blocks(x, shard.width)]
+    find = _nucleus if rule.min_p is None else _nucleus_by_min_p
+    parts = [find(x[tokens], stats, tokens, scale[tokens], shard, rule) for tokens in _blocks(x, shard.width)]
     empty = total.new_empty((0, 1))
     columns = zip(*parts, strict=True) if parts else [[empty]] * 4
     return stats._replace(nucleus=NucleusStats(*(torch.cat(list(part)) for part in columns)))
@@ -168,8 +170,25 @@ def _nucleus(
     theta = from_order_key(low * step, x.dtype)
     start, end = torch.searchsorted(x, theta), torch.searchsorted(x, theta, right=True)
     own = torch.cat([from_column(mass, end), from_column(moment, end), V - end, end - start], 1)
-    found = all_gather(own, group).sum(0).split(1, dim=1)
-    sums = AtTheta(
-        _amount(found[0], unit), _amount(found[1], unit) * math.log(2), found[2].double(), equal=found[3].double()
-    )
-    return apply_rule(stats, theta, sums, scale.double(), rule)
+    return apply_rule(stats, theta, _over_ranks(own, shard), scale.double(), rule)
+
+
+def _nucleus_by_min_p(
+    x: Tensor, stats: GlobalStats, tokens: slice, scale: Tensor, shard: VocabShard, rule: NucleusRule
+) -> NucleusStats:
+    """The nucleus of a block of tokens that ends at a probability: nothing is searched for."""
+    assert rule.min_p is not None
+    stats = GlobalStats.unpack(stats.pack(torch.float64)[tokens])
+    x, theta = x.to(scale.dtype), cutoff(stats.maximum, scale, rule.min_p)
+    y, e = _weights(x, torch.where(stats.maximum > -torch.inf, stats.maximum, 0).to(scale.dtype), scale)
+    above, unit = x > theta, _unit(shard)
+    sums = _counts(e, unit) * above, _counts(e * y, unit) * above, above, (x == theta) & (x > -torch.inf)
+    own = torch.stack([value.sum(-1) for value in sums], 1)
+    return apply_rule(stats, theta, _over_ranks(own, shard), scale.double(), rule)
+
+
+def _over_ranks(own: Tensor, shard: VocabShard) -> AtTheta:
+    """The ranks' counts ``[n, 4]`` int64 of mass and moment above theta, and of logits above and at it, as amounts."""
+    unit, found = _unit(shard), all_gather(own, shard.group).sum(0).split(1, dim=1)
+    mass, moment = _amount(found[0], unit), _amount(found[1], unit) * math.log(2)
+    return AtTheta(mass, moment, found[2].double(), equal=found[3].double())

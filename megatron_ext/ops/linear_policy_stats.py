@@ -51,6 +51,7 @@ def linear_policy_stats(
     *,
     temperature: float | Tensor = 1.0,
     top_p: float | None = None,
+    min_p: float | None = None,
     nucleus: str = "inclusive",
     want: Sequence[str] = ("logprob", "entropy"),
     grad: Sequence[str] = ("logprob",),
@@ -90,7 +91,7 @@ def linear_policy_stats(
     T = len(hidden) * (group_size(shard.group) if sequence_parallel else 1)
     options = checked_options(
         "linear_policy_stats", T=T, dtype=hidden.dtype, shard=shard, targets=targets, temperature=temperature,
-        top_p=top_p, nucleus=nucleus, want=want, grad=grad, num_candidates=num_candidates, support=support,
+        top_p=top_p, min_p=min_p, nucleus=nucleus, want=want, grad=grad, num_candidates=num_candidates, support=support,
         deterministic=deterministic,
     )  # fmt: skip
     scale, support = inverse_temperature(temperature, T, hidden), support if options.over_support else None

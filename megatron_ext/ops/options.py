@@ -15,7 +15,7 @@ from megatron_ext.ops.support import Support
 
 NUCLEUS = ("nucleus_entropy", "nucleus_mass", "nucleus_size", "nucleus_logprob")
 SUPPORT = ("support_logprob", "support_entropy")  # over the caller's support
-DIFFERENTIABLE = ("logprob", "entropy", "nucleus_entropy", "nucleus_logprob")  # and those of SUPPORT
+DIFFERENTIABLE = ("logprob", "entropy", "nucleus_entropy", "nucleus_logprob", "nucleus_mass")  # and those of SUPPORT
 NUM_CANDIDATES = (
     256  # highest logits of a token that a rank sends; of bf16 logits twice as many counts, in as many bytes
 )
@@ -26,7 +26,8 @@ class PolicyStats:
     """Statistics of every token, ``[T]`` fp32 (fp64 for fp64 logits), in nats; None where not wanted.
 
     ``nucleus_logprob`` is the log-probability renormalised inside the nucleus, minus infinity for a target outside:
-    for rollouts that were sampled with top-p by the same logits.
+    for rollouts that were sampled with top-p by the same logits. With ``min_p`` the nucleus is the tokens of the
+    vocabulary that are likely enough beside the likeliest one.
     ``support_logprob`` and ``support_entropy`` are those of the policy renormalised on the caller's support, the tokens
     that a sampler kept (support.py): what the replay of a rollout needs. Minus infinity for a target outside.
     ``num_fallback`` counts the tokens that the candidates left unresolved; int64 scalar on the device of the logits,
@@ -58,10 +59,14 @@ OUTPUTS = tuple(field.name for field in fields(PolicyStats))
 
 @dataclass(frozen=True)
 class NucleusRule:
-    """Where the nucleus ends. ``limit`` is infinite for top_p 1: the cutoff token then has the lowest finite logit."""
+    """Where the nucleus ends. ``limit`` is infinite for top_p 1: the cutoff token then has the lowest finite logit.
+
+    With ``min_p`` it ends at a probability, not at a mass (min_p.py), and ``top_p`` means nothing.
+    """
 
     top_p: float
     nucleus: str  # inclusive | exclusive
+    min_p: float | None = None
 
     @property
     def limit(self) -> float:
@@ -103,7 +108,9 @@ class Options(NamedTuple):
 
         What lies below the cutoff token holds about 1 - top_p of the whole mass: half of it is spread over the ranks.
         """
-        return 1 - (1 - self.rule.top_p) / (2 * group_size(self.shard.group)) if self.rule else 1.0
+        if self.rule is None or self.rule.min_p is not None:
+            return 1.0
+        return 1 - (1 - self.rule.top_p) / (2 * group_size(self.shard.group))
 
     @property
     def nucleus_grad(self) -> bool:
@@ -164,6 +171,7 @@ def checked_options(
     targets: Tensor,
     temperature: float | Tensor,
     top_p: float | None,
+    min_p: float | None,
     nucleus: str,
     want: Sequence[str],
     grad: Sequence[str],
@@ -187,8 +195,12 @@ def checked_options(
     if wrong := [name for name in grad if name not in want or name not in (*DIFFERENTIABLE, *SUPPORT)]:
         expected = [*DIFFERENTIABLE, *SUPPORT]
         raise ValueError(f"{caller}: grad names {wrong}; expected wanted outputs among {expected}")
-    if wants_nucleus and (top_p is None or not 0 < top_p <= 1):
-        raise ValueError(f"{caller}: nucleus outputs need top_p in (0, 1], found {top_p}")
+    by_mass, by_probability = top_p is not None and 0 < top_p <= 1, min_p is not None and 0 < min_p < 1
+    if wants_nucleus and not (by_mass and min_p is None or by_probability and top_p is None):
+        raise ValueError(
+            f"{caller}: nucleus outputs need top_p in (0, 1], or in its place min_p in (0, 1); found top_p {top_p}, "
+            f"min_p {min_p}"
+        )
     if nucleus not in ("inclusive", "exclusive"):
         raise ValueError(f"{caller}: nucleus is {nucleus!r}, expected 'inclusive' or 'exclusive'")
     if num_candidates < 1:
@@ -202,5 +214,5 @@ def checked_options(
         raise ValueError(f"{caller}: want has {of_support}, which are of a support: pass support=, found None")
     if support is not None:
         support.check(caller, T, shard.vocab_size, targets.device)
-    rule = NucleusRule(top_p, nucleus) if wants_nucleus and top_p is not None else None
+    rule = NucleusRule(1.0 if top_p is None else top_p, nucleus, min_p) if wants_nucleus else None
     return Options(shard, rule, tuple(want), tuple(grad), num_candidates, deterministic)

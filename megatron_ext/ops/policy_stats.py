@@ -5,11 +5,12 @@ With z = logits / T, m the maximum of a token's z, S = sum e^(z-m), all over the
     log p = z - m - log S                    logprob = log p[target]
     H     = log S - sum e^(z-m) (z-m) / S    entropy
     V_p   = {z >= theta} (inclusive) or {z > theta} (exclusive), theta the logit of the cutoff token, at which the
-            descending cumulative mass reaches top_p
-    q     = p / mass inside V_p              nucleus_entropy H_p = -sum q log q, nucleus_logprob = log q[target]
+            descending cumulative mass reaches top_p; or, with min_p, theta = m + log min_p: p against min_p max p
+    M     = sum of p inside V_p              nucleus_mass
+    q     = p / M inside V_p                 nucleus_entropy H_p = -sum q log q, nucleus_logprob = log q[target]
 
-    dL/dlogits_j = 1/T [ g_lp (1[j=y] - p_j) - g_H p_j (log p_j + H)
-                         + 1[j in V_p] ( g_nlp (1[j=y] - q_j) - g_Hp q_j (log q_j + H_p) ) ]
+    dL/dlogits_j = 1/T [ g_lp (1[j=y] - p_j) - g_H p_j (log p_j + H) - g_M M p_j
+                         + 1[j in V_p] ( g_nlp (1[j=y] - q_j) - g_Hp q_j (log q_j + H_p) + g_M p_j ) ]
 
 Membership in V_p is constant. The backward reads the logits and a few numbers a token, and exchanges nothing.
 """
@@ -48,6 +49,7 @@ def policy_stats(
     *,
     temperature: float | Tensor = 1.0,
     top_p: float | None = None,
+    min_p: float | None = None,
     nucleus: str = "inclusive",
     want: Sequence[str] = ("logprob", "entropy"),
     grad: Sequence[str] = ("logprob",),
@@ -66,13 +68,16 @@ def policy_stats(
         targets: ``[T]`` int64, global token ids, the same on every rank of the group.
         shard: the columns this rank holds; None: all of the vocabulary.
         temperature: a positive number, or ``[T]``.
-        top_p: the nucleus' mass, in (0, 1]; needed by the nucleus outputs. 1 takes the fallback for every token: the
-            plain entropy is then the same and free.
+        top_p: the nucleus' mass, in (0, 1]; the nucleus outputs need it, or min_p. 1 takes the fallback for every
+            token: the plain entropy is then the same and free.
+        min_p: in (0, 1), in the place of top_p: the nucleus is the tokens whose probability is at least (inclusive) or
+            above (exclusive) min_p times the likeliest one's. -log of its mass is then the KL divergence of the policy
+            from what it is renormalised there, and p - q the gradient.
         nucleus: ``inclusive`` keeps the cutoff token, at which the mass reaches top_p; ``exclusive`` does not and may
             be empty (entropy 0, no gradient).
         want: names of the outputs to compute: the fields of ``PolicyStats`` but for ``num_fallback``.
         grad: names of the wanted outputs that carry a gradient: logprob, entropy, nucleus_entropy, nucleus_logprob,
-            support_logprob, support_entropy.
+            nucleus_mass, support_logprob, support_entropy.
         num_candidates: logits of a token that are sent to its owner rank; more resolve flatter distributions.
         support: the tokens of the vocabulary that a sampler kept for each of the T tokens, the same on every rank;
             needed by the support outputs. Where only those are wanted the logits are read at its ids alone, but for
@@ -92,7 +97,7 @@ def policy_stats(
         raise ValueError(f"policy_stats: logits are {list(logits.shape)}, expected {expected}")
     options = checked_options(
         "policy_stats", T=len(logits), dtype=logits.dtype, shard=shard, targets=targets, temperature=temperature,
-        top_p=top_p, nucleus=nucleus, want=want, grad=grad, num_candidates=num_candidates, support=support,
+        top_p=top_p, min_p=min_p, nucleus=nucleus, want=want, grad=grad, num_candidates=num_candidates, support=support,
         deterministic=deterministic,
     )  # fmt: skip
     scale, support = inverse_temperature(temperature, len(logits), logits), support if options.over_support else None
@@ -116,12 +121,13 @@ class _PolicyStatsFunction(torch.autograd.Function):
     of all tokens: it as it is, and [T, 4].
 
     Collectives over the shard's group, none of one rank: without a nucleus one all-gather; with one an all-to-all and
-    an all-gather, and the gathers of the fallback where it is taken (a GPU always sends them). With a support one
+    an all-gather, and the gathers of the fallback where it is taken (a GPU always sends them); with one by min_p two
+    all-gathers. With a support one
     all-gather more, and the others only where something of the whole vocabulary is wanted. With ``deterministic`` two
     without a nucleus, the search's gathers besides with one, and 8 B an id for a support. Backward: none.
 
-    (1) again for tokens that take the fallback; on a GPU once more in the groups of columns that hold candidates. Only
-    at the support's ids where nothing of the whole vocabulary is wanted.
+    (1) again for tokens that take the fallback; on a GPU once more in the groups of columns that hold candidates, or
+    with min_p the nucleus. Only at the support's ids where nothing of the whole vocabulary is wanted.
     (2) fp64 for fp64 logits.
     """
 

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_ext.ops import deterministic, logit_passes
+from megatron_ext.ops import deterministic, logit_passes, min_p
 from megatron_ext.ops.candidates import Blocks, in_nucleus
 from megatron_ext.ops.logit_passes import NucleusGradient, TokenGradient
 from megatron_ext.ops.nucleus import exchange, exchange_candidates, search
-from megatron_ext.ops.options import Forward, Options
+from megatron_ext.ops.options import NUCLEUS, Forward, Options
 from megatron_ext.ops.shard import VocabShard
 from megatron_ext.ops.stats import GlobalStats
 
@@ -25,7 +25,8 @@ def forward(logits: Tensor, targets: Tensor, scale: Tensor, options: Options) ->
     shard, rule = options.shard, options.rule
     if options.deterministic:
         stats = deterministic.global_stats(logits, _local_columns(targets, shard), scale, options)
-        searched = torch.tensor(len(logits), device=scale.device) if rule else None
+        num_searched = len(logits) if rule and rule.min_p is None else 0
+        searched = torch.tensor(num_searched, device=scale.device) if rule else None
         return Forward(_outputs(stats, scale, options), (_kept(stats, scale, options),), searched)
     sums, candidates = logit_passes.summarise(
         logits,
@@ -34,10 +35,13 @@ def forward(logits: Tensor, targets: Tensor, scale: Tensor, options: Options) ->
         shard.real,
         moment=options.moment,
         num_candidates=options.num_candidates if rule else None,
-        tail=1 - options.held_share,
+        tail=1.0 if rule and rule.min_p else 1 - options.held_share,  # by min_p only their blocks are asked for
     )
     if rule is None or candidates is None:
         stats, fallback, blocks = exchange(sums, scale, shard), None, None
+    elif rule.min_p is not None:
+        blocks, fallback = candidates.blocks, torch.tensor(0, device=scale.device)
+        stats = min_p.exchange_nucleus(logits[:, : shard.real], sums, blocks, scale, shard, rule)
     else:
         stats, blocks = exchange_candidates(sums, candidates, scale, shard, rule), candidates.blocks
         assert stats.nucleus is not None
@@ -104,7 +108,7 @@ def _token_gradient(
     b = nucleus = None
     if "entropy" in g:
         a, b = a + g["entropy"] * (stats.entropy - stats.total.log()), -scale / stats.total * g["entropy"]
-    if stats.nucleus and options.rule and ("nucleus_entropy" in g or "nucleus_logprob" in g):
+    if stats.nucleus and options.rule and any(name in g for name in NUCLEUS):
         theta, mass, entropy, size = stats.nucleus
         zero = torch.zeros_like(stats.total)
         some = size > 1  # an empty nucleus has no gradient, and that of a certain token vanishes
@@ -114,6 +118,9 @@ def _token_gradient(
         hit = in_nucleus(stats.target, theta, options.rule.keep_equal)
         g_logprob = torch.where(hit & some, g.get("nucleus_logprob", zero), 0)
         a_n, b_n = weight * (g_logprob + g_entropy * (entropy - mass.log())), weight * g_entropy
+        if "nucleus_mass" in g:  # of any nucleus: that of a certain token is not constant
+            slope = g["nucleus_mass"] / stats.total
+            a, a_n = a + slope * stats.nucleus.mass, a_n + scale * slope
         found_in = Blocks(*blocks) if blocks else None
         nucleus = NucleusGradient(a_n, b_n, theta, size, options.rule.keep_equal, found_in)
         at_target = at_target + g_logprob

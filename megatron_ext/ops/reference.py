@@ -5,6 +5,8 @@ Shapes: logits ``[T, V]`` raw (before temperature), targets ``[T]`` int64, tempe
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,13 @@ def nucleus_mask(logits: Tensor, top_p: float, temperature: float | Tensor = 1.0
     theta = value.gather(-1, cutoff)
     kept = value >= theta if nucleus == "inclusive" else value > theta
     return torch.zeros_like(kept).scatter(-1, order, kept)
+
+
+def min_p_mask(logits: Tensor, min_p: float, temperature: float | Tensor = 1.0, nucleus: str = "inclusive") -> Tensor:
+    """``[T, V]`` bool: probabilities of at least (inclusive) or above (exclusive) ``min_p`` times the largest."""
+    logp = log_softmax(logits.detach().double(), temperature)
+    least = logp.amax(-1, keepdim=True) + math.log(min_p)
+    return (logp >= least if nucleus == "inclusive" else logp > least) & (logits > -torch.inf)
 
 
 def nucleus_entropy(logits: Tensor, mask: Tensor, temperature: float | Tensor = 1.0) -> Tensor:

@@ -151,7 +151,7 @@ class Learner:
     def reported(self) -> Needs:
         """What the method needs, and what a step reports of the policy that sampled."""
         needs = self.method.needs
-        logged = NUCLEUS_P if self.config.log.nucleus else None
+        logged = NUCLEUS_P if self.config.log.nucleus and needs.min_p is None else None
         return replace(needs, entropy=True, nucleus_p=needs.nucleus_p or logged)
 
     def compute_old_logprobs(
@@ -315,6 +315,7 @@ class Learner:
             truncated=torch.tensor([e.sample.truncated for e in episodes], device=to),
             old_value=value,
             importance=mismatch.importance(old_logprob, rollout_logprob, sequence, self.config.importance),
+            old=old if self.method.needs.old else None,
         )
 
     def batch(self, rollouts: RolloutBatch, advantages: Advantages) -> Batch:

@@ -65,6 +65,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "entropic, full": {"name": "entropic", "target": 0.8, "form": "full"},
     "sent": {"name": "sent", "low_ratio": 0.7, "cov_ratio": 0.2},
     "sent, authors": {"name": "sent", "low_ratio": 0.7, "cov_ratio": 0.2, "variant": "authors", "beta": 0.1},
+    "ce_gppo": {"name": "ce_gppo", "clip_low": 0.1, "clip_high": 0.1, "beta_2": 0.9},
+    "ce_gppo, authors": {"name": "ce_gppo", "clip_low": 0.1, "clip_high": 0.1, "dual_clip": 1.3},
+    "erc": {"name": "erc", "ratio_low": 0.9, "ratio_high": 1.2},
+    "erc, preserve": {"name": "erc", "ratio_low": 0.9, "ratio_high": 1.2, "preserve": True, "dual_clip": 1.3},
+    "lp_reg": {"name": "lp_reg", "rho": 0.6, "kappa": 0.05, "kl_coef": 0.7},
+    "lp_reg, authors": {"name": "lp_reg", "rho": 0.4, "kappa": 0.05, "variant": "authors", "dual_clip": None},
+    "steer": {"name": "steer", "lambda_min": 0.3},
+    "steer, authors": {"name": "steer", "lambda_min": 0.3, "variant": "authors", "dual_clip": 1.3},
 }
 
 
@@ -165,11 +173,26 @@ def nucleus_entropy(logits: Tensor, p: float, rule: str) -> Tensor:
     return torch.stack(result)
 
 
+def without_noise(case: Case, logits: Tensor, kappa: float) -> tuple[Tensor, Tensor]:
+    """Position by position: the probability of what is above kappa times the largest, and the token's log-probability
+    there (minus infinity: it is below), ``[T]`` each."""
+    mass, logprob = [], []
+    for row, token in zip(logits.softmax(-1), case.token.tolist(), strict=True):
+        p = row.tolist()
+        kept = [v for v in range(VOCAB) if p[v] > kappa * max(p)]
+        mass.append(row[kept].sum())
+        logprob.append((row[token] / mass[-1]).log() if token in kept else row[0].log() - torch.inf)
+    return torch.stack(mass), torch.stack(logprob)
+
+
 def statistics(case: Case, logits: Tensor, needs: Needs) -> TokenStats:
     """What the operator would give: only what was asked for, with gradient only where that was asked for."""
     h = entropy(logits) if needs.entropy else None
     nucleus = None if needs.nucleus_p is None else nucleus_entropy(logits, needs.nucleus_p, needs.nucleus)
+    mass, without = (None, None) if needs.min_p is None else without_noise(case, logits, needs.min_p)
     return TokenStats(
+        min_p_mass=mass if mass is None or needs.min_p_grad else mass.detach(),
+        min_p_logprob=None if without is None else without.detach(),
         logprob=case.logp(logits),
         entropy=h if h is None or needs.entropy_grad else h.detach(),
         nucleus_entropy=nucleus if nucleus is None or needs.nucleus_grad else nucleus.detach(),
@@ -197,6 +220,7 @@ def batch(case: Case, method: Method) -> Batch:
         group=case.group,
         truncated=torch.zeros(len(case.reward), dtype=torch.bool),
         old_value=case.old_value if method.needs.value else None,
+        old=statistics(case, case.old, method.needs).detach() if method.needs.old else None,
     )
     advantages = method.compute_advantages(rollouts, OneRank())
     return rollouts.complete(advantages, weight=weight.double(), num_sequences=num_sequences, num_tokens=num_tokens)

@@ -22,6 +22,12 @@ OFF: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "entropy_advantage": ({"alpha": 0.0}, {"name": "clip_higher"}),
     "entropy_advantage_ppo": ({"alpha": 0.0}, {"name": "ppo"}),
     "sent": ({"beta_low": 0.0, "beta_high": 0.0}, {"name": "grpo"}),
+    "erc": ({"ratio_low": 0.0, "ratio_high": 1e12}, {"name": "clip_higher"}),
+    "lp_reg": (
+        {"kl_coef": 0.0},
+        {"name": "grpo", "aggregation": "token-mean", "clip_low": 1.0, "clip_high": 9.0, "dual_clip": 10.0},
+    ),
+    "steer": ({"lambda_min": 1.0}, {"name": "clip_higher"}),
     "entropy_bonus": ({"coef": 0.0}, {"name": "grpo"}),
     "high_entropy_reward": ({"coef": 0.0}, {"name": "grpo"}),
     "dr_grpo": ({"aggregation": "seq-mean-token-mean", "normalise": True, "clip_high": 0.2}, {"name": "grpo"}),

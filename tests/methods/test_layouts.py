@@ -33,6 +33,7 @@ TUNED: dict[str, dict[str, Any]] = {
     "entropic": {"threshold": 0.01, "target": 3.2},
     "entropic, authors": {"threshold": 0.01, "target": 3.2},
     "entropic, full": {"target": 3.2},
+    "lp_reg, authors": {"rho": 0.6},
 }
 CORRECTED = {f"grpo, {level} {mode}": (level, mode) for level in ("token", "sequence") for mode in ("truncate", "mask")}
 NAMES = [*OPTIONS, *CORRECTED]
@@ -88,7 +89,9 @@ def every_method(rank: int, world: int, path: str, layout: tuple[int, int, int, 
         importance = ImportanceConfig.model_validate({"level": level, "mode": mode, "cap": 1.2})
         learner.config = config.model_copy(update={"importance": importance})
         current = rules[method.needs.nucleus]
-        old = replace(current, logprob=moved(current.logprob, own))
+        if method.needs.min_p is not None:
+            current = learner.statistics(policy, mini_batch, replace(method.needs, entropy=True))
+        old = replace(current, logprob=moved(current.logprob, own), entropy=moved(current.entropy, own))
         sampled = sampled_with(current.logprob, own) if name in CORRECTED else own
         rollouts = learner.rollout_batch(sampled, old, current.logprob - 0.1, current.logprob / 4)
         batch = learner.batch(rollouts, method.compute_advantages(rollouts, learner.reduce))
@@ -138,3 +141,6 @@ def test_the_thresholds_are_at_work(results: dict[str, list[dict[str, Any]]]) ->
     assert all(0 < report[name].get("importance/truncated", 0.5) < 1 for name in CORRECTED)
     assert all(0 < report[name].get("importance/masked", 0.5) < 1 for name in CORRECTED)
     assert 0 < abs(report["entropic"]["entropic/alpha"]) < 1 and 0 < report["clip_higher"]["overlong/share"] < 1
+    assert all(0 < metrics[name]["erc/stopped"] < 1 for name in ("erc", "erc, preserve"))
+    assert all(0 < metrics[name]["lp_reg/held"] < 0.5 for name in ("lp_reg", "lp_reg, authors"))
+    assert all(0.3 < metrics[name]["steer/weight"] < 1 for name in ("steer", "steer, authors"))

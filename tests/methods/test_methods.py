@@ -57,6 +57,18 @@ PAPER: dict[str, dict[str, Any]] = {
     "entropy_advantage_ppo": {"clip_high": 0.28, "alpha": 0.1, "kappa": 2.0, "lam": 1.0, "critic_only_steps": 10},
     "entropic": {"clip_high": 0.2, "k_p": 1.0, "k_i": 0.01, "threshold": 0.95, "target": 0.1, "normaliser": "all"},
     "sent": {"clip_high": 0.2, "low_ratio": 0.8, "cov_ratio": 2e-4, "beta_low": 0.5, "beta_high": 2.0},
+    "ce_gppo": {"aggregation": "token-mean", "clip_low": 0.2, "clip_high": 0.2, "beta_1": 0.5, "beta_2": 1.0},
+    "erc": {"aggregation": "token-mean", "clip_high": 0.28, "ratio_low": 0.95, "ratio_high": 1.05, "preserve": False},
+    "lp_reg": {
+        "aggregation": "token-mean",
+        "clip_low": 1.0,
+        "clip_high": 9.0,
+        "dual_clip": 10.0,
+        "kappa": 0.02,
+        "rho": 0.01,
+        "kl_coef": 1.0,
+    },
+    "steer": {"aggregation": "token-mean", "clip_high": 0.28, "lambda_min": 0.7, "variant": "paper"},
 }
 
 
@@ -140,6 +152,13 @@ def test_every_method_is_tested_and_has_a_recipe_of_its_own() -> None:
         ({"name": "entropic", "threshold": 1.0}, "method.threshold: found 1.0"),
         ({"name": "entropic", "k_i": -1.0}, "method.k_i: found -1.0, expected a gain of at least 0"),
         ({"name": "sent", "low_ratio": 80}, "method.low_ratio: found 80, expected a share"),
+        ({"name": "ce_gppo", "beta_1": -0.5}, "method.beta_1: found -0.5, expected a factor of at least 0"),
+        ({"name": "erc", "ratio_low": 1.0}, "method.ratio_low: found 1.0, expected a ratio from 0 to below 1"),
+        ({"name": "erc", "ratio_high": 1}, "method.ratio_high: found 1, expected a ratio above 1"),
+        ({"name": "lp_reg", "kappa": 1.0}, "method.kappa: found 1.0, expected a share of the likeliest token's"),
+        ({"name": "lp_reg", "rho": 0.0}, "method.rho: found 0.0"),
+        ({"name": "steer", "lambda_min": 0.0}, "method.lambda_min: found 0.0, expected a weight above 0"),
+        ({"name": "steer", "floor": 0}, "method.floor: found 0"),
     ],
 )
 def test_a_fault_is_named(options: dict[str, Any], message: str) -> None:

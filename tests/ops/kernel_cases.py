@@ -24,6 +24,7 @@ from tests.ops import test_support
 from tests.ops.cases import ALL, assert_values, language_like, weighted
 
 PADDING = 5
+SPLIT = 203  # columns of the nucleus by min_p on several ranks
 WIDE = 2 * summary.COLUMNS + 811  # three steps of a program, and no multiple of a group
 SETTINGS = [
     (nucleus, num_candidates) for nucleus in ("inclusive", "exclusive") for num_candidates in (NUM_CANDIDATES, 8)
@@ -60,6 +61,7 @@ def outcome(
     temperature: Tensor,
     nucleus: str,
     num_candidates: int,
+    min_p: float | None = None,
 ):
     """Values and gradients by the given implementation: of all outputs together and, with many candidates, of each
     alone. The backward pass knows the statistics, not by how many candidates they were found."""
@@ -67,8 +69,8 @@ def outcome(
     kept = local.detach().clone()
     with mock.patch.object(backend, "decide", lambda _: work):
         out = policy_stats(
-            local, targets, shard, temperature=temperature, top_p=0.8, nucleus=nucleus, num_candidates=num_candidates,
-            want=ALL, grad=DIFFERENTIABLE,
+            local, targets, shard, temperature=temperature, top_p=0.8 if min_p is None else None, min_p=min_p,
+            nucleus=nucleus, num_candidates=num_candidates, want=ALL, grad=DIFFERENTIABLE,
         )  # fmt: skip
         result = {name: out[name].detach() for name in ALL} | {"fallback": out["num_fallback"]}
         for grad in GRADIENTS if num_candidates == NUM_CANDIDATES else GRADIENTS[-1:]:
@@ -155,6 +157,51 @@ def below_a_floor(rank: int, world: int) -> dict[str, Tensor]:
     return {}
 
 
+def by_min_p() -> dict[str, float]:
+    """The nucleus that ends at a probability, on one rank."""
+    worst = {}
+    for dtype in DTYPES:
+        for V, min_p, nucleus in ((37, 0.5, "inclusive"), (4999, 0.02, "exclusive")):
+            setting = (nucleus, 256, min_p)
+            logits, targets, temperature = logits_of(V, dtype)
+            shard, local = VocabShard.for_vocab(V, padded_size=V + PADDING), strided(logits, PADDING)
+            got = outcome(kernels, local, shard, targets, temperature, *setting)
+            expected = outcome(portable, local, shard, targets, temperature, *setting)
+            compare_by_min_p(got, expected)
+            worst[f"{V} {dtype} {setting}"] = worst_ratio(got, expected, V)
+    return worst
+
+
+def by_min_p_on_ranks() -> dict[str, float]:
+    """Three ranks against one rank's portable path."""
+    ranks = gloo.run(min_p_on_a_rank, 3, timeout=300)
+    logits, targets, temperature = logits_of(SPLIT, torch.bfloat16)
+    expected = outcome(portable, logits, VocabShard.for_vocab(SPLIT), targets, temperature, "exclusive", 256, 0.1)
+    compare_by_min_p(ranks[0], expected)
+    assert all(torch.equal(rank[name], ranks[0][name]) for rank in ranks for name in ALL)
+    got = {n: torch.cat([rank[n] for rank in ranks], 1) for n in expected if n.startswith("gradient")}
+    return {"3 ranks": worst_ratio(got, expected, SPLIT)}
+
+
+def min_p_on_a_rank(rank: int, world: int) -> dict[str, Tensor]:
+    """The last rank holds nothing but padding."""
+    logits, targets, temperature = logits_of(SPLIT, torch.bfloat16)
+    width = -(-SPLIT // (world - 1)) + PADDING
+    full = torch.full((len(logits), world * width), 50.0, dtype=torch.bfloat16)
+    full[:, :SPLIT] = logits
+    shard = VocabShard.for_vocab(SPLIT, torch.distributed.group.WORLD, padded_size=world * width)
+    local = full[:, shard.start : shard.stop].clone()
+    return outcome(kernels, local, shard, targets, temperature, "exclusive", 256, 0.1)
+
+
+def compare_by_min_p(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Which tokens are in it, exactly; values to the rounding of fp32."""
+    assert got["fallback"] == expected["fallback"] == 0
+    assert torch.equal(got["nucleus_size"], expected["nucleus_size"])
+    for name in ALL:
+        torch.testing.assert_close(got[name], expected[name], rtol=4e-6, atol=4e-6, msg=name)
+
+
 def whole_nucleus(device: str) -> None:
     """top_p 1 and tiny, NaN, no tokens, no nucleus."""
     for dtype in DTYPES:
@@ -213,6 +260,8 @@ CASES: dict[str, Callable[[], dict[str, float] | None]] = {
     "ranks": compare_ranks,
     "edges": lambda: whole_nucleus("cpu"),
     "support": over_support,
+    "min_p": by_min_p,
+    "min_p on ranks": by_min_p_on_ranks,
 }
 
 if __name__ == "__main__":

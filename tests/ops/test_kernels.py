@@ -14,7 +14,11 @@ from megatron_ext.ops import backend, portable
 
 
 @pytest.mark.parametrize(
-    ("case", "results"), [("tokens", 3 * 2 * 4), ("ranks", 2 * 2 * 4), ("edges", 0), ("support", 6 + 4)]
+    ("case", "results"),
+    [
+        *(("tokens", 3 * 2 * 4), ("ranks", 2 * 2 * 4), ("edges", 0), ("support", 6 + 4)),
+        *(("min_p", 2 * 2), ("min_p on ranks", 1)),
+    ],
 )
 def test_kernels_equal_the_portable_path_in_the_interpreter(case, results):
     done = subprocess.run(

@@ -9,7 +9,7 @@ from megatron_ext.ops import VocabShard, linear_policy_stats, policy_stats
 from megatron_ext.ops.kernels.launches import Launch, compiled, record, world_of
 
 ALL = ("logprob", "entropy", "nucleus_entropy", "nucleus_mass", "nucleus_size", "nucleus_logprob")
-GRAD = ("logprob", "entropy", "nucleus_entropy", "nucleus_logprob")
+GRAD = ("logprob", "entropy", "nucleus_entropy", "nucleus_logprob", "nucleus_mass")
 V = 151_936
 
 
@@ -23,9 +23,8 @@ def launches(T: int, tp: int, dtype=torch.bfloat16, want=ALL, temperature: float
 
         def call() -> None:
             shard = VocabShard.for_vocab(V, group if tp > 1 else None)
-            out = policy_stats(
-                logits, targets, shard, temperature=temperature, top_p=0.8, want=want, grad=grad, **options
-            )
+            asked = {"top_p": None if "min_p" in options else 0.8, "want": want, "grad": grad} | options
+            out = policy_stats(logits, targets, shard, temperature=temperature, **asked)
             torch.autograd.grad([out[name] for name in grad], logits, upstream)
 
         return record(call)
@@ -44,6 +43,16 @@ def test_the_number_of_launches_does_not_depend_on_the_tokens_and_nothing_waits(
 def test_without_a_nucleus_two_kernels_and_a_gradient():
     names = [launch.name for launch in launches(1024, 4, want=("logprob", "entropy"))]
     assert names == ["full", "summary_kernel", "_allgather_base_", "outputs_kernel", "gradient_kernel"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_nucleus_by_min_p_is_three_kernels_and_a_gradient(dtype):
+    found = launches(1024, 4, dtype, min_p=0.02)
+    assert [launch.name for launch in found if launch.kind in ("kernel", "collective")] == [
+        *("summary_kernel", "_allgather_base_", "min_p_kernel", "_allgather_base_", "nucleus_outputs_kernel"),
+        "gradient_kernel",
+    ]
+    assert not [launch for launch in found if launch.kind == "host copy"]
 
 
 def test_reading_a_number_back_or_copying_one_to_the_device_is_found():
@@ -104,10 +113,13 @@ def test_every_kernel_compiles_without_spills_and_fills_half_of_an_sm(capability
                     if launch.kind == "kernel":
                         values = [(v.dtype if isinstance(v, torch.Tensor) else None) for v in launch.arguments]
                         seen[launch.name, tuple(values), launch.options] = launch
+            for launch in launches(1024, tp, dtype, min_p=0.02):
+                if launch.name == "min_p_kernel":
+                    seen[launch.name, dtype, launch.options] = launch
     found = [compiled(launch, capability) for launch in seen.values()]
     assert {kernel.name for kernel in found} == {
         *("summary_kernel", "candidates_kernel", "decide_kernel", "search_kernel", "search_sums_kernel"),
-        *("outputs_kernel", "nucleus_outputs_kernel", "gradient_kernel"),
+        *("outputs_kernel", "nucleus_outputs_kernel", "gradient_kernel", "min_p_kernel"),
     }
     for kernel in found:
         # torch's own Triton, 3.7.1, keeps one register of sm_80's decide_kernel at TP 1 in memory; 3.9.0 does not

@@ -87,7 +87,7 @@ def importance(weight: float) -> torch.Tensor:
     return torch.full_like(cases.Case().sequence, weight, dtype=torch.float32)
 
 
-REGULARISED = ("grpo", "entropy_bonus", "high_entropy_reward", "kl_cov", "siren", "aec", "aer", "sent")
+REGULARISED = ("grpo", "entropy_bonus", "high_entropy_reward", "kl_cov", "siren", "aec", "aer", "sent", "lp_reg")
 LEVELS_AND_MODES = [(level, mode) for level in ("token", "sequence") for mode in ("truncate", "mask")]
 
 

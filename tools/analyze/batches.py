@@ -70,6 +70,7 @@ def batch_of(group_list: Sequence[Sequence[Scored]], method: Method) -> tuple[Ba
         reward=reward,
         group=torch.tensor(group),
         truncated=torch.tensor([response.truncated for response in responses]),
+        old=stats if method.needs.old else None,
     )
     num_sequences, num_tokens = num_valid(rollouts), int(rollouts.mask.sum())
     weight = token_weights(

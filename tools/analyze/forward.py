@@ -22,7 +22,7 @@ from megatron_ext.config.errors import ConfigError
 from megatron_ext.methods.base import Needs
 from megatron_ext.ops import policy_stats
 from megatron_ext.rollout.model_files import load_config, load_tokenizer
-from megatron_ext.types import TokenStats
+from megatron_ext.types import OF_MIN_P, TokenStats
 
 LOGITS_AT_ONCE = 2**26  # 256 MB in fp32
 BATCH_TOKENS = 8192  # of a batch, padding included
@@ -110,7 +110,10 @@ class Scorer:
 
     def _stats(self, hidden: Tensor, targets: Tensor, needs: Needs) -> TokenStats:
         """``[T, D]``, ``[T]`` -> statistics ``[T]``."""
-        want = ["logprob", "entropy"] + (["nucleus_entropy"] if needs.nucleus_p is not None else [])
+        by_probability = needs.min_p is not None
+        fields = {name: name for name in ("logprob", "entropy")} | (OF_MIN_P if by_probability else {})
+        if needs.nucleus_p is not None:
+            fields["nucleus_entropy"] = "nucleus_entropy"
         per_chunk = max(1, LOGITS_AT_ONCE // self.vocab_size)
         parts = [
             policy_stats(
@@ -118,16 +121,17 @@ class Scorer:
                 target,
                 temperature=self.temperature,
                 top_p=needs.nucleus_p,
-                nucleus=needs.nucleus,
-                want=want,
+                min_p=needs.min_p,
+                nucleus="exclusive" if by_probability else needs.nucleus,
+                want=tuple(fields),
                 grad=(),
             )
             for part, target in zip(hidden.split(per_chunk), targets.split(per_chunk), strict=True)
             if len(target)
         ]
         if not parts:
-            return TokenStats(**{name: torch.empty(0) for name in want})
-        return TokenStats(**{name: torch.cat([part[name] for part in parts]).cpu() for name in want})
+            return TokenStats(**{field: torch.empty(0) for field in fields.values()})
+        return TokenStats(**{field: torch.cat([part[n] for part in parts]).cpu() for n, field in fields.items()})
 
     def _check(self, pairs: Sequence[Pair]) -> None:
         most = getattr(self.model.config, "max_position_embeddings", None)

@@ -5,6 +5,7 @@ With d = (x - m) / T the gradient of a token's logits is
     dx_j = e^d_j (a + b d_j) + 1[j in nucleus] e^d_j (a_n + b_n d_j) + 1[j = target] at_target
 
 and every program makes the six numbers of its token from the saved ones (columns.py) and the upstream gradients.
+The mass of a nucleus has a term in a and one in a_n.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ WARPS = 8
 @triton.jit
 def gradient_kernel(
     logits, token_stride, targets, first_column, scale, scale_stride, numbers, out, out_stride, V, width,
-    g_logprob, s_logprob, g_entropy, s_entropy, g_inside, s_inside, g_target, s_target,
+    g_logprob, s_logprob, g_entropy, s_entropy, g_inside, s_inside, g_target, s_target, g_mass, s_mass,
     OF_LOGPROB: tl.constexpr, OF_ENTROPY: tl.constexpr, OF_INSIDE: tl.constexpr, OF_TARGET: tl.constexpr,
-    KEEP_EQUAL: tl.constexpr, NUMBERS: tl.constexpr, COLUMNS: tl.constexpr,
+    OF_MASS: tl.constexpr, KEEP_EQUAL: tl.constexpr, NUMBERS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One program a block of a token's columns. ``g_*`` with stride ``s_*``: upstream gradients of the log-prob, the
-    entropy, the nucleus entropy (inside) and the nucleus log-prob (target), each read only where there is one."""
+    entropy, the nucleus' entropy (inside), log-prob (target) and mass, each read only where there is one."""
     token = tl.program_id(0).to(tl.int64)
     offset = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     x = tl.load(logits + token * token_stride + offset, mask=offset < V, other=-float("inf")).to(tl.float32)
@@ -45,11 +46,15 @@ def gradient_kernel(
         g = tl.load(g_entropy + token * s_entropy)
         a += g * (tl.load(numbers + ENTROPY) - tl.log(total))
         b = -factor / total * g
+    share = 0.0
+    if OF_MASS:
+        share = tl.load(g_mass + token * s_mass) / total
+        a += share * tl.load(numbers + MASS)
     a = -factor / total * a
     d = clamped((x - maximum) * factor)
     e = tl.exp2(d * LOG2E)
     slope = a + b * d if OF_ENTROPY else a
-    if OF_INSIDE or OF_TARGET:
+    if OF_INSIDE or OF_TARGET or OF_MASS:
         theta = tl.load(numbers + THETA)
         some = tl.load(numbers + SIZE) > 1  # an empty nucleus has no gradient, and that of a certain token vanishes
         mass = tl.where(some, tl.load(numbers + MASS), 1.0)
@@ -67,7 +72,7 @@ def gradient_kernel(
             a_n += g
             at_target += g
         inside = (x >= theta) & (x > -float("inf")) if KEEP_EQUAL else x > theta
-        slope += tl.where(inside, weight * a_n + b_n * d, 0.0)
+        slope += tl.where(inside, weight * a_n + factor * share + b_n * d, 0.0)
     gradient = e * slope
     gradient += tl.where(offset == tl.load(targets + token) - first_column, factor * at_target, 0.0)
     gradient = tl.where(offset < V, gradient, 0.0)

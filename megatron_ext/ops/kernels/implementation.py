@@ -9,12 +9,14 @@ candidates do not resolve are searched by kernels that are always launched and e
                              gather, 4 x (search, gather), sums, gather,      4 x search, sums, outputs
                              outputs
     with one, fp32           no candidates: 8 rounds search all tokens
+    with one by min_p        summary, gather, min_p, gather, outputs          summary, min_p, outputs
     backward                 gradient
 """
 
 from __future__ import annotations
 
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+import math
 from collections.abc import Mapping
 
 import torch
@@ -22,7 +24,7 @@ import triton
 from torch import Tensor
 
 from megatron_ext.ops.collectives import all_gather, all_to_all, group_rank, group_size
-from megatron_ext.ops.kernels import gradient, nucleus, outputs, summary
+from megatron_ext.ops.kernels import gradient, min_p, nucleus, outputs, summary
 from megatron_ext.ops.kernels.columns import AT_COLUMNS, GLOBAL_COLUMNS, SHARD_COLUMNS, STATE_COLUMNS
 from megatron_ext.ops.options import Forward, Options
 
@@ -38,6 +40,8 @@ def forward(logits: Tensor, targets: Tensor, scale: Tensor, options: Options) ->
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     if options.rule is None:
         return _plain(logits, targets, scale, options)
+    if options.rule.min_p is not None:
+        return _by_min_p(logits, targets, scale, options, options.rule.min_p)
     if logits.dtype == torch.bfloat16:
         numbers, rounds = _decide(logits, targets, scale, options), 4
     else:
@@ -60,14 +64,14 @@ def backward(
     assert out.stride(1) == 1
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     (numbers,) = saved
-    names = ("logprob", "entropy", "nucleus_entropy", "nucleus_logprob")
+    names = ("logprob", "entropy", "nucleus_entropy", "nucleus_logprob", "nucleus_mass")
     given = [upstream.get(name) for name in names]
     pointers = [part for value in given for part in ((numbers, 0) if value is None else (value, value.stride(0)))]
     present = [value is not None for value in given]
     gradient.gradient_kernel[(len(out), triton.cdiv(out.shape[1], gradient.COLUMNS))](
         logits, logits.stride(0), targets, options.shard.start, scale, scale.stride(0), numbers,
         out, out.stride(0), options.shard.real, out.shape[1], *pointers,
-        OF_LOGPROB=present[0], OF_ENTROPY=present[1], OF_INSIDE=present[2], OF_TARGET=present[3],
+        OF_LOGPROB=present[0], OF_ENTROPY=present[1], OF_INSIDE=present[2], OF_TARGET=present[3], OF_MASS=present[4],
         KEEP_EQUAL=_keep_equal(options), NUMBERS=numbers.shape[1], COLUMNS=gradient.COLUMNS, num_warps=gradient.WARPS,
     )  # fmt: skip
 
@@ -82,6 +86,24 @@ def _plain(logits: Tensor, targets: Tensor, scale: Tensor, options: Options) -> 
         WORLD=group_size(group), TOKENS=outputs.TOKENS, num_warps=outputs.WARPS,
     )  # fmt: skip
     return Forward({"logprob": logprob, "entropy": entropy}, (numbers,), None)
+
+
+def _by_min_p(logits: Tensor, targets: Tensor, scale: Tensor, options: Options, least: float) -> Forward:
+    """The nucleus that ends at a probability, the same for any dtype: no candidates, nobody is searched."""
+    T, group, device = len(logits), options.shard.group, logits.device
+    sums = torch.empty((T, SHARD_COLUMNS.value), dtype=torch.float32, device=device)
+    maxima = torch.empty((T, triton.cdiv(options.shard.real, summary.GROUP)), dtype=torch.int16, device=device)
+    _summarise(logits, targets, scale, options, sums, maxima)
+    numbers = torch.empty((T, GLOBAL_COLUMNS.value), dtype=torch.float32, device=device)
+    above = torch.empty((T, AT_COLUMNS.value), dtype=torch.float64, device=device)
+    min_p.min_p_kernel[(T,)](
+        logits, logits.stride(0), scale, scale.stride(0), all_gather(sums, group), maxima, numbers, above,
+        options.shard.real, T, LOG_MIN_P=math.log(least), WORLD=group_size(group), GROUP=summary.GROUP,
+        GROUPS=min_p.GROUPS, num_warps=min_p.WARPS,
+    )  # fmt: skip
+    found = _nucleus_outputs(all_gather(above, group), scale, options, numbers)
+    assert found.fallback is not None
+    return found._replace(fallback=torch.zeros_like(found.fallback))
 
 
 def _summarise(

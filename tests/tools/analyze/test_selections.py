@@ -27,6 +27,7 @@ OPTIONS = {  # with which something is selected among so few tokens: option=valu
     "kl_cov": ["k=0.1"],
     "sent": ["cov_ratio=0.1"],
     "dmmpt": ["tau=0.5", "sigma=9.0"],
+    "lp_reg": ["rho=0.5", "kappa=0.001"],
 }
 CONFIG = load_config("recipes/siren/siren-tiny-cpu.toml")
 
