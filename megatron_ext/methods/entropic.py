@@ -44,7 +44,6 @@ from megatron_ext.methods.base import (
     Prepared,
     Reducer,
     Scope,
-    log_ratio,
     num_selected,
     num_valid,
     shares,
@@ -137,8 +136,8 @@ class EntroPIC(GRPO):
         advantage = self.advantage(batch, stats, prepared)
         if self.form == "full":
             return prepared.token["control"] * torch.sign(advantage) * self.policy_loss(batch, stats, prepared)
-        ratio = log_ratio(stats.logprob, batch.old_logprob).exp()
-        return -prepared.token["control"] * batch.corrected(ratio * advantage.abs())
+        loss = batch.corrected(self.policy_surrogate.unclipped(batch, stats.logprob, advantage))
+        return prepared.token["control"] * torch.sign(advantage) * loss
 
     def metrics(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> dict[str, Tensor]:
         own = super().metrics(batch, stats, prepared)
