@@ -49,15 +49,15 @@ from megatron_ext.methods.base import (
     shares,
     token_mean,
 )
-from megatron_ext.methods.grpo import GRPO
+from megatron_ext.methods.targets import Target, Targeted
 from megatron_ext.metric import Metric
 from megatron_ext.types import Batch, TokenStats
 
 
 @dataclass(kw_only=True)
-class EntroPIC(GRPO):
+class EntroPIC(Targeted):
     aggregation: Aggregation = "token-mean"
-    target: float = 0.1  # nats
+    target: Target = 0.1  # nats, or a schedule
     k_p: float = 1.0
     k_i: float = 0.01
     form: Literal["high_probability", "full"] = "high_probability"
@@ -79,7 +79,6 @@ class EntroPIC(GRPO):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check("target", self.target > 0, "an entropy above 0, in nats")
         self.check("threshold", 0 <= self.threshold < 1, "a probability from 0 to below 1")
         for name in ("k_p", "k_i"):
             self.check(name, getattr(self, name) >= 0, "a gain of at least 0")
@@ -92,7 +91,7 @@ class EntroPIC(GRPO):
     def controller(self) -> Controller | None:
         if self.k_p == self.k_i == 0:
             return None
-        return Controller(measured="entropy/full", target=self.target, output="entropic/alpha", bound=1.0)
+        return Controller(measured="entropy/full", target=self.controller_target, output="entropic/alpha", bound=1.0)
 
     @property
     def loss_moves_state(self) -> bool:
@@ -126,7 +125,7 @@ class EntroPIC(GRPO):
 
     def advance(self, entropy: float, share: float = 1.0) -> None:
         """One step of the controller; ``share`` of this rank's mini-batch is what was measured."""
-        error, lags = entropy - self.target, self.scope == "micro_batch"
+        error, lags = entropy - self.current_target, self.scope == "micro_batch"
         output = self.k_p * error + self.k_i * (self.integral if lags else self.integral + error)
         if lags or not (abs(output) > 1 and output * error > 0):
             self.integral += error * share

@@ -28,7 +28,14 @@ The gradient of each is -w A grad(logp), with a weight w per token: the metric `
   baseline. ``level = "token"`` takes r_t for R_i, as Trinity-RFT and ROLL do.
 
 Scope. A response is never split over micro-batches or ranks: s_i and R_i are those of the whole response under every
-layout. Means and products run over its tokens that train.
+layout. Means and products run over its tokens that train, also where a method trains on some of them.
+
+What composes. A method's advantages, token weights, masks and regularisers stand beside every surrogate, and
+``importance.mode`` multiplies its loss. Four methods say something about the clipped loss itself: under ppo KL-Cov and
+the authors' variant of SENT clip nothing, another surrogate they take as it is; Clip-Cov chooses among the tokens whose
+weight is not 0; EntroPIC's control term on likely tokens is the surrogate without its range. A method's ``clip_low``,
+``clip_high`` and ``dual_clip`` are ppo's: beside another surrogate any but their defaults are an error. In a step of one
+update every ratio is 1, and all surrogates have the same gradient.
 """
 
 from __future__ import annotations
@@ -55,6 +62,8 @@ class Surrogate:
     """
 
     kind: ClassVar[str]
+    paper: ClassVar[str]  # arXiv
+    beside: ClassVar[str] = ""  # options of the method and of [importance] that the paper has with it
 
     def loss(self, batch: Batch, logprob: Tensor, advantage: Tensor) -> Tensor:
         return -self.weight(batch, logprob, advantage) * advantage * logprob
@@ -115,6 +124,7 @@ class Clipped(Ranged):
 @dataclass(frozen=True, kw_only=True)
 class PPO(Clipped):
     kind: ClassVar[str] = "ppo"
+    paper: ClassVar[str] = "1707.06347"
     dual_clip: float | None = None
 
     def loss(self, batch: Batch, logprob: Tensor, advantage: Tensor) -> Tensor:
@@ -147,6 +157,8 @@ class Unclipped(PPO):
 @dataclass(frozen=True, kw_only=True)
 class GSPO(Clipped):
     kind: ClassVar[str] = "gspo"
+    paper: ClassVar[str] = "2507.18071"
+    beside: ClassVar[str] = '`aggregation = "seq-mean-token-mean"`'
     clip_low: float = 3e-4
     clip_high: float = 4e-4
 
@@ -160,6 +172,8 @@ class GSPO(Clipped):
 @dataclass(frozen=True, kw_only=True)
 class CISPO(Ranged):
     kind: ClassVar[str] = "cispo"
+    paper: ClassVar[str] = "2506.13585"
+    beside: ClassVar[str] = '`aggregation = "token-mean"`'
     clip_low: float = 1.0
     clip_high: float = 4.0
 
@@ -177,6 +191,8 @@ class CISPO(Ranged):
 @dataclass(frozen=True, kw_only=True)
 class SAPO(Surrogate):
     kind: ClassVar[str] = "sapo"
+    paper: ClassVar[str] = "2511.20347"
+    beside: ClassVar[str] = '`aggregation = "seq-mean-token-mean"`'
     tau_pos: float = 1.0
     tau_neg: float = 1.05
 
@@ -202,6 +218,10 @@ class SAPO(Surrogate):
 @dataclass(frozen=True, kw_only=True)
 class MiniRL(Ranged):
     kind: ClassVar[str] = "minirl"
+    paper: ClassVar[str] = "2512.01374"
+    beside: ClassVar[str] = (
+        '`aggregation = "seq-mean-token-sum"`, `normalise = false`; `importance.mode = "truncate"`, `cap = 5`'
+    )
     clip_low: float = 0.2
     clip_high: float = 0.27
 
@@ -212,6 +232,8 @@ class MiniRL(Ranged):
 @dataclass(frozen=True, kw_only=True)
 class TOPR(Surrogate):
     kind: ClassVar[str] = "topr"
+    paper: ClassVar[str] = "2503.14286"
+    beside: ClassVar[str] = '`aggregation = "seq-mean-token-sum"`'
     level: Literal["sequence", "token"] = "sequence"
 
     def weight(self, batch: Batch, logprob: Tensor, advantage: Tensor) -> Tensor:

@@ -37,6 +37,11 @@ def test_a_key_stands_below_its_description() -> None:
     assert max(map(len, lines)) <= 120
 
 
-@given(st.recursive(st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), st.lists))
+@given(
+    st.recursive(
+        st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+        lambda each: st.lists(each) | st.dictionaries(st.text(), each),
+    )
+)
 def test_any_value_is_read_back(value: object) -> None:
     assert tomllib.loads(f"value = {toml_value(value)}")["value"] == value
