@@ -5,8 +5,7 @@
 
 docs/configuration.md comes from config/schema.py, docs/metrics.md from metrics/glossary.py and the methods,
 docs/methods.md and docs/surrogates.md from the methods' own files, docs/data-sets.md from config/public_sets.toml. The
-tests fail while a page
-is out of date. Exit codes: 0 up to date or written, 1 out of date, 2 a page cannot be written.
+tests fail while a page is out of date. Exit codes: 0 up to date or written, 1 out of date, 2 a page cannot be written.
 """
 
 from __future__ import annotations
@@ -74,8 +73,8 @@ def surrogate_page() -> str:
         "",
         "The values of `method.surrogate`, which every method takes: a name, or a table of its `kind` and options. "
         "On the command line `method.surrogate=gspo`, or `method.surrogate.kind=gspo method.surrogate.clip_high=1e-3`; "
-        'below `[method]` of a recipe `surrogate = "gspo"`, or `surrogate = {kind = "gspo", clip_high = 1e-3}`. The clip '
-        "range of `ppo`, the default, is the method's own. The last column is what the paper has beside its loss.",
+        'below `[method]` of a recipe `surrogate = "gspo"`, or `surrogate = {kind = "gspo", clip_high = 1e-3}`. The '
+        "clip range of `ppo`, the default, is the method's own. The last column is what the paper has beside its loss.",
         "",
     ]
     rows = (

@@ -34,8 +34,8 @@ What composes. A method's advantages, token weights, masks and regularisers stan
 ``importance.mode`` multiplies its loss. Four methods say something about the clipped loss itself: under ppo KL-Cov and
 the authors' variant of SENT clip nothing, another surrogate they take as it is; Clip-Cov chooses among the tokens whose
 weight is not 0; EntroPIC's control term on likely tokens is the surrogate without its range. A method's ``clip_low``,
-``clip_high`` and ``dual_clip`` are ppo's: beside another surrogate any but their defaults are an error. In a step of one
-update every ratio is 1, and all surrogates have the same gradient.
+``clip_high`` and ``dual_clip`` are ppo's: beside another surrogate any but their defaults are an error. In a step of
+one update every ratio is 1, and all surrogates have the same gradient.
 """
 
 from __future__ import annotations

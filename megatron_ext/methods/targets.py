@@ -1,7 +1,7 @@
 """Targets: the entropy that a method holds the policy at, fixed or moving with the steps of the run.
 
-One number asks the same of every step. A policy that is to explore first and to commit later needs a target that falls,
-and one that fits models of unlike entropy is a share of what each begins with.
+One number asks the same of every step and of every model. A policy that is to explore first and to commit later needs a
+target that falls, and models that begin at different entropies need one that is relative to it.
 
 ``target = 0.3`` is a number of nats. A table is a schedule over the training steps, n of which came before this one:
 
@@ -14,8 +14,10 @@ and one that fits models of unlike entropy is a share of what each begins with.
 
 ``relative = true`` multiplies it with H_0: what the method compares with its target, as it was in the run's first step.
 
-n counts steps, also those after a resumed checkpoint, and not the updates of a step. n and H_0 are in the checkpoint
-where the target needs them. The target of each step is a metric of the method, where it is not one number of nats.
+Every method that controls entropy has it: ``target`` of AEC and EntroPIC is a number of nats by default, AER's is tau
+H_0 and SIREN's H_anchor, where ``target`` is not given. n counts steps, not the updates in them. n and H_0 are in the
+checkpoint where a target needs them, and a resumed run goes on with them to the bit. The metric ``entropy/target`` is
+the target of each step where it is a schedule; AER's is ``aer/target``, SIREN's ``siren/anchor``.
 """
 
 from __future__ import annotations
