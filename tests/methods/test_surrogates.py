@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_ext import methods
 from megatron_ext.methods import METHODS, surrogates
 from megatron_ext.methods.base import OneRank, Prepared
+from megatron_ext.methods.clip_cov import ClipCov
 from megatron_ext.types import TokenStats
 from tests.methods.cases import MAX_LENGTH, OPTIONS, Case, batch, clipped, close, run
 
@@ -230,6 +231,7 @@ def test_clip_cov_chooses_among_the_tokens_that_still_move(case: Case) -> None:
         whole = batch(case, method)
         stats = TokenStats(logprob=case.logp(case.logits).detach())
         stopped = method.prepare(whole, stats, OneRank()).token["stopped"]
+        assert isinstance(method, ClipCov)
         low, high = method.policy_surrogate.clipped(whole, stats.logprob, whole.advantage)
         assert stopped.any() and not (stopped & (low | high)).any(), kind
 
