@@ -20,7 +20,13 @@ KNOWS_NO_METHOD = (
     *(f"megatron_ext/{room}" for room in ("train", "model", "metrics", "rollout", "plan", "data", "checkpoint")),
     *("megatron_ext/config", "megatron_ext/ops", "tools"),
 )
-PAGES = {path.stem for path in (ROOT / "megatron_ext/methods").glob("*.py")} - {"__init__", "base", "selection"}
+PAGES = {path.stem for path in (ROOT / "megatron_ext/methods").glob("*.py")} - {
+    "__init__",
+    "base",
+    "selection",
+    "surrogates",
+    "targets",
+}
 MAY_NAME = {  # file -> the methods, pages and words it may name, and why
     "megatron_ext/config/schema.py": {"grpo"},  # the default of method.name
     "tools/methods.py": {"megatron_ext.methods.grpo"},  # the base whose options the table does not repeat

@@ -4,8 +4,8 @@
     python -m tools.docs --write    write them
 
 docs/configuration.md comes from config/schema.py, docs/metrics.md from metrics/glossary.py and the methods,
-docs/methods.md from the methods' own files, docs/data-sets.md from config/public_sets.toml. The tests fail while a page
-is out of date. Exit codes: 0 up to date or written, 1 out of date, 2 a page cannot be written.
+docs/methods.md and docs/surrogates.md from the methods' own files, docs/data-sets.md from config/public_sets.toml. The
+tests fail while a page is out of date. Exit codes: 0 up to date or written, 1 out of date, 2 a page cannot be written.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 
 from megatron_ext.config.describe import Key, sections, toml_value
 from megatron_ext.config.public_sets import PublicSet, public_sets
-from megatron_ext.methods import METHODS
+from megatron_ext.methods import METHODS, surrogates, targets
 from megatron_ext.metric import Metric
 from megatron_ext.metrics.glossary import METRICS
 
@@ -55,11 +56,38 @@ def method_pages() -> str:
         "",
         methods.table(links=False),
     ]
+    lines += [
+        "",
+        "`surrogate`, an option of every method, puts another loss in the place of the clipped one: "
+        "[surrogates.md](surrogates.md). The methods with a `target` hold entropy at it, [fixed or moving](#targets).",
+    ]
     for module, names in _by_module().items():
-        heading, text = (inspect.getdoc(sys.modules[module]) or "").split("\n", 1)
-        lines += ["", f"## {', '.join(f'`{name}`' for name in names)}", "", heading, "", "```text"]
-        lines += [text.strip("\n"), "```"]
-    return "\n".join([*lines, ""])
+        lines += ["", f"## {', '.join(f'`{name}`' for name in names)}", "", *_opening(sys.modules[module])]
+    return "\n".join([*lines, "", "## Targets", "", *_opening(targets), ""])
+
+
+def surrogate_page() -> str:
+    lines = [
+        GENERATED,
+        "# Surrogates",
+        "",
+        "The values of `method.surrogate`, which every method takes: a name, or a table of its `kind` and options. "
+        "On the command line `method.surrogate=gspo`, or `method.surrogate.kind=gspo method.surrogate.clip_high=1e-3`; "
+        'below `[method]` of a recipe `surrogate = "gspo"`, or `surrogate = {kind = "gspo", clip_high = 1e-3}`. The '
+        "clip range of `ppo`, the default, is the method's own. The last column is what the paper has beside its loss.",
+        "",
+    ]
+    rows = (
+        (
+            f"`{kind}`",
+            f"[{cls.paper}](https://arxiv.org/abs/{cls.paper})",
+            ", ".join(f"`{name} = {toml_value(value)}`" for name, value in surrogates.options_of(kind).items()),
+            cls.beside,
+        )
+        for kind, cls in surrogates.KINDS.items()
+    )
+    lines += [*table(("`kind`", "paper", "options", "beside it"), rows), "", *_opening(surrogates), ""]
+    return "\n".join(lines)
 
 
 def metric_page() -> str:
@@ -102,6 +130,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "configuration.md": configuration,
     "metrics.md": metric_page,
     "methods.md": method_pages,
+    "surrogates.md": surrogate_page,
     "data-sets.md": data_set_page,
 }
 
@@ -136,6 +165,12 @@ def _public_set(found: PublicSet) -> list[str]:
     copy = ", ".join(filter(None, [*found.config, found.split]))
     size = f"{found.rows:,}" if found.rows else ""
     return [f"`{found.name}`", f"{place} ({copy})" if copy else place, size, found.used, found.licence, found.traps]
+
+
+def _opening(module: ModuleType) -> list[str]:
+    """A module's opening text: its first line, and the rest as it stands there."""
+    heading, text = (inspect.getdoc(module) or "").split("\n", 1)
+    return [heading, "", "```text", text.strip("\n"), "```"]
 
 
 def _by_module() -> dict[str, list[str]]:

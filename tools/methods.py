@@ -18,7 +18,8 @@ import sys
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Literal, Union, get_args, get_origin
 
 from megatron_ext.methods import METHODS, create, find
 from megatron_ext.methods.base import Method, Needs
@@ -78,7 +79,13 @@ def listing(name: str) -> str:
 
 
 def _type(hint: object) -> str:
-    return " | ".join(map(repr, get_args(hint))) if get_origin(hint) is Literal else inspect.formatannotation(hint)
+    if get_origin(hint) is Literal:
+        return " | ".join(map(repr, get_args(hint)))
+    if get_origin(hint) in (Union, UnionType):
+        return " | ".join(map(_type, get_args(hint)))
+    if get_origin(hint) is dict:
+        return "table"
+    return "None" if hint is NoneType else inspect.formatannotation(hint)
 
 
 def _default(option: Option) -> str:

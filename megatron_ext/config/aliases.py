@@ -19,6 +19,8 @@ _STEPS = "(counted in rollout steps)"
 _BY_ROLLOUT = '(verl counts training steps: with optimizer.step_unit = "rollout")'
 _TRUNCATED = '(with importance.mode = "truncate")'
 _ZERO = "(0 switches it off)"
+_OF_RESPONSES = '("gspo" has one ratio for a response)'
+_SAPO = '(a table: {kind = "sapo", tau_pos = 1.0, tau_neg = 1.05})'
 _DEEPEST = 8  # of an unknown section, which may be nested without end
 _TRACKERS = '(a list: ["tensorboard"], or [] for none)'
 
@@ -108,8 +110,16 @@ ALIASES = {
     "eps_clip_high": "method.clip_high",
     "eps_clip_low_high": "method.clip_low and method.clip_high",
     "loss_agg_mode": "method.aggregation",
-    "loss_type": "method.aggregation",
+    "loss_type": "method.aggregation (of cispo, sapo: method.surrogate)",
     "token_level_loss": "method.aggregation",
+    "policy_loss.loss_mode": "method.surrogate",
+    "policy_loss_type": "method.surrogate",
+    "importance_sampling_level": f"method.surrogate {_OF_RESPONSES}",
+    "sequence_level_importance_ratios": f"method.surrogate {_OF_RESPONSES}",
+    "sapo_temperature_pos": f"method.surrogate {_SAPO}",
+    "sapo_temperature_neg": f"method.surrogate {_SAPO}",
+    "tau_pos": f"method.surrogate {_SAPO}",
+    "tau_neg": f"method.surrogate {_SAPO}",
     "norm_adv_by_std_in_grpo": "method.normalise",
     "scale_rewards": "method.normalise",
     "normalize_rewards": "method.normalise",

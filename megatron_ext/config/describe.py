@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -60,6 +61,8 @@ def toml_value(value: Any) -> str:
         return f'"{"".join(map(_escaped, value))}"'
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_name(key)} = {toml_value(each)}' for key, each in value.items())}}}"
     return repr(value)
 
 
@@ -91,6 +94,10 @@ def _comment(text: str) -> list[str]:
 
 def _line(name: str, value: Any) -> str:
     return f"# {name} is not set" if value is None else f"{name} = {toml_value(value)}"
+
+
+def _name(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)
 
 
 def _escaped(character: str) -> str:

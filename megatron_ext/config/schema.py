@@ -500,7 +500,9 @@ class Config(Section):
     @field_validator("method")
     @classmethod
     def _finite(cls, method: dict[str, Any]) -> dict[str, Any]:
-        if any(isinstance(value, float) and not math.isfinite(value) for value in method.values()):
+        tables = [method, *(value for value in method.values() if isinstance(value, dict))]
+        values = [value for table in tables for value in table.values()]
+        if any(isinstance(value, float) and not math.isfinite(value) for value in values):
             raise ValueError("options are finite numbers")
         return method
 

@@ -87,4 +87,4 @@ def create(options: dict[str, Any]) -> Method:
     try:
         return cls(**given)
     except ValueError as error:
-        raise ValueError(f"method.{error}") from None
+        raise ValueError("\n".join(f"method.{line}" for line in str(error).splitlines())) from None

@@ -8,7 +8,8 @@ AEC raises the coefficient step by step while entropy is below a target, lowers 
 
 e_k is the token-mean entropy of step k's whole batch under the policy that sampled it, over all ranks. H_t is the
 full-vocabulary entropy of the current policy, with gradient; ``agg`` is the policy loss's aggregation, token-mean
-as in the paper. The coefficient moves once per step. c_{k+1} and what was applied are in the checkpoint.
+as in the paper. The coefficient moves once per step. c_{k+1} and what was applied are in the checkpoint. The target may
+be a schedule (targets.py).
 
 Differs from the authors' code, which measures e_k as -mean(logp_old) of the sampled tokens:
 ``measure = "logprob"`` (equal in expectation, noisier).
@@ -22,15 +23,15 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from megatron_ext.methods.base import Aggregation, Controller, Needs, Prepared, Reducer, token_mean
-from megatron_ext.methods.grpo import GRPO
+from megatron_ext.methods.targets import Target, Targeted
 from megatron_ext.metric import Metric
 from megatron_ext.types import Batch, TokenStats
 
 
 @dataclass(kw_only=True)
-class AEC(GRPO):
+class AEC(Targeted):
     aggregation: Aggregation = "token-mean"
-    target: float = 0.2  # nats
+    target: Target = 0.2  # nats, or a schedule
     delta: float = 1e-4
     c_max: float = 0.005
     c_0: float = 0.0
@@ -51,7 +52,6 @@ class AEC(GRPO):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check("target", self.target > 0, "an entropy above 0, in nats")
         self.check("delta", self.delta > 0, "a number above 0")
         self.check("c_0", 0 <= self.c_0 <= self.c_max, f"a number from 0 to c_max = {self.c_max}")
         self.c = self.c_0
@@ -62,16 +62,21 @@ class AEC(GRPO):
 
     @property
     def controller(self) -> Controller:
-        return Controller(measured="aec/entropy", target=self.target, output="aec/applied", bound=self.c_max)
+        target, bound = self.controller_target, self.c_max
+        return Controller(measured="aec/entropy", target=target, output="aec/applied", bound=bound)
 
     def on_step_start(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
-        assert stats is not None and stats.entropy is not None
-        value = stats.entropy if self.measure == "entropy" else -stats.logprob
-        entropy = token_mean(value, batch.mask, reduce)
-        below = entropy < self.target
+        report, entropy = super().on_step_start(batch, stats, reduce), self.measured(batch, stats, reduce)
+        below = entropy < self.current_target
         self.applied = self.c if below else 0.0
         self.c = min(max(self.c + (self.delta if below else -self.delta), 0.0), self.c_max)
-        return {"aec/entropy": entropy, "aec/applied": self.applied, "aec/next": self.c}
+        return report | {"aec/entropy": entropy, "aec/applied": self.applied, "aec/next": self.c}
+
+    def measured(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> float:
+        assert stats is not None
+        if self.measure == "entropy":
+            return super().measured(batch, stats, reduce)
+        return token_mean(-stats.logprob, batch.mask, reduce)
 
     def regulariser(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         assert stats.entropy is not None

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -37,15 +38,14 @@ from megatron_ext.methods.base import (
     Reducer,
     group_statistics,
     sequence_lengths,
-    token_mean,
 )
-from megatron_ext.methods.grpo import GRPO
+from megatron_ext.methods.targets import Schedule, Targeted, read
 from megatron_ext.metric import Metric
 from megatron_ext.types import Batch, TokenStats
 
 
 @dataclass(kw_only=True)
-class AER(GRPO):
+class AER(Targeted):
     tau: float = 0.4
     rho: float = 0.2
     eta: float = 0.005
@@ -58,22 +58,29 @@ class AER(GRPO):
             good="near aer/target",
             low="raise eta"),
         Metric(name="aer/target", section="Entropy", title="Controlled entropy", unit="nats per token",
-            meaning="H* = tau H_0"),
+            meaning="H*: tau H_0, or what the option target says"),
         Metric(name="aer/alpha", section="Entropy", title="Coefficient", unit="coefficient",
             meaning="alpha: the entropy bonus's coefficient in this step",
             high="a fixed 0.1 ends in a collapse of accuracy in the paper: lower eta or tau"),
     )  # fmt: skip
+    target_metric: ClassVar[str] = "aer/target"
     alpha: float = field(default=0.0, init=False)  # in force
     next_alpha: float = field(default=0.0, init=False)
-    h_0: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check("tau", self.tau > 0, "a ratio above 0")
+        own = type(self).__dataclass_fields__["tau"].default
+        self.check("tau", self.target is None or self.tau == own, f"{own}, its default, since target is given")
         self.check("rho", 0 <= self.rho <= 1, "an accuracy from 0 to 1")
         self.check("eta", self.eta > 0, "a step above 0")
         self.check("alpha_0", self.alpha_0 >= 0, "a coefficient of at least 0")
         self.alpha = self.next_alpha = self.alpha_0
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """H*: tau H_0 unless ``target`` says otherwise."""
+        return Schedule(kind="constant", start=self.tau, relative=True) if self.target is None else read(self.target)
 
     @property
     def needs(self) -> Needs:
@@ -84,15 +91,12 @@ class AER(GRPO):
         return Controller(measured="aer/entropy", target="aer/target", output="aer/alpha") if self.adapt else None
 
     def on_step_start(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
-        assert stats is not None and stats.entropy is not None
-        entropy = token_mean(stats.entropy, batch.mask, reduce)
-        if self.h_0 is None:
-            self.h_0 = entropy
+        report, entropy = super().on_step_start(batch, stats, reduce), self.measured(batch, stats, reduce)
         self.alpha = self.next_alpha
-        error = self.tau * self.h_0 - entropy
+        error = self.current_target - entropy
         if self.adapt and error:
             self.next_alpha = max(0.0, self.alpha + math.copysign(self.eta, error))
-        return {"aer/entropy": entropy, "aer/target": self.tau * self.h_0, "aer/alpha": self.alpha}
+        return report | {"aer/entropy": entropy, "aer/target": self.current_target, "aer/alpha": self.alpha}
 
     def prepare(self, batch: Batch, current: TokenStats | None, reduce: Reducer) -> Prepared:
         length = sequence_lengths(batch.sequence, batch.mask, len(batch.reward)).clamp(min=1)

@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from megatron_ext.methods.base import Aggregation, Prepared, Reducer, log_ratio, num_selected
+from megatron_ext.methods.base import Aggregation, Prepared, Reducer, num_selected
 from megatron_ext.methods.selection import Selective, count_of, covariance, token_keys, top_k
 from megatron_ext.metric import Metric
 from megatron_ext.types import Batch, TokenStats
@@ -57,10 +57,9 @@ class ClipCov(Selective):
 
     def select(self, batch: Batch, stats: TokenStats, prepared: Prepared, reduce: Reducer) -> Prepared:
         advantage = self.advantage(batch, stats, prepared)
-        ratio = log_ratio(stats.logprob, batch.old_logprob).exp()
-        clipped = -advantage * ratio.clamp(1 - self.clip_low, 1 + self.clip_high) > -advantage * ratio
+        moves = self.policy_surrogate.weight(batch, stats.logprob, advantage) != 0
         cov = covariance(stats.logprob, advantage, batch.mask, reduce)
-        eligible = batch.mask & ~clipped & (cov > self.w_low) & (cov < self.w_high)
+        eligible = batch.mask & moves & (cov > self.w_low) & (cov < self.w_high)
         count = count_of(self.r, num_selected(batch.mask, reduce))
         key = token_keys(batch, (self.seed << 32) + self.updates)
         chosen = top_k(torch.zeros_like(cov), eligible, count, key, reduce)

@@ -44,21 +44,20 @@ from megatron_ext.methods.base import (
     Prepared,
     Reducer,
     Scope,
-    log_ratio,
     num_selected,
     num_valid,
     shares,
     token_mean,
 )
-from megatron_ext.methods.grpo import GRPO
+from megatron_ext.methods.targets import Target, Targeted
 from megatron_ext.metric import Metric
 from megatron_ext.types import Batch, TokenStats
 
 
 @dataclass(kw_only=True)
-class EntroPIC(GRPO):
+class EntroPIC(Targeted):
     aggregation: Aggregation = "token-mean"
-    target: float = 0.1  # nats
+    target: Target = 0.1  # nats, or a schedule
     k_p: float = 1.0
     k_i: float = 0.01
     form: Literal["high_probability", "full"] = "high_probability"
@@ -80,7 +79,6 @@ class EntroPIC(GRPO):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check("target", self.target > 0, "an entropy above 0, in nats")
         self.check("threshold", 0 <= self.threshold < 1, "a probability from 0 to below 1")
         for name in ("k_p", "k_i"):
             self.check(name, getattr(self, name) >= 0, "a gain of at least 0")
@@ -93,7 +91,7 @@ class EntroPIC(GRPO):
     def controller(self) -> Controller | None:
         if self.k_p == self.k_i == 0:
             return None
-        return Controller(measured="entropy/full", target=self.target, output="entropic/alpha", bound=1.0)
+        return Controller(measured="entropy/full", target=self.controller_target, output="entropic/alpha", bound=1.0)
 
     @property
     def loss_moves_state(self) -> bool:
@@ -127,7 +125,7 @@ class EntroPIC(GRPO):
 
     def advance(self, entropy: float, share: float = 1.0) -> None:
         """One step of the controller; ``share`` of this rank's mini-batch is what was measured."""
-        error, lags = entropy - self.target, self.scope == "micro_batch"
+        error, lags = entropy - self.current_target, self.scope == "micro_batch"
         output = self.k_p * error + self.k_i * (self.integral if lags else self.integral + error)
         if lags or not (abs(output) > 1 and output * error > 0):
             self.integral += error * share
@@ -137,8 +135,8 @@ class EntroPIC(GRPO):
         advantage = self.advantage(batch, stats, prepared)
         if self.form == "full":
             return prepared.token["control"] * torch.sign(advantage) * self.policy_loss(batch, stats, prepared)
-        ratio = log_ratio(stats.logprob, batch.old_logprob).exp()
-        return -prepared.token["control"] * batch.corrected(ratio * advantage.abs())
+        loss = batch.corrected(self.policy_surrogate.unclipped(batch, stats.logprob, advantage))
+        return prepared.token["control"] * torch.sign(advantage) * loss
 
     def metrics(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> dict[str, Tensor]:
         own = super().metrics(batch, stats, prepared)

@@ -11,7 +11,8 @@ model to train. GRPO samples several responses to each problem and compares each
 A group of one and a group with equal rewards have A = 0. ``aggregation = "token-mean"`` divides by all
 tokens of the mini-batch instead (verl's default), ``normalise = false`` leaves the standard deviation out.
 ``dual_clip = c`` bounds the loss of negative advantages by -c A (off by default; verl has it silently on
-with c = 3). The only statistics are those of the groups, which are never split.
+with c = 3). The only statistics are those of the groups, which are never split. ``surrogate`` puts another loss in the
+place of the clipped one, here and in every method derived from this one (docs/surrogates.md).
 
 Every other method is this one with a part replaced: its advantage, its token weight, its loss per token,
 or a regulariser added to it.
@@ -19,12 +20,14 @@ or a regulariser added to it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from megatron_ext.methods import surrogates
 from megatron_ext.methods.base import Aggregation, Method, Needs, Prepared, group_statistics, log_ratio
 from megatron_ext.metric import Metric
 from megatron_ext.types import Batch, TokenStats
@@ -38,18 +41,26 @@ class GRPO(Method):
     clip_high: float = 0.2
     beta: float = 0.0  # coefficient of the KL to the reference model
     dual_clip: float | None = None
+    surrogate: surrogates.Kind | dict[str, Any] = "ppo"
     group_relative: ClassVar[bool] = True
     metrics_glossary: ClassVar[tuple[Metric, ...]] = (
         Metric(name="loss/policy", section="Update", title="Loss", unit="loss",
             meaning="the method's policy loss, without regularisers"),
         Metric(name="clip/low", section="Update", title="Clipped tokens", unit="share of tokens",
-            meaning="tokens of negative advantage whose probability ratio is below 1 - clip_low",
+            meaning="tokens of negative advantage whose probability ratio is below 1 - clip_low; of another surrogate "
+            "those that it drops or bounds at its lower end",
             good="a few percent at most",
             high="the policy moves far in one step: lower optimizer.lr or the number of updates per step"),
         Metric(name="clip/high", section="Update", title="Clipped tokens", unit="share of tokens", short="clipped",
-            meaning="tokens of positive advantage whose probability ratio is above 1 + clip_high",
+            meaning="tokens of positive advantage whose probability ratio is above 1 + clip_high; of another surrogate "
+            "those that it drops or bounds at its upper end",
             good="a few percent at most",
             high="as clip/low"),
+        Metric(name="surrogate/weight", section="Update", title="Weight of a token", unit="mean over tokens",
+            meaning="w of the policy's gradient -w A grad(log-prob); of another surrogate than ppo",
+            good="near 1",
+            low="most tokens are dropped: the surrogate's range is narrow for how far the policy moves in one step",
+            high="tokens that became likelier dominate: lower optimizer.lr or the number of updates per step"),
         Metric(name="kl/old", section="Update", title="KL", unit="nats per token",
             meaning="KL of the updated policy to the one that sampled (k3 estimate)",
             good="small; 0 where a step has one update",
@@ -60,6 +71,22 @@ class GRPO(Method):
         for name in ("clip_low", "clip_high", "beta"):
             self.check(name, getattr(self, name) >= 0, "a number of at least 0")
         self.check("dual_clip", self.dual_clip is None or self.dual_clip > 1, "a number above 1, or leave it out")
+        if isinstance(self.policy_surrogate, surrogates.PPO):
+            return
+        kind, defaults = self.policy_surrogate.kind, {option.name: option.default for option in fields(self)}
+        for name in ("clip_low", "clip_high", "dual_clip"):
+            others = f"{name} is of the surrogate ppo alone; {kind} has {surrogates.described(kind)}"
+            self.check(name, getattr(self, name) == defaults[name], f"{defaults[name]}, its default: {others}")
+
+    @cached_property
+    def policy_surrogate(self) -> surrogates.Surrogate:
+        """What the option ``surrogate`` names."""
+        return surrogates.create(self.surrogate, self.ppo_surrogate)
+
+    @property
+    def ppo_surrogate(self) -> surrogates.PPO:
+        """What ``surrogate = "ppo"`` is here."""
+        return surrogates.PPO(clip_low=self.clip_low, clip_high=self.clip_high, dual_clip=self.dual_clip)
 
     @property
     def needs(self) -> Needs:
@@ -86,27 +113,27 @@ class GRPO(Method):
         return batch.advantage
 
     def policy_loss(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
-        """The clipped objective per token, unweighted, ``[T]``."""
+        """The surrogate's loss per token, unweighted, ``[T]``."""
         advantage = self.advantage(batch, stats, prepared)
-        ratio = log_ratio(stats.logprob, batch.old_logprob).exp()
-        loss = torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - self.clip_low, 1 + self.clip_high))
-        if self.dual_clip is not None:
-            loss = torch.where(advantage < 0, torch.min(loss, -advantage * self.dual_clip), loss)
-        return batch.corrected(loss)
+        return batch.corrected(self.policy_surrogate.loss(batch, stats.logprob, advantage))
 
     def regulariser(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor | float:
         """What a method adds to the objective, per token and weighted, ``[T]``."""
         return 0.0
 
     def metrics(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> dict[str, Tensor]:
-        advantage = self.advantage(batch, stats, prepared)
-        ratio = log_ratio(stats.logprob, batch.old_logprob).exp()
-        return {
+        surrogate, advantage = self.policy_surrogate, self.advantage(batch, stats, prepared)
+        low, high = surrogate.clipped(batch, stats.logprob, advantage)
+        found = {
             "loss/policy": (self.weight(batch, prepared) * self.policy_loss(batch, stats, prepared)).sum(),
-            "clip/low": (batch.mask & (advantage < 0) & (ratio < 1 - self.clip_low)).sum(),
-            "clip/high": (batch.mask & (advantage > 0) & (ratio > 1 + self.clip_high)).sum(),
+            "clip/low": (batch.mask & low).sum(),
+            "clip/high": (batch.mask & high).sum(),
             "kl/old": torch.where(batch.mask, k3(stats.logprob, batch.old_logprob), 0.0).sum(),
         }
+        if not isinstance(surrogate, surrogates.PPO):
+            weight = surrogate.weight(batch, stats.logprob, advantage)
+            found["surrogate/weight"] = torch.where(batch.mask, weight, 0.0).sum()
+        return found
 
 
 def k3(logprob: Tensor, other: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ again and again. KL-Cov lets them learn, but holds them near the policy before t
     K     = the max(int(k N), 1) tokens of highest Cov
     L     = (1/N) [ sum_t -A r_t  +  kl_coef * sum_{t in K} |logp_t - logp_old_t| ]
 
-logp is the current policy's. Nothing is clipped. At the first update of a step r == 1: there the penalty has no
-gradient (if a forward with gradient repeats the one without to the bit), so KL-Cov acts only from the second update
-on. k is .002 for 7B and .0002 for 32B in the paper.
+logp is the current policy's. Nothing is clipped, unless another ``surrogate`` than ppo does it. At the first update of
+a step r == 1: there the penalty has no gradient (if a forward with gradient repeats the one without to the bit), so
+KL-Cov acts only from the second update on. k is .002 for 7B and .0002 for 32B in the paper.
 
 ``kl = "abs"`` is the absolute log-ratio of the authors' code. SENT (arXiv 2512.04359, appendix C.6) writes
 KL(old || pi) in its place: ``kl = "k3"`` estimates it by r_t - 1 - log r_t, clamped to +-10, whose mean under the old
@@ -27,6 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_ext.methods import surrogates
 from megatron_ext.methods.base import Aggregation, Prepared, Reducer, log_ratio, num_selected
 from megatron_ext.methods.grpo import k3
 from megatron_ext.methods.selection import Selective, count_of, covariance, token_keys, top_k
@@ -53,8 +54,12 @@ class KLCov(Selective):
     def selections(self, batch: Batch, stats: TokenStats, reduce: Reducer) -> dict[str, Tensor]:
         return {"penalised": self.chosen(batch, stats, reduce, "penalised")}
 
+    @property
+    def ppo_surrogate(self) -> surrogates.PPO:
+        return surrogates.Unclipped(clip_low=self.clip_low, clip_high=self.clip_high)
+
     def policy_loss(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         log_r = log_ratio(stats.logprob, batch.old_logprob)
         distance = log_r.abs() if self.kl == "abs" else k3(batch.old_logprob, stats.logprob)
         penalty = torch.where(prepared.token["penalised"], self.kl_coef * distance, 0.0)
-        return batch.corrected(-self.advantage(batch, stats, prepared) * log_r.exp()) + penalty
+        return super().policy_loss(batch, stats, prepared) + penalty

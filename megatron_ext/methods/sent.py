@@ -35,6 +35,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_ext.methods import surrogates
 from megatron_ext.methods.base import Needs, Prepared, Reducer, log_ratio, num_selected
 from megatron_ext.methods.grpo import k3
 from megatron_ext.methods.selection import Selective, count_of, covariance, token_keys, top_k
@@ -60,6 +61,12 @@ class SENT(Selective):
     def needs(self) -> Needs:
         return replace(super().needs, entropy=True, reference=self.variant == "paper" or self.beta > 0)
 
+    @property
+    def ppo_surrogate(self) -> surrogates.PPO:
+        if self.variant == "paper":
+            return super().ppo_surrogate
+        return surrogates.Unclipped(clip_low=self.clip_low, clip_high=self.clip_high)
+
     def select(self, batch: Batch, stats: TokenStats, prepared: Prepared, reduce: Reducer) -> Prepared:
         _, gentle, high = self.tiers(batch, stats, prepared, reduce)
         return Prepared({"coefficient": torch.where(high, self.beta_high, self.beta_low * gentle)})
@@ -84,12 +91,6 @@ class SENT(Selective):
             gentle = top_k(-cov, low, num_high, key, reduce)
         high = top_k(cov, low, num_high, key, reduce)
         return low, gentle, high
-
-    def policy_loss(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
-        if self.variant == "paper":
-            return super().policy_loss(batch, stats, prepared)
-        ratio = log_ratio(stats.logprob, batch.old_logprob).exp()
-        return batch.corrected(-self.advantage(batch, stats, prepared) * ratio)
 
     def regulariser(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         if self.variant == "paper":

@@ -18,7 +18,8 @@ without gradient before the mini-batch is split. ``micro_batch``: each micro-bat
 as in the authors' code, which therefore also penalises the variance between micro-batches. Either way the square
 enters the loss as its exact gradient, 2 coef (Hbar - H_anchor) dHbar.
 
-H_anchor is measured once, over the first step's whole batch, and is part of the checkpoint.
+H_anchor is measured once, over the first step's whole batch, and is part of the checkpoint. ``target`` holds Hbar at
+another value or along a schedule (targets.py), relative to H_anchor or in nats.
 
 Differs from the authors' code: ``nucleus = "exclusive"`` reproduces its nucleus (the ranks strictly before the
 cutoff token; it may be empty, and then most quantiles are 0 and tau is inert). The released script leaves the
@@ -48,12 +49,13 @@ from megatron_ext.methods.base import (
 )
 from megatron_ext.methods.dr_grpo import DrGRPO
 from megatron_ext.methods.selection import Selective
+from megatron_ext.methods.targets import Targeted
 from megatron_ext.metric import Metric
 from megatron_ext.types import Batch, TokenStats
 
 
 @dataclass(kw_only=True)
-class SIREN(DrGRPO, Selective):
+class SIREN(DrGRPO, Selective, Targeted):
     p: float = 0.8
     tau: float = 0.8
     coef: float = 0.005
@@ -68,7 +70,7 @@ class SIREN(DrGRPO, Selective):
             low="raise coef, or lower optimizer.lr",
             high="raise coef"),
         Metric(name="siren/anchor", section="Entropy", title="Peak entropy", unit="nats per token",
-            meaning="H_anchor: Hbar of the initial policy"),
+            meaning="H_anchor: Hbar of the initial policy, or what the option target says"),
         Metric(name="siren/selected_share", section="Entropy", title="Selected tokens", unit="share of tokens",
             short="selected",
             meaning="tokens that the peak-entropy mask selects",
@@ -77,6 +79,7 @@ class SIREN(DrGRPO, Selective):
         Metric(name="loss/siren", section="Update", title="Loss", unit="loss",
             meaning="the added term, coef (Hbar - H_anchor)^2"),
     )  # fmt: skip
+    target_metric: ClassVar[str] = "siren/anchor"
     h_anchor: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -84,6 +87,7 @@ class SIREN(DrGRPO, Selective):
         self.check("p", 0 < self.p <= 1, "a mass above 0 and at most 1")
         self.check("tau", 0 <= self.tau < 1, "a quantile from 0 to below 1")
         self.check("coef", self.coef >= 0, "a number of at least 0")
+        self.check("target", self.target is None or self.anchor, "none: without anchor Hbar is held at nothing")
 
     @property
     def needs(self) -> Needs:
@@ -93,15 +97,22 @@ class SIREN(DrGRPO, Selective):
 
     @property
     def controller(self) -> Controller | None:
-        return Controller(measured="siren/hbar", target="siren/anchor") if self.anchor else None
+        return Controller(measured="siren/hbar", target=self.target_metric) if self.anchor else None
 
     def on_step_start(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
         assert stats is not None
         hbar, weight = self.selected_entropy(batch, self.entropy(stats), batch.num_sequences, reduce)
         if self.h_anchor is None:
-            self.h_anchor = hbar
+            self.h_anchor = self.h_0 = hbar
+        report = super().on_step_start(batch, stats, reduce)
         share = num_selected(weight > 0, reduce) / max(batch.num_tokens, 1)
-        return {"siren/hbar": hbar, "siren/anchor": self.h_anchor, "siren/selected_share": share}
+        return report | {"siren/hbar": hbar, "siren/anchor": self.level, "siren/selected_share": share}
+
+    @property
+    def level(self) -> float:
+        """What Hbar is held at."""
+        assert self.h_anchor is not None
+        return self.h_anchor if self.target is None else self.current_target
 
     def select(self, batch: Batch, stats: TokenStats, prepared: Prepared, reduce: Reducer) -> Prepared:
         num_sequences = batch.num_sequences if self.scope == "mini_batch" else num_valid(batch)
@@ -119,8 +130,7 @@ class SIREN(DrGRPO, Selective):
         """Derivative with respect to Hbar, and value, of the added term."""
         if not self.anchor:
             return -self.coef, -self.coef * hbar
-        assert self.h_anchor is not None
-        return 2 * self.coef * (hbar - self.h_anchor), self.coef * (hbar - self.h_anchor) ** 2
+        return 2 * self.coef * (hbar - self.level), self.coef * (hbar - self.level) ** 2
 
     def entropy(self, stats: TokenStats) -> Tensor:
         entropy = stats.nucleus_entropy if self.top_p_mask else stats.entropy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.config.describe import sections, to_toml, toml_value
@@ -37,6 +37,12 @@ def test_a_key_stands_below_its_description() -> None:
     assert max(map(len, lines)) <= 120
 
 
-@given(st.recursive(st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), st.lists))
+@settings(deadline=None)
+@given(
+    st.recursive(
+        st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+        lambda each: st.lists(each) | st.dictionaries(st.text(), each),
+    )
+)
 def test_any_value_is_read_back(value: object) -> None:
     assert tomllib.loads(f"value = {toml_value(value)}")["value"] == value

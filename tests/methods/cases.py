@@ -37,6 +37,11 @@ TWO_RANKS = (range(2), range(2, len(REWARDS)))
 # Options at which every part of a method is at work on the case; also what the splits and layouts are tested with.
 OPTIONS: dict[str, dict[str, Any]] = {
     "grpo": {"name": "grpo", "beta": 0.3, "dual_clip": 1.2},
+    "grpo, gspo": {"name": "grpo", "surrogate": {"kind": "gspo", "clip_low": 0.05, "clip_high": 0.1}},
+    "grpo, cispo": {"name": "grpo", "surrogate": {"kind": "cispo", "clip_low": 0.2, "clip_high": 0.3}},
+    "grpo, sapo": {"name": "grpo", "surrogate": {"kind": "sapo", "tau_pos": 2.0, "tau_neg": 3.0}},
+    "grpo, minirl": {"name": "grpo", "surrogate": "minirl"},
+    "grpo, topr": {"name": "grpo", "surrogate": "topr"},
     "dr_grpo": {"name": "dr_grpo"},
     "clip_higher": {"name": "clip_higher", "overlong_max": 9, "overlong_buffer": 6},
     "entropy_bonus": {"name": "entropy_bonus", "coef": 0.2},
@@ -60,6 +65,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "aer": {"name": "aer", "alpha_0": 0.4, "rho": 0.6},
     "entropy_advantage": {"name": "entropy_advantage"},
     "entropy_advantage_ppo": {"name": "entropy_advantage_ppo"},
+    "entropy_advantage, gspo": {
+        "name": "entropy_advantage",
+        "surrogate": {"kind": "gspo", "clip_low": 0.05, "clip_high": 0.1},
+    },
     "entropic": {"name": "entropic", "target": 0.8, "threshold": 0.6},
     "entropic, authors": {"name": "entropic", "target": 0.8, "threshold": 0.6, "normaliser": "high"},
     "entropic, full": {"name": "entropic", "target": 0.8, "form": "full"},

@@ -18,7 +18,7 @@ CASES = {  # options at which the state of step 1 is not that of a new method
     "aec": ["method.target=9.0", "method.c_max=0.5", "method.delta=0.05"],
     "aer": ["method.alpha_0=0.05"],
     "clip_cov": ["method.r=0.05", "method.w_low=0.01"],
-    "entropic": [],
+    "entropic": ['method.target={kind = "linear", start = 3.0, end = 1.0, steps = 4}', "method.surrogate=gspo"],
     "siren": ["method.coef=1.0"],
 }
 

@@ -218,9 +218,15 @@ def controllers(plan: LabPlan, results: Results, figures: Figures) -> str:
 
 
 def against_target(result: Result, figures: Figures, title: str, key: str) -> str:
-    assert result.targets is not None
-    target = Series("target", [statistics.fmean(result.targets)] * len(result.steps), 7, dashed=True)
-    return figures.add(title, key, result.steps, [result.series(key, 0, "measured"), target])
+    return figures.add(title, key, result.steps, [result.series(key, 0, "measured"), target_line(result)])
+
+
+def target_line(result: Result) -> Series:
+    """The target at each step, which may move."""
+    assert result.targets is not None and result.controller is not None
+    if isinstance(result.controller.target, str):
+        return result.series(result.controller.target, 7, "target", dashed=True)
+    return Series("target", [result.controller.target] * len(result.steps), 7, dashed=True)
 
 
 def details(plan: LabPlan, results: Results, figures: Figures) -> str:
@@ -249,9 +255,7 @@ def _together(title: str, found: Mapping[str, Result], figures: Figures) -> str:
         return ""
     longest = max((result.steps for result in found.values()), key=len)
     lines = [padded(r.series("entropy/full", i, name), len(longest)) for i, (name, r) in enumerate(found.items())]
-    first = next(iter(found.values()))
-    assert first.targets is not None
-    lines.append(Series("target", [first.targets[0]] * len(longest), 7, dashed=True))
+    lines.append(padded(target_line(next(iter(found.values()))), len(longest)))
     outputs = [
         padded(r.series(r.controller.output, i, name), len(longest))
         for i, (name, r) in enumerate(found.items())

@@ -72,6 +72,8 @@ def _compared(paper: Paper, run: str, row: Row, baselines: dict[str, str]) -> Co
         value, before = own.get(key, ABSENT), other.get(key, ABSENT)
         if value == before or key in NOT_THE_RUN or (value == ABSENT and key.startswith("method.")):
             continue  # options of the baseline's that this method does not have mean nothing in it
+        if (value, before) == (str(None), ABSENT):
+            continue  # nor does one of its own that is not set
         allowed = next((each for each in paper.allowed if each.covers(key, method)), None)
         found.append(Difference(key, value, before, allowed))
     return Compared(run, method, baseline, tuple(found))
