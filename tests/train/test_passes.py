@@ -35,7 +35,7 @@ from tests.train.test_invariance import gathered_gradients, worst
 BONUS = {"name": "entropy_bonus", "coef": 0.3}
 SIREN = {"name": "siren", "coef": 0.7}
 LAYOUTS: list[dict[str, Any]] = [{}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {"ranks_per_node": 2}]
-ONCE = ("grpo", "dr_grpo", "clip_higher", "nsr", "psr", "w_reinforce", "entropy_bonus", "entropy_advantage")
+ONCE = ("grpo", "dr_grpo", "clip_higher", "nsr", "psr", "w_reinforce", "entropy_bonus", "entropy_advantage", "qae")
 CASES = [
     *(({"name": name}, {}) for name in ONCE),
     ({"name": "grpo", "beta": 0.2}, {"pipeline": 2}),
