@@ -3,7 +3,7 @@
 Over thousands of steps a narrow upper bound lets entropy collapse and a wide one lets it explode, and an entropy bonus
 held it less well. MAI-Thinking-1 widens the bound while entropy is below a target and narrows it while it is above.
 
-    L    = -(1/N) sum_t min(A r, clip(r, 1 - e, 1/(1 - e) + k_u) A),  r <- min(r, 50) on every branch    eq. 5, 6, 9
+    L    = -(1/N) sum_t min(A r, clip(r, 1 - e, 1/(1 - e) + k_u) A),  r <- min(r, 50) on every branch       eq. 5, 9
     H^   = (1/N) sum_t r_t (-log pi(o_t))                                                                     eq. 7
     k_u' = clip(k_u + delta sgn(target - H^), 0, k_max),  k_0 = 0, the k of the next update                   eq. 8
 
@@ -17,8 +17,8 @@ once per update and is in the checkpoint. The tokens were sampled by the old pol
 present policy's entropy at the old one's prefixes. ``measure = "entropy"`` takes that entropy itself, over the whole
 vocabulary: the same mean, without the noise of one token.
 
-The report's code is not public. The public one of LLM360's miles has the same rule with ``k_0`` an option, without the
-outer bound; its tests are repeated here.
+The report's code is not public. LLM360's fork of miles has the same bound and the same rule, ``k_0`` among its options;
+the numbers of its tests are in tests/methods/test_mai_clip.py.
 """
 
 from __future__ import annotations

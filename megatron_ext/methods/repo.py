@@ -3,14 +3,14 @@
 A policy that is right where it is sure has advantages that rise with its log-probs, and each update makes it surer yet:
 entropy falls. REPO takes a part of the log-prob out of the advantage; ADAPO lets unlikely tokens grow further instead.
 
-    A' = A - b L,  L = log pi + H                                    the family: L is log pi less its mean, -H
-    b  = zeta |A|,  log pi for L                                     REPO-R: what follows (appendix D.2)
+    A' = A - b L,  L = log pi + H_t                              the family: L is log pi less its mean, -H_t
+    b  = zeta |A|,  log pi for L                                 REPO-R, and what follows (appendix D.2)
     A' = max(0, A (1 - zeta log pi))  if A > 0,   min(0, A (1 + zeta log pi))  if A < 0
     zeta is doubled where H < target and halved where H > target; below zeta_min it changes its sign, and where it is
     negative the two change places; |zeta| stays in [1e-4, .05]
 
-log pi and H are the current policy's at the token, constants. REPO-R rewards rare right tokens more and punishes rare
-wrong ones less. The paper puts log pi for L because H of every token was too dear; here it is exact and cheap:
+log pi and H_t are the current policy's at the token, constants. REPO-R rewards rare right tokens more and punishes rare
+wrong ones less. The paper puts log pi for L because H_t was too dear to compute; here it is exact and cheap:
 ``form = "centred"`` is REPO-R with L, ``form = "full"`` the family with b = zeta, where tokens without advantage move
 too and zeta needs other bounds. (The paper's REPO-D, whose b follows the entropy's own change, is left out.)
 
@@ -22,7 +22,7 @@ the bound move once a step, before its first update, and are in the checkpoint. 
 the checkpoint), or the option ``target``. ``adapt = false`` leaves zeta where it is.
 
 The authors' code is not public. SkyRL's has the same A' and the same rule; there H is measured while the step trains,
-so zeta moves a step later, and its first zeta, which the paper's text does not fix, is the ``zeta_0`` here.
+so zeta moves a step later. ``zeta_0`` is the first zeta of its recipes.
 """
 
 from __future__ import annotations

@@ -43,10 +43,11 @@ def test_repo_r_is_its_equation(case: Case) -> None:
 
 def test_the_centred_form_has_the_exact_mean_of_the_log_prob(case: Case) -> None:
     centred = (case.logp(case.logits) + entropy(case.logits)).detach()
-    advantage = rescaled(case, centred, 0.6)
+    for zeta_0 in (0.3, 1.9):
+        advantage = rescaled(case, centred, 2 * zeta_0)
+        loss = mean_of_means(case, clipped(case.ratio, advantage, 0.2, 0.2))
+        assert close(run(case, OPTIONS["repo, centred"] | {"zeta_0": zeta_0}), loss, case)
     assert any(advantage[t] == 0 and case.advantages()[t] > 0 for t in case.tokens)
-    loss = mean_of_means(case, clipped(case.ratio, advantage, 0.2, 0.2))
-    assert close(run(case, OPTIONS["repo, centred"]), loss, case)
 
 
 def test_the_full_form_takes_a_part_of_the_log_prob_out_of_the_advantage(case: Case) -> None:
