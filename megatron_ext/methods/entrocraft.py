@@ -15,7 +15,7 @@ s / anneal_steps of its way; s is in the checkpoint. The factor G / |S_x| is on 
 
 The defaults are the authors' main script, (.6, .7) -> (.4, .5) in one pass over 100k problems, 1024 a step; the paper
 names the range of its long runs only, which ends at (.1, .2). Its aggregation is verl's default, token-mean (eq. 1 adds
-up a response's tokens: ``seq-mean-token-sum``), its ``beta`` .001.
+up a response's tokens: ``seq-mean-token-sum``); its runs set ``beta = .001``.
 
 Differs from the authors' code, which rejects nothing: ``variant = "authors"``. There A is max(R, 0) while m = 1 and
 min(R, 0) while m = -1, the reward itself in the place of the group-relative advantage, so rewards are +-1. All tokens
