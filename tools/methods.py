@@ -46,12 +46,16 @@ def cells(name: str) -> list[str]:
     return [
         f"`{name}`",
         title,
-        ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in papers),
+        ", ".join(map(_link, papers)),
         ", ".join(f"`{option.name} = {_value(option)}`" for option in own_options(cls)),
         ", ".join(needed(method.needs)),
         ", ".join(f"`{state}`" for state in method.state_dict()),
         "relative" if method.group_relative else "no part",
     ]
+
+
+def _link(paper: str) -> str:
+    return f"[report]({paper})" if paper.startswith("https://") else f"[{paper}](https://arxiv.org/abs/{paper})"
 
 
 def _recipe(name: str, link: bool) -> str:
@@ -93,13 +97,13 @@ def _default(option: Option) -> str:
 
 
 def headline(cls: type[Method]) -> tuple[str, list[str]]:
-    """What the first line of the method's file says: its description, and the papers it names."""
+    """What the first line of the method's file says: its description, and the papers it names, by arXiv id or URL."""
     module = inspect.getmodule(cls)
     assert module is not None and module.__doc__ is not None
     first = module.__doc__.partition("\n")[0]
     found = re.fullmatch(r"(.+?) \((.*arXiv.*)\)\.", first)
     assert found is not None, f"{module.__name__}: expected 'Name: what it is (arXiv 2501.00001).', found {first!r}"
-    return found[1], list(dict.fromkeys(re.findall(r"\d{4}\.\d{5}", found[2])))
+    return found[1], list(dict.fromkeys(re.findall(r"https://[^\s;,]+|\d{4}\.\d{5}", found[2])))
 
 
 def own_options(cls: type[Method]) -> list[Field]:

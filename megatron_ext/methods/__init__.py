@@ -12,6 +12,7 @@ from megatron_ext.methods.clip_cov import ClipCov
 from megatron_ext.methods.clip_higher import ClipHigher
 from megatron_ext.methods.dmmpt import DMMPT
 from megatron_ext.methods.dr_grpo import DrGRPO
+from megatron_ext.methods.entrocraft import Entrocraft
 from megatron_ext.methods.entropic import EntroPIC
 from megatron_ext.methods.entropy_advantage import EntropyAdvantage, PPOEntropyAdvantage
 from megatron_ext.methods.entropy_bonus import EntropyBonus
@@ -21,7 +22,10 @@ from megatron_ext.methods.grpo import GRPO
 from megatron_ext.methods.high_entropy_reward import HighEntropyReward
 from megatron_ext.methods.kl_cov import KLCov
 from megatron_ext.methods.lp_reg import LpReg
+from megatron_ext.methods.mai_clip import MAIClip
 from megatron_ext.methods.ppo import PPO
+from megatron_ext.methods.qae import QAE
+from megatron_ext.methods.repo import ADAPO, REPO
 from megatron_ext.methods.sent import SENT
 from megatron_ext.methods.siren import SIREN
 from megatron_ext.methods.steer import STEER
@@ -53,6 +57,11 @@ METHODS: dict[str, type[Method]] = {
     "erc": ERC,
     "lp_reg": LpReg,
     "steer": STEER,
+    "adapo": ADAPO,
+    "entrocraft": Entrocraft,
+    "mai_clip": MAIClip,
+    "qae": QAE,
+    "repo": REPO,
 }
 
 

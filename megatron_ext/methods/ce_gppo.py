@@ -26,9 +26,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_ext.methods.base import Aggregation, Prepared, log_ratio
+from megatron_ext.methods import surrogates
+from megatron_ext.methods.base import Aggregation
 from megatron_ext.methods.grpo import GRPO
-from megatron_ext.types import Batch, TokenStats
+from megatron_ext.types import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preserving(surrogates.PPO):
+    """A token beyond the clip range keeps its gradient, at the size that it has on the bound, times a factor."""
+
+    beta_1: float
+    beta_2: float
+
+    def unbounded(self, batch: Batch, logprob: Tensor, advantage: Tensor) -> Tensor:
+        ratio = self.ratio(batch, logprob)
+        return -advantage * (self.factor(batch, logprob, advantage) / ratio.detach()) * ratio
+
+    def factor(self, batch: Batch, logprob: Tensor, advantage: Tensor) -> Tensor:
+        low, high = self.clipped(batch, logprob, advantage)
+        factor = torch.where(low, self.beta_1 * (1 - self.clip_low), self.ratio(batch, logprob.detach()))
+        return torch.where(high, self.beta_2 * (1 + self.clip_high), factor)
 
 
 @dataclass(kw_only=True)
@@ -42,14 +60,10 @@ class CEGPPO(GRPO):
         for name in ("beta_1", "beta_2"):
             self.check(name, getattr(self, name) >= 0, "a factor of at least 0")
 
-    def policy_loss(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
-        advantage = self.advantage(batch, stats, prepared)
-        ratio = log_ratio(stats.logprob, batch.old_logprob).exp()
-        at = ratio.detach()
-        low, high = 1 - self.clip_low, 1 + self.clip_high
-        factor = torch.where((at < low) & (advantage < 0), self.beta_1 * low, at)
-        factor = torch.where((at > high) & (advantage > 0), self.beta_2 * high, factor)
-        loss = -advantage * (factor / at) * ratio
-        if self.dual_clip is not None:
-            loss = torch.where(advantage < 0, torch.min(loss, -advantage * self.dual_clip), loss)
-        return batch.corrected(loss)
+    @property
+    def is_surrogate(self) -> bool:
+        return True
+
+    @property
+    def ppo_surrogate(self) -> surrogates.PPO:
+        return Preserving(**vars(super().ppo_surrogate), beta_1=self.beta_1, beta_2=self.beta_2)

@@ -29,6 +29,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from megatron_ext.methods import surrogates
 from megatron_ext.methods.base import Needs, Prepared
 from megatron_ext.methods.ce_gppo import CEGPPO
 from megatron_ext.metric import Metric
@@ -64,9 +65,16 @@ class ERC(CEGPPO):
         ratio = (stats.entropy.detach() + 1e-8) / (batch.old.entropy + 1e-8)
         return ~((ratio > self.ratio_low) & (ratio < self.ratio_high))
 
+    @property
+    def is_surrogate(self) -> bool:
+        return self.preserve
+
+    @property
+    def ppo_surrogate(self) -> surrogates.PPO:
+        return super().ppo_surrogate if self.preserve else super(CEGPPO, self).ppo_surrogate
+
     def policy_loss(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
-        surrogate = super() if self.preserve else super(CEGPPO, self)  # GPPO's, or the clip that it replaces
-        loss = surrogate.policy_loss(batch, stats, prepared)
+        loss = super().policy_loss(batch, stats, prepared)
         return torch.where(self.stopped(batch, stats), loss.detach(), loss)
 
     def metrics(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> dict[str, Tensor]:

@@ -21,7 +21,6 @@ or a regulariser added to it.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -73,12 +72,19 @@ class GRPO(Method):
         self.check("dual_clip", self.dual_clip is None or self.dual_clip > 1, "a number above 1, or leave it out")
         if isinstance(self.policy_surrogate, surrogates.PPO):
             return
+        alone = "ppo: this method is a clip of its own, and another surrogate would leave nothing of it"
+        self.check("surrogate", not self.is_surrogate, alone)
         kind, defaults = self.policy_surrogate.kind, {option.name: option.default for option in fields(self)}
         for name in ("clip_low", "clip_high", "dual_clip"):
             others = f"{name} is of the surrogate ppo alone; {kind} has {surrogates.described(kind)}"
             self.check(name, getattr(self, name) == defaults[name], f"{defaults[name]}, its default: {others}")
 
-    @cached_property
+    @property
+    def is_surrogate(self) -> bool:
+        """Whether all of the method is in ``ppo_surrogate``."""
+        return False
+
+    @property
     def policy_surrogate(self) -> surrogates.Surrogate:
         """What the option ``surrogate`` names."""
         return surrogates.create(self.surrogate, self.ppo_surrogate)

@@ -28,7 +28,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from megatron_ext.methods.base import Needs, Prepared, Reducer, log_ratio
+from megatron_ext.methods.base import Needs, Prepared, Reducer
 from megatron_ext.methods.clip_higher import ClipHigher
 from megatron_ext.methods.selection import Selective
 from megatron_ext.metric import Metric
@@ -77,10 +77,8 @@ class STEER(ClipHigher, Selective):
             coefficient = advantage / batch.old_logprob.exp().clamp(1e-8, 1.0)
             return coefficient * p * (1 - p) * (p.log() + batch.old.entropy)
         assert stats.entropy is not None
-        ratio, p = log_ratio(stats.logprob, batch.old_logprob).exp(), stats.logprob.exp()
-        low, high = (advantage < 0) & (ratio < 1 - self.clip_low), (advantage > 0) & (ratio > 1 + self.clip_high)
-        change = advantage * ratio * p * (1 - p) * (stats.logprob + stats.entropy)
-        return torch.where(low | high, 0.0, change)
+        weight, p = self.policy_surrogate.weight(batch, stats.logprob, advantage), stats.logprob.exp()
+        return advantage * weight * p * (1 - p) * (stats.logprob + stats.entropy)
 
     def policy_loss(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         return prepared.token["steer"] * super().policy_loss(batch, stats, prepared)

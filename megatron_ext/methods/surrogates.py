@@ -33,9 +33,10 @@ layout. Means and products run over its tokens that train, also where a method t
 What composes. A method's advantages, token weights, masks and regularisers stand beside every surrogate, and
 ``importance.mode`` multiplies its loss. Four methods say something about the clipped loss itself: under ppo KL-Cov and
 the authors' variant of SENT clip nothing, another surrogate they take as it is; Clip-Cov chooses among the tokens whose
-weight is not 0; EntroPIC's control term on likely tokens is the surrogate without its range. A method's ``clip_low``,
-``clip_high`` and ``dual_clip`` are ppo's: beside another surrogate any but their defaults are an error. In a step of
-one update every ratio is 1, and all surrogates have the same gradient.
+weight is not 0; EntroPIC's control term on likely tokens is the surrogate without its range. CE-GPPO, ERC-GPPO, MAI's
+clip and ADAPO are clips themselves, and refuse another. A method's ``clip_low``, ``clip_high`` and ``dual_clip`` are
+ppo's: beside another surrogate any but their defaults are an error. In a step of one update every ratio is 1, and all
+surrogates have the same gradient.
 """
 
 from __future__ import annotations
@@ -128,13 +129,21 @@ class PPO(Clipped):
     dual_clip: float | None = None
 
     def loss(self, batch: Batch, logprob: Tensor, advantage: Tensor) -> Tensor:
-        loss = super().loss(batch, logprob, advantage)
+        loss = self.unbounded(batch, logprob, advantage)
         if self.dual_clip is None:
             return loss
         return torch.where(advantage < 0, torch.min(loss, -advantage * self.dual_clip), loss)
 
+    def unbounded(self, batch: Batch, logprob: Tensor, advantage: Tensor) -> Tensor:
+        """The loss without ``dual_clip``."""
+        return super().loss(batch, logprob, advantage)
+
+    def factor(self, batch: Batch, logprob: Tensor, advantage: Tensor) -> Tensor:
+        """The weight without ``dual_clip``."""
+        return super().weight(batch, logprob, advantage)
+
     def weight(self, batch: Batch, logprob: Tensor, advantage: Tensor) -> Tensor:
-        weight = super().weight(batch, logprob, advantage)
+        weight = self.factor(batch, logprob, advantage)
         if self.dual_clip is None:
             return weight
         return torch.where((advantage < 0) & (weight > self.dual_clip), 0.0, weight)

@@ -34,6 +34,9 @@ REWARDS = (
 WHOLE = (range(len(REWARDS)),)  # one rank with all groups
 TWO_RANKS = (range(2), range(2, len(REWARDS)))
 
+RANGE_FROM_ABOVE = {"h_low": 9.0, "h_high": 9.5, "h_low_end": 0.1, "h_high_end": 0.2, "anneal_steps": 3}
+NARROW_CLIP = {"clip_low": 0.1, "clip_high": 1 / 0.9 - 1, "dual_clip": 1.4, "target": 9.0, "delta": 0.1, "k_0": 0.1}
+
 # Options at which every part of a method is at work on the case; also what the splits and layouts are tested with.
 OPTIONS: dict[str, dict[str, Any]] = {
     "grpo": {"name": "grpo", "beta": 0.3, "dual_clip": 1.2},
@@ -82,6 +85,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lp_reg, authors": {"name": "lp_reg", "rho": 0.4, "kappa": 0.05, "variant": "authors", "dual_clip": None},
     "steer": {"name": "steer", "lambda_min": 0.3},
     "steer, authors": {"name": "steer", "lambda_min": 0.3, "variant": "authors", "dual_clip": 1.3},
+    "adapo": {"name": "adapo", "target": 9.0, "delta": 0.1, "clip_high_max": 0.8},
+    "entrocraft": {"name": "entrocraft", **RANGE_FROM_ABOVE},
+    "entrocraft, above": {"name": "entrocraft", "h_low": 0.1, "h_high": 0.2, "h_low_end": 0.1, "h_high_end": 0.2},
+    "entrocraft, authors": {"name": "entrocraft", "h_low": 0.1, "h_high": 0.2, "h_low_end": 0.1, "variant": "authors"},
+    "mai_clip": {"name": "mai_clip", **NARROW_CLIP},
+    "mai_clip, entropy": {"name": "mai_clip", **NARROW_CLIP, "measure": "entropy"},
+    "qae": {"name": "qae"},
+    "qae, authors": {"name": "qae", "interpolate": True},
+    "repo": {"name": "repo", "target": 9.0, "zeta_0": 0.3, "zeta_max": 4.0},
+    "repo, centred": {"name": "repo", "target": 9.0, "zeta_0": 0.3, "zeta_max": 4.0, "form": "centred"},
+    "repo, full": {"name": "repo", "target": 9.0, "zeta_0": 0.3, "zeta_max": 4.0, "form": "full"},
 }
 
 

@@ -14,6 +14,8 @@ from tests.methods.cases import Case, run
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 COMMON = {"normalise": False, "clip_low": 0.1, "clip_high": 0.3, "beta": 0.01, "dual_clip": 3.0}
 
+WIDE = {"aggregation": "token-mean", "clip_low": 0.6, "clip_high": 1.5, "dual_clip": 50.0}
+
 # method and options that switch its own part off, its baseline, and what that differs in by default
 OFF: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "entropic": ({"k_p": 0.0, "k_i": 0.0}, {"name": "grpo", "aggregation": "token-mean"}),
@@ -33,6 +35,10 @@ OFF: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dr_grpo": ({"aggregation": "seq-mean-token-mean", "normalise": True, "clip_high": 0.2}, {"name": "grpo"}),
     "clip_higher": ({"aggregation": "seq-mean-token-mean", "clip_high": 0.2}, {"name": "grpo"}),
     "aec": ({"target": 1e-9, "c_0": 0.0}, {"name": "grpo", "aggregation": "token-mean"}),
+    "adapo": ({"delta": 0.0}, {"name": "clip_higher"}),
+    "entrocraft": ({"h_high": 99.0, "h_low": 0.0, "anneal_steps": 999}, {"name": "grpo", "aggregation": "token-mean"}),
+    "mai_clip": ({"k_max": 0.0}, {"name": "grpo", **WIDE}),
+    "repo": ({"zeta_0": 0.0, "adapt": False}, {"name": "grpo"}),
 }
 
 

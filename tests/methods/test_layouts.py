@@ -140,6 +140,9 @@ def test_the_thresholds_are_at_work(results: dict[str, list[dict[str, Any]]]) ->
     report = {name: values[1] for name, values in results["one"][0].items()}
     assert all(0 < report[name].get("importance/truncated", 0.5) < 1 for name in CORRECTED)
     assert all(0 < report[name].get("importance/masked", 0.5) < 1 for name in CORRECTED)
+    for name, direction in (("entrocraft", -1), ("entrocraft, above", 1)):
+        assert report[name]["entrocraft/direction"] == direction and 0 < report[name]["entrocraft/kept_share"] < 1
+    assert report["mai_clip"]["mai_clip/k"] == 0.1 and report["repo"]["repo/zeta"] == 0.6
     assert 0 < abs(report["entropic"]["entropic/alpha"]) < 1 and 0 < report["clip_higher"]["overlong/share"] < 1
     assert all(0 < metrics[name]["erc/stopped"] < 1 for name in ("erc", "erc, preserve"))
     assert all(0 < metrics[name]["lp_reg/held"] < 0.5 for name in ("lp_reg", "lp_reg, authors"))

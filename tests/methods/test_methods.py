@@ -69,6 +69,28 @@ PAPER: dict[str, dict[str, Any]] = {
         "kl_coef": 1.0,
     },
     "steer": {"aggregation": "token-mean", "clip_high": 0.28, "lambda_min": 0.7, "variant": "paper"},
+    "adapo": {"aggregation": "token-mean", "clip_low": 0.2, "clip_high": 0.28, "target": None},
+    "entrocraft": {
+        "clip_high": 0.2,
+        "h_low": 0.6,
+        "h_high": 0.7,
+        "h_low_end": 0.4,
+        "h_high_end": 0.5,
+        "variant": "paper",
+    },
+    "mai_clip": {
+        "aggregation": "token-mean",
+        "clip_low": 0.6,
+        "clip_high": 1.5,
+        "dual_clip": 50.0,
+        "target": 0.3,
+        "delta": 0.25,
+        "k_max": 2.5,
+        "k_0": 0.0,
+        "measure": "importance",
+    },
+    "qae": {"aggregation": "token-mean", "clip_high": 0.28, "k": 0.4, "interpolate": False},
+    "repo": {"form": "rescaled", "zeta_min": 1e-4, "zeta_max": 0.05, "target": None, "adapt": True},
 }
 
 
@@ -108,7 +130,7 @@ def test_every_method_is_tested_and_has_a_recipe_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "method.name: unknown method None; expected one of aec, aer,"),
+        ({}, "method.name: unknown method None; expected one of adapo, aec,"),
         ({"name": "sirn"}, "method.name: unknown method 'sirn'; did you mean siren?"),
         ({"name": "siren", "coeff": 1.0}, "method.coeff: siren has no such option; did you mean coef?"),
         ({"name": "siren", "h_anchor": 1.0}, "method.h_anchor: siren has no such option"),
@@ -159,6 +181,18 @@ def test_every_method_is_tested_and_has_a_recipe_of_its_own() -> None:
         ({"name": "lp_reg", "rho": 0.0}, "method.rho: found 0.0"),
         ({"name": "steer", "lambda_min": 0.0}, "method.lambda_min: found 0.0, expected a weight above 0"),
         ({"name": "steer", "floor": 0}, "method.floor: found 0"),
+        ({"name": "adapo", "clip_high": 0.5}, "method.clip_high: found 0.5, expected from clip_high_min = 0.2 to"),
+        ({"name": "adapo", "target": 0.0}, "method.target: found 0.0, expected an entropy above 0, in nats, or leave"),
+        ({"name": "adapo", "band": 1.0}, "method.band: found 1.0, expected a share of the target"),
+        ({"name": "entrocraft", "h_low": 0.8}, "method.h_high: found 0.7, expected at least h_low = 0.8"),
+        ({"name": "entrocraft", "h_high_end": 0.3}, "method.h_high_end: found 0.3, expected at least h_low_end = 0.4"),
+        ({"name": "entrocraft", "anneal_steps": 0}, "method.anneal_steps: found 0, expected a number of steps"),
+        ({"name": "mai_clip", "clip_low": 1.0}, "method.clip_low: found 1.0, expected a number from 0 to below 1"),
+        ({"name": "mai_clip", "k_0": 3.0}, "method.k_0: found 3.0, expected a number from 0 to k_max = 2.5"),
+        ({"name": "mai_clip", "measure": "logprob"}, "method.measure: found 'logprob'"),
+        ({"name": "qae", "k": 1.0}, "method.k: found 1.0, expected a quantile above 0 and below 1"),
+        ({"name": "repo", "zeta_0": 0.1}, "method.zeta_0: found 0.1, expected at most zeta_max = 0.05"),
+        ({"name": "repo", "zeta_max": 1e-5}, "method.zeta_max: found 1e-05, expected at least zeta_min = 0.0001"),
     ],
 )
 def test_a_fault_is_named(options: dict[str, Any], message: str) -> None:
@@ -180,7 +214,7 @@ def test_a_resumed_method_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None
     assert one.methods[0].state_dict() == other.methods[0].state_dict()
 
 
-STATEFUL = ["aec", "aer", "clip_cov", "entropic", "siren"]
+STATEFUL = ["adapo", "aec", "aer", "clip_cov", "entrocraft", "entropic", "mai_clip", "repo", "siren"]
 COUNTING = ["entropy_advantage_ppo", "ppo"]  # only the steps: test_ppo.py
 
 

@@ -45,6 +45,7 @@ def test_a_row_by_hand() -> None:
     cells = dict(zip(tool.COLUMNS[:-1], tool.cells("siren"), strict=True))
     assert cells["what it is"] == "SIREN: selective entropy regularisation"
     assert cells["paper"] == "[2509.25133](https://arxiv.org/abs/2509.25133)"
+    assert tool.cells("mai_clip")[2].startswith("[report](https://microsoft.ai/pdf/mai-thinking-1.pdf), [2402.03300](")
     assert cells["needs"] == "nucleus entropy with gradient, a pass before each update"
     assert (cells["state"], cells["groups"]) == ("`h_anchor`", "relative")
     names = [option.name for option in tool.own_options(SIREN)]

@@ -15,10 +15,14 @@ from tests import gloo
 from tests.train import whole_run
 
 CASES = {  # options at which the state of step 1 is not that of a new method
+    "adapo": ["method.target=9.0"],
     "aec": ["method.target=9.0", "method.c_max=0.5", "method.delta=0.05"],
     "aer": ["method.alpha_0=0.05"],
     "clip_cov": ["method.r=0.05", "method.w_low=0.01"],
+    "entrocraft": [],
     "entropic": ['method.target={kind = "linear", start = 3.0, end = 1.0, steps = 4}', "method.surrogate=gspo"],
+    "mai_clip": ["method.target=9.0"],
+    "repo": ["method.target=9.0", "method.zeta_0=0.02"],
     "siren": ["method.coef=1.0"],
 }
 
