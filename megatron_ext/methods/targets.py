@@ -17,8 +17,8 @@ target that falls, and models that begin at different entropies need one that is
 Every method that controls entropy has it: ``target`` of AEC, EntroPIC and MAI's clip is a number of nats by default,
 AER's is tau H_0, REPO's and ADAPO's H_0 and SIREN's H_anchor, where ``target`` is not given. (Entrocraft has a range.)
 n counts steps, not the updates in them. n and H_0 are in the checkpoint where a target needs them, and a resumed run
-goes on with them to the bit. The metric ``entropy/target`` is the target of each step where it is a schedule; AER's is ``aer/target``, SIREN's ``siren/anchor``, REPO's and ADAPO's
-``repo/target`` and ``adapo/target``.
+goes on with them to the bit. The metric ``entropy/target`` is the target of each step where it is a schedule; AER's is
+``aer/target``, SIREN's ``siren/anchor``, REPO's ``repo/target`` and ADAPO's ``adapo/target``.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ def test_every_method_has_every_surrogate(name: str, case: Case) -> None:
             with pytest.raises(ValueError, match="method.surrogate: found '.*', expected ppo: this method is a clip"):
                 methods.create(own(name) | {"surrogate": kind})
             continue
-        found = run(case, own(name) | {"surrogate": kind})
+        found = run(case, own(name) | {"surrogate": TABLES[kind]})
         assert math.isfinite(found.loss) and found.gradient.isfinite().all() and found.gradient.norm() > 0, kind
         assert all(math.isfinite(value) for value in found.metrics.values()), kind
 

@@ -38,9 +38,12 @@ SIREN = {"name": "siren", "coef": 0.7}
 LAYOUTS: list[dict[str, Any]] = [
     *({}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {"ranks_per_node": 2}, {"context": 2})
 ]
-ONCE = ("grpo", "dr_grpo", "clip_higher", "nsr", "psr", "w_reinforce", "entropy_bonus", "entropy_advantage")
+ONCE = (
+    *("grpo", "dr_grpo", "clip_higher", "nsr", "psr", "w_reinforce", "entropy_bonus", "entropy_advantage"),
+    *("ce_gppo", "qae"),
+)
 CASES = [
-    *(({"name": name}, {}) for name in (*ONCE, "ce_gppo", "qae")),
+    *(({"name": name}, {}) for name in ONCE),
     ({"name": "grpo", "beta": 0.2}, {"pipeline": 2}),
     ({"name": "entropic", "scope": "micro_batch"}, {"ranks_per_node": 2}),
     *((BONUS, layout) for layout in LAYOUTS),
