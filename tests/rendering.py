@@ -28,7 +28,7 @@ class InFork:
 
     @staticmethod
     def run(
-        command: Sequence[str], *, input: str, env: Mapping[str, str], timeout: float, **_: Any
+        command: Sequence[str], *, input: str, env: Mapping[str, str], timeout: float, **_others: Any
     ) -> subprocess.CompletedProcess[str]:
         with (
             tempfile.TemporaryFile() as given,

@@ -108,7 +108,8 @@ def _groups_of(state: State, fields: State) -> list[list[Episode]]:
 
 def _problem(values: Sequence[Any]) -> Problem:
     """From its fields' values; JSON has made a list of the tuple."""
-    return Problem(*(tuple(value) if isinstance(value, list) else value for value in values))
+    plain: list[Any] = [tuple(value) if isinstance(value, list) else value for value in values]
+    return Problem(*plain)
 
 
 def _packed(arrays: Sequence[np.ndarray | None]) -> tuple[State, torch.Tensor]:

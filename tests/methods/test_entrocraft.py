@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -133,7 +135,7 @@ def test_the_advantage_is_the_authors(step: int, scale: float) -> None:
     case.old = case.old * scale
     low, high = [0.6, 0.4], [1.6, 1.4]
     options = {"h_low": 0.6, "h_low_end": 0.4, "h_high": 1.6, "h_high_end": 1.4, "anneal_steps": 4}
-    method = methods.create({"name": "entrocraft", "variant": "authors", **options})
+    method: Any = methods.create({"name": "entrocraft", "variant": "authors", **options})
     method.load_state_dict({"step": step - 1, "direction": 0})
     whole, stats = batch(case, method), statistics(case, case.old, Needs(entropy=True))
     measured = method.on_step_start(whole, stats, OneRank())["entrocraft/entropy"]

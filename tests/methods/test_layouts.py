@@ -91,6 +91,7 @@ def every_method(rank: int, world: int, path: str, layout: tuple[int, int, int, 
         current = rules[method.needs.nucleus]
         if method.needs.min_p is not None:
             current = learner.statistics(policy, mini_batch, replace(method.needs, entropy=True))
+        assert current.entropy is not None
         old = replace(current, logprob=moved(current.logprob, own), entropy=moved(current.entropy, own))
         sampled = sampled_with(current.logprob, own) if name in CORRECTED else own
         rollouts = learner.rollout_batch(sampled, old, current.logprob - 0.1, current.logprob / 4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -180,7 +182,7 @@ def test_no_tokens_and_a_nan() -> None:
 @pytest.mark.parametrize(
     "asked", [{}, {"min_p": 0.0}, {"min_p": 1.0}, {"min_p": 0.1, "top_p": 0.8}, {"top_p": 0.8, "min_p": 2.0}]
 )
-def test_what_does_not_fit_is_named(asked: dict[str, float]) -> None:
+def test_what_does_not_fit_is_named(asked: dict[str, Any]) -> None:
     targets = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"nucleus outputs need top_p in \(0, 1\], or in its place min_p in"):
         policy_stats(torch.zeros(2, 8), targets, VocabShard(0, 8, 8), want=("nucleus_mass",), grad=(), **asked)

@@ -52,7 +52,7 @@ class Pool:
     def scoring(self, num_answers: int, replies: dict[Any, str]) -> Iterator[Pool]:
         yield self
 
-    def look_up(self, problem: Problem, sample: Sample) -> Reward:
+    def look_up(self, problem: Problem, sample: Sample) -> Reward | None:
         return self.reward(int(problem.problem_id), int(sample.text))
 
     def score_samples(self, samples: Sequence[tuple[Problem, Sample]]) -> list[Reward]:

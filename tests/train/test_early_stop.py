@@ -88,7 +88,8 @@ def collected(rank: int, world: int, tensor: int, stops: bool) -> tuple[Any, dic
     batch = Rollouts(*parts, stop_group=group).collect(
         lambda count: [(Problem(str(i), "", ""), (i,)) for i in order.take(count, step=0)]
     )
-    return summary(exchange(batch, PROMPTS)[0]), batch.metrics, batch.num_dropped, order.take(5, step=1)
+    episodes, _ = exchange(batch, PROMPTS, cost=lambda n: n)
+    return summary(episodes), batch.metrics, batch.num_dropped, order.take(5, step=1)
 
 
 @pytest.fixture(scope="module")

@@ -121,7 +121,7 @@ def alone(_rank: int, _world: int) -> dict[str, Any]:
     from megatron_ext.rollout.vllm import engine as module
 
     said: list[str] = []
-    vars(module)["print"] = lambda line, **_: said.append(line)
+    module.__dict__["print"] = lambda line, **_: said.append(line)
     torch.distributed.destroy_process_group()
     engine = module.VLLMEngine(BASE, dtype="float32", max_tokens=64, enforce_eager=True)
     KEPT.append(engine)
@@ -152,6 +152,8 @@ def engine() -> dict[str, Any]:
 
 class Listed(list):
     """Weights that are all there."""
+
+    closed = False
 
     def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         return [(name, value.dtype, tuple(value.shape)) for name, value in self]

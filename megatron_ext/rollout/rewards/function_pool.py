@@ -44,7 +44,7 @@ class FunctionPool(WorkerPool[Question]):
             json.dumps([reward.function, reward.options]),
         )
         super().__init__(program, workers, deadline_s=reward.deadline_s, max_timeout_share=reward.max_timeout_share)
-        self.reward = reward
+        self.config = reward
 
     def question(self, problem: Problem, sample: Sample) -> Question:
         return Question(astuple(problem), astuple(Response(sample.text, sample.response_ids, sample.truncated)))
@@ -56,18 +56,18 @@ class FunctionPool(WorkerPool[Question]):
         found = reply if reply in NO_VERDICT else json.loads(reply)[2]
         problem, response = Problem(*question.problem), Response(*question.response)
         return (
-            f"{found}, {self.reward.function} of problem {problem.problem_id} and the response "
+            f"{found}, {self.config.function} of problem {problem.problem_id} and the response "
             f"{response.text[:200]!r}. Mend the function; if it is only slow, raise reward.deadline_s"
         )
 
     def reward(self, question: Question | None, reply: str) -> Reward:
         """A number alone is ``correct`` from reward.correct on, ``wrong`` up to reward.wrong, ``other`` between."""
         if reply in NO_VERDICT:
-            return Reward(self.reward.wrong, reply)
+            return Reward(self.config.wrong, reply)
         value, outcome, extracted = json.loads(reply)
         if outcome == Outcome.ERROR:
-            return Reward(self.reward.wrong, outcome, extracted)
+            return Reward(self.config.wrong, outcome, extracted)
         if outcome is None:
-            right, wrong = value >= self.reward.correct, value <= self.reward.wrong
+            right, wrong = value >= self.config.correct, value <= self.config.wrong
             outcome = Outcome.CORRECT if right else Outcome.WRONG if wrong else Outcome.OTHER
         return Reward(value, str(outcome), extracted)
