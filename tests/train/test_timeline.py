@@ -152,6 +152,26 @@ def test_a_timeline_is_cut_with_the_metrics_of_its_steps(tmp_path: Path) -> None
     assert first["ranks"] == [[[0, 0.0, 1.2346], [1, 1.2346, 2.0]], [[0, 0.0, 2.0]]]
 
 
+def test_the_spans_of_a_long_timeline_are_not_read_to_cut_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run on many ranks that goes on has hundreds of megabytes of them."""
+    with MetricsWriter(tmp_path, trackers=[], total_steps=3) as writer:
+        for step in (1, 2, 3):
+            writer.write_timeline(step, [[Span("rollout", 0.0, 1.0)]] * 400)
+            writer.write(step, {})
+    monkeypatch.setattr("megatron_ext.metrics.writer.parse_json", short_json)
+    MetricsWriter(tmp_path, trackers=[], total_steps=3, resume_step=2)
+    monkeypatch.undo()
+    assert [line["step"] for line in read_steps(tmp_path / "timeline.jsonl")] == [1, 2]
+    (tmp_path / "timeline.jsonl").write_text('{"step": 1, "names": [], "ranks": [[]]}\n{"step": 2, "na\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="line 2: no object with an integer step"):
+        MetricsWriter(tmp_path, trackers=[], total_steps=3, resume_step=2)
+
+
+def short_json(text: bytes) -> Any:
+    assert len(text) < 1000
+    return json.loads(text)
+
+
 def test_what_the_planner_has_to_know_is_written_whole(tmp_path: Path) -> None:
     write_planner(tmp_path, {"first_step": 1})
     assert json.loads((tmp_path / "planner.json").read_text()) == {"first_step": 1}
