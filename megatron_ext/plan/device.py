@@ -43,9 +43,11 @@ def communicators(a: Architecture, config: Config) -> dict[str, int]:
     Groups of one rank are left out, and gloo's: Python objects travel over those. That of the whole world counts
     whether it is used or not: the others may be split from it. Megatron has two groups of the data-parallel ranks,
     with context-parallel ones and without, and one of all that share an optimizer; vLLM one of torch and one of its own
-    for an engine. A send outside of a batch has a communicator of its own, of two ranks (torch's ProcessGroupNCCL): with
-    the next and the previous one, where Transformer Engine passes keys and values round more than two ranks, and where
-    interleaved stages exchange activations.
+    for an engine.
+
+    A send outside of a batch has a communicator of its own, of two ranks (torch's ProcessGroupNCCL): with the next and
+    the previous one, where Transformer Engine passes keys and values round more than two ranks, and where interleaved
+    stages exchange activations.
     """
     p, tied_ends = config.parallel, a.tied and config.parallel.pipeline > 1
     groups = {
