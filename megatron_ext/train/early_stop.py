@@ -26,6 +26,7 @@ from megatron_ext.types import Problem, Reward, Sample
 Verdict = Literal["useful", "right", "wrong"]  # right, wrong: rewards all equal
 Index = tuple[int, int]  # prompt index, sample
 LookUp = Callable[[Problem, Sample], Reward | None]
+Waiting = Callable[[], AbstractContextManager[None]]  # a wait for other ranks, noted
 FIRST_POLL_S, LAST_POLL_S, SLOWER = 0.02, 0.5, 1.2  # between two exchanges: each is so many times as far as the last
 
 
@@ -48,7 +49,7 @@ class WholeRound:
     def finished(self, done: Mapping[Index, tuple[Problem, Sample]]) -> None:
         """Nobody is told."""
 
-    def running(self) -> AbstractContextManager[None]:
+    def running(self, waiting: Waiting) -> AbstractContextManager[None]:
         return nullcontext()
 
 
@@ -81,8 +82,10 @@ class EarlyStop(WholeRound):
         self._num_unfinished -= len(done)
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """The ranks tell each other within; left when all of them leave. Collective."""
+    def running(self, waiting: Waiting) -> Iterator[None]:
+        """The ranks tell each other within; left when all of them leave, for which they wait in ``waiting()``.
+        Collective.
+        """
         thread = threading.Thread(target=self._exchange_on, name="early stop", daemon=True)
         thread.start()
         try:
@@ -90,8 +93,9 @@ class EarlyStop(WholeRound):
         finally:
             self._is_over.set()
             thread.join()
-            while not self._exchange(is_over=True):
-                pass
+            with waiting():
+                while not self._exchange(is_over=True):
+                    pass
 
     def _exchange_on(self) -> None:
         poll_s = FIRST_POLL_S

@@ -85,6 +85,15 @@ def test_decoding_far_below_the_memory_bandwidth_is_launching(tmp_path: Path) ->
     assert rates.mfu == RATES["h100"].mfu  # nothing of it was measured
 
 
+def test_a_rollout_beside_training_is_not_as_fast_as_it_is_hidden(tmp_path: Path) -> None:
+    """Training waits for a tenth of what servers take, which is what decoding takes."""
+    seconds = {"rollout": 100.0}
+    whole = read_measured(write_run(tmp_path / "whole", CONFIG, seconds))
+    hidden = read_measured(write_run(tmp_path / "hidden", CONFIG, {"rollout": 10.0, "rollout_background": 100.0}))
+    assert hidden.rates() == whole.rates()
+    assert comparison(hidden) == comparison(whole) and hidden.measured() == pytest.approx(seconds)
+
+
 @pytest.mark.parametrize("device", [{}, {"device": "cpu", "memory": 8 * 2**30}], ids=["h100", "cpu"])
 def test_a_plan_with_a_runs_rates_takes_what_the_run_took(device: dict[str, Any], tmp_path: Path) -> None:
     """With a reference, a pass for every update after the first, and gradients that travel between nodes."""
