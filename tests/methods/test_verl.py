@@ -1,4 +1,4 @@
-"""Losses equal verl's own functions, whose numbers ``record_verl.py`` recorded: the value, and the gradient per token."""
+"""Losses equal verl's own functions, whose numbers ``record_verl.py`` recorded: value, and gradient per token."""
 
 from __future__ import annotations
 
