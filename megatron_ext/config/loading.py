@@ -178,12 +178,16 @@ def _merge(base: dict[str, Any], own: dict[str, Any], *, below_method: bool = Fa
     """``own`` over ``base``, section by section. A method's table of another ``kind`` takes nothing over."""
     merged = dict(base)
     for key, value in own.items():
-        before = base.get(key)
-        both = isinstance(value, dict) and isinstance(before, dict)
-        if both and below_method and value.get("kind", before.get("kind")) != before.get("kind"):
-            both = False
-        merged[key] = _merge(before, value, below_method=below_method or key == "method") if both else value
+        both = _are_tables(base.get(key), value, same_kind=below_method)
+        merged[key] = _merge(base[key], value, below_method=below_method or key == "method") if both else value
     return merged
+
+
+def _are_tables(before: Any, value: Any, *, same_kind: bool) -> bool:
+    """Whether both are tables and, where ``same_kind``, ``value`` names no other ``kind``."""
+    if not isinstance(before, dict) or not isinstance(value, dict):
+        return False
+    return not same_kind or value.get("kind", before.get("kind")) == before.get("kind")
 
 
 def _apply_override(merged: dict[str, Any], override: str) -> None:
