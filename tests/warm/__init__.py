@@ -15,12 +15,10 @@ first run of tests/train/test_run.py, the soak, the wheel's and Slurm's. With CO
 from __future__ import annotations
 
 import atexit
-import ctypes
 import functools
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -38,7 +36,6 @@ START_S = 600.0  # for the server's imports, on a machine that does much else
 PRELOADED = {"tests.transformer_engine": "tests.transformer_engine.preloaded"}  # package: by its own server
 COMMANDS, VERIFYING = "", "tests.warm.verifier"
 COLD = bool(os.environ.get("COLD_STARTS"))
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Popen(Warm):
@@ -112,23 +109,15 @@ def _server(preloaded: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    libc, parent = ctypes.CDLL(None), os.getpid()
-
-    def tie() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
-
     with log.open("wb") as said:
         server = subprocess.Popen(
             [sys.executable, "-m", "tests.warm.server", str(path), *filter(None, [preloaded])],
             cwd=ROOT,
             env=environment,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # it ends where this process ends (not with the thread that started it, as a signal)
             stdout=said,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=tie,
         )
 
     def end() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import select
 import signal
 import socket
 import sys
@@ -41,13 +42,13 @@ def _commands() -> list[str]:
     return [f"tools.{module}" for name, (module, _) in COMMANDS.items() if name not in NOT_HERE]
 
 
-def serve(path: Path) -> NoReturn:
+def serve(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path.with_suffix(".new")))
         listener.listen(64)
         path.with_suffix(".new").rename(path)  # it is there when it answers
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks between
-        while True:
+        while 0 not in select.select([listener, 0], [], [])[0]:  # standard input ends with the process that asks
             connection, _ = listener.accept()
             if os.fork() == 0:
                 listener.close()
