@@ -159,10 +159,8 @@ _estimate = cache(estimate)
 
 
 def table(plan: LabPlan, results: Results, regime: str, rows: Sequence[Row]) -> list[list[str]]:
-    """Header and a line for each row; without a run of it nothing but the header."""
-    first = rows[0].result if rows else None
-    avg = avg_metric(first) if first is not None else "avg"
-    best = pass_metric(first) if first is not None else "pass"
+    """Header and a line for each row, of which there is one at least."""
+    avg, best = avg_metric(rows[0].result), pass_metric(rows[0].result)
     baseline = results.runs.get(plan.baseline_in(regime))
     pace = math.nan if baseline is None else statistics.fmean(seconds(baseline))
     head = [

@@ -76,6 +76,9 @@ def sections(plan: LabPlan, results: Results, found: dict[str, list[Row]], figur
     ]
     for regime in plan.regimes:
         rows = found[regime.name]
+        if not rows:
+            parts.append(Section(regime.title, ("No run of it is finished.",)))
+            continue
         drawn = regime_figures(plan, results, regime.name, rows, figures)
         parts.append(Section(regime.title, (), table(plan, results, regime.name, rows), drawn))
     parts += own_sections(plan, results, figures)

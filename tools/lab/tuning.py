@@ -129,10 +129,10 @@ def waiting(tuning: Tuning, plan: Path) -> str:
     names = [axis.run for axis in tuning.axes if axis.run not in tuning.chosen]
     if not names:
         return ""
+    which = "all methods" if len(names) == len(tuning.axes) else ", ".join(names)
     return (
-        f"the tuned runs of {len(names)} of {len(tuning.axes)} methods are left out, nothing is chosen yet "
-        f"({', '.join(names)}): when their trials are finished, megatron-entropy lab --plan {plan} --choose writes "
-        f"{tuning.path}"
+        f"The tuned runs of {which} are left out: nothing is chosen yet. When their trials are finished, "
+        f"megatron-entropy lab --plan {plan} --choose writes {tuning.path}."
     )
 
 
