@@ -92,9 +92,9 @@ def sections(plan: LabPlan, results: Results, found: dict[str, list[Row]], figur
 
 
 def finished(plan: LabPlan, results: Results) -> list[list[str]]:
-    """For each group of runs: finished trainings, and what is missing."""
+    """For each group of runs, in the order of the jobs: finished trainings, and what is missing."""
     rows = [["runs", "trainings", "missing"]]
-    for group in dict.fromkeys(run.group for run in plan.runs):
+    for group in dict.fromkeys(run.group for run in sorted(plan.runs, key=lambda run: run.stage)):
         runs = [run for run in plan.runs if run.group == group]
         planned = {run.name: len(plan.seeds_of(run)) for run in runs}
         done = {run.name: len(results[run.name].seeds) if run.name in results else 0 for run in runs}

@@ -25,7 +25,7 @@ from tools.lab.league import following, league, scalability, sharpening_tax
 from tools.lab.league_page import write
 from tools.lab.plan import BASE, LabPlan, configuration, jobs, load_plan
 from tools.lab.regimes import in_regime
-from tools.lab.results import load
+from tools.lab.results import Result, load
 from tools.lab.store import collect, left_to_do
 from tools.lab.tuning import Choice, best, tuned_name
 
@@ -177,9 +177,9 @@ FALLING = [0.4, 0.4, 0.3, 0.3, 0.2, 0.2, 0.18, 0.2, 0.22]  # loses .2 nats
 FLAT = [0.4] * 9
 
 
-def trial(right: float, late: float):
-    curves = {"reward__outcome__correct": [0.0] * 6 + [right] * 3, "entropy__full": [0.45] * 6 + [late] * 3}
-    return result("x", seed(0, **curves))
+def trial(right: float, late: float) -> Result:
+    reward, entropy = [0.0] * 6 + [right] * 3, [0.45] * 6 + [late] * 3
+    return result("x", seed(0, reward__outcome__correct=reward, entropy__full=entropy))
 
 
 @pytest.mark.parametrize(
@@ -290,8 +290,8 @@ def folder(tmp_path: Path) -> Path:
     for number in range(4):
         save_run(tmp_path, f"grpo@off-policy-s{number}", entropy=FALLING, right=2)
         save_run(tmp_path, f"grpo_again@off-policy-s{number}", entropy=FALLING, right=(1, 3, 2, 2)[number])
-        own = {"aer__entropy": 0.4, "aer__target": 0.32, "time__step_s": 3.0}
-        save_run(tmp_path, f"aer@off-policy-s{number}", entropy=FLAT, right=3, **own)
+        name = f"aer@off-policy-s{number}"
+        save_run(tmp_path, name, entropy=FLAT, right=3, aer__entropy=0.4, aer__target=0.32, time__step_s=3.0)
         save_run(tmp_path, f"psr@off-policy-s{number}", entropy=FALLING, right=0)
     save_run(tmp_path, "aer@lag-4-s0", entropy=FLAT, aer__entropy=0.4, aer__target=0.32)
     goal = [0.4 - 0.02 * i for i in range(9)]
