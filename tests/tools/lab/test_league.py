@@ -21,7 +21,7 @@ from tests.tools.lab.saved import save_run
 from tests.tools.lab.test_claims import result, seed
 from tools.lab import command as lab
 from tools.lab.following import overshoot, settling_step, tracking_error
-from tools.lab.league import following, league, scalability, sharpening_tax
+from tools.lab.league import following, league, scalability, setting_of, sharpening_tax
 from tools.lab.league_page import write
 from tools.lab.plan import BASE, LabPlan, configuration, jobs, load_plan
 from tools.lab.regimes import in_regime
@@ -218,6 +218,13 @@ def test_trials_choose_and_the_plan_reads_it(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "chosen.toml").write_text(chosen.replace("coef=0.05", "coef=0.06"))
     with pytest.raises(ConfigError, match=r"siren: chosen was \['method.coef=0.06'\]"):
         load_plan(tmp_path / "league.toml")
+
+
+def test_where_the_paper_s_values_are_the_best_nothing_runs_again(tmp_path: Path) -> None:
+    plan = plan_with(tmp_path, {"siren": 1, "aer": 0})
+    said = {run.name: setting_of(plan, run) for run in plan.runs if run.setting != "trial"}
+    assert said["aer@lag-4"] == "paper's, tuned alike" and "aer.tuned@lag-4" not in said
+    assert said["siren@lag-4"] == "paper's" and said["siren.tuned@lag-4"] == "tuned: method.coef=0.015"
 
 
 def test_a_choice_needs_trials(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
