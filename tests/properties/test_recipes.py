@@ -27,7 +27,7 @@ from tools import ranks, train
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TINY = str(RECIPES / "tiny" / "tiny-cpu.toml")
-FILES = [RECIPES / name for name in shipped.names() if not name.startswith("lab/")]
+FILES = [RECIPES / name for name in shipped.names() if not name.startswith(("lab/", "league/"))]
 
 
 def fields(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -2,15 +2,20 @@
 
     megatron-entropy lab                          everything in recipes/lab/lab.toml; run it again to continue
     megatron-entropy lab --only 'entropic*' --seeds 1
-    megatron-entropy lab --dry-run                the commands, one a line; nothing is run
+    megatron-entropy lab --dry-run                the commands, one a line, and how much it is; nothing is run
     megatron-entropy lab --page                   only write the page of what is finished
     megatron-entropy lab --out docs/lab           only what docs/lab/results does not have yet
     megatron-entropy lab --page --out docs/lab    draw the repository's page anew from docs/lab/results
+    megatron-entropy lab --plan recipes/league/league.toml --dir runs/league            every method, in three regimes
+    megatron-entropy lab --plan recipes/league/league.toml --dir runs/league --choose   what its trials chose
 
 Two trainings at a time on two cores (--jobs), one process each. A finished run is never repeated and a stopped one
 continues from its checkpoint. The page is OUT/index.html, its tables are OUT/README.md, and the numbers of both are
 OUT/results/RUN.json, which a page without runs is drawn from. With an OUT of its own, seeds that are there stay and are
 not done again, so that a lab may be made in parts, on several machines (remove a file to have its run made anew).
+
+A plan with a tuning has runs that wait for a choice: --choose makes it of every method whose trials are finished, and
+writes the file that the plan calls "chosen"; the same command without it then goes on with the tuned runs.
 
 Exit codes: 0 done, 75 stopped by a signal with everything saved (run it again), 2 configuration, 1 a run failed
 (its log is named).
@@ -32,10 +37,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_ext.config.errors import ConfigError
 
 from ..arguments import command_parser
-from .page import write
+from . import league_page, page
 from .plan import Job, LabPlan, jobs, load_plan
+from .results import load
 from .runs import EVALUATION_STEPS, LOG, Running, RunResult, alone, preload, steps_done, work
+from .sizes import sizes
 from .store import collect, left_to_do
+from .tuning import choose, write_chosen
 
 CONFIGURATION, REQUEUE = 2, 75
 LINE_EVERY_S = 30.0  # without a terminal
@@ -48,11 +56,15 @@ def main(arguments: list[str] | None = None) -> int:
         if options.only:
             plan = plan.select(options.only)
         plan = replace(plan, seeds=options.seeds or plan.seeds, steps=options.steps)
+        if options.choose:
+            return choose_settings(plan, options.dir, options.out or options.dir)
+        if plan.waiting:
+            print(f"lab: {plan.waiting}", file=sys.stderr)
         todo = jobs(plan, options.dir)
         if options.out and options.out != options.dir:
             todo = left_to_do(plan, todo, options.out)
         if options.dry_run:
-            return dry_run(todo)
+            return dry_run(todo, options.out or options.dir)
         outcome = RunResult()
         if not options.page:
             with alone(options.dir):
@@ -67,12 +79,31 @@ def main(arguments: list[str] | None = None) -> int:
         return CONFIGURATION
 
 
-def dry_run(todo: Sequence[Job]) -> int:
+def dry_run(todo: Sequence[Job], out: Path) -> int:
     for job in todo:
         for command in job.commands:
             print("megatron-entropy", shlex.join(command), "  # finished" if job.finished else "")
-    left = [job for job in todo if not job.finished]
-    print(f"{len(todo)} jobs, {len(left)} to do, {sum(job.steps for job in left)} training steps")
+    print("\n".join(sizes(todo, out)))
+    return 0
+
+
+def choose_settings(plan: LabPlan, folder: Path, out: Path) -> int:
+    """Write what the finished trials chose. Raises ConfigError for a plan without a tuning, or where none is finished
+    of all of a run's trials."""
+    if plan.tuning is None:
+        raise ConfigError("--choose: the plan has no tuning")
+    collect(plan, folder, out)
+    choices = choose(plan, load(plan, out))
+    if not choices:
+        raise ConfigError(
+            "--choose: no run has all its trials finished; run the plan's trials first (--only '*.trial*')"
+        )
+    write_chosen(plan.tuning, choices)
+    for axis in plan.tuning.axes:
+        choice = choices.get(axis.run)
+        said = "its trials are not finished" if choice is None else " ".join(axis.overrides(choice.trial)) or "its own"
+        print(f"{axis.run}: {said}")
+    print(f"{plan.tuning.path}: {len(choices)} of {len(plan.tuning.axes)} chosen")
     return 0
 
 
@@ -111,7 +142,7 @@ def run(todo: Sequence[Job], num_at_once: int) -> RunResult:
 def finish(plan: LabPlan, folder: Path, out: Path, outcome: RunResult) -> int:
     """Write the page, name what failed, and return the exit code."""
     collect(plan, folder, out)
-    for path in write(plan, out):
+    for path in (league_page if plan.regimes else page).write(plan, out):
         print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
     for job, why in outcome.failed:
         print(f"lab: {job.name}: {why}; see {job.folder / LOG}", file=sys.stderr)
@@ -130,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--jobs", type=_positive, default=2, help="runs at a time (default: %(default)s)")
     add("--dry-run", action="store_true", help="print the commands")
     add("--page", action="store_true", help="only write the page of what is finished")
+    add("--choose", action="store_true", help="only choose from the finished trials of the plan's tuning")
     return parser
 
 

@@ -7,6 +7,10 @@ A run is a recipe with overrides, once per seed. It trains, exports and evaluate
 each of its lines can be typed by hand. ``start = "other"`` begins from the model that run ``other`` left with the same
 seed instead of the recipe's. ``like = "other"`` takes the recipe and the overrides of a run above it.
 ``first_seed = 100`` counts the run's seeds from there: it sees other problems and samples than the rest of the plan.
+
+``[[regime]]`` tables run everything once under each of several settings (regimes.py); ``tuning`` and ``chosen`` give
+every run the same number of trials of other values, and a tuned run (tuning.py). Such a plan's page is a league
+(league_page.py), which needs no list of claims.
 """
 
 from __future__ import annotations
@@ -26,6 +30,9 @@ from megatron_ext.config.loading import load_config
 from megatron_ext.config.schema import Config
 from megatron_ext.config.shipped import find
 
+from .regimes import Regime, Setting, expand, in_regime, read_regimes
+from .tuning import Tuning, read_tuning, waiting, with_tuning
+
 RECIPES = Path("recipes")
 EVALUATION, LABEL = "evaluation.json", "after"
 BASE = "base"  # the name of the untrained model's evaluation
@@ -43,6 +50,17 @@ class LabRun:
     family: str = ""
     note: str = ""
     first_seed: int = 0  # train.seed of the run's seed 0
+    base: str = ""  # the entry's name, without regime and trial
+    regimes: tuple[str, ...] | None = None  # that have it; None: all
+    regime: str = ""
+    setting: Setting = ""
+    stage: int = 0  # jobs of a lower one come first
+    num_seeds: int | None = None  # None: the plan's
+
+    @property
+    def group(self) -> str:
+        """Its regime, whether it is a trial or tuned, and its family where other regimes do not have it."""
+        return ", ".join(filter(None, (self.regime, self.setting or (self.family if self.regimes else ""))))
 
     @property
     def has_own_model(self) -> bool:
@@ -73,7 +91,7 @@ class CurveShown:
 @dataclass(frozen=True)
 class LabPlan:
     title: str
-    claims: Path  # the list of claims
+    claims: Path  # the list of claims; a plan with regimes has none
     runs: tuple[LabRun, ...]
     baseline: str  # the run that every family is compared with
     details: Details
@@ -84,6 +102,15 @@ class LabPlan:
     exact_table: bool = False
     curves: tuple[CurveShown, ...] = ()
     steps: int | None = None  # instead of the recipes'
+    regimes: tuple[Regime, ...] = ()
+    tuning: Tuning | None = None
+    waiting: str = ""  # which tuned runs are not planned yet, and why
+
+    def seeds_of(self, run: LabRun) -> range:
+        return range(self.seeds if run.num_seeds is None else min(self.seeds, run.num_seeds))
+
+    def baseline_in(self, regime: str) -> str:
+        return in_regime(self.baseline, regime)
 
     def select(self, patterns: Sequence[str]) -> LabPlan:
         """Only runs whose name matches a pattern, and those they start from. Raises ConfigError if one matches none."""
@@ -105,6 +132,8 @@ class Job:
     commands: tuple[Command, ...]
     steps: int  # training steps; 0: only an evaluation
     needs: str | None = None  # the job whose model it starts from
+    group: str = ""  # its run's
+    prompts: int = 0  # of a step
 
     @property
     def finished(self) -> bool:
@@ -121,10 +150,11 @@ def load_plan(path: Path) -> LabPlan:
         raise ConfigError(f"--plan: no such file: {path}")
     content = tomllib.loads(path.read_text())
     known = {"title", "claims", "seeds", "set", "evaluate", "baseline", "families", "details", "run"}
-    unknown = content.keys() - known - {"every_method", "exact_table", "curve"}
+    unknown = content.keys() - known - {"every_method", "exact_table", "curve", "regime", "tuning", "chosen"}
     if unknown:
         raise ConfigError(f"{path}: unknown keys {', '.join(sorted(unknown))}")
-    if missing := known - {"details"} - content.keys():
+    optional = {"details", "claims"} if "regime" in content else {"details"}
+    if missing := known - optional - content.keys():
         raise ConfigError(f"{path}: missing keys {', '.join(sorted(missing))}")
     runs = list[LabRun]()
     for entry in content["run"]:
@@ -133,41 +163,46 @@ def load_plan(path: Path) -> LabPlan:
     if content.get("every_method", False):
         others = [name for name in methods.METHODS if name not in mentioned and find(recipe_of(name)).is_file()]
         last = list(content["families"])[-1]
-        runs += [LabRun(name, recipe_of(name), family=last) for name in others]
+        runs += [LabRun(name, recipe_of(name), family=last, base=name) for name in others]
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1 or (run.start and run.start not in names) or run.family not in content["families"]:
             raise ConfigError(f"{path}: run {run.name}: its name must be unique, its start a run, its family listed")
     if content.get("baseline") not in names:
         raise ConfigError(f"{path}: baseline: expected the name of a run, found {content.get('baseline')!r}")
-    section = content.get("details")
-    details = (
-        Details()
-        if section is None
-        else Details(
-            section["title"],
-            section["family"],
-            tuple((figure["title"], figure["runs"]) for figure in section["figure"]),
-            tuple(section["tokens"]),
-        )
-    )
+    regimes, tuning = read_regimes(path, content, names), None
+    if "tuning" in content:
+        if not regimes or "chosen" not in content:
+            raise ConfigError(f"{path}: tuning: expected regimes, and chosen, the file of what the trials chose")
+        tuning = read_tuning(Path(content["tuning"]), Path(content["chosen"]))
+        runs = with_tuning(path, runs, tuning)
     return LabPlan(
         content["title"],
-        Path(content["claims"]),
-        tuple(runs),
+        Path(content.get("claims", "")),
+        tuple(expand(path, runs, regimes)),
         content["baseline"],
-        details,
+        _details(content.get("details")),
         content["families"],
         tuple(content["set"]),
         tuple(content["evaluate"]),
         int(content["seeds"]),
         content.get("exact_table", False),
         tuple(_curve(path, entry) for entry in content.get("curve", ())),
+        regimes=regimes,
+        tuning=tuning,
+        waiting="" if tuning is None else waiting(tuning, path),
     )
 
 
 def recipe_of(method: str) -> Path:
     return RECIPES / method / f"{method}-tiny-cpu.toml"
+
+
+def _details(section: dict[str, Any] | None) -> Details:
+    if section is None:
+        return Details()
+    figures = tuple((figure["title"], figure["runs"]) for figure in section["figure"])
+    return Details(section["title"], section["family"], figures, tuple(section["tokens"]))
 
 
 def _curve(path: Path, entry: dict[str, Any]) -> CurveShown:
@@ -180,7 +215,7 @@ def _curve(path: Path, entry: dict[str, Any]) -> CurveShown:
 
 def _run(path: Path, entry: dict[str, Any], earlier: Sequence[LabRun]) -> LabRun:
     """``like`` names an earlier run, whose recipe and overrides come first; ``method`` whose recipe it is."""
-    unknown = entry.keys() - {"name", "method", "like", "set", "start", "family", "note", "first_seed"}
+    unknown = entry.keys() - {"name", "method", "like", "set", "start", "family", "note", "first_seed", "regimes"}
     if unknown or not {"name", "family"} <= entry.keys():
         raise ConfigError(f"{path}: run {entry.get('name')}: expected name and family, unknown keys {sorted(unknown)}")
     model = LabRun(entry["name"], recipe_of(entry.get("method", entry["name"])))
@@ -196,6 +231,8 @@ def _run(path: Path, entry: dict[str, Any], earlier: Sequence[LabRun]) -> LabRun
         family=entry["family"],
         note=entry.get("note", ""),
         first_seed=entry.get("first_seed", 0),
+        base=entry["name"],
+        regimes=tuple(entry["regimes"]) if "regimes" in entry else None,
     )
 
 
@@ -217,22 +254,23 @@ def configuration(plan: LabPlan, run: LabRun, seed: int, folder: Path) -> tuple[
 
 
 def jobs(plan: LabPlan, folder: Path) -> list[Job]:
-    """Every run and seed, seed by seed so that an early look has all methods; models to start from come first.
+    """Every run and seed, seed by seed so that an early look has all methods; models to start from come first, and
+    before all runs of a lower stage.
 
     Raises ConfigError for an invalid recipe or override, and for a finished run that was made with other settings.
     """
     first_recipe = load_config(plan.runs[0].recipe, [*plan.set])
     found = [Job(BASE, folder / BASE, (_evaluate(plan, first_recipe.model.path, folder / BASE),), 0)]
     starts = {run.start for run in plan.runs}
-    for seed in range(plan.seeds):
-        for run in sorted(plan.runs, key=lambda run: run.name not in starts):
-            config, train = configuration(plan, run, seed, folder)
-            own = folder / job_name(run.name, seed)
-            export = ("convert", "to-hf", str(own), str(own / "hf"))
-            needs = job_name(run.start, seed) if run.start else None
-            commands = (train, export, _evaluate(plan, str(own / "hf"), own))
-            found.append(Job(own.name, own, commands, config.train.steps, needs))
-            check_made_so(own, config)
+    in_order = [(run.stage, seed, run.name not in starts, run) for run in plan.runs for seed in plan.seeds_of(run)]
+    for _, seed, _, run in sorted(in_order, key=lambda each: each[:3]):
+        config, train = configuration(plan, run, seed, folder)
+        own = folder / job_name(run.name, seed)
+        export = ("convert", "to-hf", str(own), str(own / "hf"))
+        needs = job_name(run.start, seed) if run.start else None
+        commands = (train, export, _evaluate(plan, str(own / "hf"), own))
+        found.append(Job(own.name, own, commands, config.train.steps, needs, run.group, config.rollout.prompts))
+        check_made_so(own, config)
     return found
 
 

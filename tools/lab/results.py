@@ -99,6 +99,14 @@ class Result:
         return (self.late(target) or None) if isinstance(target, str) else [float(target)] * len(self.seeds)
 
     @property
+    def target_curves(self) -> list[Curve] | None:
+        """What ``measured`` is compared with at each step, ``[seed][step]``; None for a method without a target."""
+        if self.controller is None:
+            return None
+        target = self.controller.target
+        return self.curves(target) if isinstance(target, str) else [[float(target)] * seed.steps for seed in self.seeds]
+
+    @property
     def distance(self) -> list[float]:
         """(late measured - target) / target, per seed; empty without a target."""
         targets = self.targets

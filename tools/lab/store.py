@@ -50,7 +50,7 @@ def collect(plan: LabPlan, folder: Path, out: Path) -> None:
     if (base := _evaluation(folder / BASE)) is not None:
         _write(made / f"{UNTRAINED}.json", {"run": UNTRAINED, "seeds": [_seed(0, folder / BASE, base, (), False)]})
     for run in plan.runs:
-        folders = [(seed, folder / job_name(run.name, seed)) for seed in range(plan.seeds)]
+        folders = [(seed, folder / job_name(run.name, seed)) for seed in plan.seeds_of(run)]
         finished = [(seed, path, found) for seed, path in folders if (found := _evaluation(path)) is not None]
         if not finished:
             continue

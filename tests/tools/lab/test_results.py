@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,36 +11,20 @@ from typing import Any
 import pytest
 
 from megatron_ext.config.errors import ConfigError
-from megatron_ext.metrics.writer import MetricsWriter
-from tests.tools.runs import evaluation, sample
-from tools.evaluate import save_evaluation
+from tests.tools.lab.saved import STEPS, save_run
 from tools.lab import page
 from tools.lab.page import cell, method_rows, table_metrics, write
-from tools.lab.plan import BASE, LABEL, LabPlan, jobs, load_plan
+from tools.lab.plan import BASE, LabPlan, jobs, load_plan
 from tools.lab.results import load, seconds, where_entropy_is
 from tools.lab.store import collect, left_to_do
 from tools.tiny.tabular import SETTINGS
 
 ROOT = Path(__file__).parents[3]
-STEPS = 9
 
 
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-
-
-def save_run(folder: Path, name: str, *, entropy: list[float], right: int = 2, **metrics: float) -> None:
-    """A finished run whose other metrics are the same in every step; ``aer__target`` is ``aer/target``."""
-    with MetricsWriter(folder / name, trackers=[], total_steps=STEPS) as writer:
-        for step, nats in enumerate(entropy, 1):
-            shares = {"reward/mean": 0.3, "reward/outcome/correct": 0.3, "response/length": 9.0, "time/step_s": 2.0}
-            own = {key.replace("__", "/"): value for key, value in metrics.items()}
-            record = sample(entropy=[0.9, 0.1, 0.0, None], logprob=[-1.0, math.log(0.9), -0.001, None])
-            writer.write(step, {"entropy/full": nats, **shares, **own}, [record])
-    counts = evaluation([right, 4])
-    counts["response"] = {"length": {"mean": 5.0}}
-    save_evaluation(folder / name / "evaluation.json", LABEL, counts)
 
 
 FALLING = [0.4, 0.4, 0.3, 0.3, 0.2, 0.2, 0.18, 0.2, 0.22]

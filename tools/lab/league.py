@@ -1,0 +1,251 @@
+"""A league's table: each run of a regime with its numbers, and whether its answers differ from the baseline's.
+
+A comparison is of one regime, seed by seed and problem by problem, with the interval of intervals.py. ``league``
+reads every regime once and corrects all comparisons together; the null control's are shown and not counted.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+from megatron_ext.metrics.eval_stats import pass_at_k as estimate
+
+from .claims import NOT_DECIDED, OPPOSITE, SHOWS, p_value, verdict_of
+from .following import of_seeds, overshoot, settling_step, tracking_error
+from .intervals import CONFIDENCE, Effect, holm
+from .page import cell
+from .plan import LabPlan, LabRun
+from .results import Result, Results, Seed, seconds
+from .rules import avg_at_k, pass_at_k
+
+HIGHER, LOWER = "higher", "lower"
+WORDS = {SHOWS: HIGHER, OPPOSITE: LOWER, NOT_DECIDED: NOT_DECIDED}
+RIGHT, ENTROPY, LENGTH = "reward/outcome/correct", "entropy/full", "response/length"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of held-out answers, run less baseline, as shares. ``survives``: Holm's correction for all of the page."""
+
+    effect: Effect
+    verdict: str
+    p: float
+    survives: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run of a regime. Comparisons are None for the baseline itself, and where no seed is in both."""
+
+    result: Result
+    setting: str  # in words
+    avg: Comparison | None = None
+    passed: Comparison | None = None
+    is_null: bool = False  # the baseline once more
+
+
+def league(plan: LabPlan, results: Results) -> dict[str, list[Row]]:
+    """By regime, ranked by held-out avg@k alone; runs that only some regimes have for themselves are not in it."""
+    found = {regime.name: _rows(plan, results, regime.name) for regime in plan.regimes}
+    counted = [
+        comparison
+        for rows in found.values()
+        for row in rows
+        if not row.is_null
+        for comparison in (row.avg, row.passed)
+        if comparison is not None and math.isfinite(comparison.effect.error)
+    ]
+    adjusted = holm([comparison.p for comparison in counted])
+    survive = {id(each) for each, p in zip(counted, adjusted, strict=True) if p < 1 - CONFIDENCE}
+
+    def corrected(comparison: Comparison | None) -> Comparison | None:
+        return comparison and replace(comparison, survives=id(comparison) in survive)
+
+    return {
+        regime: [replace(row, avg=corrected(row.avg), passed=corrected(row.passed)) for row in rows]
+        for regime, rows in found.items()
+    }
+
+
+def _rows(plan: LabPlan, results: Results, regime: str) -> list[Row]:
+    baseline = results.runs.get(plan.baseline_in(regime))
+    members = [results[run.name] for run in plan.runs if is_member(run, regime) and run.name in results]
+    nulls = null_controls(plan)
+    rows = []
+    for result in members:
+        row = Row(result, setting_of(plan, result.run), is_null=result.run.base in nulls)
+        if baseline is not None and result is not baseline:
+            k = max(result.seeds[0].ks)
+            avg, passed = (compare(result, baseline, measure) for measure in (avg_at_k, partial(pass_at_k, k=k)))
+            row = replace(row, avg=avg, passed=passed)
+        rows.append(row)
+    return sorted(rows, key=lambda row: -statistics.fmean(row.result.evaluated(avg_metric(row.result))))
+
+
+def is_member(run: LabRun, regime: str) -> bool:
+    """Whether a run is of the regime's table: no trial, and no run of a section of its own."""
+    return run.regime == regime and run.setting != "trial" and run.regimes is None
+
+
+def null_controls(plan: LabPlan) -> set[str]:
+    """The entries that are the baseline's with other seeds."""
+    by_name = {run.name: run for run in plan.runs}
+    pairs = [(run, by_name.get(plan.baseline_in(run.regime))) for run in plan.runs if not run.setting]
+    return {
+        run.base
+        for run, own in pairs
+        if own is not None and (run.recipe, run.set) == (own.recipe, own.set) and run.first_seed != own.first_seed
+    }
+
+
+def setting_of(plan: LabPlan, run: LabRun) -> str:
+    """In words: "paper's", or what was chosen."""
+    if run.setting == "tuned":
+        return f"tuned: {run.note}"
+    choice = None if plan.tuning is None else plan.tuning.chosen.get(run.base)
+    return "paper's, tuned alike" if choice is not None and not choice.trial else "paper's"
+
+
+def compare(run: Result, baseline: Result, measure: Callable[[Result, Result], Effect]) -> Comparison | None:
+    """By the seeds that both have; None without any, or where they answered other problems."""
+    common = {seed.number for seed in run.seeds} & {seed.number for seed in baseline.seeds}
+    if not common:
+        return None
+    try:
+        effect = measure(run.only(common), baseline.only(common))
+    except ValueError:
+        return None
+    return Comparison(effect, WORDS[verdict_of(effect, 0.0)], p_value(effect, 0.0))
+
+
+# --- the sharpening tax ---
+
+
+def scalability(seed: Seed) -> float | None:
+    """S(K) of "Sharpening Tax in Post-Training" (arXiv 2610.01509), K the responses to a problem: how much of what one
+    try leaves unsolved further tries solve, on average over their number.
+
+        S(K) = sum_{k < K} (pass@K - pass@k) / ((K - 1) (1 - pass@1)),  pass@k means over problems
+
+    None where every response is right.
+    """
+    num = int(min(seed.n))
+    passed = [
+        statistics.fmean(_estimate(int(n), int(c), k) for n, c in zip(seed.n, seed.c, strict=True))
+        for k in range(1, num + 1)
+    ]
+    if num < 2 or passed[0] == 1:
+        return None
+    return math.fsum(passed[-1] - value for value in passed[:-1]) / ((num - 1) * (1 - passed[0]))
+
+
+def sharpening_tax(result: Result, untrained: Seed | None) -> list[float]:
+    """S(K) of the untrained model less that of the trained one, per seed; above 0 training has made further tries worth
+    less. Nothing for a run that began with another model."""
+    before = None if untrained is None or result.run.has_own_model else scalability(untrained)
+    if before is None:
+        return []
+    return [before - after for after in map(scalability, result.seeds) if after is not None]
+
+
+_estimate = cache(estimate)
+
+
+# --- in words ---
+
+
+def table(plan: LabPlan, results: Results, regime: str, rows: Sequence[Row]) -> list[list[str]]:
+    """Header and a line for each row, of which there is one at least."""
+    avg, best = avg_metric(rows[0].result), pass_metric(rows[0].result)
+    baseline = results.runs.get(plan.baseline_in(regime))
+    pace = math.nan if baseline is None else statistics.fmean(seconds(baseline))
+    head = [
+        *("method", "setting", "seeds", "right, %", "entropy", "off target, %", "overshoot, %", "settles at step"),
+        *(f"{avg}, %", f"less {plan.baseline}'s", f"{best}, %", f"less {plan.baseline}'s", "length", "tax", "time"),
+    ]
+    lines = [head]
+    for row in rows:
+        result = row.result
+        lines.append(
+            [
+                result.method + (" (null control)" if row.is_null else ""),
+                row.setting,
+                str(len(result.seeds)),
+                cell(result.late(RIGHT), ".1f", scale=100),
+                cell(result.late(ENTROPY), ".3f"),
+                *following(result),
+                cell(result.evaluated(avg), ".1f", scale=100),
+                said(row.avg),
+                cell(result.evaluated(best), ".1f", scale=100),
+                said(row.passed),
+                cell(result.late(LENGTH), ".1f"),
+                cell(sharpening_tax(result, results.untrained), "+.3f"),
+                cell([value / pace for value in seconds(result)], ".2f") if baseline is not None else "-",
+            ]
+        )
+    return lines
+
+
+def following(result: Result) -> list[str]:
+    """Tracking error, overshoot and settling step; of the seeds that have one, with their number where not all do."""
+    errors = [value for value in of_seeds(tracking_error, result) if value is not None]
+    excess = [value for value in of_seeds(overshoot, result) if value is not None]
+    steps = [float(value) for value in of_seeds(settling_step, result) if value is not None]
+    return [
+        cell(errors, ".1f", scale=100),
+        _of(cell(excess, ".1f", scale=100), len(excess), result),
+        _of(cell(steps, ".0f"), len(steps), result),
+    ]
+
+
+def _of(text: str, found: int, result: Result) -> str:
+    return text if found in (0, len(result.seeds)) else f"{text} ({found} of {len(result.seeds)} seeds)"
+
+
+def said(comparison: Comparison | None) -> str:
+    """The verdict with the difference and its interval, in points; a star where it holds for all together."""
+    if comparison is None:
+        return "-"
+    effect = comparison.effect
+    if len(effect.seeds) == 1:
+        return f"{comparison.verdict}, one seed: {100 * effect.mean:+.1f}"
+    low, high = effect.interval
+    star = " *" if comparison.survives else ""
+    return f"{comparison.verdict}{star} {100 * effect.mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def note(plan: LabPlan, found: dict[str, list[Row]]) -> str:
+    """How the comparisons are to be read, and how many chance alone would make."""
+    made = [
+        (row, each)
+        for rows in found.values()
+        for row in rows
+        for each in (row.avg, row.passed)
+        if each is not None and len(each.effect.seeds) > 1
+    ]
+    tested = [each for row, each in made if not row.is_null]
+    null = [each for row, each in made if row.is_null]
+    higher, lower = (sum(each.verdict == word for each in tested) for word in (HIGHER, LOWER))
+    wrong = sum(each.verdict != NOT_DECIDED for each in null)
+    return (
+        f"Higher or lower: the whole 95 % interval of the difference from {plan.baseline} of the same regime, over "
+        "seeds and problems, lies on that side of 0. Not decided is no evidence that there is no difference: four "
+        f"seeds leave intervals of several points. {len(tested)} comparisons have an interval: {higher} are higher, "
+        f"{lower} are lower. Each interval stands for itself: were every method equal to {plan.baseline}, chance alone "
+        f"would make about {0.025 * len(tested):.1f} of them higher and as many lower, and the best of many rows would "
+        "look good. A star marks what holds for all comparisons of this page together (Holm's correction). Of the null "
+        f"control, {plan.baseline} with other seeds, {len(null) - wrong} of {len(null)} comparisons are not decided, "
+        "as they should be."
+    )
+
+
+def avg_metric(result: Result) -> str:
+    return next(name for name in result.metrics if name.startswith("avg@"))
+
+
+def pass_metric(result: Result) -> str:
+    return f"pass@{max(result.seeds[0].ks)}"
