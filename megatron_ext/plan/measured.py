@@ -9,7 +9,8 @@ what another batch, another model or more ranks would take. A layout has rates o
     launch_s   to go into launching layers instead
     host_link  bytes of all weights over the time of a sync
 
-What ranks wait for one another is in these times, and so in the rates.
+What ranks wait for one another is in these times, and so in the rates. A rollout beside training takes what its
+generation took, which is more than the run waited for it.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ class Measured:
         return replace(rates, decode=share, launch_s=min(rates.launch_s, step / decoding.launches))
 
     def _time_of(self, *phases: str) -> float:
-        return math.fsum(self.seconds.get(phase, 0.0) for phase in phases)
+        beside = {"rollout": self.seconds["rollout_background"]} if "rollout_background" in self.seconds else {}
+        return math.fsum((self.seconds | beside).get(phase, 0.0) for phase in phases)
 
 
 def misfits(measured: Measured, config: Config, architecture: Architecture) -> list[str]:

@@ -85,6 +85,15 @@ def test_decoding_far_below_the_memory_bandwidth_is_launching(tmp_path: Path) ->
     assert rates.mfu == RATES["h100"].mfu  # nothing of it was measured
 
 
+def test_a_rollout_beside_training_takes_what_its_generation_took(tmp_path: Path) -> None:
+    """And not the half second that the run waited for it."""
+    seconds = {"rollout": 128 * 8 / 4 / 64 * 3072 * 0.01}
+    alone = read_measured(write_run(tmp_path / "alone", CONFIG, seconds))
+    waited = {"rollout": 0.5, "rollout_background": seconds["rollout"]}
+    beside = read_measured(write_run(tmp_path / "beside", CONFIG, waited))
+    assert beside.rates() == alone.rates() and beside.measured() == alone.measured()
+
+
 @pytest.mark.parametrize("device", [{}, {"device": "cpu", "memory": 8 * 2**30}], ids=["h100", "cpu"])
 def test_a_plan_with_a_runs_rates_takes_what_the_run_took(device: dict[str, Any], tmp_path: Path) -> None:
     """With a reference, a pass for every update after the first, and gradients that travel between nodes."""
