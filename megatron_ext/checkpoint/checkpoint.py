@@ -56,6 +56,7 @@ from megatron_ext.checkpoint.storage import (
     write_file,
     write_index,
 )
+from megatron_ext.config.schema import ParallelConfig
 from megatron_ext.model import parallel
 from megatron_ext.model.build import Policy
 from megatron_ext.model.host_memory import HostMemory
@@ -232,7 +233,8 @@ class Checkpoints:
                 each.scheduler.load_state_dict(payload["scheduler"][name])
         for chunk in [chunk for each in self.trained.values() for chunk in each.model.chunks]:
             chunk.start_param_sync(force_sync=True)
-        if self.layout == found.manifest.layout:
+        defaults = ParallelConfig().model_dump(mode="json")  # of keys that are newer than the checkpoint
+        if defaults | self.layout == defaults | found.manifest.layout:
             rng = payload["rng"][dist.get_rank()]
         else:
             refused.append(

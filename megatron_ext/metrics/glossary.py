@@ -296,7 +296,7 @@ METRICS = (
         Metric(name=f"time/{phase}_s", section=MACHINE, title="Time", unit=SECONDS, adds_up=True, meaning=meaning)
         for phase, meaning in {
             "sync": "sending the weights to the rollout engine",
-            "rollout": "generation; beside training, what the run waited for it",
+            "rollout": "generation, until all ranks have their responses; beside training, what the run waited for it",
             "reward": "verification of the answers that were not scored during generation",
             "validation": "validation: sending the weights, generation and verification",
             "old_logprob": "forward passes before the first update: old policy, reference, critic",

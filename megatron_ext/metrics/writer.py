@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 CONFIG, METRICS, SAMPLES, MEANINGS = "config.json", "metrics.jsonl", "samples.jsonl", "glossary.json"
 TIMELINE, PLANNER = "timeline.jsonl", "planner.json"
+STEP_OF_TIMELINE = re.compile(rb'\{"step": (\d{1,16}),')  # how a line of it begins
 STRICT = "MEGATRON_ENTROPY_STRICT_METRICS"  # set by tests: a metric that the glossary does not have is an error
 
 
@@ -60,9 +62,9 @@ class MetricsWriter:
             first = _check_steps(self._metrics, resume_step)
             if first > 1:
                 self._lines.append(f"{self._metrics}: steps before {first} are not in it: the file was moved away")
-        for path in (self._metrics, self._samples, self._timeline):
+        for path, parse in ((self._metrics, parse_json), (self._samples, parse_json), (self._timeline, _step_alone)):
             path.touch()
-            _cut_after(path, resume_step)
+            _cut_after(path, resume_step, parse)
         _replace(folder / MEANINGS, [vars(metric) for metric in glossary.metrics])
         _sync_folder(folder)
         self._last, self._total = resume_step or -1, total_steps
@@ -168,7 +170,7 @@ def token_texts(decode: Callable[[Sequence[int]], str], ids: Sequence[int]) -> l
     return texts
 
 
-def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+def _lines(path: Path, parse: Callable[[bytes], Any] = parse_json) -> Iterator[tuple[dict[str, Any], int]]:
     """Each complete line's object and the offset behind it."""
     end, fault = 0, ""
     try:
@@ -179,7 +181,7 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
                 return  # killed while writing
             end += len(raw)
             try:
-                record = parse_json(raw)
+                record = parse(raw)
                 if not isinstance(record, dict) or type(record.get("step")) is not int:
                     raise ValueError("no object with an integer step")
             except ValueError as error:
@@ -213,10 +215,16 @@ def _check_steps(path: Path, resume_step: int) -> int:
     return first or resume_step + 1
 
 
-def _cut_after(path: Path, step: int) -> None:
+def _step_alone(raw: bytes) -> Any:
+    """Of a line of the timeline, which is long where there are many ranks: its spans are not looked at."""
+    match = STEP_OF_TIMELINE.match(raw)
+    return {"step": int(match[1])} if match and raw.endswith(b"]}\n") else None
+
+
+def _cut_after(path: Path, step: int, parse: Callable[[bytes], Any]) -> None:
     """Remove the lines of later steps and an incomplete last line. Steps increase: what goes is a suffix."""
     keep = 0
-    for record, end in _lines(path) if step else ():
+    for record, end in _lines(path, parse) if step else ():
         if record["step"] > step:
             break
         keep = end

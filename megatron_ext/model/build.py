@@ -170,6 +170,7 @@ def build_modules(architecture: Architecture, layout: ModelLayout, options: Mode
     ]
     for module in modules:
         module.rotary_pos_emb.inv_freq = rope.frequencies(architecture, module.rotary_pos_emb.inv_freq.device)
+        rope.keep_no_angles(module.rotary_pos_emb)
         _mark_parameters(module)
         if module.post_process:
             _take_full_hidden_states(module.output_layer)

@@ -43,6 +43,15 @@ def frequencies(a: Architecture, device: torch.device | str) -> Tensor:
     return torch.where(~short & ~long, between, stretched)
 
 
+def keep_no_angles(embedding: Any) -> None:
+    """Have a Megatron ``RotaryEmbedding`` compute the angles of each forward anew.
+
+    It would keep those of the last 32 longest sequences that it has seen, 4 head_dim bytes a token: 2 GB of a GPU where
+    they have up to 128k tokens.
+    """
+    embedding.forward = type(embedding).forward.__wrapped__.__get__(embedding)
+
+
 def rotate_packed(x: Tensor, starts: Tensor, angles: Tensor, **_unused: Any) -> Tensor:
     """``[S, heads, head_dim]`` rotated by each token's position in its sequence.
 

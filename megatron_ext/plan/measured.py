@@ -9,8 +9,8 @@ what another batch, another model or more ranks would take. A layout has rates o
     launch_s   to go into launching layers instead
     host_link  bytes of all weights over the time of a sync
 
-What ranks wait for one another is in these times, and so in the rates. A rollout beside training takes what its
-generation took, which is more than the run waited for it.
+What ranks wait for one another is in these times, and so in the rates. A rollout beside training counts with all of its
+time, not with the part of it that training waited for.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from megatron_ext.plan.memory import Roles, element_bytes
 from megatron_ext.plan.sizes import num_parameters
 from megatron_ext.plan.speed import RATES, Decoding, Lengths, Rates, step_seconds
 
+ROLLOUT, BESIDE_TRAINING = "rollout", "rollout_background"  # phases of a run: the former is its wait for the latter
 COMPARED = {  # what stands side by side: phases of the plan, phases of a run (time/<phase>_s)
-    "rollout": (("rollout",), ("rollout",)),
+    "rollout": (("rollout",), (ROLLOUT,)),
     "passes before updates": (("score",), ("old_logprob",)),
     "updates": (("update", "gradient exchange"), ("update", "critic")),
     "weight sync": (("weight sync",), ("sync",)),
@@ -96,7 +97,7 @@ class Measured:
         return replace(rates, source=f"measured in {self.num_steps} steps on {self.device}; the rest {_rest(self.gpu)}")
 
     def _decoding_rates(self, rates: Rates) -> Rates:
-        seconds = self._time_of("rollout")
+        seconds = self._time_of(ROLLOUT)
         if not seconds:
             return rates
         decoding = Decoding.of(self.architecture, self.config, self.lengths)
@@ -107,8 +108,8 @@ class Measured:
         return replace(rates, decode=share, launch_s=min(rates.launch_s, step / decoding.launches))
 
     def _time_of(self, *phases: str) -> float:
-        beside = {"rollout": self.seconds["rollout_background"]} if "rollout_background" in self.seconds else {}
-        return math.fsum((self.seconds | beside).get(phase, 0.0) for phase in phases)
+        seconds = {**self.seconds, ROLLOUT: self.seconds.get(BESIDE_TRAINING) or self.seconds.get(ROLLOUT, 0.0)}
+        return math.fsum(seconds.get(phase, 0.0) for phase in phases)
 
 
 def misfits(measured: Measured, config: Config, architecture: Architecture) -> list[str]:

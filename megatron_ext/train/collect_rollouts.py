@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -115,7 +116,7 @@ class Rollouts:
         )
         with self.pool.scoring(len(own), self.replies) as scoring:
             stop = self.stop_of(scoring.look_up, len(own), len(problems), first, wanted or rollout.prompts)
-            with stop.running():
+            with stop.running(self._for_others):
                 with self.watch.phase("rollout", total=len(own)) as phase:
 
                     def finished(done: Mapping[int, Sample]) -> None:
@@ -152,10 +153,17 @@ class Rollouts:
         samples = rollout.samples
         return EarlyStop(self.stop_group, look_up, first=first, samples=samples, wanted=wanted, num_own=num_own)
 
+    @contextmanager
+    def _for_others(self) -> Iterator[None]:
+        """This rank has its responses, and waits for other ranks'."""
+        with self.watch.phase("rollout"), self.watch.waiting():
+            yield
+
     def share_groups(self, own: Own) -> dict[int, list[Episode]]:
         """``prompt index -> group``: what the ranks that train together have sampled."""
-        with self.watch.phase("reward"):  # of the slowest rank
+        with self.watch.phase("rollout"):  # of the slowest rank
             meet(self.watch)
+        with self.watch.phase("reward"):
             everyone = gathered(own, parallel.same_sequences())
         indices = sorted({prompt_index for prompt_index, _ in everyone})
         samples = range(self.config.rollout.samples)

@@ -26,6 +26,7 @@ from megatron_ext.types import Problem, Reward, Sample
 Verdict = Literal["useful", "right", "wrong"]  # right, wrong: rewards all equal
 Index = tuple[int, int]  # prompt index, sample
 LookUp = Callable[[Problem, Sample], Reward | None]
+Waiting = Callable[[], AbstractContextManager[None]]  # a wait for other ranks, noted
 FIRST_POLL_S, LAST_POLL_S, SLOWER = 0.02, 0.5, 1.2  # between two exchanges: each is so many times as far as the last
 
 
@@ -48,7 +49,7 @@ class WholeRound:
     def finished(self, done: Mapping[Index, tuple[Problem, Sample]]) -> None:
         """Nobody is told."""
 
-    def running(self) -> AbstractContextManager[None]:
+    def running(self, waiting: Waiting) -> AbstractContextManager[None]:
         return nullcontext()
 
 
@@ -82,8 +83,9 @@ class EarlyStop(WholeRound):
         self._num_unfinished -= len(done)
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """The ranks tell each other within; left when all of them leave. Collective.
+    def running(self, waiting: Waiting) -> Iterator[None]:
+        """The ranks tell each other within; left when all of them leave, for which they wait in ``waiting()``.
+        Collective.
 
         An error leaves it at once: the others may wait for this rank elsewhere, and must see it end.
         """
@@ -99,8 +101,9 @@ class EarlyStop(WholeRound):
             thread.join()
         if self._error is not None:
             raise self._error
-        while not self._exchange(is_over=True):
-            pass
+        with waiting():
+            while not self._exchange(is_over=True):
+                pass
 
     def _exchange_on(self) -> None:
         poll_s = FIRST_POLL_S

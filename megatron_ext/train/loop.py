@@ -157,7 +157,8 @@ def _open_files(trainer: Trainer, glossary: Glossary) -> MetricsWriter | None:
 
     def open_files() -> None:
         write_config(config.run_dir, config.model_dump())
-        write_planner(config.run_dir, described)
+        if step < config.train.steps:  # else nothing will be measured on what this start runs on
+            write_planner(config.run_dir, described)
         opened.append(
             MetricsWriter(
                 config.run_dir,

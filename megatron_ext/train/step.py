@@ -270,7 +270,9 @@ class Learner:
         width = self.policy.architecture.hidden_size if train.share_prompts and self.policy.can_share_prompts else 0
         cost = sequence_cost(self.policy.architecture)
         divide = partial(packing.split, pairs, train.micro_batch_tokens, width=width, chunks=layout.chunks, cost=cost)
-        bins = divide(parallel.num_micro_batches(len(divide()), layout))
+        bins, count = divide(), 0
+        while (needed := parallel.num_micro_batches(len(bins), layout)) > count:  # no longer sharing prompts takes more
+            bins, count = divide(needed), needed
         told = routing.of_episodes(episodes, self.policy)
         form = {"multiple": layout.token_multiple, "chunks": layout.chunks, "width": width}
         packed = MiniBatch.pack(pairs, bins, routing=told, **form)

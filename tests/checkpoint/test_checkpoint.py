@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_ext.checkpoint import manifest
 from megatron_ext.checkpoint.manifest import CheckpointError
+from megatron_ext.config.schema import ParallelConfig
 from tests import gloo
 from tests.checkpoint import faults
 from tests.train.tiny_run import CONFIG, STATE, TIED, TINY, Trainer, equal
@@ -85,6 +86,22 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_bitwise(tmp_path):
     straight = gloo.run(_straight, 2, tmp_path)
     for one, other in zip(straight, gloo.run(_interrupted, 2, tmp_path), strict=True):
         assert equal(one[0], other[0]) and one[1:] == other[1:]
+
+
+def _newer_keys(rank, world, root):
+    run = Trainer(world).fill(1)
+    run.save(root, 1)
+    assert not {"context", "virtual"} & run.layout.keys()
+    run.layout = ParallelConfig().model_dump() | run.layout
+    same = run.load(root)
+    run.layout |= {"context": 2}
+    return same.rng is not None, same.refused, run.load(root).refused
+
+
+def test_a_layout_of_before_a_key_was_there_is_that_of_its_default(tmp_path):
+    [(has_rng, refused, other)] = gloo.run(_newer_keys, 1, tmp_path)
+    assert has_rng and refused == ()
+    assert len(other) == 1 and "random states start from the seed" in other[0]
 
 
 def _save_untrained(rank, world, root):

@@ -9,13 +9,21 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_ext.model import layer_ops, rope
+from megatron_ext import cpu_compat
+from megatron_ext.config.checks import read_hf_config
+from megatron_ext.config.schema import ParallelConfig
+from megatron_ext.methods.base import Needs
+from megatron_ext.model import architectures, build, forward, layer_ops, parallel, rope
 from megatron_ext.model.layers import PackedAttention
+from megatron_ext.model.megatron_config import ModelLayout, ModelOptions
+from megatron_ext.train import packing
+from tests import gloo, tiny
 
 LENGTHS = (5, 1, 9, 3)
 ANGLES = torch.outer(torch.arange(9.0), 10.0 ** -torch.arange(4.0)).repeat(1, 2)[:, None, None]  # [longest, 1, 1, 8]
@@ -105,8 +113,25 @@ def test_forward_has_the_bits_of_the_eager_chain(name: str, dtype: torch.dtype) 
 
 
 def test_angles_of_other_sequences_are_not_taken_for_these() -> None:
-    """Megatron-Core keeps the angles of a length: one tensor serves micro-batches of different sequences."""
+    """Where one tensor of angles serves micro-batches of different sequences."""
     angles, x = ANGLES.clone(), draw(TOKENS, 3, 8)
     first = rope.rotate_packed(x, starts_of(LENGTHS), angles)
     rope.rotate_packed(x, starts_of(tuple(reversed(LENGTHS))), angles)
     assert torch.equal(rope.rotate_packed(x, starts_of(LENGTHS), angles), first)
+
+
+def lengths_kept(rank: int, world: int, path: str) -> int:
+    """Of how many lengths Megatron-Core keeps angles behind forwards of three."""
+    cpu_compat.enter()
+    parallel.initialize(ParallelConfig(ranks_per_node=world))
+    architecture = architectures.read_architecture(read_hf_config(path))
+    policy = build.build_policy(architecture, ModelLayout(), ModelOptions(torch.float32))
+    for parameter in policy.modules[0].parameters():
+        parameter.data.normal_(0.0, 0.2)
+    forward.forward(policy, [packing.pack([([1, 2], [3] * length)]) for length in (2, 5, 9)], Needs(), 1.0)
+    kept: Any = RotaryEmbedding.forward
+    return kept.cache_info().currsize
+
+
+def test_no_angles_of_past_micro_batches_stay_in_memory() -> None:
+    assert gloo.run(lengths_kept, 1, str(tiny.hf_model()[1])) == [0]

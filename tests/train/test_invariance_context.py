@@ -27,7 +27,7 @@ LAYOUTS = [  # tensor, pipeline, data, sequence, budget of a micro-batch; the re
 VARIANTS: list[dict[str, Any]] = [{"fused_head": True}, {"recompute": "full"}]
 EXPERTS = [
     ((1, 1, 1, False, 60), {"context": 2}),
-    ((1, 1, 1, False, 60), {"context": 2, "expert": 2}),
+    ((2, 1, 1, True, 60), {"context": 2, "expert": 4, "fused_head": True, "recompute": "mlp"}),  # as in recipes/long
 ]
 
 

@@ -28,8 +28,10 @@ from megatron_ext.model import architectures, build, forward, hf_weights, parall
 from megatron_ext.model.megatron_config import ModelOptions
 from megatron_ext.model.reference import Reference
 from megatron_ext.model.trainable import TrainableModel
+from megatron_ext.train import packing
 from megatron_ext.train.mismatch import MismatchError
 from megatron_ext.train.step import Learner
+from megatron_ext.types import Episode, Problem, Reward, Sample
 from tests import gloo, tiny
 from tests.train.test_invariance import gathered_gradients, worst
 
@@ -219,3 +221,17 @@ def refused(rank: int, world: int, path: str) -> tuple[bool, bool]:
 
 def test_another_policy_is_refused_before_the_only_update() -> None:
     assert gloo.run(refused, 1, str(tiny.hf_model()[1])) == [(True, False)]
+
+
+def micro_batches_of(rank: int, world: int, path: str) -> int:
+    """Rank 0 has one tree, which fills a micro-batch, and without sharing four; rank 1 has two sequences."""
+    learner = learner_of(path, world, BONUS, {}, train=TrainConfig(mini_batch_prompts=4, micro_batch_tokens=22))
+    lengths = [(10, 4)] * 4 if rank == 0 else [(11, 12)] * 2
+    samples = [Sample((1 + rank,) * prompt, (2,) * n, (0.0,) * n, "", False, 0) for prompt, n in lengths]
+    assert len(packing.split([(s.prompt_ids, s.response_ids) for s in samples], 22, width=32)) == 1 + rank
+    problem, reward = Problem("", "", ""), Reward(1.0, "correct")
+    return len(learner.pack([Episode(problem, 0, sample, reward) for sample in samples]).micro_batches)
+
+
+def test_all_ranks_have_as_many_micro_batches_also_where_sharing_prompts_is_given_up() -> None:
+    assert gloo.run(micro_batches_of, 2, str(tiny.hf_model()[1])) == [4, 4]

@@ -197,9 +197,11 @@ def test_transformers_alone_loads_the_export_and_matches_megatron(uninterrupted:
 
 def test_a_finished_run_ends_at_once(uninterrupted: Path) -> None:
     before = metrics(uninterrupted)
+    planner = run_folder(uninterrupted) / "planner.json"
     code, output = finish(uninterrupted, "train.steps=4")
     assert code == 0, output
     assert metrics(uninterrupted) == before
+    assert json.loads(planner.read_text())["first_step"] == 1  # its steps still count as measured
 
 
 def test_a_damaged_checkpoint_is_named_and_the_older_one_used(uninterrupted: Path, tmp_path: Path) -> None:

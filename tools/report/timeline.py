@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -21,13 +20,12 @@ from megatron_ext.metrics.spans import (
     idle_shares,
     phase_idle_share,
 )
-from megatron_ext.metrics.writer import TIMELINE
+from megatron_ext.metrics.writer import STEP_OF_TIMELINE, TIMELINE
 
 from ..charts import figure, short
 from ..timeline_chart import MOST_ROWS, timeline_chart, timeline_legend
 from .data import Metrics, Record, first_fault
 
-_STEP = re.compile(rb'\{"step": (\d{1,16}),')
 Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 
 
@@ -89,7 +87,7 @@ def read_timeline(path: Path, chosen: Mapping[int, str]) -> dict[int, list[list[
     for number, raw in enumerate(read_lines(path), 1):
         if not raw.endswith(b"\n"):
             break
-        if (match := _STEP.match(raw)) is None:
+        if (match := STEP_OF_TIMELINE.match(raw)) is None:
             raise ValueError(f"{path}, line {number}: no step of a timeline; repair the line or move the file away")
         if int(match[1]) not in chosen:
             continue
