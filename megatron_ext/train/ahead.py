@@ -27,6 +27,7 @@ from megatron_ext import heartbeat
 from megatron_ext.metrics.display import Phase, Watch
 from megatron_ext.train.collect_rollouts import NextProblems, Own, Rollouts
 from megatron_ext.train.sampled_batch import SampledBatch
+from megatron_ext.train.signals import STEP_THREAD
 from megatron_ext.train.trainer import Trainer
 
 
@@ -66,7 +67,7 @@ class Beside:
 
     def __init__(self, call: Callable[[], Own]) -> None:
         self._call, self._found = call, Future[Own]()
-        self._thread = threading.Thread(target=self._run, name="rollout", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"{STEP_THREAD}rollout", daemon=True)
         self._thread.start()
 
     def result(self) -> Own:

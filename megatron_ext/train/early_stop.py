@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from megatron_ext import heartbeat
 from megatron_ext.rollout.rewards.verify import Outcome
+from megatron_ext.train.signals import STEP_THREAD
 from megatron_ext.types import Problem, Reward, Sample
 
 Verdict = Literal["useful", "right", "wrong"]  # right, wrong: rewards all equal
@@ -89,7 +90,7 @@ class EarlyStop(WholeRound):
 
         An error leaves it at once: the others may wait for this rank elsewhere, and must see it end.
         """
-        thread = threading.Thread(target=self._exchange_on, name="early stop", daemon=True)
+        thread = threading.Thread(target=self._exchange_on, name=f"{STEP_THREAD}early stop", daemon=True)
         thread.start()
         try:
             yield

@@ -1,7 +1,8 @@
 """One training step: episodes in, updated policy and metrics out.
 
-old         = statistics of the policy that sampled, over the whole step    (no gradient; not by a pass of its own
-                                                                            where the only update can measure them)
+old         = statistics of the step's first policy, over the whole step    (no gradient; not by a pass of its own
+                                                                            where the only update can measure them).
+              It is the policy that sampled, unless ``rollout.max_lag`` makes it newer
               and, under sampling replay, what its sampler kept where the engine does not tell
 value       = the critic's values, where the method has one                 (no gradient)
 advantages  = method.compute_advantages(rollouts)                           and the returns that the critic learns
