@@ -91,7 +91,7 @@ def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _merge_chain(chain: list[dict[str, Any]]) -> dict[str, Any]:
-    """Each recipe of a chain over those before it. Another method's options are never inherited.
+    """Each recipe of a chain over those before it. Another method's options are never inherited, nor another kind's.
 
     Those of a ``[method]`` above the first one with a name are no method's own: every method below has them.
     """
@@ -103,7 +103,7 @@ def _merge_chain(chain: list[dict[str, Any]]) -> dict[str, Any]:
         if "name" not in _method(merged):
             common = _method(merged)
         elif after.get("name", before.get("name")) != before.get("name"):
-            merged["method"] = common | after
+            merged["method"] = _merge(common, after, below_method=True)
     return merged
 
 
@@ -174,13 +174,20 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         raise ConfigError(f"recipe: {path} cannot be read: {error}; expected a TOML file in UTF-8") from None
 
 
-def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """``own`` over ``base``, section by section."""
+def _merge(base: dict[str, Any], own: dict[str, Any], *, below_method: bool = False) -> dict[str, Any]:
+    """``own`` over ``base``, section by section. A method's table of another ``kind`` takes nothing over."""
     merged = dict(base)
     for key, value in own.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _merge(base[key], value) if both else value
+        both = _are_tables(base.get(key), value, same_kind=below_method)
+        merged[key] = _merge(base[key], value, below_method=below_method or key == "method") if both else value
     return merged
+
+
+def _are_tables(before: Any, value: Any, *, same_kind: bool) -> bool:
+    """Whether both are tables and, where ``same_kind``, ``value`` names no other ``kind``."""
+    if not isinstance(before, dict) or not isinstance(value, dict):
+        return False
+    return not same_kind or value.get("kind", before.get("kind")) == before.get("kind")
 
 
 def _apply_override(merged: dict[str, Any], override: str) -> None:
@@ -206,6 +213,13 @@ def _apply_override(merged: dict[str, Any], override: str) -> None:
         merged = merged.setdefault(section, {})
         if not isinstance(merged, dict):
             raise ConfigError(f"on the command line: {key} goes below {section}, which is a value and not a section")
+    rest = [name for name in merged if name != "kind"]
+    below_method = len(sections) > 1 and sections[0] == "method"
+    if below_method and last == "kind" and rest and merged.get("kind", value) != value:
+        raise ConfigError(
+            f"on the command line: {override} would keep {', '.join(rest)} of {merged['kind']!r}; give the whole "
+            f"table: '{'.'.join(sections)}={{kind = \"{value}\"}}'"
+        )
     merged[last] = value
 
 

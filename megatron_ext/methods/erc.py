@@ -14,7 +14,8 @@ mini-batch over all ranks: stopped tokens count, and keep the value of their los
 1 (to rounding): ERC acts from the second one on, where about one token in five is stopped in the paper.
 
 ``preserve = true`` puts ERC on GPPO (ERC-GPPO), whose tokens beyond the clip range keep a bounded gradient
-(ce_gppo.py): beta_1 = beta_2 = 1 there. There is no statistic: a token's ratio is its own.
+(ce_gppo.py): beta_1 = beta_2 = 1 there, and the authors' runs of it have ``clip_high = 0.2``. There is no statistic: a
+token's ratio is its own.
 
 Differs from the authors' code, which bounds the loss of negative advantages too: ``dual_clip = 10.0``. From it are the
 1e-8 added to both entropies, so that a token certain before and after has ratio 1. Its runs add .1 times the negative

@@ -21,6 +21,7 @@ or a regulariser added to it.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -86,8 +87,14 @@ class GRPO(Method):
 
     @property
     def policy_surrogate(self) -> surrogates.Surrogate:
-        """What the option ``surrogate`` names."""
-        return surrogates.create(self.surrogate, self.ppo_surrogate)
+        """What the option ``surrogate`` names; as it is now, since a method's own clip may move."""
+        return self.other_surrogate or self.ppo_surrogate
+
+    @cached_property
+    def other_surrogate(self) -> surrogates.Surrogate | None:
+        """What the option ``surrogate`` names where that is not ppo, read once."""
+        found = surrogates.create(self.surrogate, self.ppo_surrogate)
+        return None if isinstance(found, surrogates.PPO) else found
 
     @property
     def ppo_surrogate(self) -> surrogates.PPO:

@@ -22,8 +22,8 @@ the bound move once a step, before its first update, and are in the checkpoint. 
 the checkpoint), or the option ``target``, which may be a schedule (targets.py). ``adapt = false`` leaves zeta where it
 is.
 
-The authors' code is not public. SkyRL's has the same A' and the same rule; there H is measured while the step trains,
-so zeta moves a step later. ``zeta_0`` is the first zeta of its recipes.
+The authors' code is not public. A pull request to SkyRL (1896, open) has the same A', with log pi from -20 on, and the
+same rule; there H is measured while the step trains, so zeta moves a step later. ``zeta_0`` is its first zeta.
 """
 
 from __future__ import annotations

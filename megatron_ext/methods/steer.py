@@ -4,19 +4,21 @@ What an update does to entropy depends on a token's advantage, on its probabilit
 clip range, all at once, and methods that look at one or two of these miss the rest. STEER estimates the change from all
 four and weighs each token down by its size, whichever its direction.
 
-    Omega_t = A_t r_t pi_t (1 - pi_t) (log pi_t + H_t),  0 where the clip range stops the token
+    Omega_t = A_t r_t pi_t (1 - pi_t) (log pi_t + H_t),  0 where the clip range (or dual_clip) stops the token
     w_t     = exp(log(lambda_min) |Omega_t| / max |Omega|)                     in [lambda_min, 1]
     L       = (1/N) sum_t w_t max(-A r_t, -A clip(r_t, 1 - clip_low, 1 + clip_high))
 
--Omega is to first order what a step along the sampled token's logit adds to the entropy. pi and H, full-vocabulary, are
-the current policy's; w is a constant. lambda_min .7, clip range .2 / .28, no KL.
+-Omega is to first order what a step along the sampled token's logit alone adds to the entropy. pi and H,
+full-vocabulary, are the current policy's; w is a constant. Another surrogate has its own weight in the place of r_t.
+lambda_min .7, clip range .2 / .28, no KL.
 
 Scope. The maximum is over the whole mini-batch on all ranks. ``scope = "micro_batch"``, as in the authors' code: each
 micro-batch its own.
 
 Differs from the authors' code: ``variant = "authors"`` has A_t / pi_old_t in the place of A_t r_t, which makes unlikely
 tokens the largest, H of the policy that sampled, no eye for the clip range, and at least ``floor`` for the maximum, so
-that small changes are left alone. Their run has ``lambda_min = 0.8``, ``dual_clip = 10.0`` and the scope above.
+that small changes are left alone. Their run has ``lambda_min = 0.8``, ``dual_clip = 10.0`` and the scope above; a
+second one, which maps |Omega| linearly to weights from 1.2 down to .8, is not offered.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ The gradient of each is -w A grad(logp), with a weight w per token: the metric `
 - gspo (arXiv 2507.18071) is the paper's GSPO-token: one ratio and one decision a response, a gradient a token, so that
   advantages per token compose. With one advantage a response and seq-mean-token-mean it is GSPO.
 - cispo (arXiv 2506.13585, eq. 4 and 5) has no lower bound in the paper, which does not state its upper one: weights up
-  to 5 are what other stacks take. ``clip_high = 0`` is importance sampling truncated at 1.
+  to 5 are what TRL and SkyRL take from ScaleRL (arXiv 2510.13786). verl and Trinity-RFT bound it by the range of ppo,
+  at 1.2 and 1.28. ``clip_high = 0`` is importance sampling truncated at 1.
 - sapo (arXiv 2511.20347) has no range: its weight falls smoothly on both sides of r = 1.
 - minirl (arXiv 2512.01374, eq. 7) weighs by pi / mu, mu the engine's policy. r is pi / pi_old; the other factor is
   ``importance.mode = "truncate"``, which truncates that factor where the paper truncates pi / mu, at 5.

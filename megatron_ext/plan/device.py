@@ -44,6 +44,10 @@ def communicators(a: Architecture, config: Config) -> dict[str, int]:
     whether it is used or not: the others may be split from it. Megatron has two groups of the data-parallel ranks,
     with context-parallel ones and without, and one of all that share an optimizer; vLLM one of torch and one of its own
     for an engine.
+
+    A send outside of a batch has a communicator of its own, of two ranks (torch's ProcessGroupNCCL): with the next and
+    the previous one, where Transformer Engine passes keys and values round more than two ranks, and where interleaved
+    stages exchange activations.
     """
     p, tied_ends = config.parallel, a.tied and config.parallel.pipeline > 1
     groups = {
@@ -64,6 +68,8 @@ def communicators(a: Architecture, config: Config) -> dict[str, int]:
             "expert tensor and model": expert_model,
             "expert data": p.world // (p.pipeline * expert_model),
         }
+    for name, sends_alone in {"context": p.context > 2, "pipeline": p.virtual > 1}.items():
+        groups |= {f"{name} with {neighbour}": 2 for neighbour in ("next", "previous") if sends_alone}
     groups |= dict.fromkeys(find_engine(config.rollout).communicators, config.rollout.tensor_parallel_size)
     return {name: ranks for name, ranks in groups.items() if ranks > 1}
 

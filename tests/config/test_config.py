@@ -97,6 +97,29 @@ def test_every_method_inherits_the_options_stated_before_a_method_is_named(recip
     assert load_config(child).method == {"name": "grpo", "normalise": False, "clip_high": 0.28}
 
 
+def test_a_table_of_another_kind_takes_nothing_over(recipe: Path) -> None:
+    """Surrogates have options of one name and of other meanings: GSPO's range would be CISPO's bound."""
+    head = 'parent = "../base.toml"\n[method]\nname = "grpo"\n'
+    recipe.write_text(head + 'surrogate = {kind = "gspo", clip_low = 1e-4, clip_high = 2e-4}\n')
+    child = recipe.with_name("child.toml")
+    for own, expected in {
+        'surrogate = {kind = "cispo"}': {"kind": "cispo"},
+        'surrogate = {kind = "cispo", clip_high = 3.0}': {"kind": "cispo", "clip_high": 3.0},
+        "surrogate = {clip_high = 3e-4}": {"kind": "gspo", "clip_low": 1e-4, "clip_high": 3e-4},
+        'surrogate = {kind = "gspo", clip_high = 3e-4}': {"kind": "gspo", "clip_low": 1e-4, "clip_high": 3e-4},
+        'surrogate = "sapo"': "sapo",
+    }.items():
+        child.write_text(f'parent = "recipe.toml"\n[method]\n{own}\n')
+        assert load_config(child).method["surrogate"] == expected, own
+    assert load_config(recipe, ['method.surrogate={kind = "cispo"}']).method["surrogate"] == {"kind": "cispo"}
+    assert load_config(recipe, ["method.surrogate.clip_high=1e-3"]).method["surrogate"]["clip_high"] == 1e-3
+    assert load_config(recipe, ["method.surrogate.kind=gspo"]).method["surrogate"]["clip_high"] == 2e-4
+    assert (
+        "method.surrogate.kind=cispo would keep clip_low, clip_high of 'gspo'; give the whole table: "
+        "'method.surrogate={kind = \"cispo\"}'"
+    ) in fault(recipe, "method.surrogate.kind=cispo")
+
+
 def test_a_typo_names_the_key_and_a_near_one(recipe: Path) -> None:
     assert "train.micro_batch_token: unknown key; did you mean micro_batch_tokens?" in fault(
         recipe, "train.micro_batch_token=1"

@@ -18,9 +18,11 @@ from torch import Tensor
 from megatron_ext import methods
 from megatron_ext.methods import METHODS, surrogates
 from megatron_ext.methods.base import OneRank, Prepared
+from megatron_ext.methods.ce_gppo import Preserving
 from megatron_ext.methods.clip_cov import ClipCov
+from megatron_ext.methods.steer import STEER
 from megatron_ext.types import TokenStats
-from tests.methods.cases import MAX_LENGTH, OPTIONS, Case, batch, clipped, close, run
+from tests.methods.cases import MAX_LENGTH, OPTIONS, Case, batch, clipped, close, run, statistics
 
 TABLES: dict[str, dict[str, Any]] = {  # at which both ends of each act on the case
     "ppo": {"kind": "ppo"},
@@ -140,14 +142,18 @@ def test_advantages_per_token_compose_as_in_verl(name: str, case: Case) -> None:
     assert float((found - expected).norm() / expected.norm()) < 1e-6
 
 
-@pytest.mark.parametrize("name", [*TABLES, "unclipped", "dual clip"])
+RANGE = {"clip_low": 0.2, "clip_high": 0.2}
+OTHERS: dict[str, surrogates.Surrogate] = {
+    "unclipped": surrogates.Unclipped(**RANGE),
+    "dual clip": surrogates.PPO(**RANGE, dual_clip=1.3),
+    "preserving": Preserving(**RANGE, beta_1=0.5, beta_2=0.9),
+    "preserving, dual clip": Preserving(**RANGE, beta_1=0.5, beta_2=0.9, dual_clip=1.3),
+}
+
+
+@pytest.mark.parametrize("name", [*TABLES, *OTHERS])
 def test_the_weight_is_that_of_the_gradient(name: str, case: Case) -> None:
-    ppo = surrogates.PPO(clip_low=0.2, clip_high=0.2, dual_clip=1.3 if name == "dual clip" else None)
-    surrogate: surrogates.Surrogate = ppo
-    if name in TABLES:
-        surrogate = surrogates.create(TABLES[name], ppo)
-    elif name == "unclipped":
-        surrogate = surrogates.Unclipped(clip_low=0.2, clip_high=0.2)
+    surrogate = OTHERS.get(name) or surrogates.create(TABLES[name], surrogates.PPO(**RANGE))
     whole = batch(case, methods.create({"name": "grpo"}))
     advantage = whole.advantage.double()
     logp = case.logp(case.logits).detach().requires_grad_()
@@ -158,6 +164,10 @@ def test_the_weight_is_that_of_the_gradient(name: str, case: Case) -> None:
     assert not (low & high).any()
     if isinstance(surrogate, surrogates.Ranged):
         assert (low & whole.mask).any() and (high & whole.mask).any()
+    bound = getattr(surrogate, "dual_clip", None)
+    if bound is not None:
+        stopped = whole.mask & (advantage < 0) & (logp - whole.old_logprob > math.log(bound))
+        assert stopped.any() and not weight[stopped].any()
 
 
 def test_metrics_count_what_each_surrogate_drops_or_bounds(case: Case) -> None:
@@ -205,6 +215,39 @@ def own(name: str) -> dict[str, Any]:
 
 
 CLIPS = {"adapo", "ce_gppo", "mai_clip"}  # methods that are a clip of their own
+
+
+def test_erc_is_a_clip_of_its_own_where_it_preserves() -> None:
+    with pytest.raises(ValueError, match="method.surrogate: found 'gspo', expected ppo: this method is a clip"):
+        methods.create({"name": "erc", "preserve": True, "surrogate": "gspo"})
+    with pytest.raises(ValueError, match="method.surrogate: found {'kind': 'sapo'}, expected ppo"):
+        methods.create({"name": "mai_clip", "surrogate": {"kind": "sapo"}})
+    for given in ("ppo", {"kind": "ppo"}):
+        assert methods.create({"name": "erc", "preserve": True, "surrogate": given})
+
+
+def test_ce_gppo_reports_the_tokens_beyond_its_range(case: Case) -> None:
+    found = run(case, {"name": "ce_gppo", "clip_low": 0.1, "clip_high": 0.1}).metrics
+    a, r = case.advantages(), case.ratio
+    low = sum(bool(a[t] < 0 and r[t] < 0.9) for t in case.tokens)
+    high = sum(bool(a[t] > 0 and r[t] > 1.1) for t in case.tokens)
+    assert (found["clip/low"], found["clip/high"]) == (low, high) and low > 0 and high > 0
+    assert "surrogate/weight" not in found
+
+
+def test_steer_sees_the_range_of_every_surrogate(case: Case) -> None:
+    """A token whose weight is 0 has no estimated change, and so the whole of its (constant) loss."""
+    for options in ({"dual_clip": 1.3}, {"surrogate": TABLES["minirl"]}, {"surrogate": TABLES["gspo"]}):
+        method = methods.create({"name": "steer"} | options)
+        assert isinstance(method, STEER)
+        whole = batch(case, method)
+        stats = statistics(case, case.logits, method.needs).detach()
+        weight = method.policy_surrogate.weight(whole, stats.logprob, whole.advantage)
+        change = method.entropy_change(whole, stats, Prepared())
+        stopped = whole.mask & (weight == 0) & (whole.advantage != 0)
+        assert stopped.any() and not change[stopped].any(), options
+        expected = method.prepare(whole, stats, OneRank()).token["steer"]
+        assert bool((expected[stopped] == 1).all()) and float(expected[whole.mask].min()) == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -27,6 +27,13 @@ CONTROLLERS = {  # options at which each acts on the case, and the metric of its
     "aer": ({"name": "aer", "alpha_0": 0.4, "rho": 0.6}, "aer/target"),
     "entropic": ({"name": "entropic", "threshold": 0.6}, "entropy/target"),
     "siren": ({"name": "siren", "coef": 0.7, "tau": 0.6}, "siren/anchor"),
+    "mai_clip": ({"name": "mai_clip", "clip_low": 0.1, "clip_high": 1 / 0.9 - 1, "delta": 0.1}, "entropy/target"),
+    "mai_clip, entropy": (
+        {"name": "mai_clip", "clip_low": 0.1, "clip_high": 1 / 0.9 - 1, "delta": 0.1, "measure": "entropy"},
+        "entropy/target",
+    ),
+    "repo": ({"name": "repo", "zeta_0": 0.3, "zeta_max": 4.0}, "repo/target"),
+    "adapo": ({"name": "adapo", "clip_high": 0.3, "delta": 0.05, "clip_high_max": 0.8}, "adapo/target"),
 }
 
 
@@ -64,6 +71,8 @@ def first_measured(name: str) -> float:
     """What the method compares with its target, in the step of scale 1."""
     if name == "siren":
         return begin(methods.create(CONTROLLERS[name][0]), 1.0)["siren/hbar"]
+    if name == "mai_clip":  # the estimate of its equation 7, at a ratio of 1
+        return -float(Case().logp(Case().old)[Case().tokens].mean())
     return float(entropy(Case().old)[Case().tokens].mean())
 
 
@@ -227,4 +236,6 @@ def test_numbers_of_a_schedule_are_finite() -> None:
 
 def test_every_method_with_a_target_is_tested_here() -> None:
     found = {options["name"] for options in OPTIONS.values()}
-    assert {name for name in found if isinstance(methods.create({"name": name}), Targeted)} == set(CONTROLLERS)
+    assert {name for name in found if isinstance(methods.create({"name": name}), Targeted)} == {
+        options["name"] for options, _ in CONTROLLERS.values()
+    }

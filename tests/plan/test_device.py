@@ -150,3 +150,16 @@ def test_a_full_size_layout_counts_every_group_once() -> None:
     assert device.communicator_bytes(moe, config) == 10 * 688 * 2**20
     alone = Config(parallel=ParallelConfig(ranks_per_node=2, tensor=2))
     assert device.communicator_bytes(moe, alone) == 4 * 544 * 2**20  # world, optimizer, tensor, expert data
+
+
+def test_ranks_that_send_one_by_one_have_communicators_of_two() -> None:
+    """Transformer Engine's ring of more than two, and interleaved stages; two ranks of a ring send in batches."""
+
+    def pairs(**layout: Any) -> list[str]:
+        config = Config(parallel=ParallelConfig(nodes=4, **layout))
+        found = device.communicators(read_architecture(read_hf_config(MODELS / "qwen3-8b")), config)
+        return [name for name, ranks in found.items() if name.endswith(("next", "previous")) and ranks == 2]
+
+    assert pairs(context=2) == [] == pairs(pipeline=4)
+    assert pairs(context=4) == ["context with next", "context with previous"]
+    assert pairs(pipeline=4, virtual=3) == ["pipeline with next", "pipeline with previous"]

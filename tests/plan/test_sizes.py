@@ -24,6 +24,7 @@ from tests import tiny
 MODELS = Path(__file__).parents[2] / "recipes" / "models"
 PUBLISHED = {
     "deepseek-r1-distill-qwen-1.5b": 1_777_088_000,
+    "deepseek-r1-distill-qwen-7b": 7_615_616_512,
     "llama-3.1-8b": 8_030_261_248,
     "openreasoning-nemotron-1.5b": 1_543_714_304,
     "qwen2.5-7b": 7_615_616_512,

@@ -6,17 +6,20 @@
     megatron-entropy bench rollout [--engines hf vllm vllm_server] [--steps 8]        (tools/bench/rollout.py)
     megatron-entropy bench step [--sizes tiny large] [--steps 24]   beside TRL's GRPOTrainer   (tools/bench/step.py)
     megatron-entropy bench balance [--ranks 64] [--lengths RUN]     what ranks wait, simulated (tools/bench/balance.py)
+    megatron-entropy bench checkpoint [--layers 10]            what a save costs the step (tools/bench/checkpoint.py)
 
-Writes ``ops-<device>-tp<N>.json`` and ``.svg``, ``replay-<device>-tp<N>.json``, ``rollout.json``, ``step.json`` or
-``balance.json`` to ``runs/bench``. A result that is wrong ends the run before any speed is printed. Peers that are not
-installed are named as such: ``make bench`` runs the operators in an environment that has them,
-``make .venv-vllm/.installed`` makes the one with vLLM and ``make .venv-trl/.installed`` the one with TRL.
+Writes ``ops-<device>-tp<N>.json`` and ``.svg``, ``replay-<device>-tp<N>.json``, ``rollout.json``, ``step.json``,
+``balance.json`` or ``checkpoint.json`` to ``runs/bench``. A result that is wrong ends the run before any speed is
+printed. Peers that are not installed are named as such: ``make bench`` runs the operators in an environment that has
+them, ``make .venv-vllm/.installed`` makes the one with vLLM and ``make .venv-trl/.installed`` the one with TRL.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.shipped import find
@@ -29,7 +32,7 @@ from ..ranks import launched, run_ranks
 
 def main(arguments: Sequence[str]) -> int:
     parser = command_parser("bench", __doc__)
-    parser.add_argument("what", choices=["ops", "rollout", "step", "balance"])
+    parser.add_argument("what", choices=["ops", "rollout", "step", "balance", "checkpoint"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(%(default)s)")
     parser.add_argument("--tp", type=int, default=1, help="ranks that share the vocabulary, all on this machine")
     parser.add_argument("--tokens", type=int, help="token positions (256; 2048 of --replay)")
@@ -58,16 +61,19 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--lengths", metavar="RUN", help="of balance: folder of a run whose responses' lengths are taken"
     )
-    parser.add_argument("--model", default=find("recipes/models/qwen2.5-7b"), help="of balance: its config.json")
+    parser.add_argument(
+        "--model", type=Path, help="of balance and checkpoint: folder of a config.json (qwen2.5-7b, qwen2.5-math-1.5b)"
+    )
+    parser.add_argument("--layers", type=whole, default=10, help="of checkpoint: layers of the model (%(default)s)")
     options = parser.parse_args(arguments)
     options.tokens = options.tokens or (2048 if options.replay else 256)
     options.steps = options.steps or (24 if options.what == "step" else 8)
-    if options.what in ("step", "balance"):
-        from .balance import run as run_balance
-        from .step import run as run_step
-
+    if options.what in ("step", "balance", "checkpoint"):
+        default = "qwen2.5-math-1.5b" if options.what == "checkpoint" else "qwen2.5-7b"
+        options.model = options.model or find(Path("recipes/models") / default)
+        run_it = importlib.import_module(f"{__package__}.{options.what}").run
         try:
-            return run_balance(options) if options.what == "balance" else run_step(options)
+            return run_it(options)
         except ConfigError as error:
             print(f"bench: {error}", file=sys.stderr)
             return 2
