@@ -179,8 +179,8 @@ if __name__ == "__main__":
     StopSignals()
     try:
         exit_code = main()
-    except Exception:
-        sys.excepthook(*sys.exc_info())  # pyright: ignore[reportArgumentType]
+    except Exception as error:
+        sys.excepthook(type(error), error, error.__traceback__)
         exit_code = 1
     finally:
         ignore_signals()

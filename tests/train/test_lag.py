@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,8 @@ def test_a_rank_that_waits_for_others_in_its_second_thread_is_not_blamed() -> No
     others = threading.Lock()
     others.acquire()
     code = compile("others.acquire()", os.path.join("torch", "distributed", "as_if.py"), "exec")
-    batch = Beside(lambda: exec(code, {"others": others}))
+    call: Any = partial(exec, code, {"others": others})
+    batch = Beside(call)
     main = threading.Thread(target=batch.result)
     main.start()
     end = time.monotonic() + 60

@@ -129,7 +129,7 @@ def _figure(step: Step, colors: Mapping[str, int]) -> str:
     found = idle_shares(step.ranks)
     seconds = max((span.end for spans in step.ranks for span in spans), default=0.0)
     note = f"{short(seconds)} s" + (f", idle {short(found['time/idle/step'], True)}" if found else "")
-    beside, waited = map(max, zip(*map(beside_and_waited, step.ranks), strict=True))
+    beside, waited = (max(values) for values in zip(*(beside_and_waited(spans) for spans in step.ranks), strict=True))
     if beside:
         note += f", {BESIDE} {short(beside)} s, waited for {short(waited)} s"
     picture = timeline_chart(step.ranks, colors)
