@@ -6,8 +6,8 @@ Every rank has a slot of a file that its launcher (tools/ranks.py) shares with i
   neither returns nor lets other Python threads run (a device or a file system that never answers, a C call that holds
   the interpreter's lock).
 - it gets on: the main thread counts its signs of progress (phases entered and left, micro-batches, tokens, answers)
-  and says which step and phase it is in. With each beat goes whether it waits for other ranks, so that nobody is
-  blamed for a rank that he waits for.
+  and says which step and phase it is in. With each beat goes whether it waits for other ranks, itself or in a thread
+  that it waits for, so that nobody is blamed for a rank that he waits for.
 
 When asked, a rank writes the Python stacks of all its threads to another file of the launcher's. It is asked by SIGNAL,
 whose answer is C code's and so comes from within a call that never returns too; then, for a main thread that the kernel
@@ -126,11 +126,14 @@ def _put(slots: mmap.mmap, at: int, content: bytes) -> None:
 
 
 def _waits(thread: int) -> bool:
+    while (other := _waited_for.get(thread)) is not None:
+        thread = other
     frame = sys._current_frames().get(thread)
     return frame is not None and any(path in frame.f_code.co_filename for path in _WAITING_IN)
 
 
 _own: _Heartbeat | None = None
+_waited_for: dict[int, int] = {}  # a thread -> the one of this process that it waits for
 
 
 def begin(hang_s: float) -> None:
@@ -158,6 +161,17 @@ def phase(name: str) -> Iterator[None]:
         yield
     finally:
         _own.enter(before)
+
+
+@contextmanager
+def waiting_for(thread: threading.Thread) -> Iterator[None]:
+    """This thread waits for another one, which has been started: where that one waits for other ranks, so does this."""
+    assert thread.ident is not None
+    _waited_for[threading.get_ident()] = thread.ident
+    try:
+        yield
+    finally:
+        del _waited_for[threading.get_ident()]
 
 
 def progress() -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -47,3 +48,29 @@ def test_a_reader_never_sees_a_half_written_place() -> None:
     place = (heartbeat.SILENCE_S, 60)
     assert {("update", *place), ("rollout", *place)} <= {each[1:] for each in seen}
     assert seen <= {(3, "update", *place), (3, "rollout", *place)}, seen
+
+
+def test_who_waits_for_a_thread_that_waits_for_other_ranks_waits_for_them() -> None:
+    """Also where that thread waits for another one, which does."""
+    lock = threading.Lock()
+    lock.acquire()
+    code = compile("lock.acquire()", os.path.join("torch", "distributed", "as_if.py"), "exec")
+    far = threading.Thread(target=exec, args=(code, {"lock": lock}), daemon=True)
+    far.start()
+
+    def wait() -> None:
+        with heartbeat.waiting_for(far):
+            far.join()
+
+    near, here = threading.Thread(target=wait, daemon=True), threading.get_ident()
+    near.start()
+    deadline = time.monotonic() + 60
+    with heartbeat.waiting_for(near):
+        while not heartbeat._waits(here) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert heartbeat._waits(here)
+    assert not heartbeat._waits(here)
+    lock.release()
+    near.join()
+    with heartbeat.waiting_for(near):
+        assert not heartbeat._waits(here)  # it has ended

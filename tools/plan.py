@@ -122,10 +122,12 @@ def table(plan: Plan) -> list[str]:
     lines.append(f"activations by recompute mode, GB: {modes} (the recipe: {plan.config.model.recompute})")
     if len(plan.ranks) > 1:
         lines.append("peak by pipeline rank, GB: " + ", ".join(f"{rank.peak / GB:.1f}" for rank in plan.ranks))
-    total = sum(plan.seconds.values())
+    total = plan.step_s
     lines.append("")
     lines.append(
-        f"a step takes about {short(total)} s: " + ", ".join(f"{k} {short(v)}" for k, v in plan.seconds.items())
+        f"a step takes about {short(total)} s: "
+        + ", ".join(f"{k} {short(v)}" for k, v in plan.seconds.items())
+        + "; the rollout runs beside score and update" * plan.rolls_out_beside
     )
     lines.append(
         f"the run of {plan.config.train.steps} steps: about {plan.config.train.steps * total / 3600:.0f} h, "

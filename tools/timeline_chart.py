@@ -1,4 +1,5 @@
-"""Who does what when, as inline SVG in the look of charts.py: a row a rank, a bar a phase, an empty box a wait."""
+"""Who does what when, as inline SVG in the look of charts.py: a row a rank, a bar a phase, an empty box a wait, and
+below the row a thin bar for what is generated beside training."""
 
 from __future__ import annotations
 
@@ -6,13 +7,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-from megatron_ext.metrics.spans import WAITING, Span
+from megatron_ext.metrics.spans import BESIDE, WAITING, Span
 
 from .charts import FONT, LEFT, NUM_COLORS, RIGHT, TOP, WIDTH, labels, short, ticks
 
 MOST_ROWS = 32  # ranks that are drawn; of more, so many spread over them
 ROWS_HEIGHT = 146  # of all rows together, as long as one is not higher than TALLEST or lower than LOWEST
 TALLEST, LOWEST = 24.0, 5.0
+BAR, GAP, THIN = 0.8, 0.03, 0.14  # heights of a bar, of what is below it and of a thin bar, in rows
 VISIBLE = 0.25  # units of a drawn bar: what is shorter cannot be seen
 
 
@@ -30,9 +32,13 @@ def timeline_chart(ranks: Sequence[Sequence[Span]], colors: Mapping[str, int]) -
         if row % every == 0:
             name = f"rank {number}" if row == 0 else str(number)
             parts.append(_text(LEFT - 6, y + pitch / 2 + 4, name, "end"))
-        spans = sorted(ranks[number], key=lambda span: span.name == WAITING)  # waits lie on what they interrupt
+        own = [span for span in ranks[number] if span.name != BESIDE]
+        spans = sorted(own, key=lambda span: span.name == WAITING)  # waits lie on what they interrupt
         for span in joined(spans, VISIBLE / scale):
-            parts.append(_bar(number, span, colors, LEFT + scale * span.begin, y, scale, 0.8 * pitch))
+            parts.append(_bar(number, span, colors, LEFT + scale * span.begin, y, scale, BAR * pitch))
+        for span in joined([span for span in ranks[number] if span.name == BESIDE], VISIBLE / scale):
+            below = y + (BAR + GAP) * pitch
+            parts.append(_bar(number, span, colors, LEFT + scale * span.begin, below, scale, THIN * pitch))
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{RIGHT}" y1="{bottom:.1f}" y2="{bottom:.1f}"/>')
     return f'<svg viewBox="0 0 {WIDTH} {bottom + 38:.0f}" role="img">{"".join(parts)}</svg>'
 

@@ -34,7 +34,7 @@ from megatron_ext.metrics import warnings_log
 from megatron_ext.metrics.trackers import check_trackers
 from megatron_ext.rollout.registry import find_engine
 from megatron_ext.train.run_folder import RunFolder
-from megatron_ext.train.signals import REQUEUE, StopSignals, heed_interrupts, ignore_signals
+from megatron_ext.train.signals import REQUEUE, StopSignals, heed_interrupts, ignore_signals, leave
 
 from . import faults, module_of, ranks
 from .arguments import add_recipe, command_parser
@@ -179,6 +179,9 @@ if __name__ == "__main__":
     StopSignals()
     try:
         exit_code = main()
+    except Exception as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        exit_code = 1
     finally:
         ignore_signals()
-    sys.exit(exit_code)
+    leave(exit_code)

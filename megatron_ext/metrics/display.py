@@ -19,7 +19,7 @@ from rich.text import Text
 
 from megatron_ext import heartbeat
 from megatron_ext.metrics.glossary import GLOSSARY, Glossary
-from megatron_ext.metrics.spans import WAITING, Span
+from megatron_ext.metrics.spans import BESIDE, WAITING, Span
 
 GAP = 2  # columns of a terminal between two of the table
 
@@ -54,9 +54,10 @@ class Watch:
             metrics |= watch.times()  # time/rollout_s, speed/rollout_tokens_per_s, time/step_s
             watch.step(1, metrics)
 
-    A phase entered several times in a step adds up; each of its spans is kept for the timeline. The clock is the
-    host's: a phase must end with the device idle (reading one of its results is enough). ``show=False`` keeps the clock
-    and prints nothing. What it times is where the rank is for its launcher (megatron_ext/heartbeat.py).
+    A phase entered several times in a step adds up; each of its spans is kept for the timeline. Its speed is that of
+    the times in which it had tokens: a wait has none. The ``clock`` is the host's: a phase must end with the device
+    idle (reading one of its results is enough). ``show=False`` keeps the clock and prints nothing. What it times is
+    where the rank is for its launcher (megatron_ext/heartbeat.py).
     """
 
     def __init__(
@@ -70,12 +71,12 @@ class Watch:
         console: Console | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        self._total, self._done, self._title, self._clock = total_steps, resume_step, title, clock
+        self._total, self._done, self._title, self.clock = total_steps, resume_step, title, clock
         self._headlines = {metric.short: metric.name for metric in glossary.metrics if metric.short}
         self._console = console or Console()
         self._show, self._is_live = show, show and self._console.is_terminal
         self._seconds: dict[str, float] = {}
-        self._tokens: dict[str, int] = {}
+        self._tokens: dict[str, tuple[int, float]] = {}  # and the seconds in which they came
         self._spans: list[Span] = []
         self._step_start = self._origin = clock()
         self._paces: deque[float] = deque(maxlen=20)  # seconds of the last steps, for the ETA
@@ -86,7 +87,7 @@ class Watch:
         self._phases = Progress(*bar, TimeElapsedColumn(), console=self._console, expand=True)
 
     def __enter__(self) -> Watch:
-        self._step_start = self._last_step = self._origin = self._clock()
+        self._step_start = self._last_step = self._origin = self.clock()
         heartbeat.enter(heartbeat.BETWEEN, step=self._done + 1)
         if self._is_live:
             self._steps.add_task(self._title, total=self._total, completed=self._done, eta="-")
@@ -105,21 +106,20 @@ class Watch:
         """Time a part of the step; ``total`` is what its bar counts to."""
         task = self._phases.add_task(name, total=total) if self._live is not None else None
         phase = Phase(name, self._phases, task)
-        start = self._clock()
+        start = self.clock()
         try:
             with heartbeat.phase(name):
                 yield phase
         finally:
             end = self._add_span(name, start)
-            self._seconds[name] = self._seconds.get(name, 0.0) + end - start
-            self._tokens[name] = self._tokens.get(name, 0) + phase.tokens
+            self.count(name, end - start, tokens=phase.tokens)
             if task is not None:
                 self._phases.stop_task(task)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Time a wait for other ranks, within a phase, whose time goes on, or between two."""
-        start = self._clock()
+        start = self.clock()
         try:
             yield
         finally:
@@ -127,13 +127,13 @@ class Watch:
 
     def _add_span(self, name: str, start: float) -> float:
         """Returns the time."""
-        end = self._clock()
+        end = self.clock()
         self._spans.append(Span(name, start - self._origin, end - self._origin))
         return end
 
     def restart(self) -> None:
         """All ranks have just met: what follows is told in seconds from now, by ``take_spans``."""
-        self._spans, self._origin = [], self._clock()
+        self._spans, self._origin = [], self.clock()
 
     def take_spans(self) -> list[Span]:
         """The phases and waits since ``restart`` or the last call, in the order in which they ended."""
@@ -141,24 +141,30 @@ class Watch:
         return found
 
     def count(self, name: str, seconds: float, *, tokens: int = 0) -> None:
-        """Add what was spent on a part elsewhere, beside the step."""
+        """Add what was spent on a part, here or elsewhere, beside the step."""
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
-        self._tokens[name] = self._tokens.get(name, 0) + tokens
+        if tokens:
+            before = self._tokens.get(name, (0, 0.0))
+            self._tokens[name] = before[0] + tokens, before[1] + seconds
+
+    def beside(self, begin: float, end: float) -> None:
+        """Tell the timeline when, by the clock, a second thread has generated."""
+        self._spans.append(Span(BESIDE, begin - self._origin, end - self._origin))
 
     def times(self) -> dict[str, float]:
         """``time/<phase>_s``, ``speed/<phase>_tokens_per_s`` and ``time/step_s`` since the last call; starts anew."""
-        now = self._clock()
+        now = self.clock()
         found = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
-        for name, tokens in self._tokens.items():
-            if tokens and self._seconds[name] > 0:
-                found[f"speed/{name}_tokens_per_s"] = tokens / self._seconds[name]
+        for name, (tokens, seconds) in self._tokens.items():
+            if seconds > 0:
+                found[f"speed/{name}_tokens_per_s"] = tokens / seconds
         found["time/step_s"] = now - self._step_start
         self._seconds, self._tokens, self._step_start = {}, {}, now
         return found
 
     def step(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Show a finished step."""
-        now = self._clock()
+        now = self.clock()
         self._paces.append((now - self._last_step) / max(1, step - self._done))
         self._last_step, self._done = now, step
         heartbeat.enter(heartbeat.BETWEEN, step=step + 1)

@@ -312,7 +312,8 @@ METRICS = (
     ),
     Metric(
         name="time/idle/<phase>", section=MACHINE, title="Idle ranks", unit=OF_TIME, good="near 0",
-        meaning="what ranks would wait if they met at the end of the phase: 1 - mean / longest of their work in it",
+        meaning="what ranks would wait if they met at the end of the phase: 1 - mean / longest of their work in it; "
+        "not told of the rollout where another one is generated beside the step",
         high="of update and old_logprob: see data/imbalance. Of rollout: some ranks' responses are longer",
     ),
     Metric(
@@ -333,7 +334,7 @@ METRICS = (
     *(
         Metric(name=f"speed/{phase}_tokens_per_s", section=MACHINE, title="Speed", unit=SPEED, meaning=meaning)
         for phase, meaning in {
-            "rollout": "generated tokens per second of time/rollout_s, of one model-parallel group",
+            "rollout": "generated tokens per second of time/rollout_s without its waits, of one model-parallel group",
             "rollout_background": "the same of time/rollout_background_s",
             "old_logprob": "response tokens per second of time/old_logprob_s, of one data-parallel rank",
             "update": "response tokens per second of time/update_s, of one data-parallel rank",

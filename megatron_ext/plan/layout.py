@@ -53,6 +53,20 @@ class Plan:
     def fits(self) -> bool:
         return self.free >= device.MARGIN and self.kv_sequences > 0
 
+    @property
+    def rolls_out_beside(self) -> bool:
+        """Whether a later step's rollout runs beside the step's passes and updates."""
+        return self.config.rollout.max_lag > 0 and find_engine(self.config.rollout).beside_training
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step: the sum of its phases, but of a rollout beside training and of training the longer."""
+        hidden = 0.0
+        if self.rolls_out_beside:
+            train = sum(self.seconds[phase] for phase in ("score", "update", "gradient exchange"))
+            hidden = min(self.seconds["rollout"], train)
+        return sum(self.seconds.values()) - hidden
+
     def activations(self) -> dict[str, float]:
         """Peak of the activations by recompute mode, on the pipeline rank where it is highest."""
         ranks = range(self.config.parallel.pipeline)
@@ -140,7 +154,7 @@ def nearest_fit(plan: Plan, *, rates: Rates, lengths: Lengths | None = None) -> 
             found.append((cost, changes, other))
     if not found:
         return None
-    _, changes, other = min(found, key=lambda variant: sum(variant[2].seconds.values()))
+    _, changes, other = min(found, key=lambda variant: variant[2].step_s)
     return [f"{key}={_toml(value)}" for key, value in changes.items()], other
 
 

@@ -6,8 +6,9 @@ the next one, and then waits for its step, as part of the run's state. The first
 
 An engine that declares ``beside_training`` generates the newest of them in a second thread while the step trains on an
 older one. That thread makes no collective but the engine's own: what the ranks tell each other of a batch, and the
-later rounds of dynamic sampling, come when both have ended. Other engines generate before the step trains: then a lag
-hides nothing. The batches are the same.
+later rounds of dynamic sampling, come when both have ended. An error of the step is not kept waiting by it: the thread
+ends with the process. Other engines generate before the step trains: then a lag hides nothing. The batches are the
+same.
 
 A run that is given more steps when it has come within L of its last one lacks batches that earlier weights would have
 sampled: those that it has sample them, as at the beginning.
@@ -15,16 +16,18 @@ sampled: those that it has sample them, as at the beginning.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
+from megatron_ext import heartbeat
 from megatron_ext.metrics.display import Phase, Watch
-from megatron_ext.train.collect_rollouts import NextProblems, Rollouts
+from megatron_ext.train.collect_rollouts import NextProblems, Own, Rollouts
 from megatron_ext.train.sampled_batch import SampledBatch
+from megatron_ext.train.signals import STEP_THREAD
 from megatron_ext.train.trainer import Trainer
 
 
@@ -46,32 +49,52 @@ def sampled(trainer: Trainer, watch: Watch) -> Iterator[SampledBatch]:
         trainer.engine.sleep()
         yield ahead.popleft()
         return
-    rollouts, clock = _rollouts(trainer, beside, watch), BesideClock()
+    rollouts, clock = _rollouts(trainer, beside, watch), BesideClock(watch.clock)
     problems = _next_problems(trainer, beside)(rollouts.num_first)
     trainer.weights.closed = True
-    thread = ThreadPoolExecutor(1, "rollout")
-    first = thread.submit(replace(rollouts, watch=clock).sample, problems, first=0)
-    thread.shutdown(wait=False)
+    first = Beside(partial(replace(rollouts, watch=clock).sample, problems, first=0))
     yield ahead.popleft()
     with watch.phase("rollout"):
         own = first.result()
-    watch.count("rollout_background", clock.seconds, tokens=clock.tokens)
+    watch.count("rollout_background", clock.end - clock.begin, tokens=clock.tokens)
+    watch.beside(clock.begin, clock.end)
     ahead.append(_finished(trainer, rollouts.complete(own, _next_problems(trainer, beside))))
     trainer.engine.sleep()
 
 
-class BesideClock:
-    """Seconds and tokens of what a second thread does; nothing of it is shown."""
+class Beside:
+    """A call in a second thread, which does not keep the process from ending."""
 
-    def __init__(self) -> None:
-        self.seconds, self.tokens = 0.0, 0
+    def __init__(self, call: Callable[[], Own]) -> None:
+        self._call, self._found = call, Future[Own]()
+        self._thread = threading.Thread(target=self._run, name=f"{STEP_THREAD}rollout", daemon=True)
+        self._thread.start()
+
+    def result(self) -> Own:
+        """What the call returns or raises, once it has."""
+        with heartbeat.waiting_for(self._thread):
+            self._thread.join()
+        return self._found.result()
+
+    def _run(self) -> None:
+        try:
+            self._found.set_result(self._call())
+        except BaseException as error:
+            self._found.set_exception(error)
+
+
+class BesideClock:
+    """When a second thread is at work, by ``clock``, and its tokens; nothing of it is shown."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock, self.tokens = clock, 0
+        self.begin = self.end = clock()
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Phase]:
-        phase, start = Phase(name, None, None), time.perf_counter()
+        phase = Phase(name, None, None)
         yield phase
-        self.seconds += time.perf_counter() - start
-        self.tokens += phase.tokens
+        self.tokens, self.end = self.tokens + phase.tokens, self._clock()
 
     def waiting(self) -> AbstractContextManager[None]:
         return nullcontext()  # ranks do not meet in that thread

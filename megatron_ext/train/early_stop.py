@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from megatron_ext import heartbeat
 from megatron_ext.rollout.rewards.verify import Outcome
+from megatron_ext.train.signals import STEP_THREAD
 from megatron_ext.types import Problem, Reward, Sample
 
 Verdict = Literal["useful", "right", "wrong"]  # right, wrong: rewards all equal
@@ -70,6 +71,7 @@ class EarlyStop(WholeRound):
         self._unscored: list[tuple[Index, Problem, Sample]] = []
         self._rewards: dict[int, dict[int, Reward]] = {}
         self._is_over = threading.Event()
+        self._error: Exception | None = None  # of the thread
 
     def is_needed(self, prompt_index: int) -> bool:
         """From any thread."""
@@ -85,23 +87,33 @@ class EarlyStop(WholeRound):
     def running(self, waiting: Waiting) -> Iterator[None]:
         """The ranks tell each other within; left when all of them leave, for which they wait in ``waiting()``.
         Collective.
+
+        An error leaves it at once: the others may wait for this rank elsewhere, and must see it end.
         """
-        thread = threading.Thread(target=self._exchange_on, name="early stop", daemon=True)
+        thread = threading.Thread(target=self._exchange_on, name=f"{STEP_THREAD}early stop", daemon=True)
         thread.start()
         try:
             yield
-        finally:
-            self._is_over.set()
+        except BaseException:
+            self._is_over.set()  # the thread may be in an exchange for ever: it ends with the process
+            raise
+        self._is_over.set()
+        with heartbeat.waiting_for(thread):
             thread.join()
-            with waiting():
-                while not self._exchange(is_over=True):
-                    pass
+        if self._error is not None:
+            raise self._error
+        with waiting():
+            while not self._exchange(is_over=True):
+                pass
 
     def _exchange_on(self) -> None:
         poll_s = FIRST_POLL_S
-        while not self._is_over.wait(poll_s):
-            self._exchange(is_over=False)
-            poll_s = min(LAST_POLL_S, SLOWER * poll_s)
+        try:
+            while not self._is_over.wait(poll_s):
+                self._exchange(is_over=False)
+                poll_s = min(LAST_POLL_S, SLOWER * poll_s)
+        except Exception as error:  # such as a rank that has died
+            self._error = error
 
     def _exchange(self, *, is_over: bool) -> bool:
         """Tell what is new, and hear of it; whether all ranks have finished."""

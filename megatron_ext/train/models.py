@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+
 from megatron_ext import cpu_compat
 from megatron_ext.checkpoint.weight_initializer import WeightInitializer
 from megatron_ext.config.schema import Config
 from megatron_ext.methods.base import Method
-from megatron_ext.model import parallel
+from megatron_ext.model import kernels, parallel
 from megatron_ext.model.architectures import Architecture
 from megatron_ext.model.build import build_policy, build_reference
 from megatron_ext.model.critic import build_critic
@@ -45,3 +47,20 @@ def build_learner(config: Config, method: Method, architecture: Architecture) ->
         value_model = build_critic(architecture, layout, model_options, fill=initializer.fill, overlap=overlap)
         critic = TrainableModel.build(value_model, options["critic"], section="critic")
     return Learner(config, method, actor, critic, reference)
+
+
+def describe_kernels(config: Config, architecture: Architecture) -> str:
+    """What the layers run on, in one line. Raises ValueError where that would not do."""
+    if config.model.deterministic and torch.cuda.is_available():
+        raise ValueError(
+            "model.deterministic: covers training on a CPU alone, found a GPU; set model.deterministic = false, or "
+            'hide the GPUs with CUDA_VISIBLE_DEVICES=""'
+        )
+    return kernels.describe(
+        architecture,
+        tensor=config.parallel.tensor,
+        context=config.parallel.context,
+        dtype=getattr(torch, config.model.dtype),
+        longest=config.longest_sequence,
+        fusions=ModelOptions.from_config(config.model).fusions,
+    )

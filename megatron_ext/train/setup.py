@@ -14,19 +14,17 @@ import torch
 
 from megatron_ext.checkpoint.checkpoint import Checkpoints
 from megatron_ext.config.checks import read_hf_config
-from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.schema import Config
 from megatron_ext.data.curriculum import data_order
 from megatron_ext.metrics.alarms import Alarms
-from megatron_ext.model import kernels, parallel
-from megatron_ext.model.architectures import Architecture, find_family, read_architecture
-from megatron_ext.model.megatron_config import ModelOptions
+from megatron_ext.model import parallel
+from megatron_ext.model.architectures import find_family, read_architecture
 from megatron_ext.rollout.registry import check_engine, create_engine
 from megatron_ext.rollout.rewards.function_pool import FunctionPool
 from megatron_ext.rollout.rewards.reward_pool import RewardPool
 from megatron_ext.train.messages import tell, users_files
 from megatron_ext.train.method_factory import create_method
-from megatron_ext.train.models import build_learner
+from megatron_ext.train.models import build_learner, describe_kernels
 from megatron_ext.train.resume import check_resume, resume
 from megatron_ext.train.trainer import Trainer
 from megatron_ext.train.training_data import load_problems
@@ -43,7 +41,8 @@ def build(config: Config, pool: RewardPool | FunctionPool) -> Trainer:
     problems = load_problems(config, pool, vocab_size=architecture.vocab_size)
     validation = load_validation(config, pool, vocab_size=architecture.vocab_size)
     order = data_order(config, [problem for problem, _ in problems])
-    tell(f"kernels: {_kernels(config, architecture)}")
+    with users_files():
+        tell(f"kernels: {describe_kernels(config, architecture)}")
     learner = build_learner(config, method, architecture)
     checkpoints = Checkpoints(
         config.run_dir / "checkpoints",
@@ -98,23 +97,3 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
-
-
-def _kernels(config: Config, architecture: Architecture) -> str:
-    """What the layers run on, in one line. Raises ConfigError where that would not do."""
-    if config.model.deterministic and torch.cuda.is_available():
-        raise ConfigError(
-            "model.deterministic: covers training on a CPU alone, found a GPU; set model.deterministic = false, or "
-            'hide the GPUs with CUDA_VISIBLE_DEVICES=""'
-        )
-    try:
-        return kernels.describe(
-            architecture,
-            tensor=config.parallel.tensor,
-            context=config.parallel.context,
-            dtype=getattr(torch, config.model.dtype),
-            longest=config.longest_sequence,
-            fusions=ModelOptions.from_config(config.model).fusions,
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from None

@@ -3,17 +3,23 @@
 SIGTERM and SIGUSR1 (what Slurm sends before the time limit) ask a rank to save and to end. While it starts there is
 nothing to save that the last checkpoint does not hold: it ends at once. Both exit with 75: run the command again.
 SIGINT ends a rank at once, whatever it does; its launcher (tools/ranks.py) sends it when nothing can be saved any more.
-No torch is imported.
+
+A step that fails may leave threads behind that generate, or wait for other ranks. ``leave`` ends the process all the
+same, with the code of the error. No torch is imported.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
+import threading
+from typing import NoReturn
 
 REQUEUE = 75  # exit code: stopped by a signal; the state is saved, or nothing is new
 ASKING = (signal.SIGTERM, signal.SIGUSR1)
+STEP_THREAD = "step: "  # how the name of a thread begins that is left behind by a step that fails
 
 
 class StopSignals:
@@ -48,3 +54,17 @@ def ignore_signals() -> None:
     """The exit code stands: the interpreter's end would restore the defaults, and a last signal would change it."""
     for number in (*ASKING, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with ``code``, whatever threads a step has left behind.
+
+    The interpreter's own end would wait for those that theirs wait for, and take the others down: within a call of
+    torch's that aborts the process, which then looks like a crash.
+    """
+    if any(thread.name.startswith(STEP_THREAD) for thread in threading.enumerate()):
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -1,8 +1,9 @@
 """One training step: episodes in, updated policy and metrics out.
 
-old         = statistics of the policy that sampled, over the whole step    (no gradient; not by a pass of its own
+old         = statistics of the step's first policy, over the whole step    (no gradient; not by a pass of its own
                                                                             where the only update can measure them)
-              and, under sampling replay, what its sampler kept where the engine does not tell
+              and, under sampling replay, what its sampler kept where the engine does not tell.
+              It is the policy that sampled, or under ``rollout.max_lag`` a newer one
 value       = the critic's values, where the method has one                 (no gradient)
 advantages  = method.compute_advantages(rollouts)                           and the returns that the critic learns
 method.on_step_start(batch, old)                                            anchors, controllers

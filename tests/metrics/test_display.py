@@ -10,6 +10,7 @@ from rich.console import Console
 from megatron_ext.methods.siren import SIREN
 from megatron_ext.metrics.display import Watch
 from megatron_ext.metrics.glossary import Glossary
+from megatron_ext.metrics.spans import BESIDE
 
 
 class Clock:
@@ -41,6 +42,25 @@ def test_the_clock_adds_up_and_starts_anew_each_step():
         assert watch.eta() == "0:00:12"  # three steps of four seconds
     expected = {"time/rollout_s": 2, "time/update_s": 1, "time/step_s": 4, "speed/rollout_tokens_per_s": 150}
     assert first == expected == second
+
+
+def test_a_wait_without_tokens_has_no_speed_and_a_second_thread_stands_in_the_timeline():
+    clock = Clock()
+    with Watch(1, show=False, clock=clock) as watch:
+        clock.now = 5
+        watch.restart()
+        with watch.phase("rollout") as phase:
+            clock.now += 2
+            phase.advance(4, tokens=300)
+        with watch.phase("rollout"):  # for what another thread generates
+            clock.now += 6
+        watch.count("rollout_background", 7.0, tokens=700)
+        watch.beside(6.0, 13.0)
+        assert watch.take_spans() == [("rollout", 0, 2), ("rollout", 2, 8), (BESIDE, 1, 8)]
+        found = watch.times()
+    assert found["time/rollout_s"] == 8 and found["speed/rollout_tokens_per_s"] == 150
+    assert found["time/rollout_background_s"] == 7 and found["speed/rollout_background_tokens_per_s"] == 100
+    assert "speed/update_tokens_per_s" not in found
 
 
 def test_without_a_terminal_there_is_one_line_per_step():

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.metrics.spans import WAITING, Span, busy_seconds, idle_share, idle_shares
+from megatron_ext.metrics.spans import (
+    BESIDE,
+    WAITING,
+    Span,
+    beside_and_waited,
+    busy_seconds,
+    idle_share,
+    idle_shares,
+    phase_idle_share,
+)
 
 FAST = [Span("rollout", 0, 2), Span(WAITING, 3, 5), Span("reward", 2, 5), Span(WAITING, 8, 9), Span("update", 5, 10)]
 SLOW = [Span("rollout", 0, 4), Span(WAITING, 5, 5), Span("reward", 4, 5), Span("update", 5, 10)]
@@ -34,6 +43,18 @@ def test_the_idle_shares_of_a_step() -> None:
     assert found == pytest.approx(
         {"time/idle/rollout": 0.25, "time/idle/reward": 0, "time/idle/update": 0.1, "time/idle/step": 0.15}
     )
+
+
+def test_what_is_generated_beside_training_is_no_work_of_the_rank() -> None:
+    """A rollout in turn of 1 s; one beside training of 6 and 7 s, of which the ranks wait for 1 and 2."""
+    turn = [Span("rollout", 0, 1), Span(BESIDE, 1, 7), Span("update", 1, 6), Span(WAITING, 4, 5), Span("rollout", 6, 7)]
+    late = [Span("rollout", 0, 1), Span(BESIDE, 1, 8), Span("update", 1, 6), Span("rollout", 6, 8)]
+    assert beside_and_waited(turn) == (6, 1) and beside_and_waited(late) == (7, 2)
+    assert beside_and_waited(FAST) == (0, 0)
+    assert busy_seconds(turn, BESIDE) == 6  # a wait of the step's own does not shorten it
+    assert idle_shares([turn, late]) == pytest.approx({"time/idle/update": 0.1, "time/idle/step": 1 / 16})
+    assert phase_idle_share([turn, late], "rollout") is None and phase_idle_share([turn, late], BESIDE) is None
+    assert phase_idle_share([FAST, SLOW], "rollout") == 0.25
 
 
 def test_one_rank_has_nobody_to_wait_for() -> None:

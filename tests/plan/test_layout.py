@@ -141,6 +141,21 @@ def test_a_step_takes_what_its_operations_take() -> None:
     assert (both["score"], both["update"]) == (3 * seconds["score"], 2 * seconds["update"])
 
 
+@pytest.mark.parametrize("tokens", [64, 3072], ids=["training is the longer", "the rollout is the longer"])
+def test_a_step_takes_the_longer_of_training_and_a_rollout_beside_it(tokens: int) -> None:
+    found = {}
+    for engine, lag in (("vllm_server", 0), ("vllm_server", 1), ("vllm", 1)):
+        rollout = {"engine": engine, "max_lag": lag, "max_response_tokens": tokens}
+        found[engine, lag] = plan(config(rollout=rollout, model={"recompute": "full"}))
+    beside = found["vllm_server", 1]
+    rollout, sync = beside.seconds["rollout"], beside.seconds["weight sync"]
+    train = sum(beside.seconds[phase] for phase in ("score", "update", "gradient exchange"))
+    assert (rollout > train) == (tokens == 3072)
+    assert beside.step_s == pytest.approx(sync + max(rollout, train)) and beside.rolls_out_beside
+    for other in (found["vllm_server", 0], found["vllm", 1]):
+        assert other.step_s == pytest.approx(sum(other.seconds.values())) and not other.rolls_out_beside
+
+
 def test_rollouts_read_the_weights_for_every_token_of_a_batch() -> None:
     one = config(rollout={"batch_size": 64, "max_response_tokens": 1000}, train={"micro_batch_tokens": 16384})
     rates, lengths = RATES["h100"], Lengths(0, 500)

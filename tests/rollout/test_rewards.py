@@ -366,6 +366,35 @@ def test_a_closed_pool_leaves_no_process_and_says_so():
         pool.score(integers(1))
 
 
+def test_a_pool_that_closes_does_not_wait_for_a_batch_of_another_thread():
+    """One that generates for long beside a step that has failed, and a worker inside a bomb."""
+    begun, generated, found = threading.Event(), threading.Event(), []
+
+    def score() -> None:
+        try:
+            with pool.scoring(2, {}) as scoring:
+                scoring.submit(samples(bombs("(2^{31})!")))
+                begun.set()
+                generated.wait(120)
+                scoring.score_samples(samples(integers(2)))
+        except ValueError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=score, daemon=True)
+    with RewardPool(2, deadline_s=120) as pool:
+        processes = [worker._process for worker in pool._workers]
+        thread.start()
+        assert begun.wait(60)
+        start = time.monotonic()
+    assert time.monotonic() - start < 30
+    assert [process.wait(30) for process in processes] == [-signal.SIGKILL] * 2
+    generated.set()
+    thread.join(60)
+    assert found == [worker_pool.CLOSED] and not pool._workers
+    with pytest.raises(ValueError, match="the pool is closed"):
+        pool.score(integers(1))
+
+
 def test_an_orphan_ends_itself():
     """The trainer may be killed while a worker is inside a bomb: the worker must not run for ever."""
     worker = worker_pool.Worker(reward_pool.program(), orphan_s=1)

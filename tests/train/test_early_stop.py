@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from megatron_ext import cpu_compat
 from megatron_ext.config.schema import Config, ParallelConfig, RolloutConfig, TrainConfig
 from megatron_ext.data.sampler import DataOrder
 from megatron_ext.metrics.display import Watch
 from megatron_ext.model import parallel
-from megatron_ext.rollout.base import IsNeeded, OnBatch, Request, Sampling, unfinished
+from megatron_ext.rollout.base import IsNeeded, OnBatch, Request, RolloutError, Sampling, unfinished
 from megatron_ext.train.collect_rollouts import Rollouts, exchange
 from megatron_ext.train.early_stop import EarlyStop
 from megatron_ext.types import Problem, Reward, Sample
@@ -53,6 +54,17 @@ class SleepingEngine:
         return [answers[n] if n in early else unfinished(request, 0) for n, request in enumerate(requests)]
 
 
+class FailingEngine:
+    """One of its ranks fails while the other waits for it."""
+
+    def generate(self, *_: Any) -> list[Sample]:
+        if dist.get_rank() == 1:
+            time.sleep(0.5)  # the ranks have begun to tell each other
+            raise RolloutError("the engine of rank 1 fails")
+        dist.barrier()
+        return []
+
+
 class LatePool(Pool):
     """Knows a reward only when it is asked for the third time."""
 
@@ -72,7 +84,9 @@ class LatePool(Pool):
         return super().look_up(problem, sample) if self.asked[sample.text] >= 3 else None
 
 
-def collected(rank: int, world: int, tensor: int, stops: bool) -> tuple[Any, dict[str, float], int, list[int]]:
+def collected(
+    rank: int, world: int, tensor: int, stops: bool, engine: Any = None
+) -> tuple[Any, dict[str, float], int, list[int]]:
     """This rank's episodes, the batch's metrics, how many responses were given up, and the problems that come next."""
     rollout = RolloutConfig(prompts=PROMPTS, samples=SAMPLES, dynamic_sampling=True, oversample=OVERSAMPLE)
     config = Config(
@@ -84,7 +98,7 @@ def collected(rank: int, world: int, tensor: int, stops: bool) -> tuple[Any, dic
     parallel.initialize(config.parallel)
     order = DataOrder([range(NUM_PROBLEMS)], seed=11)
     group = parallel.new_gloo() if stops else None
-    parts: Any = (config, SleepingEngine(), LatePool(None), 0, Watch(1, show=False))
+    parts: Any = (config, engine or SleepingEngine(), LatePool(None), 0, Watch(1, show=False))
     batch = Rollouts(*parts, stop_group=group).collect(
         lambda count: [(Problem(str(i), "", ""), (i,)) for i in order.take(count, step=0)]
     )
@@ -110,6 +124,13 @@ def test_the_batch_is_that_of_a_round_that_runs_to_its_end(layout: tuple[int, in
     for _, metrics, dropped, after in results:
         assert metrics == whole[1] and after == whole[2]
         assert dropped == BEGUN * SAMPLES // 4
+
+
+def test_a_rank_that_fails_while_others_wait_for_it_ends_and_says_why() -> None:
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match="the engine of rank 1 fails"):
+        gloo.run(collected, 2, 1, True, FailingEngine())
+    assert time.monotonic() - start < PATIENCE_S
 
 
 def one_by_one(rank: int, world: int) -> list[tuple[float, bool]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
+import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,15 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_ext import cpu_compat
+from megatron_ext import cpu_compat, heartbeat
+from megatron_ext.config.loading import load_config
 from megatron_ext.config.schema import ParallelConfig
 from megatron_ext.kept_tokens import KeptTokens
+from megatron_ext.metrics.spans import BESIDE
+from megatron_ext.metrics.writer import read_steps
 from megatron_ext.model import groups, parallel
+from megatron_ext.train import loop
+from megatron_ext.train.ahead import Beside
 from megatron_ext.train.sampled_batch import SampledBatch
 from megatron_ext.train.step import Learner
 from megatron_ext.types import Episode, Problem, Reward, Sample
@@ -142,6 +150,56 @@ def test_beside_training_the_batches_are_those_that_are_sampled_in_turn(dynamic:
         assert whole_run.contents(tmp_path / name, 4) == whole_run.contents(tmp_path / "IN_TURN", 4)
 
 
+def failing(rank: int, world: int, folder: Path, options: tuple[str, ...]) -> int:
+    """A run with the real reward pool, whose first update raises."""
+    gc.freeze()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+    def step(*_: Any, **__: Any) -> Any:
+        (folder / "raised").touch()
+        raise RuntimeError("the update fails")
+
+    kind: Any = Learner
+    kind.step = step
+    own = (f'data.train="{whole_run.data()}"', f'log.dir="{folder}"', 'data.curriculum=""', "reward.workers=1")
+    return loop.run(load_config(whole_run.RECIPES / RECIPE, [*whole_run.SMALL, *own, *options]))
+
+
+def test_an_error_of_a_step_does_not_wait_for_what_is_generated_beside_it(tmp_path: Path) -> None:
+    """The engine sleeps over it for ten seconds more, with the reward pool at its service."""
+    whole_run.data()
+    with pytest.raises(AssertionError, match="the update fails"):
+        gloo.run(failing, 1, tmp_path, (*MOVING, "rollout.max_lag=1", *engine("BESIDE", 10.0)), timeout=120)
+    assert time.time() - (tmp_path / "raised").stat().st_mtime < 8
+
+
+def test_a_batch_that_nobody_waits_for_keeps_no_process_alive() -> None:
+    before, over = set(threading.enumerate()), threading.Event()
+    call: Any = over.wait
+    batch = Beside(call)
+    assert [each.daemon for each in set(threading.enumerate()) - before] == [True]
+    over.set()
+    assert batch.result() is True
+
+
+def test_a_rank_that_waits_for_others_in_its_second_thread_is_not_blamed() -> None:
+    """It has generated its own part of a batch, and another rank has not."""
+    others = threading.Lock()
+    others.acquire()
+    code = compile("others.acquire()", os.path.join("torch", "distributed", "as_if.py"), "exec")
+    call: Any = partial(exec, code, {"others": others})
+    batch = Beside(call)
+    main = threading.Thread(target=batch.result)
+    main.start()
+    end = time.monotonic() + 60
+    while not heartbeat._waits(main.ident or 0) and time.monotonic() < end:
+        time.sleep(0.01)
+    waits = heartbeat._waits(main.ident or 0)
+    others.release()
+    main.join()
+    assert waits
+
+
 def asleep(rank: int, world: int, folder: Path, options: tuple[str, ...], seconds: float) -> int:
     """A run whose training takes so many seconds more in each step."""
     kind: Any = Learner
@@ -165,6 +223,13 @@ def test_two_sleeping_engines_hide_at_least_four_fifths_of_the_rollout(tmp_path:
     waited, taken = (sum(step[f"time/rollout{name}_s"] for step in steps) for name in ("", "_background"))
     assert taken > len(steps) * 0.5 and waited < 0.2 * taken
     assert all(step["speed/rollout_background_tokens_per_s"] > 0 for step in steps)
+    assert all("speed/rollout_tokens_per_s" not in step for step in steps)  # a wait has no speed
+    assert all("time/idle/rollout" not in step and "time/idle/update" in step for step in steps)
+    line = list(read_steps(tmp_path / "run" / "timeline.jsonl"))[1]
+    for rank in line["ranks"]:
+        spans = {line["names"][name]: (begin, end) for name, begin, end in rank}
+        begin, end = spans[BESIDE]
+        assert end - begin > 0.5 and begin < spans["update"][0] < spans["update"][1] <= spans["rollout"][0]
 
 
 def episode(index: int, sample: int) -> Episode:

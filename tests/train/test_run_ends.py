@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,3 +117,20 @@ def test_bad_updates_in_a_row_end_the_run_also_when_it_was_killed_between_them(t
     with pytest.raises(AssertionError, match=r"TrainingError: the gradient was not finite in 3 updates in a row"):
         gloo.run(with_bad_losses, 2, tmp_path / "killed", bad, None, "train.steps=9")
     assert whole_run.metrics(tmp_path / "killed") == whole_run.metrics(tmp_path / "whole")
+
+
+LEFT = """
+import atexit, sys, threading, time
+from megatron_ext.train.signals import STEP_THREAD, leave
+over = threading.Event()
+threading.Thread(target=over.wait, name=STEP_THREAD + "rollout", daemon=True).start()
+threading.Thread(target=over.wait).start()  # such as a pool's, which that one would end
+atexit.register(print, "and temporary files are gone")
+print("said", end=" ")
+leave(3)
+"""
+
+
+def test_a_rank_ends_with_its_code_whatever_threads_a_failed_step_has_left() -> None:
+    done = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "said and temporary files are gone\n", "")

@@ -424,6 +424,31 @@ def test_others_servers_are_left_out_until_none_is_left() -> None:
         fleet.repair({"http://b": "broken"})
 
 
+def test_a_server_that_was_left_out_is_in_the_next_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One with other weights may have been started anew: it knows nothing of the transfer that the others are in."""
+    engine: Any = ServerEngine.__new__(ServerEngine)
+    engine.rank, engine.world, engine.distributed, engine.transfer = 0, 1, False, object()
+    engine.fleet, engine.left_out, engine.is_connected = (
+        Fleet([], {"http://a": "", "http://b": ""}, max_restarts=0),
+        {},
+        True,
+    )
+    engine.servers, sent = engine.fleet.servers, []
+
+    def send(*, reconnect: bool) -> dict[str, str]:
+        sent.append((reconnect, set(engine.servers)))
+        return {}
+
+    monkeypatch.setattr(engine, "_send", send)
+    engine.update_weights(object(), 3)
+    engine._leave_out({}, {"http://a": "generates with weights of version 0"})
+    assert set(engine.servers) == {"http://b"}
+    for version in (4, 5):
+        engine.update_weights(object(), version)
+    both = {"http://a", "http://b"}
+    assert sent == [(False, both), (True, both), (False, both)]
+
+
 @pytest.mark.parametrize("deaf", [False, True])
 def test_a_killed_trainer_leaves_no_server_behind(deaf: bool, tmp_path: Path) -> None:
     """Neither a server nor its workers: one in order on SIGTERM, one that does not listen to it and is killed."""

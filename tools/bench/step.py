@@ -18,7 +18,6 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,9 @@ def trained(folder: Path, label: str, method: str, size: Size, settings: tuple[s
     counted = steps_of(folder, name, str(recipe_of(method)), f"model.path={size.model}", *settings)[WARM_UP:]
     medians = {phase: statistics.median(step[f"time/{phase}_s"] for step in counted) for phase in PHASES}
     found = {"step_s": statistics.median(step["time/step_s"] for step in counted), "phases": medians}
-    found |= {"parameters": parameters(size.model), "tokens": statistics.median(map(response_tokens, counted))}
+    rollout = load_config(recipe_of(method), [f"model.path={size.model}", *settings]).rollout
+    tokens = rollout.prompts * rollout.samples * statistics.median(step["response/length"] for step in counted)
+    found |= {"parameters": parameters(size.model), "tokens": tokens}
     if size.evaluates:
         started(command("convert", "to-hf", str(own), str(own / "hf")))
         found |= {"avg@8": evaluated(own / "hf", folder / f"{name}.json")}
@@ -158,10 +159,6 @@ def settings_of(config: Config, out: Path, cores: int) -> dict[str, Any]:
 def evaluated(model: Path, out: Path) -> float:
     started(command("evaluate", str(model), *HELD_OUT, "--out", str(out), "--label", "after"))
     return load_evaluations(out)["after"]["metrics"]["avg@8"]["mean"]
-
-
-def response_tokens(step: Mapping[str, float]) -> float:
-    return step["speed/rollout_tokens_per_s"] * step["time/rollout_s"]
 
 
 def table(rows: list[dict[str, Any]], cores: int, steps: int) -> Table:

@@ -11,7 +11,15 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 
 from megatron_ext.files import read_lines
-from megatron_ext.metrics.spans import WAITING, Span, busy_seconds, idle_share, idle_shares
+from megatron_ext.metrics.spans import (
+    BESIDE,
+    WAITING,
+    Span,
+    beside_and_waited,
+    busy_seconds,
+    idle_shares,
+    phase_idle_share,
+)
 from megatron_ext.metrics.writer import STEP_OF_TIMELINE, TIMELINE
 
 from ..charts import figure, short
@@ -49,7 +57,7 @@ def timeline(folder: Path, metrics: Metrics) -> str:
     colors = {name: number for number, name in enumerate(name for name in names if name != WAITING)}
     pictures = [_figure(step, colors) for step in steps]
     return (
-        f'<h2>Timeline</h2><p class="sub">{escape(_introduction(len(steps[0].ranks)))}</p>'
+        f'<h2>Timeline</h2><p class="sub">{escape(_introduction(len(steps[0].ranks), BESIDE in colors))}</p>'
         f'<div class="charts">{"".join(pictures)}</div>{_table(steps, list(colors))}'
     )
 
@@ -98,13 +106,19 @@ def read_timeline(path: Path, chosen: Mapping[int, str]) -> dict[int, list[list[
     return found
 
 
-def _introduction(num_ranks: int) -> str:
+def _introduction(num_ranks: int, is_beside: bool) -> str:
     text = (
         "What every rank did in a step, from the moment at which all had met. An empty box is a wait for others; what "
         "has no colour lies between two phases. "
     )
     if num_ranks > MOST_ROWS:
         text += f"Drawn are {MOST_ROWS} of {num_ranks} ranks, spread over all; the table counts every one. "
+    if is_beside:
+        text += (
+            "The thin bar below a rank is a later step's rollout, generated beside training. Where training waits for "
+            "its end, in a rollout of its own row, the servers are what is missing; where it ends long before the "
+            "updates do, the trainer's GPUs are. "
+        )
     return text + (
         "Idle is the share of all ranks' time: of a phase, what they would wait if they met at its end; of the step, "
         "what they waited."
@@ -115,6 +129,9 @@ def _figure(step: Step, colors: Mapping[str, int]) -> str:
     found = idle_shares(step.ranks)
     seconds = max((span.end for spans in step.ranks for span in spans), default=0.0)
     note = f"{short(seconds)} s" + (f", idle {short(found['time/idle/step'], True)}" if found else "")
+    beside, waited = (max(values) for values in zip(*(beside_and_waited(spans) for spans in step.ranks), strict=True))
+    if beside:
+        note += f", {BESIDE} {short(beside)} s, waited for {short(waited)} s"
     picture = timeline_chart(step.ranks, colors)
     return figure(f"{step.why} step: {step.number}", note, picture, timeline_legend(colors))
 
@@ -125,7 +142,7 @@ def _table(steps: Sequence[Step], phases: Sequence[str]) -> str:
     kinds = '<th class="n">mean</th><th class="n">longest</th><th class="n">idle</th>' * len(steps)
     rows = []
     for phase in phases:
-        cells = [_cells([busy_seconds(spans, phase) for spans in step.ranks]) for step in steps]
+        cells = [_cells(step.ranks, phase) for step in steps]
         rows.append(f"<tr><th>{escape(phase)}</th>{''.join(cells)}</tr>")
     waits = []
     for step in steps:
@@ -140,9 +157,9 @@ def _table(steps: Sequence[Step], phases: Sequence[str]) -> str:
     )
 
 
-def _cells(busy: Sequence[float]) -> str:
-    share = "-" if len(busy) == 1 or not max(busy) else short(idle_share(busy), True)
-    return _numbers(busy) + f'<td class="n">{share}</td>'
+def _cells(ranks: Sequence[Sequence[Span]], phase: str) -> str:
+    busy = _numbers([busy_seconds(spans, phase) for spans in ranks])
+    return busy + f'<td class="n">{short(phase_idle_share(ranks, phase), True)}</td>'
 
 
 def _numbers(values: Sequence[float]) -> str:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 START_S = 120.0  # to import SymPy, or to score a known answer, on a busy machine
 CHECK_EVERY_S = 60.0  # at most, between known answers of one worker
 MIN_ANSWERS_TO_TRIP = 20
+CLOSED = "RewardPool: the pool is closed; score inside its with-block"
 NO_VERDICT = (Outcome.TIMEOUT, Outcome.CRASHED, Outcome.ERROR)
 INHERITED = (  # of the environment, by a worker: how to find Python and its packages, no secrets
     *("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "PYTHONHASHSEED", "VIRTUAL_ENV"),
@@ -69,7 +70,7 @@ class WorkerPool(Generic[Question]):
     """Asks ``workers`` processes (0: one per core, at most 16).
 
     ``deadline_s`` is for one answer. Usable from any thread, one batch at a time; a context manager, whose exit ends
-    the processes.
+    the processes, and with them a batch of another thread.
     """
 
     def __init__(self, program: Program, workers: int, *, deadline_s: float, max_timeout_share: float) -> None:
@@ -77,6 +78,8 @@ class WorkerPool(Generic[Question]):
         orphan_s = max(deadline_s, START_S) + 5
         self._workers = [Worker(program, orphan_s) for _ in range(workers or min(16, len(os.sched_getaffinity(0))))]
         self._one_batch = threading.Lock()
+        self._batch: QuestionBatch[Question] | None = None  # that is being scored
+        self._is_closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -85,9 +88,19 @@ class WorkerPool(Generic[Question]):
         self.close()
 
     def close(self) -> None:
-        with self._one_batch:
-            while self._workers:
-                self._workers.pop().stop()
+        """End the processes. A batch that another thread is still having scored is not waited for: it gets an error."""
+        self._is_closed = True
+        if self._one_batch.acquire(blocking=False):
+            self._stop_all()
+            self._one_batch.release()
+        elif (batch := self._batch) is not None:
+            batch.end(ValueError(CLOSED))
+            for worker in self._workers:
+                worker.kill()
+
+    def _stop_all(self) -> None:
+        while self._workers:
+            self._workers.pop().stop()
 
     def check(self, worker: Worker) -> None:
         """Before a process's first question, and its first in a batch after ``CHECK_EVERY_S``. Raises
@@ -137,14 +150,20 @@ class WorkerPool(Generic[Question]):
         batch = QuestionBatch(self, num_answers, {} if replies is None else replies)
         with self._one_batch:
             if not self._workers:
-                raise ValueError("RewardPool: the pool is closed; score inside its with-block")
-            with ThreadPoolExecutor(len(self._workers)) as threads:
-                for worker in self._workers:
-                    threads.submit(batch.work, worker)
-                try:
-                    yield batch
-                finally:
-                    batch.end()  # also at an interrupt of this thread: the others end after their current answer
+                raise ValueError(CLOSED)
+            self._batch = batch
+            try:
+                with ThreadPoolExecutor(len(self._workers)) as threads:
+                    for worker in self._workers:
+                        threads.submit(batch.work, worker)
+                    try:
+                        yield batch
+                    finally:
+                        batch.end()  # also at an interrupt of this thread: the others end after their current answer
+            finally:
+                self._batch = None
+                if self._is_closed:
+                    self._stop_all()
         batch.raise_error()
 
     def check_when_due(self, worker: Worker) -> None:
@@ -270,6 +289,7 @@ class Worker:
 
     def __init__(self, program: Program, orphan_s: float) -> None:
         self._program, self._orphan_s = program, math.ceil(orphan_s)
+        self._is_killed, self._replacing = False, threading.Lock()
         self._launch()
 
     def ask(self, question: Hashable, deadline_s: float) -> str:
@@ -294,9 +314,18 @@ class Worker:
         self._stdin.close()
         self._stdout.close()
 
+    def kill(self) -> None:
+        """End it, and have no other in its place; from any thread. Whoever waits for its answer gets an error."""
+        with self._replacing:
+            self._is_killed = True
+            self._process.kill()
+
     def _replace(self) -> None:
-        self.stop()
-        self._launch()
+        with self._replacing:
+            self.stop()
+            if self._is_killed:
+                raise ValueError(CLOSED)
+            self._launch()
 
     def _launch(self) -> None:
         self._process = subprocess.Popen(

@@ -94,6 +94,7 @@ class ServerEngine:
         self.address = address or LOOPBACK
         self.version, self.weights = 0, None
         self.left_out: dict[str, str] = {}  # servers at fault, which the next update replaces, with the reason
+        self.is_connected = False  # whether all servers are in the transfer
         self.num_restarts = self.num_stale = self.num_failed = 0
         self.client = Servers(min(CALL_S, deadline_s))
         self.source = Source(self._barrier, self.client.checksum if self.rank == 0 else None)
@@ -134,7 +135,7 @@ class ServerEngine:
         """Stream them to every server; what was computed with older ones is forgotten. Collective."""
         self.weights, self.version = weights, version
         faults, self.left_out = self.left_out, {}
-        self._sync(faults, reconnect=bool(faults) or self.transfer is None)
+        self._sync(faults, reconnect=bool(faults) or not self.is_connected)
 
     def generate(
         self,
@@ -210,6 +211,7 @@ class ServerEngine:
     def _leave_out(self, faults: dict[str, str], stale: dict[str, str]) -> None:
         """Ask the others alone until the next update. Raises RolloutError, on all ranks, where there are none."""
         self.left_out |= faults
+        self.is_connected = False  # one with other weights may have been started anew
         self.servers = {url: token for url, token in self.servers.items() if url not in faults | stale}
         if not self.servers:
             raise RolloutError(
@@ -226,6 +228,7 @@ class ServerEngine:
                 return
             faults = self._send(reconnect=reconnect)
             if not faults:
+                self.is_connected = True
                 return
             reconnect = True
 

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from megatron_ext.metrics.spans import WAITING, Span
+from megatron_ext.metrics.spans import BESIDE, WAITING, Span
 from megatron_ext.metrics.writer import MetricsWriter
 from tests.tools.report.test_page import EVIL, Page, table
 from tools.charts import LEFT, RIGHT
@@ -74,6 +74,34 @@ def test_bars_are_to_scale_and_waits_lie_above() -> None:
     assert bars[2][1]["class"] == "wait" and bars[0][1]["fill"] == "var(--c0)"
     texts = [text.text for text in picture.iter("text")]
     assert texts[-3:] == ["seconds", "rank 0", "1"] and texts[:5] == ["0", "2", "4", "6", "8"]
+
+
+def test_what_is_generated_beside_training_is_a_thin_bar_below_its_rank(tmp_path: Path) -> None:
+    """Generation of 6 s beside updates of 5 s, and 1 s of waiting for it."""
+    spans = [Span(BESIDE, 1, 7), Span("update", 1, 6), Span("rollout", 6, 7)]
+    picture = ElementTree.fromstring(timeline_chart([spans, spans], {"rollout": 0, "update": 1, BESIDE: 2}))
+    bars = [(bar[0].text, {name: bar.attrib[name] for name in bar.attrib}) for bar in picture.iter("rect")]
+    assert [text for text, _ in bars][:3] == [
+        "rank 0: update, 5 s from 1 s",
+        "rank 0: rollout, 1 s from 6 s",
+        f"rank 0: {BESIDE}, 6 s from 1 s",
+    ]
+    update, _, thin, below = (at for _, at in bars[:4])
+    assert float(update["y"]) + float(update["height"]) <= float(thin["y"]) and thin["fill"] == "var(--c2)"
+    assert float(thin["y"]) + float(thin["height"]) <= float(below["y"]) and thin["x"] == update["x"]
+    assert float(thin["height"]) < float(update["height"]) / 4
+    with MetricsWriter(tmp_path, trackers=[], total_steps=1) as writer:
+        writer.write_timeline(1, [spans, spans])
+        writer.write(1, {"time/step_s": 7})
+    page = report(tmp_path)
+    assert f"<p>7 s, idle 0 %, {BESIDE} 6 s, waited for 1 s</p>" in page and "the servers are what is missing" in page
+    assert table(page, "Seconds of each phase")[2:] == [
+        [BESIDE, "6", "6 rank 0", "-"],
+        ["update", "5", "5 rank 0", "0 %"],
+        ["rollout", "1", "1 rank 0", "-"],
+        ["waiting", "0", "0 rank 0", "0 %"],
+    ]
+    assert "servers are" not in report(write_run(tmp_path / "in turn", [4]))
 
 
 def test_many_ranks_are_a_sample_and_few_labels() -> None:
