@@ -76,8 +76,9 @@ def _run(tree: Path, interpreter: str, tests: list[str]) -> dict[str, Outcome]:
     environment = {**os.environ, "PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     options = ["-p", "pytest_timeout", f"--timeout={TIMEOUT_S}", f"--junitxml={report}"]  # other plugins start slowly
     command = [interpreter, "-m", "pytest", *options, *tests]
+    others = _children()
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
-    _end_leftovers()
+    _end(_children() - others)
     if not report.is_file():
         raise SystemExit(f"pytest made no report:\n{done.stdout}{done.stderr}")
     return dict(_outcome(each) for each in ET.parse(report).iter("testcase"))
@@ -91,9 +92,12 @@ def _outcome(case: ET.Element) -> tuple[str, Outcome]:
     return test, Outcome("passed", "")
 
 
-def _end_leftovers() -> None:
-    """Processes whose parents are gone are this one's children (``main`` asked for them)."""
-    left = psutil.Process().children(recursive=True)
+def _children() -> set[psutil.Process]:
+    """Those whose parents are gone too (``main`` asked for them)."""
+    return set(psutil.Process().children(recursive=True))
+
+
+def _end(left: set[psutil.Process]) -> None:
     for each in left:
         each.kill()
     psutil.wait_procs(left, timeout=10)
