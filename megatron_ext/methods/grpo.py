@@ -48,22 +48,17 @@ class GRPO(Method):
             meaning="the method's policy loss, without regularisers"),
         Metric(name="clip/low", section="Update", title="Clipped tokens", unit="share of tokens",
             meaning="tokens of negative advantage whose probability ratio is below 1 - clip_low; of another surrogate "
-            "those that it drops or bounds at its lower end",
-            good="a few percent at most",
+            "those that it drops or bounds at its lower end", good="a few percent at most",
             high="the policy moves far in one step: lower optimizer.lr or the number of updates per step"),
         Metric(name="clip/high", section="Update", title="Clipped tokens", unit="share of tokens", short="clipped",
             meaning="tokens of positive advantage whose probability ratio is above 1 + clip_high; of another surrogate "
-            "those that it drops or bounds at its upper end",
-            good="a few percent at most",
-            high="as clip/low"),
+            "those that it drops or bounds at its upper end", good="a few percent at most", high="as clip/low"),
         Metric(name="surrogate/weight", section="Update", title="Weight of a token", unit="mean over tokens",
-            meaning="w of the policy's gradient -w A grad(log-prob); of another surrogate than ppo",
-            good="near 1",
+            meaning="w of the policy's gradient -w A grad(log-prob); of another surrogate than ppo", good="near 1",
             low="most tokens are dropped: the surrogate's range is narrow for how far the policy moves in one step",
             high="tokens that became likelier dominate: lower optimizer.lr or the number of updates per step"),
         Metric(name="kl/old", section="Update", title="KL", unit="nats per token",
-            meaning="KL of the updated policy to the one that sampled (k3 estimate)",
-            good="small; 0 where a step has one update",
+            meaning="KL of the updated policy to the one that sampled (k3 estimate)", good="small; 0 with one update",
             high="the policy moves far in one step: lower optimizer.lr or the number of updates per step"),
     )  # fmt: skip
 
