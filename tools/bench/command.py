@@ -52,6 +52,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="of rollout")
     parser.add_argument("--steps", type=int, help="of every run (8 of rollout, 24 of step)")
     parser.add_argument("--sizes", nargs="+", choices=["tiny", "large"], default=["tiny"], help="of step (%(default)s)")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="RUN", help="of step: these runs, besides TRL's")
+    parser.add_argument("--rounds", type=whole_number(1), default=1, help="of step: times that all runs are made")
     parser.add_argument("--peer", default=".venv-trl", help="of step: TRL's environment (%(default)s)")
     parser.add_argument("--compile", action="store_true", help="of rollout: vLLM compiles")
     whole = whole_number(1)

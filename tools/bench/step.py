@@ -1,13 +1,14 @@
 """A training step beside TRL's: the same task, model, updates and cores, one after the other.
 
-    megatron-entropy bench step [--sizes tiny large] [--steps 24] [--deterministic] [--peer .venv-trl]
+    megatron-entropy bench step [--sizes tiny large] [--steps 24] [--rounds 1] [--only 'dr_grpo DP*'] [--deterministic]
 
 dr_grpo and siren on this machine's cores, data-parallel and tensor-parallel, and TRL's GRPOTrainer with dr_grpo's loss
 in the environment that ``make .venv-trl/.installed`` makes. tiny is the shipped base model; large is a random one of
 10.4 M parameters whose responses have 200 tokens. A step is one generation, its rewards and all its updates; the first
-steps do not count. On the tiny model both end with an evaluation of the same held-out problems, so that speed is not
-bought with learning. No times are printed unless engine and trainer agree to 1e-4 nats and TRL reads the same token
-ids. Writes ``runs/bench/step.json``.
+steps do not count. With several rounds all runs are made as often, in turn, and a ratio is the median of those within
+the rounds, since the speed of a machine drifts. On the tiny model the first round ends with an evaluation of the same
+held-out problems, so that speed is not bought with learning. No times are printed unless engine and trainer agree to
+1e-4 nats and TRL reads the same token ids. Writes ``runs/bench/step.json``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import os
 import statistics
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -56,23 +58,46 @@ def run(options: argparse.Namespace) -> int:
     if not python.exists():
         raise ConfigError(f"--peer: no such file: {python}; make it with: make {options.peer}/.installed")
     cores = len(os.sched_getaffinity(0))
+    runs = ours(cores, deterministic=options.deterministic)
+    chosen = [each for each in runs if any(fnmatch(each[0], pattern) for pattern in options.only)]
+    if not chosen:
+        raise ConfigError(f"--only: found {options.only}, expected names or patterns of {[name for name, *_ in runs]}")
     console, rows = Console(width=None if sys.stdout.isatty() else 120), list[dict[str, Any]]()
     out = Path(options.out) / "step.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for name, size in sizes(folder, options.sizes).items():
-            for label, method, layout in ours(cores, deterministic=options.deterministic):
-                console.print(f"{name}: {label} ...", highlight=False)
-                settings = (*size.settings, *layout, f"train.steps={options.steps}")
-                rows.append({"size": name, "run": label, **trained(folder / name, label, method, size, settings)})
-            console.print(f"{name}: {PEER} ...", highlight=False)
-            settings = (*size.settings, f"train.steps={options.steps}")
-            rows.append({"size": name, "run": PEER, **peer(folder / name, python, size, settings, cores)})
+            rounds = list[list[dict[str, Any]]]()
+            for number in range(options.rounds):
+                of_round, measured = replace(size, evaluates=size.evaluates and number == 0), list[dict[str, Any]]()
+                own = folder / f"{name}-{number}"
+                for label, method, layout in chosen:
+                    console.print(f"{name}: {label} ...", highlight=False)
+                    settings = (*size.settings, *layout, f"train.steps={options.steps}")
+                    measured.append({"size": name, "run": label, **trained(own, label, method, of_round, settings)})
+                console.print(f"{name}: {PEER} ...", highlight=False)
+                settings = (*size.settings, f"train.steps={options.steps}")
+                measured.append({"size": name, "run": PEER, **peer(own, python, of_round, settings, cores)})
+                rounds.append(measured)
+            rows += [over_rounds(rounds, number) for number in range(len(rounds[0]))]
             console.print(table(rows, cores, options.steps))
             write_atomically(out, json.dumps(rows, indent=2) + "\n")
     console.print(out, highlight=False)
     return 0
+
+
+def over_rounds(rounds: list[list[dict[str, Any]]], number: int) -> dict[str, Any]:
+    """Run ``number`` with its medians over the rounds, and the ratios that it has to two others of its round."""
+    own = [measured[number] for measured in rounds]
+    found = own[0] | {
+        "step_s": statistics.median(row["step_s"] for row in own),
+        "over_peer": statistics.median(measured[number]["step_s"] / measured[-1]["step_s"] for measured in rounds),
+        "over_first": statistics.median(measured[number]["step_s"] / measured[0]["step_s"] for measured in rounds),
+    }
+    if "phases" in found:
+        found["phases"] = {phase: statistics.median(row["phases"][phase] for row in own) for phase in PHASES}
+    return found
 
 
 def sizes(folder: Path, names: list[str]) -> dict[str, Size]:
@@ -165,12 +190,13 @@ def table(rows: list[dict[str, Any]], cores: int, steps: int) -> Table:
     made = Table(title=f"{steps} steps on {cores} cores, float32; seconds are medians after {WARM_UP} steps")
     for name in ("size", "run"):
         made.add_column(name)
-    for name in ("step, s", f"/ {PEER}", "rollout", "reward", "old", "update", "sync", "avg@8"):
+    first = rows[0]["run"].replace(" ", "\n")
+    for name in ("step, s", f"/ {PEER}", f"/ {first}", "rollout", "reward", "old", "update", "sync", "avg@8"):
         made.add_column(name, justify="right")
     for row in rows:
-        peer_s = next(each["step_s"] for each in rows if (each["size"], each["run"]) == (row["size"], PEER))
         phases = [f"{row['phases'][phase]:.3f}" if "phases" in row else "" for phase in PHASES]
         learned = f"{row['avg@8']:.1%}" if "avg@8" in row else ""
         size = f"{row['parameters'] / 1e6:.1f} M"
-        made.add_row(size, row["run"], f"{row['step_s']:.3f}", f"{row['step_s'] / peer_s:.2f}", *phases, learned)
+        ratios = (f"{row['over_peer']:.2f}", f"{row['over_first']:.2f}")
+        made.add_row(size, row["run"], f"{row['step_s']:.3f}", *ratios, *phases, learned)
     return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.console import Console
 from megatron_ext.config.loading import load_config
 from megatron_ext.rollout.model_files import load_tokenizer
 from tools.bench import command
-from tools.bench.step import PEER, PHASES, ours, recipe_of, settings_of, table
+from tools.bench.step import PEER, PHASES, ours, over_rounds, recipe_of, settings_of, table
 
 ROOT = Path(__file__).parents[3]
 
@@ -37,14 +38,23 @@ def test_without_the_peer_nothing_is_run(capsys: pytest.CaptureFixture[str], tmp
     assert f"make {tmp_path}/.installed" in capsys.readouterr().err
 
 
-def test_times_are_shown_over_the_peers() -> None:
-    phases = dict.fromkeys(PHASES, 0.1)
-    made = [
-        {"size": "tiny", "run": label, "step_s": 0.6 + i / 10, "phases": phases, "parameters": 8e5, "avg@8": 0.3}
-        for i, (label, *_) in enumerate(ours(2))
-    ]
-    rows = [*made, {"size": "tiny", "run": PEER, "step_s": 0.8, "parameters": 8e5}]
+def test_times_are_shown_over_those_of_their_round() -> None:
+    """On a machine that is at half its speed in the second round, and at a third in the last."""
+
+    def measured(slowness: float, **evaluated: float) -> list[dict[str, Any]]:
+        phases = dict.fromkeys(PHASES, 0.1 * slowness)
+        made: list[dict[str, Any]] = [
+            {"size": "tiny", "run": label, "step_s": (0.6 + i / 10) * slowness, "phases": phases, "parameters": 8e5}
+            for i, (label, *_) in enumerate(ours(2))
+        ]
+        peer = {"size": "tiny", "run": PEER, "step_s": 0.8 * slowness, "parameters": 8e5}
+        return [*({**each, **evaluated} for each in made), peer]
+
+    rounds = [measured(1.0, **{"avg@8": 0.3}), measured(2.0), measured(3.0)]
+    rows = [over_rounds(rounds, number) for number in range(4)]
     console = Console(width=120, record=True)
     console.print(table(rows, 2, 24))
     lines = [[cell.strip() for cell in line.split("│")] for line in console.export_text().splitlines()]
-    assert ["0.8 M", "dr_grpo DP 2", "0.600", "0.75", *["0.100"] * 5, "30.0%"] in [line[1:-1] for line in lines]
+    shown = [line[1:-1] for line in lines]
+    assert ["0.8 M", "dr_grpo DP 2", "1.200", "0.75", "1.00", *["0.200"] * 5, "30.0%"] in shown
+    assert ["0.8 M", "siren DP 2", "1.400", "0.88", "1.17", *["0.200"] * 5, "30.0%"] in shown
