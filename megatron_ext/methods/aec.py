@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from megatron_ext.methods.base import Aggregation, Controller, Needs, Prepared, Reducer, token_mean
+from megatron_ext.methods.base import Aggregation, Controller, Needs, Prepared, Reducer
 from megatron_ext.methods.targets import Target, Targeted
 from megatron_ext.metric import Metric
 from megatron_ext.types import Batch, TokenStats
@@ -72,11 +72,9 @@ class AEC(Targeted):
         self.c = min(max(self.c + (self.delta if below else -self.delta), 0.0), self.c_max)
         return report | {"aec/entropy": entropy, "aec/applied": self.applied, "aec/next": self.c}
 
-    def measured(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> float:
-        assert stats is not None
-        if self.measure == "entropy":
-            return super().measured(batch, stats, reduce)
-        return token_mean(-stats.logprob, batch.mask, reduce)
+    @property
+    def measures_logprob(self) -> bool:
+        return self.measure == "logprob"
 
     def regulariser(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         assert stats.entropy is not None

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -39,7 +38,7 @@ from megatron_ext.methods.base import (
     group_statistics,
     sequence_lengths,
 )
-from megatron_ext.methods.targets import Schedule, Targeted, read
+from megatron_ext.methods.targets import Schedule, Targeted
 from megatron_ext.metric import Metric
 from megatron_ext.types import Batch, TokenStats
 
@@ -77,10 +76,9 @@ class AER(Targeted):
         self.check("alpha_0", self.alpha_0 >= 0, "a coefficient of at least 0")
         self.alpha = self.next_alpha = self.alpha_0
 
-    @cached_property
-    def schedule(self) -> Schedule:
-        """H*: tau H_0 unless ``target`` says otherwise."""
-        return Schedule(kind="constant", start=self.tau, relative=True) if self.target is None else read(self.target)
+    @property
+    def own_target(self) -> Schedule:
+        return Schedule(kind="constant", start=self.tau, relative=True)
 
     @property
     def needs(self) -> Needs:

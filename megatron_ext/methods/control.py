@@ -6,12 +6,11 @@ A clip range whose upper bound moves while the policy trains, and a target that 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 from megatron_ext.methods import surrogates
 from megatron_ext.methods.base import Needs
 from megatron_ext.methods.grpo import GRPO
-from megatron_ext.methods.targets import Schedule, Targeted, read
+from megatron_ext.methods.targets import Schedule, Targeted
 
 
 @dataclass(kw_only=True)
@@ -40,9 +39,9 @@ class MovingClip(GRPO):
 class KeepsEntropy(Targeted):
     """Measures the entropy of every step; holds that of the first one unless ``target`` says otherwise."""
 
-    @cached_property
-    def schedule(self) -> Schedule:
-        return Schedule(kind="constant", start=1.0, relative=True) if self.target is None else read(self.target)
+    @property
+    def own_target(self) -> Schedule:
+        return Schedule(kind="constant", start=1.0, relative=True)
 
     @property
     def needs(self) -> Needs:

@@ -73,11 +73,9 @@ class MAIClip(MovingClip, Targeted):
         target, bound = self.controller_target, self.k_max
         return Controller(measured="mai_clip/entropy", target=target, output="mai_clip/k", bound=bound)
 
-    def measured(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> float:
-        if self.measure == "entropy":
-            return super().measured(batch, stats, reduce)
-        assert stats is not None
-        return token_mean(-stats.logprob, batch.mask, reduce)  # every ratio is 1
+    @property
+    def measures_logprob(self) -> bool:
+        return self.measure == "importance"  # of the policy that sampled, whose every ratio is 1
 
     def prepare(self, batch: Batch, current: TokenStats | None, reduce: Reducer) -> Prepared:
         assert current is not None

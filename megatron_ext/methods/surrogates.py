@@ -102,6 +102,9 @@ class Ranged(Surrogate):
     def ratio(self, batch: Batch, logprob: Tensor) -> Tensor:
         return log_ratio(logprob, batch.old_logprob).exp()
 
+    def unclipped(self, batch: Batch, logprob: Tensor, advantage: Tensor) -> Tensor:
+        return -self.ratio(batch, logprob.detach()) * advantage * logprob
+
     def weight(self, batch: Batch, logprob: Tensor, advantage: Tensor) -> Tensor:
         low, high = self.clipped(batch, logprob, advantage)
         return torch.where(low | high, 0.0, self.ratio(batch, logprob.detach()))
@@ -187,9 +190,6 @@ class CISPO(Ranged):
     clip_low: float = 1.0
     clip_high: float = 4.0
 
-    def unclipped(self, batch: Batch, logprob: Tensor, advantage: Tensor) -> Tensor:
-        return -self.ratio(batch, logprob.detach()) * advantage * logprob
-
     def weight(self, batch: Batch, logprob: Tensor, advantage: Tensor) -> Tensor:
         return self.ratio(batch, logprob.detach()).clamp(1 - self.clip_low, 1 + self.clip_high)
 
@@ -234,9 +234,6 @@ class MiniRL(Ranged):
     )
     clip_low: float = 0.2
     clip_high: float = 0.27
-
-    def unclipped(self, batch: Batch, logprob: Tensor, advantage: Tensor) -> Tensor:
-        return -self.ratio(batch, logprob.detach()) * advantage * logprob
 
 
 @dataclass(frozen=True, kw_only=True)

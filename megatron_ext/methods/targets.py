@@ -116,9 +116,14 @@ class Targeted(GRPO):
         elif self.target is not None:
             self.check("target", self.target > 0, "an entropy above 0, in nats")
 
+    @property
+    def own_target(self) -> Schedule | None:
+        """The method's own, where ``target`` is not given."""
+        return None
+
     @cached_property
     def schedule(self) -> Schedule | None:
-        return None if self.target is None else read(self.target)
+        return self.own_target if self.target is None else read(self.target)
 
     @property
     def is_scheduled(self) -> bool:
@@ -154,8 +159,15 @@ class Targeted(GRPO):
 
     def measured(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> float:
         """What is compared with the target, of the whole step's ``batch`` under the policy that sampled it, in nats."""
-        assert stats is not None and stats.entropy is not None
-        return token_mean(stats.entropy, batch.mask, reduce)
+        assert stats is not None
+        value = -stats.logprob if self.measures_logprob else stats.entropy
+        assert value is not None
+        return token_mean(value, batch.mask, reduce)
+
+    @property
+    def measures_logprob(self) -> bool:
+        """Whether the estimate by the sampled tokens' log-probs stands for the entropy."""
+        return False
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
