@@ -145,6 +145,12 @@ class Case:
         start = int(self.lengths[:i].sum())
         return range(start, start + int(self.lengths[i]))
 
+    def padded(self, value: Tensor) -> Tensor:
+        """``[T] -> [B, MAX_LENGTH]``, with gradient, as verl has it."""
+        place = torch.cat([i * MAX_LENGTH + torch.arange(int(n)) for i, n in enumerate(self.lengths)])
+        whole = torch.zeros(len(self.lengths) * MAX_LENGTH, dtype=torch.float64).index_put((place,), value)
+        return whole.view(len(self.lengths), MAX_LENGTH)
+
     def logp(self, logits: Tensor) -> Tensor:
         """Of the response's tokens, ``[T]``."""
         return logits.log_softmax(-1)[torch.arange(len(self.token)), self.token]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.methods.cases import MAX_LENGTH, OPTIONS, Case
+from tests.methods.cases import OPTIONS, Case
 
 RECORD = Path(__file__).with_name("verl.json")
 BY_RESPONSE, BY_TOKEN = "seq-mean-token-mean", "token-mean"
@@ -75,22 +75,16 @@ def record() -> dict[str, Any]:
     from verl.trainer.ppo.core_algos import get_policy_loss_fn  # pyright: ignore[reportMissingImports]
 
     case = Case()
-    place = torch.cat([i * MAX_LENGTH + torch.arange(int(n)) for i, n in enumerate(case.lengths)])
-
-    def padded(value: Tensor) -> Tensor:
-        whole = torch.zeros(len(case.lengths) * MAX_LENGTH, dtype=torch.float64).index_put((place,), value)
-        return whole.view(len(case.lengths), MAX_LENGTH)
-
     mask = torch.zeros(len(case.token), dtype=torch.float64)
     mask[case.tokens] = 1.0
 
     def numbers(name: str, advantage: Tensor) -> dict[str, Any]:
         logp = case.logp(case.logits).detach().requires_grad_()
         loss, _ = get_policy_loss_fn(name.split(",")[0])(
-            old_log_prob=padded(case.logp(case.old)),
-            log_prob=padded(logp),
-            advantages=padded(advantage),
-            response_mask=padded(mask),
+            old_log_prob=case.padded(case.logp(case.old)),
+            log_prob=case.padded(logp),
+            advantages=case.padded(advantage),
+            response_mask=case.padded(mask),
             loss_agg_mode=RUNS[name].get("aggregation", BY_TOKEN),
             config=config(RUNS[name]),
         )

@@ -22,7 +22,7 @@ from megatron_ext.methods.ce_gppo import Preserving
 from megatron_ext.methods.clip_cov import ClipCov
 from megatron_ext.methods.steer import STEER
 from megatron_ext.types import TokenStats
-from tests.methods.cases import MAX_LENGTH, OPTIONS, Case, batch, clipped, close, run, statistics
+from tests.methods.cases import OPTIONS, Case, batch, clipped, close, run, statistics
 
 TABLES: dict[str, dict[str, Any]] = {  # at which both ends of each act on the case
     "ppo": {"kind": "ppo"},
@@ -102,15 +102,9 @@ def test_the_defaults_are_the_papers() -> None:
 
 def as_verl_writes_it(case: Case, name: str, advantage: Tensor, logp: Tensor) -> Tensor:
     """The loss of verl's gspo, cispo or sapo, on tensors padded to ``[B, L]``; aggregated as its function does."""
-    place = torch.cat([i * MAX_LENGTH + torch.arange(int(n)) for i, n in enumerate(case.lengths)])
-
-    def padded(value: Tensor) -> Tensor:
-        whole = torch.zeros(len(case.lengths) * MAX_LENGTH, dtype=torch.float64).index_put((place,), value)
-        return whole.view(len(case.lengths), MAX_LENGTH)
-
     mask = torch.zeros(len(case.token), dtype=torch.float64)
     mask[case.tokens] = 1.0
-    new, old, a, mask = padded(logp), padded(case.logp(case.old)), padded(advantage), padded(mask)
+    new, old, a, mask = case.padded(logp), case.padded(case.logp(case.old)), case.padded(advantage), case.padded(mask)
     lengths = mask.sum(-1).clamp(min=1)
     if name == "gspo":
         log_s = ((new - old) * mask).sum(-1) / lengths

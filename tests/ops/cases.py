@@ -23,7 +23,11 @@ def language_like(T: int, vocab: int, dtype=torch.float32, seed: int = 0) -> tup
 
 
 def reference_stats(logits: Tensor, targets: Tensor, temperature, top_p: float, nucleus: str) -> dict[str, Tensor]:
-    mask = reference.nucleus_mask(logits, top_p, temperature, nucleus)
+    return stats_of(logits, targets, reference.nucleus_mask(logits, top_p, temperature, nucleus), temperature)
+
+
+def stats_of(logits: Tensor, targets: Tensor, mask: Tensor, temperature) -> dict[str, Tensor]:
+    """Every output by its definition, the nucleus being ``mask``."""
     return {
         "logprob": reference.logprob(logits, targets, temperature),
         "entropy": reference.entropy(logits, temperature),

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_ext.ops import VocabShard, linear_policy_stats, policy_stats, reference
 from megatron_ext.ops.policy_stats import DIFFERENTIABLE
 from tests import gloo
-from tests.ops.cases import ALL, language_like, padded_shard, weighted
+from tests.ops.cases import ALL, language_like, padded_shard, stats_of, weighted
 
 T, VOCAB, WIDE = 12, 101, 9001  # wide: the highest logits are found by blocks, of all but the flat tokens
 RULES = [(min_p, nucleus) for min_p in (0.02, 0.5) for nucleus in ("inclusive", "exclusive")]
@@ -26,18 +26,6 @@ def some_logits(vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     logits[7, 4:] = -torch.inf
     targets[7] = 2
     return logits, targets
-
-
-def stats_of(logits: Tensor, targets: Tensor, mask: Tensor, temperature: Tensor) -> dict[str, Tensor]:
-    """Every output by its definition, the nucleus being ``mask``."""
-    return {
-        "logprob": reference.logprob(logits, targets, temperature),
-        "entropy": reference.entropy(logits, temperature),
-        "nucleus_entropy": reference.nucleus_entropy(logits, mask, temperature),
-        "nucleus_mass": reference.nucleus_mass(logits, mask, temperature),
-        "nucleus_size": mask.sum(-1).to(logits.dtype),
-        "nucleus_logprob": reference.nucleus_logprob(logits, targets, mask, temperature),
-    }
 
 
 def run_rules(rank: int, world: int, vocab: int, dtype: torch.dtype, deterministic: bool) -> list[dict[str, Tensor]]:
