@@ -110,11 +110,11 @@ class _Pending:
 class Checkpoints:
     """A run's checkpoints below ``root``: saves, publishes, resumes, keeps the ``keep`` newest valid ones.
 
-    ``save`` gives this rank's pieces to a thread that writes them, ``publish`` commits them once all ranks are done.
-    With ``asynchronous``, ``save`` returns when the pieces are copied, and the host keeps room for one copy as long as
-    this object lives: 14 bytes (bf16: weight, fp32 master, two moments; fp32: 16) for each parameter of the rank's
-    pipeline and tensor shard, divided by the data- and context-parallel size. Without, it returns when they are
-    written, and holds one piece at a time.
+    ``save`` gives this rank's pieces to a thread that writes them, ``publish`` commits them once all ranks are done;
+    what is too old then is removed by rank 0's thread. With ``asynchronous``, ``save`` returns when the pieces are
+    copied, and the host keeps room for one copy as long as this object lives: 14 bytes (bf16: weight, fp32 master, two
+    moments; fp32: 16) for each parameter of the rank's pipeline and tensor shard, divided by the data- and
+    context-parallel size. Without, it returns when they are written, and holds one piece at a time.
 
     ``trained`` is the policy, under that name, and the other models that train; the names of their tensors start with
     theirs. So do those of ``frozen`` models, whose weights alone are saved. ``config`` is JSON-like.
@@ -138,6 +138,7 @@ class Checkpoints:
         self._memory = HostMemory() if asynchronous else None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: _Pending | None = None
+        self._removal: Future[None] | None = None  # of the last old checkpoints, on rank 0
         self._trusted: dict[str, manifest.Stamp] = {}  # on rank 0
 
     @property
@@ -172,11 +173,17 @@ class Checkpoints:
         self._pending, self.step = _Pending(step, partial, written, best), step
 
     def publish(self, *, wait: bool) -> Published | None:
-        """Commit the checkpoint that was saved last, and remove old ones, if all ranks have written theirs.
+        """Commit the checkpoint that was saved last, and have old ones removed, if all ranks have written theirs.
 
-        None if they have not, or if there is none; ``wait`` until they have. Raises CheckpointError on all ranks if
-        one could not write its part, or if what is on the disk cannot be read back.
+        None if they have not, or if there is none; ``wait`` until they have, and until the old ones are gone. Raises
+        CheckpointError on all ranks if one could not write its part, or if what is on the disk cannot be read back.
         """
+        published = self._publish(wait=wait)
+        if wait and self._removal is not None:
+            self._removal.result()
+        return published
+
+    def _publish(self, *, wait: bool) -> Published | None:
         pending = self._pending
         if pending is None or not (wait or true_on_all_ranks(pending.written.done())):
             return None
@@ -186,8 +193,8 @@ class Checkpoints:
                 own = pending.written.result()
             parts = gather_on_rank_0(own)
             published = on_rank_0(lambda: self._commit(pending, parts), checkpoint_fault("publishing the checkpoint"))
-        with_shared_hashing(
-            "removing old checkpoints",
+        given_up = with_shared_hashing(
+            "giving up old checkpoints",
             lambda hash_files: manifest.retain(
                 self.root,
                 step=pending.step,
@@ -197,6 +204,8 @@ class Checkpoints:
                 best=pending.best,
             ),
         )
+        if dist.get_rank() == 0:
+            self._removal = self._thread.submit(_remove, given_up)
         return published
 
     def mark_best(self, step: int | None) -> None:
@@ -312,6 +321,12 @@ def set_rng(states: dict[str, Any]) -> None:
         tracker.set_states(states["tracker"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def _remove(folders: Sequence[Path]) -> None:
+    """In the thread: delete old checkpoints."""
+    for folder in folders:
+        manifest.remove(folder)
 
 
 def _write(folder: Path, pieces: Sequence[Piece], contents: dict[str, bytes]) -> Written:

@@ -21,8 +21,9 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -190,33 +191,45 @@ def stamp(path: Path) -> Stamp:
 
 def retain(
     root: Path, *, step: int, keep: int, trusted: Mapping[str, Stamp], hash_files: Hasher, best: int | None = None
-) -> None:
-    """Delete what is older than the ``keep`` newest valid checkpoints and not ``best``; ``step`` was just committed.
+) -> list[Path]:
+    """Give up what is older than the ``keep`` newest valid checkpoints and not ``best``; ``step`` was just committed.
 
-    A rotten checkpoint never pushes out a good one: all but the one just written are hashed again, unless their
-    files still have the stamp at which this run wrote or verified them. Checkpoints of later steps (of a run that
-    was rolled back) are left alone.
+    Returns what it gave up, under names that are never read; to remove it takes long. A rotten checkpoint never pushes
+    out a good one: all but the one just written are hashed again, unless their files still have the stamp at which this
+    run wrote or verified them. Checkpoints of later steps (of a run that was rolled back) are left alone.
     """
-    kept: list[int] = []
+    kept, given_up = list[int](), list[Path]()
     for found_step, path in _published(root):
         if found_step > step or (found_step == best and len(kept) >= keep and best not in kept):
             continue
         if len(kept) >= keep or found_step in kept:
-            remove(path)
+            with _warned_of(path):
+                given_up.append(give_up(path))
         elif found_step == step or _is_trusted(path, trusted) or _is_valid(path, hash_files):
             kept.append(found_step)
+    return given_up
+
+
+def give_up(path: Path) -> Path:
+    """Rename a directory to a ``.tmp-``: killed while it is removed, it is no broken checkpoint."""
+    return path if _is_partial(path) else path.rename(path.with_name(f"{path.name}.tmp-{_token()}"))
 
 
 def remove(path: Path) -> None:
     """Delete a file or directory such that a kill half-way leaves a ``.tmp-`` and not a broken checkpoint."""
-    try:
+    with _warned_of(path):
         if path.is_dir():
-            if not _is_partial(path):
-                path = path.rename(path.with_name(f"{path.name}.tmp-{_token()}"))
-            shutil.rmtree(path)
+            shutil.rmtree(give_up(path))
         else:
             path.unlink()
-    except OSError as error:  # a file held open elsewhere must not end a run: the next save tries again
+
+
+@contextmanager
+def _warned_of(path: Path) -> Iterator[None]:
+    """A file held open elsewhere must not end a run: the next save tries again."""
+    try:
+        yield
+    except OSError as error:
         logger.warning("%s: could not be removed: %s", path, error)
 
 

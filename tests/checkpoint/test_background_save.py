@@ -108,6 +108,42 @@ def test_a_rank_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path: Pa
         assert whole_run.contents(tmp_path / "killed", step) == whole_run.contents(tmp_path / "whole", step)
 
 
+def removal_held_back(rank: int, world: int, root: Path) -> list[str]:
+    """What is on the disk while the thread removes the first checkpoint, and once the third is about to be written."""
+    run, gate = Trainer(world).fill(1), threading.Event()
+    checkpoints = run.checkpoints(root, keep=1)
+    checkpoints.save(1, STATE)
+    checkpoints.publish(wait=True)
+    module: Any = manifest
+    real, removed = module.remove, list[str]()
+
+    def remove(path: Path) -> None:
+        assert gate.wait(60)
+        real(path)
+        removed.append(path.name.split("-")[0])
+
+    module.remove = remove
+    checkpoints.save(2, STATE)
+    while checkpoints.publish(wait=False) is None:
+        pass
+    if rank == 0:
+        names = sorted(path.name.split("-")[0] for path in root.iterdir())
+        assert names == ["latest", "step_000001.tmp", "step_000002"] and not removed
+        found = manifest.newest_valid(root)
+        assert found and found.manifest.step == 2
+    dist.barrier()
+    threading.Timer(0.5, gate.set).start()
+    checkpoints.save(3, STATE)
+    seen = list(removed)  # else the save would have found it left behind, and removed it beside the thread
+    checkpoints.publish(wait=True)
+    return seen
+
+
+def test_an_old_checkpoint_is_removed_beside_training_and_before_the_next_save(tmp_path: Path) -> None:
+    assert gloo.run(removal_held_back, 2, tmp_path) == [["step_000001.tmp"], []]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000003"]
+
+
 def writer_dies(rank: int, world: int, root: Path) -> str:
     """The last checkpoint that may be kept is written; of the next one, rank 1's thread dies half-way."""
     run = Trainer(world).fill(1)

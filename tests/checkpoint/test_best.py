@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.checkpoint import manifest
 from megatron_ext.checkpoint.best import best_of, mark
 from megatron_ext.checkpoint.manifest import CheckpointError
-from tests.checkpoint.test_manifest import save, steps
+from tests.checkpoint.test_manifest import remove_old, save, steps
 from tools import convert
 
 
@@ -18,7 +17,7 @@ def save_best(root: Path, step: int, best: int | None, keep: int = 1) -> None:
     """As Checkpoints.publish does it: committed, marked, old ones removed."""
     save(root, step, keep=100)
     mark(root, best)
-    manifest.retain(root, step=step, keep=keep, trusted={}, hash_files=manifest.record_files, best=best)
+    remove_old(root, step, keep, best=best)
 
 
 def test_the_best_stays_until_a_better_one_comes(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,8 +30,14 @@ def save(root: Path, step: int, keep: int = 2, trusted: dict[str, manifest.Stamp
         with (partial / name).open() as file:
             os.fsync(file.fileno())
     path = manifest.publish(partial, step=step, files=files, layout={"tensor": 2}, config={"a": {"b": 1e-6}})
-    manifest.retain(root, step=step, keep=keep, trusted=trusted or {}, hash_files=manifest.record_files)
+    remove_old(root, step, keep, trusted=trusted or {})
     return path
+
+
+def remove_old(root: Path, step: int, keep: int, **more: Any) -> None:
+    """As Checkpoints does it, but at once."""
+    for path in manifest.retain(root, step=step, keep=keep, hash_files=manifest.record_files, **{"trusted": {}} | more):
+        manifest.remove(path)
 
 
 def steps(root: Path) -> list[str]:
