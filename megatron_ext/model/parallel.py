@@ -181,20 +181,20 @@ def swap(outgoing: Sequence[T], group: dist.ProcessGroup) -> list[T]:
     return [pickle.loads(part.numpy().tobytes()) for part in received.split(coming.tolist())]
 
 
-def max_over_ranks(value: int) -> int:
-    """The largest of the data- and context-parallel ranks' values."""
-    box = torch.tensor([value], device=cpu_compat.device())
+def max_over_ranks(values: Sequence[int]) -> list[int]:
+    """The largest of the data- and context-parallel ranks' values, one by one."""
+    box = torch.tensor(values, device=cpu_compat.device())
     dist.all_reduce(box, op=dist.ReduceOp.MAX, group=groups.data_context())
-    return int(box)
+    return box.tolist()
 
 
-def num_micro_batches(needed: int, layout: ParallelConfig) -> int:
-    """How many micro-batches every data-parallel rank runs where this one needs ``needed``.
+def num_micro_batches(needed: Sequence[int], layout: ParallelConfig) -> list[int]:
+    """How many micro-batches of each mini-batch every data-parallel rank runs where this one needs ``needed``.
 
     As many as any rank needs; the interleaved schedule takes them in groups of as many as there are pipeline ranks.
     """
-    count = max_over_ranks(needed)
-    return count if layout.virtual == 1 else -(-count // layout.pipeline) * layout.pipeline
+    group = 1 if layout.virtual == 1 else layout.pipeline
+    return [-(-count // group) * group for count in max_over_ranks(needed)]
 
 
 def from_last_stage(tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from megatron_ext.config.schema import OptimizerConfig
 from megatron_ext.methods.base import Reducer
 from megatron_ext.model import parallel
 from megatron_ext.model.build import Decay, Policy, build_optimizer, build_scheduler
-from megatron_ext.model.optimizer_state import OptimizerState, reset
+from megatron_ext.model.optimizer_state import OptimizerState, reset, sub_optimizers
 from megatron_ext.types import Batch
 
 
@@ -88,7 +89,8 @@ class TrainableModel:
         norm = float(self.optimizer.get_grad_norm())
         lr = self.optimizer.param_groups[0]["lr"]
         if math.isfinite(norm):
-            self.optimizer.step()
+            self.clip(norm)
+            self.optimizer.step_with_ready_grads()
             if self.options.step_unit == "update":
                 self.scheduler.step(1)
             self._updated, self.bad_steps = True, 0
@@ -100,6 +102,12 @@ class TrainableModel:
                 f"the last checkpoint is intact: lower {self.section}.lr, or inspect metrics.jsonl"
             )
         return math.nan, lr
+
+    def clip(self, norm: float) -> None:
+        """Scale the gradient, whose norm is known, as the optimizer's own ``step`` would, which measures it again."""
+        for part in sub_optimizers(self.optimizer):
+            if (most := part.config.clip_grad) > 0:
+                clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=most, total_norm=norm)
 
     def end_step(self) -> None:
         """A training step is over: its weights are gathered, and a schedule that counts such steps goes on."""

@@ -34,7 +34,7 @@ def forward(logits: Tensor, targets: Tensor, scale: Tensor, options: Options) ->
         scale,
         shard.real,
         moment=options.moment,
-        num_candidates=options.num_candidates if rule else None,
+        num_candidates=_num_candidates(logits, options) if rule else None,
         tail=1.0 if rule and rule.min_p else 1 - options.held_share,  # by min_p only their blocks are asked for
     )
     if rule is None or candidates is None:
@@ -68,6 +68,12 @@ def backward(
     token = _token_gradient(saved, scale, upstream, options)
     passes = deterministic if options.deterministic else logit_passes
     passes.gradient(logits, _local_columns(targets, options.shard), scale, options.shard.real, token, out)
+
+
+def _num_candidates(logits: Tensor, options: Options) -> int:
+    """On every rank the same, and no more than there are logits; those of bf16 are counts of as many steps."""
+    most = options.num_candidates
+    return most if logits.dtype == torch.bfloat16 else min(most, options.shard.vocab_size)
 
 
 def _kept(stats: GlobalStats, scale: Tensor, options: Options) -> Tensor:

@@ -48,7 +48,7 @@ class Roles:
     reference: bool = False
     critic: bool = False
     current: bool = False  # a pass without gradient before every update after the first
-    old: bool = True  # one before the first update, which otherwise measures the policy that sampled itself
+    old: bool = True  # one of the whole step before the first update, which otherwise measures its own mini-batch
 
 
 def sharding(p: ParallelConfig) -> Sharding:

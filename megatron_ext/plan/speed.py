@@ -90,7 +90,8 @@ def step_seconds(a: Architecture, config: Config, roles: Roles, rates: Rates, le
     speed = rates.flops * (rates.mfu_experts if a.experts else rates.mfu) * p.world
     micro_batches = max(1, math.ceil(tokens / updates / p.data / t.micro_batch_tokens))
     bubble = 1 + (p.pipeline - 1) / (micro_batches * p.virtual)
-    passes = roles.old + roles.reference + roles.critic
+    old = 1 if roles.old else (updates - 1) / updates
+    passes = old + roles.reference + roles.critic
     has_pass = roles.current and (micro_batches > 1 or p.pipeline > 1)  # else the update's own forward measures it
     current = has_pass * (updates - 1) / updates
     backward = 3 + repeated_share(a, config)

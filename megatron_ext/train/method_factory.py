@@ -41,9 +41,8 @@ def create_method(config: Config) -> Method:
 
 
 def measures_old_in_update(config: Config, needs: Needs) -> bool:
-    """Whether the step's only update sees the policy that sampled before anything needs its statistics."""
-    single = config.train.mini_batch_prompts == config.rollout.prompts
-    return single and not (needs.old or needs.current or needs.value or config.importance.mode != "off")
+    """Whether nothing needs the statistics of the first mini-batch before its update, whose forward has them."""
+    return not (needs.old or needs.current or needs.value or config.importance.mode != "off")
 
 
 def roles_of(config: Config, needs: Needs) -> Roles:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -81,8 +82,9 @@ class MiniBatch:
     def join(self, values: Sequence[Tensor]) -> Tensor:
         """``[T]`` in the order of the mini-batch's tokens, from each micro-batch's values."""
         joined = torch.cat(list(values))
-        return joined[self._positions().to(joined.device)]
+        return joined[self._positions.to(joined.device)]
 
+    @cached_property
     def _positions(self) -> Tensor:
         """Where each response token of the mini-batch stands in its micro-batches laid end to end, ``[T]``."""
         starts: dict[int, tuple[int, int]] = {}

@@ -1,7 +1,7 @@
 """One training step: episodes in, updated policy and metrics out.
 
-old         = statistics of the step's first policy, over the whole step    (no gradient; not by a pass of its own
-                                                                            where the only update can measure them)
+old         = statistics of the step's first policy, over the whole step    (no gradient; of the first mini-batch by
+                                                                            its update, where nothing needs them before)
               and, under sampling replay, what its sampler kept where the engine does not tell.
               It is the policy that sampled, or under ``rollout.max_lag`` a newer one
 value       = the critic's values, where the method has one                 (no gradient)
@@ -84,13 +84,13 @@ class Learner:
         """
         routing.begin_step(self.policy)
         spans = self.mini_batch_spans(episodes)
-        mini_batches = [self.pack([episodes[i] for i in span]) for span in spans]
-        rollouts, old = self.compute_old_logprobs(episodes, mini_batches, watch)
+        mini_batches = self.pack([[episodes[i] for i in span] for span in spans])
+        is_first_known = not self.first_update_measures_old(mini_batches)
+        rollouts, old = self.compute_old_logprobs(episodes, mini_batches, watch, is_first_known=is_first_known)
         advantages = self.method.compute_advantages(rollouts, self.reduce)
         whole = self.batch(rollouts, advantages)
-        if old is None:
-            return self.only_update(whole, episodes, mini_batches, watch, lag=lag)
-        metrics = self.describe(whole, old, episodes, lag) | self.method.on_step_start(whole, old, self.reduce)
+        metrics = self.describe(whole, old, episodes, lag) if is_first_known and old is not None else {}
+        metrics |= self.method.on_step_start(whole, old if is_first_known else None, self.reduce)
         parts = [rollouts.select(span) for span in spans]
         batches = [(self.batch(part, advantages.select(position)), position) for part, position in parts]
         updates: Counter[str] = Counter()
@@ -104,11 +104,17 @@ class Learner:
             exchange = self.policy.before_gradient_exchange(partial(meet, watch))
             with watch.phase("update", total=len(mini_batches)) as phase, exchange:
                 for number, ((batch, position), mini_batch) in enumerate(zip(batches, mini_batches, strict=True)):
-                    current = old.map(lambda value, position=position: value[position]) if number == 0 else None
-                    updates.update(self.update(batch, current, mini_batch, watch))
+                    if number == 0 and not is_first_known:
+                        old, values = self.measuring_gradients(batch, mini_batch, rest=old)
+                        metrics = self.describe(known_old(whole, old.logprob), old, episodes, lag) | metrics
+                        updates.update(values | self.apply())
+                    else:
+                        current = old.map(lambda value, at=position: value[at]) if old and number == 0 else None
+                        updates.update(self.update(batch, current, mini_batch, watch))
                     phase.advance(tokens=len(batch.mask))
         for each in self.trained.values():
             each.end_step()
+        assert old is not None
         return metrics | {name: value / len(mini_batches) for name, value in updates.items()}, old
 
     def mini_batch_spans(self, episodes: Sequence[Episode]) -> list[range]:
@@ -117,26 +123,24 @@ class Learner:
         ends = [bisect_left(episodes, size * number, key=lambda each: each.group) for number in range(1, updates)]
         return [range(start, end) for start, end in pairwise([0, *ends, len(episodes)])]
 
-    def only_update(
-        self, whole: Batch, episodes: Sequence[Episode], mini_batches: list[MiniBatch], watch: Watch, *, lag: int
-    ) -> tuple[dict[str, float], TokenStats]:
-        """The step's one update, whose own forward measures the policy that sampled: ``step`` without a pass before."""
-        [mini_batch] = mini_batches
-        metrics = self.method.on_step_start(whole, None, self.reduce)
-        exchange = self.policy.before_gradient_exchange(partial(meet, watch))
-        with watch.phase("update", total=1) as phase, exchange:
-            prepared = self.method.prepare(whole, None, self.reduce)
-            results, values = self.backward(whole, prepared, mini_batch, self.reported, measures_old=True)
-            old = self.joined(results, mini_batch)
-            metrics |= self.describe(known_old(whole, old.logprob), old, episodes, lag) | values | prepared.report
-            metrics |= self.apply()
-            phase.advance(tokens=len(whole.mask))
-        self.actor.end_step()
-        return metrics, old
+    def measuring_gradients(
+        self, batch: Batch, mini_batch: MiniBatch, *, rest: TokenStats | None
+    ) -> tuple[TokenStats, dict[str, float]]:
+        """``gradients`` of the step's first mini-batch, whose own forward measures the policy that sampled: its
+        statistics, and the ``rest`` of the step's behind them, beside the metrics."""
+        prepared = self.method.prepare(batch, None, self.reduce)
+        results, metrics = self.backward(batch, prepared, mini_batch, self.reported, measures_old=True)
+        return joined_stats(
+            [self.joined(results, mini_batch), *([] if rest is None else [rest])]
+        ), metrics | prepared.report
+
+    def first_update_measures_old(self, mini_batches: Sequence[MiniBatch]) -> bool:
+        """Whether the first mini-batch needs no pass of its own for the policy that sampled."""
+        return self.update_measures_old and not self.reference_waits_for_support(mini_batches)
 
     @property
     def update_measures_old(self) -> bool:
-        """Whether no pass of its own is needed for the policy that sampled."""
+        """Whether nothing needs the statistics of the policy that sampled before the first update."""
         return measures_old_in_update(self.config, self.method.needs)
 
     def reference_waits_for_support(self, mini_batches: Sequence[MiniBatch]) -> bool:
@@ -146,7 +150,7 @@ class Learner:
         """
         if self.reference is None or not self.config.rollout.replays_sampling:
             return False
-        return bool(parallel.max_over_ranks(not all(each.is_support_known for each in mini_batches)))
+        return bool(parallel.max_over_ranks([not all(each.is_support_known for each in mini_batches)])[0])
 
     @property
     def reported(self) -> Needs:
@@ -156,20 +160,18 @@ class Learner:
         return replace(needs, entropy=True, nucleus_p=needs.nucleus_p or logged)
 
     def compute_old_logprobs(
-        self, episodes: Sequence[Episode], mini_batches: list[MiniBatch], watch: Watch
+        self, episodes: Sequence[Episode], mini_batches: list[MiniBatch], watch: Watch, *, is_first_known: bool
     ) -> tuple[RolloutBatch, TokenStats | None]:
-        """The whole step as the models see it before its first update, and the statistics of the policy that sampled.
-
-        No statistics where the update measures them.
-        """
+        """The whole step as the models see it before its first update, and the statistics of the policy that sampled:
+        with ``is_first_known`` of all mini-batches, else of those behind the first; None where there are none."""
         old = ref = value = None
         with watch.phase("old_logprob", total=len(mini_batches)) as phase:
-            if not self.update_measures_old or self.reference_waits_for_support(mini_batches):
+            if measured := mini_batches if is_first_known else mini_batches[1:]:
                 parts = []
-                for mini_batch in mini_batches:
+                for mini_batch in measured:
                     parts.append(self.statistics(self.policy, mini_batch, self.reported))
                     phase.advance(tokens=len(parts[-1].logprob))
-                old = TokenStats(**{n: torch.cat([p.present()[n] for p in parts]) for n in parts[0].present()})
+                old = joined_stats(parts)
             if self.reference is not None:
                 with self.reference.present() as reference:
                     ref = torch.cat([self.statistics(reference, each, Needs()).logprob for each in mini_batches])
@@ -264,24 +266,31 @@ class Learner:
             self.method.load_state_dict(parallel.from_first_copy(self.method.state_dict()))
         return results, totals(sums, batch, self.reduce)
 
-    def pack(self, episodes: Sequence[Episode]) -> MiniBatch:
-        """The episodes of a mini-batch in micro-batches; as many on every rank. Of each this rank's part."""
-        pairs = [(e.sample.prompt_ids, e.sample.response_ids) for e in episodes]
+    def pack(self, parts: Sequence[Sequence[Episode]]) -> list[MiniBatch]:
+        """The episodes of each mini-batch in micro-batches; as many on every rank. Of each this rank's part."""
+        pairs = [[(e.sample.prompt_ids, e.sample.response_ids) for e in episodes] for episodes in parts]
         train, layout = self.config.train, self.config.parallel
         width = self.policy.architecture.hidden_size if train.share_prompts and self.policy.can_share_prompts else 0
-        cost = sequence_cost(self.policy.architecture)
-        divide = partial(packing.split, pairs, train.micro_batch_tokens, width=width, chunks=layout.chunks, cost=cost)
-        bins, count = divide(), 0
-        while (needed := parallel.num_micro_batches(len(bins), layout)) > count:  # no longer sharing prompts takes more
-            bins, count = divide(needed), needed
-        told = routing.of_episodes(episodes, self.policy)
-        form = {"multiple": layout.token_multiple, "chunks": layout.chunks, "width": width}
-        packed = MiniBatch.pack(pairs, bins, routing=told, **form)
+        form = {"width": width, "chunks": layout.chunks}
+        divide = partial(packing.split, budget=train.micro_batch_tokens, cost=sequence_cost(self.policy.architecture))
+        bins, counts = [divide(each, **form) for each in pairs], [0] * len(pairs)
+        while (needed := parallel.num_micro_batches(list(map(len, bins)), layout)) != counts:
+            bins = [divide(each, num_bins=count, **form) for each, count in zip(pairs, needed, strict=True)]
+            counts = needed  # no longer sharing prompts may take more
+        form["multiple"] = layout.token_multiple
+        packed = []
+        for episodes, own, chosen in zip(parts, pairs, bins, strict=True):
+            told = routing.of_episodes(episodes, self.policy)
+            packed.append(self.cut(MiniBatch.pack(own, chosen, routing=told, **form), episodes))
+        return packed
+
+    def cut(self, packed: MiniBatch, episodes: Sequence[Episode]) -> MiniBatch:
+        """This context-parallel rank's part of a mini-batch, with what its sampler kept where that is replayed."""
         rollout = self.config.rollout
         if rollout.replays_sampling:
             restriction = Restriction(rollout.top_k, rollout.top_p, rollout.min_p)
             packed = packed.with_support(restriction, [e.sample.support for e in episodes])
-        return packed.cut(parallel.context_rank(), layout.context)
+        return packed.cut(parallel.context_rank(), self.config.parallel.context)
 
     def statistics(self, policy: Policy, mini_batch: MiniBatch, needs: Needs) -> TokenStats:
         """Statistics of a mini-batch without gradient, in the order of its tokens, on every stage."""
@@ -299,13 +308,15 @@ class Learner:
     def rollout_batch(
         self, episodes: Sequence[Episode], old: TokenStats | None, ref: Tensor | None, value: Tensor | None = None
     ) -> RolloutBatch:
-        """The episodes' tokens with what the models say about them; ``old`` None: not known yet."""
+        """The episodes' tokens with what the models say about them; those before ``old`` are not known yet."""
         to = cpu_compat.device()
         lengths = torch.tensor([len(e.sample.response_ids) for e in episodes], device=to)
         reward = torch.tensor([e.reward.value for e in episodes], dtype=torch.float32, device=to)
         sequence = torch.repeat_interleave(torch.arange(len(episodes), device=to), lengths)
         reported = torch.tensor([x for e in episodes for x in e.sample.logprobs], dtype=torch.float32, device=to)
-        old_logprob = torch.full_like(reported, torch.nan) if old is None else old.logprob
+        old_logprob = torch.full_like(reported, torch.nan)
+        if old is not None:
+            old_logprob[len(reported) - len(old.logprob) :] = old.logprob
         rollout_logprob = mismatch.known(reported, old_logprob)
         return RolloutBatch(
             sequence=sequence,
@@ -334,6 +345,11 @@ class Learner:
             max_response_tokens=self.config.rollout.max_response_tokens,
         )
         return rollouts.complete(advantages, weight=weight, num_sequences=num_sequences, num_tokens=num_tokens)
+
+
+def joined_stats(parts: Sequence[TokenStats]) -> TokenStats:
+    """Statistics of tokens one after the other."""
+    return TokenStats(**{name: torch.cat([part.present()[name] for part in parts]) for name in parts[0].present()})
 
 
 def known_old(batch: Batch, old_logprob: Tensor) -> Batch:

@@ -77,7 +77,7 @@ def every_method(rank: int, world: int, path: str, layout: tuple[int, int, int, 
     share = len(episodes) // data
     own = episodes[parallel.groups.data().rank() * share :][:share]
     learner = Learner(config, methods.create({"name": "grpo"}), TrainableModel(policy, optimizer, scheduler))
-    mini_batch = learner.pack(own)
+    [mini_batch] = learner.pack([own])
     rules = {
         rule: learner.statistics(policy, mini_batch, Needs(entropy=True, nucleus_p=0.8, nucleus=rule))
         for rule in ("inclusive", "exclusive")

@@ -157,7 +157,7 @@ def sampling_groups(rank: int, world: int) -> tuple[int, list[int], int]:
     cpu_compat.enter()
     parallel.initialize(ParallelConfig(ranks_per_node=world, context=world))
     found = gathered({rank: rank}, parallel.same_sequences())
-    return groups.data().size(), sorted(found), parallel.max_over_ranks(rank)
+    return groups.data().size(), sorted(found), parallel.max_over_ranks([rank])[0]
 
 
 def test_ranks_that_share_sequences_sample_together_and_are_one_data_parallel_rank() -> None:

@@ -95,7 +95,7 @@ def one_mini_batch(learner: Learner) -> tuple[Batch, TokenStats, MiniBatch]:
     """This rank's episodes as if both models had moved since they saw them: on both sides of either clip range."""
     share = len(tiny.episodes()) // learner.config.parallel.data
     own = tiny.episodes()[parallel.groups.data().rank() * share :][:share]
-    mini_batch = learner.pack(own)
+    [mini_batch] = learner.pack([own])
     assert learner.critic is not None
     current = learner.statistics(learner.policy, mini_batch, learner.method.needs)
     value = critic.values(learner.critic, mini_batch)

@@ -80,7 +80,7 @@ def one_step(
     learner.method.load_state_dict({"h_anchor": ANCHOR})
     share = len(tiny.episodes()) // data
     own = tiny.episodes()[parallel.groups.data().rank() * share :][:share]
-    mini_batch = learner.pack(own)
+    [mini_batch] = learner.pack([own])
     if budget > 100 and architecture.experts is None:
         assert all((each.branch is not None) == share_prompts for each in mini_batch.micro_batches)
     current = learner.statistics(policy, mini_batch, replace(learner.method.needs, entropy=True))

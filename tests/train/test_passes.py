@@ -158,10 +158,11 @@ FORWARD, NUCLEUS_FORWARD, UPDATE, NUCLEUS_UPDATE = (False, False), (False, True)
     ("method", "mini_batch", "sections", "expected"),
     [
         ({"name": "grpo"}, 4, {}, [UPDATE]),
-        ({"name": "grpo"}, 2, {}, [FORWARD, FORWARD, UPDATE, UPDATE]),
+        ({"name": "grpo"}, 2, {}, [FORWARD, UPDATE, UPDATE]),
+        ({"name": "grpo"}, 1, {}, [FORWARD, FORWARD, FORWARD, UPDATE, UPDATE, UPDATE, UPDATE]),
         ({"name": "grpo"}, 4, {"importance": ImportanceConfig(mode="truncate")}, [FORWARD, UPDATE]),
         ({"name": "grpo"}, 4, {"log": LogConfig(nucleus=True)}, [NUCLEUS_UPDATE]),
-        ({"name": "grpo"}, 2, {"log": LogConfig(nucleus=True)}, [NUCLEUS_FORWARD, NUCLEUS_FORWARD, UPDATE, UPDATE]),
+        ({"name": "grpo"}, 2, {"log": LogConfig(nucleus=True)}, [NUCLEUS_FORWARD, NUCLEUS_UPDATE, UPDATE]),
         ({"name": "aec"}, 4, {}, [FORWARD, UPDATE]),
         ({"name": "forking_tokens"}, 4, {}, [FORWARD, UPDATE]),
         (SIREN, 4, {}, [NUCLEUS_FORWARD, NUCLEUS_UPDATE]),
@@ -173,6 +174,31 @@ FORWARD, NUCLEUS_FORWARD, UPDATE, NUCLEUS_UPDATE = (False, False), (False, True)
 )
 def test_every_pass_is_needed(method: dict, mini_batch: int, sections: dict, expected: list) -> None:
     assert gloo.run(passes_of, 1, str(tiny.hf_model()[1]), method, mini_batch, sections) == [expected]
+
+
+def both_ways_of_two(rank: int, world: int, path: str, method: dict, layout: dict) -> list[tuple]:
+    """Metrics, old log-probs, passes and weights of a step of two updates: with a pass for the first, and without."""
+    found = []
+    for kind in (Asking, Learner):
+        learner = learner_of(path, world, method, layout, 2)
+        each = kind(learner.config, learner.method, learner.actor, None, learner.reference)
+        metrics, old, passes = counted(each)
+        learner.policy.finish_param_sync()
+        weights = {name: value.clone() for name, value in hf_weights.PolicyWeights(learner.policy)}
+        found.append((metrics, old.present(), passes, weights))
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+@pytest.mark.parametrize(("method", "layout"), CASES, ids=str)
+def test_the_first_of_two_updates_measures_its_mini_batch_itself(method: dict, layout: dict) -> None:
+    for with_pass, without in gloo.run(both_ways_of_two, world_of(layout), str(tiny.hf_model()[1]), method, layout):
+        (expected, old, both, weights), (metrics, seen, alone, own) = with_pass, without
+        assert (len(both), len(alone)) == (4, 3) and [grad for grad, _ in alone] == [False, True, True]
+        assert metrics.keys() == expected.keys() and metrics == pytest.approx(expected, rel=1e-6, abs=1e-6)
+        assert seen.keys() == old.keys() == {"logprob", "entropy"}
+        assert all(torch.allclose(seen[name], value, rtol=1e-6, atol=1e-6) for name, value in old.items())
+        assert worst(own, weights) < 1e-6
 
 
 class Separate(Learner):
@@ -230,7 +256,8 @@ def micro_batches_of(rank: int, world: int, path: str) -> int:
     samples = [Sample((1 + rank,) * prompt, (2,) * n, (0.0,) * n, "", False, 0) for prompt, n in lengths]
     assert len(packing.split([(s.prompt_ids, s.response_ids) for s in samples], 22, width=32)) == 1 + rank
     problem, reward = Problem("", "", ""), Reward(1.0, "correct")
-    return len(learner.pack([Episode(problem, 0, sample, reward) for sample in samples]).micro_batches)
+    [packed] = learner.pack([[Episode(problem, 0, sample, reward) for sample in samples]])
+    return len(packed.micro_batches)
 
 
 def test_all_ranks_have_as_many_micro_batches_also_where_sharing_prompts_is_given_up() -> None:
