@@ -15,12 +15,14 @@ Exit codes: 0 all is right (what is not here yet is named), 1 something differs 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import multiprocessing
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,19 @@ SAMPLE, SAMPLE_PROBLEMS = RECIPES / "tiny", 32  # what stands in for data and to
 RIGHT, WRONG, CONFIGURATION = 0, 1, 2
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Within, libraries do not warn: Transformer Engine and Apex are absent, Megatron builds something instead."""
+    megatron = logging.getLogger("megatron")
+    level = megatron.level
+    with warnings.catch_warnings(record=True):
+        megatron.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            megatron.setLevel(level)
+
+
 @dataclass(frozen=True)
 class Check:
     """One thing that was compared."""
@@ -56,6 +71,7 @@ class Check:
         return self.what if self.right else f"WRONG: {self.what}"
 
 
+@_silent()
 def main(arguments: list[str] | None = None) -> int:
     parser = command_parser("dry-run", __doc__)
     parser.add_argument("recipes", nargs="*", help="files or names of recipes (default: every full-size one)")
@@ -97,6 +113,7 @@ def full_size_recipes() -> list[Path]:
     return sorted(RECIPES.glob(FULL_SIZE))
 
 
+@_silent()
 def dry_run(config: Config) -> int:
     """One recipe in words; returns the exit code."""
     lines = list(data_path(config))
@@ -251,16 +268,16 @@ class Shards:
         return Check(f"export: {len(tensors)} tensors by the names and shapes of {a.name}, {size:.1f} GB bf16", right)
 
 
+@_silent()
 def build_shards(config: Config) -> list[Any]:
     """One ``plan.meta_build.Shard`` for each pipeline rank, of its first tensor, expert and data-parallel rank."""
-    with warnings.catch_warnings(record=True):  # Megatron's, that Transformer Engine and Apex are absent
-        from megatron_ext.plan.meta_build import build_shard
-        from megatron_ext.train.method_factory import create_method
+    from megatron_ext.plan.meta_build import build_shard
+    from megatron_ext.train.method_factory import create_method
 
-        p, needs = config.parallel, create_method(config).needs
-        architecture = read_architecture(read_hf_config(config.model.path), find_family(config.model.family))
-        ranks = range(0, p.world, p.world // p.pipeline)
-        return [build_shard(config, architecture, needs, rank) for rank in ranks]
+    p, needs = config.parallel, create_method(config).needs
+    architecture = read_architecture(read_hf_config(config.model.path), find_family(config.model.family))
+    ranks = range(0, p.world, p.world // p.pipeline)
+    return [build_shard(config, architecture, needs, rank) for rank in ranks]
 
 
 def first_step(plan: Plan) -> list[str]:
@@ -268,11 +285,12 @@ def first_step(plan: Plan) -> list[str]:
     c = plan.config
     t, p, r = plan.tokens(), c.parallel, c.rollout
     engines = num_engines(c)
+    but_first = "" if plan.roles.old else " (the first mini-batch's by its update)"
     lines = [
         "the first step:",
         f"  rollout   {engines} {r.engine} engines sample {t['responses']} responses to {t['prompts']} prompts at "
         f"temperature {r.temperature}, {t['responses'] // engines} each, of at most {r.max_response_tokens} tokens",
-        f"  score     log-probs and entropies of the old policy{', the reference' * plan.roles.reference}"
+        f"  score     log-probs and entropies of the old policy{but_first}{', the reference' * plan.roles.reference}"
         f"{', values of the critic' * plan.roles.critic}; {c.method['name']} sees the whole step first",
         f"  update    {t['updates']} updates of {t['responses_per_update']} responses, {p.data} data-parallel ranks x "
         f"{t['micro_batches_per_update']} micro-batches of at most {c.longest_sequence:,} tokens a sequence",
