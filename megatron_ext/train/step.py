@@ -86,11 +86,12 @@ class Learner:
         spans = self.mini_batch_spans(episodes)
         mini_batches = self.pack([[episodes[i] for i in span] for span in spans])
         is_first_known = not self.first_update_measures_old(mini_batches)
-        rollouts, old = self.compute_old_logprobs(episodes, mini_batches, watch, is_first_known=is_first_known)
+        rollouts, known = self.compute_old_logprobs(episodes, mini_batches, watch, is_first_known=is_first_known)
+        old = known if is_first_known else None
         advantages = self.method.compute_advantages(rollouts, self.reduce)
         whole = self.batch(rollouts, advantages)
-        metrics = self.describe(whole, old, episodes, lag) if is_first_known and old is not None else {}
-        metrics |= self.method.on_step_start(whole, old if is_first_known else None, self.reduce)
+        metrics = {} if old is None else self.describe(whole, old, episodes, lag)
+        metrics |= self.method.on_step_start(whole, old, self.reduce)
         parts = [rollouts.select(span) for span in spans]
         batches = [(self.batch(part, advantages.select(position)), position) for part, position in parts]
         updates: Counter[str] = Counter()
@@ -104,12 +105,12 @@ class Learner:
             exchange = self.policy.before_gradient_exchange(partial(meet, watch))
             with watch.phase("update", total=len(mini_batches)) as phase, exchange:
                 for number, ((batch, position), mini_batch) in enumerate(zip(batches, mini_batches, strict=True)):
-                    if number == 0 and not is_first_known:
-                        old, values = self.measuring_gradients(batch, mini_batch, rest=old)
+                    if old is None:
+                        old, values = self.measuring_gradients(batch, mini_batch, rest=known)
                         metrics = self.describe(known_old(whole, old.logprob), old, episodes, lag) | metrics
                         updates.update(values | self.apply())
                     else:
-                        current = old.map(lambda value, at=position: value[at]) if old and number == 0 else None
+                        current = old.map(lambda value, at=position: value[at]) if number == 0 else None
                         updates.update(self.update(batch, current, mini_batch, watch))
                     phase.advance(tokens=len(batch.mask))
         for each in self.trained.values():
@@ -146,7 +147,7 @@ class Learner:
     def reference_waits_for_support(self, mini_batches: Sequence[MiniBatch]) -> bool:
         """Whether a pass of the policy must find what the sampler kept before the reference is measured on it.
 
-        Without a reference the step's only update finds it in its own forward: the policy has not moved by then.
+        Without a reference the step's first update finds it in its own forward: the policy has not moved by then.
         """
         if self.reference is None or not self.config.rollout.replays_sampling:
             return False

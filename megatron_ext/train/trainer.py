@@ -155,8 +155,11 @@ class Trainer:
                 self.checkpoints.save(self.step, self.state(), best=self.validation.best_step)
 
     def publish(self, watch: Watch, *, wait: bool) -> None:
-        """Commit the checkpoint that is being written, if it is; ``time/save_s`` is what the run waited for saves."""
-        if not self.checkpoints.is_writing:
+        """Commit the checkpoint that is being written, if it is; ``time/save_s`` is what the run waited for saves.
+
+        ``wait`` also for what is removed: a run ends with no other checkpoints than it keeps.
+        """
+        if not (wait or self.checkpoints.is_writing):
             return
         with watch.phase("save"):
             published = self.checkpoints.publish(wait=wait)

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,26 @@ def removal_held_back(rank: int, world: int, root: Path) -> list[str]:
 def test_an_old_checkpoint_is_removed_beside_training_and_before_the_next_save(tmp_path: Path) -> None:
     assert gloo.run(removal_held_back, 2, tmp_path) == [["step_000001.tmp"], []]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000003"]
+
+
+def slow_removal(rank: int, world: int, folder: Path, options: tuple[str, ...]) -> list[str]:
+    """What is on the disk when a run ends whose old checkpoints take their time to go."""
+    module: Any = manifest
+    real = module.remove
+
+    def remove(path: Path) -> None:
+        time.sleep(0.5)
+        real(path)
+
+    module.remove = remove
+    whole_run._rank(rank, world, folder, RECIPE, options, None)
+    return sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_a_run_ends_when_its_old_checkpoints_are_gone(asynchronous: str, tmp_path: Path) -> None:
+    options = (*OPTIONS, "checkpoint.keep=1", "checkpoint.every=1", f"checkpoint.asynchronous={asynchronous}")
+    assert gloo.run(slow_removal, 2, tmp_path, options)[0] == ["latest", "step_000003"]
 
 
 def writer_dies(rank: int, world: int, root: Path) -> str:
