@@ -272,14 +272,13 @@ class Learner:
         pairs = [[(e.sample.prompt_ids, e.sample.response_ids) for e in episodes] for episodes in parts]
         train, layout = self.config.train, self.config.parallel
         width = self.policy.architecture.hidden_size if train.share_prompts and self.policy.can_share_prompts else 0
-        form = {"width": width, "chunks": layout.chunks}
-        divide = partial(packing.split, budget=train.micro_batch_tokens, cost=sequence_cost(self.policy.architecture))
-        bins, counts = [divide(each, **form) for each in pairs], [0] * len(pairs)
+        cost = sequence_cost(self.policy.architecture)
+        divide = partial(packing.split, budget=train.micro_batch_tokens, width=width, chunks=layout.chunks, cost=cost)
+        bins, counts = [divide(each) for each in pairs], [0] * len(pairs)
         while (needed := parallel.num_micro_batches(list(map(len, bins)), layout)) != counts:
-            bins = [divide(each, num_bins=count, **form) for each, count in zip(pairs, needed, strict=True)]
+            bins = [divide(each, num_bins=count) for each, count in zip(pairs, needed, strict=True)]
             counts = needed  # no longer sharing prompts may take more
-        form["multiple"] = layout.token_multiple
-        packed = []
+        form, packed = {"multiple": layout.token_multiple, "chunks": layout.chunks, "width": width}, []
         for episodes, own, chosen in zip(parts, pairs, bins, strict=True):
             told = routing.of_episodes(episodes, self.policy)
             packed.append(self.cut(MiniBatch.pack(own, chosen, routing=told, **form), episodes))

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -30,13 +29,16 @@ def save(root: Path, step: int, keep: int = 2, trusted: dict[str, manifest.Stamp
         with (partial / name).open() as file:
             os.fsync(file.fileno())
     path = manifest.publish(partial, step=step, files=files, layout={"tensor": 2}, config={"a": {"b": 1e-6}})
-    remove_old(root, step, keep, trusted=trusted or {})
+    remove_old(root, step, keep, trusted=trusted)
     return path
 
 
-def remove_old(root: Path, step: int, keep: int, **more: Any) -> None:
+def remove_old(
+    root: Path, step: int, keep: int, *, trusted: dict[str, manifest.Stamp] | None = None, best: int | None = None
+) -> None:
     """As Checkpoints does it, but at once."""
-    for path in manifest.retain(root, step=step, keep=keep, hash_files=manifest.record_files, **{"trusted": {}} | more):
+    hashing = manifest.record_files
+    for path in manifest.retain(root, step=step, keep=keep, trusted=trusted or {}, hash_files=hashing, best=best):
         manifest.remove(path)
 
 
