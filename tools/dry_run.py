@@ -285,13 +285,17 @@ def first_step(plan: Plan) -> list[str]:
     c = plan.config
     t, p, r = plan.tokens(), c.parallel, c.rollout
     engines = num_engines(c)
-    but_first = "" if plan.roles.old else " (the first mini-batch's by its update)"
+    sees = (
+        f"; {c.method['name']} sees the whole step first"
+        if plan.roles.old
+        else ", the first mini-batch's in its update"
+    )
     lines = [
         "the first step:",
         f"  rollout   {engines} {r.engine} engines sample {t['responses']} responses to {t['prompts']} prompts at "
         f"temperature {r.temperature}, {t['responses'] // engines} each, of at most {r.max_response_tokens} tokens",
-        f"  score     log-probs and entropies of the old policy{but_first}{', the reference' * plan.roles.reference}"
-        f"{', values of the critic' * plan.roles.critic}; {c.method['name']} sees the whole step first",
+        f"  score     log-probs and entropies of the old policy{', the reference' * plan.roles.reference}"
+        f"{', values of the critic' * plan.roles.critic}{sees}",
         f"  update    {t['updates']} updates of {t['responses_per_update']} responses, {p.data} data-parallel ranks x "
         f"{t['micro_batches_per_update']} micro-batches of at most {c.longest_sequence:,} tokens a sequence",
         f"  sync      {num_parameters(plan.architecture) * 2 / 1e9:.1f} GB of weights to every engine",

@@ -119,7 +119,7 @@ def open_partial(root: Path, step: int) -> Path:
     """Make ``root`` and an empty directory for a save of ``step``; what interrupted saves left behind is removed."""
     root.mkdir(parents=True, exist_ok=True)
     for leftover in _partials(root):
-        logger.warning("%s: left by a save that was interrupted, removed", leftover)
+        logger.warning("%s: left by a save or a removal that was interrupted, removed", leftover)
         remove(leftover)
     partial = root / f"{step_name(step)}.tmp-{_token()}"
     partial.mkdir()
@@ -291,7 +291,7 @@ def newest_valid(root: Path, hash_files: Hasher = record_files) -> Found | None:
     log and in the result. None if ``root`` never held a checkpoint; CheckpointError if it does hold some
     and not one is valid, because starting over would silently lose the run.
     """
-    lines = [f"{path.name}: a save that was interrupted, ignored" for path in _partials(root)]
+    lines = [f"{path.name}: a save or a removal that was interrupted, ignored" for path in _partials(root)]
     candidates, ever = _published(root), (root / TRACKER).exists()
     if not candidates and not ever:
         _warn(lines)

@@ -50,8 +50,9 @@ class Prepared:
 class Needs:
     """The statistics a method asks of the operator. One fused call computes exactly these.
 
-    Where a step has one update and a method asks for none of ``old``, ``current`` and ``value``, that update measures
-    the policy that sampled: before ``loss``, ``Batch.old_logprob`` is then unknown (NaN).
+    Where a method asks for none of ``old``, ``current`` and ``value``, the step's first update measures its own
+    mini-batch: before ``loss``, ``Batch.old_logprob`` of that mini-batch is then unknown (NaN). Needs stay the same
+    within a step.
     """
 
     entropy: bool = False

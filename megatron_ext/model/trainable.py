@@ -106,8 +106,9 @@ class TrainableModel:
     def clip(self, norm: float) -> None:
         """Scale the gradient, whose norm is known, as the optimizer's own ``step`` would, which measures it again."""
         for part in sub_optimizers(self.optimizer):
-            if (most := part.config.clip_grad) > 0:
-                clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=most, total_norm=norm)
+            most, parameters = part.config.clip_grad, part.get_parameters()
+            if most > 0 and parameters:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=most, total_norm=norm)
 
     def end_step(self) -> None:
         """A training step is over: its weights are gathered, and a schedule that counts such steps goes on."""

@@ -47,7 +47,8 @@ def measures_old_in_update(config: Config, needs: Needs) -> bool:
 
 def roles_of(config: Config, needs: Needs) -> Roles:
     """The models and passes of a step, for the planner."""
-    old = not measures_old_in_update(config, needs)
+    waits = needs.reference and config.rollout.replays_sampling  # for what the sampler kept, where the engine is silent
+    old = waits or not measures_old_in_update(config, needs)
     return Roles(reference=needs.reference, critic=needs.value, current=needs.current, old=old)
 
 

@@ -113,6 +113,9 @@ class Learner:
                         current = old.map(lambda value, at=position: value[at]) if number == 0 else None
                         updates.update(self.update(batch, current, mini_batch, watch))
                     phase.advance(tokens=len(batch.mask))
+        elif old is None:
+            old = joined_stats(self.statistics(self.policy, mini_batches[0], self.reported), known)
+            metrics = self.describe(known_old(whole, old.logprob), old, episodes, lag) | metrics
         for each in self.trained.values():
             each.end_step()
         assert old is not None
@@ -131,9 +134,7 @@ class Learner:
         statistics, and the ``rest`` of the step's behind them, beside the metrics."""
         prepared = self.method.prepare(batch, None, self.reduce)
         results, metrics = self.backward(batch, prepared, mini_batch, self.reported, measures_old=True)
-        return joined_stats(
-            [self.joined(results, mini_batch), *([] if rest is None else [rest])]
-        ), metrics | prepared.report
+        return joined_stats(self.joined(results, mini_batch), rest), metrics | prepared.report
 
     def first_update_measures_old(self, mini_batches: Sequence[MiniBatch]) -> bool:
         """Whether the first mini-batch needs no pass of its own for the policy that sampled."""
@@ -166,13 +167,14 @@ class Learner:
         """The whole step as the models see it before its first update, and the statistics of the policy that sampled:
         with ``is_first_known`` of all mini-batches, else of those behind the first; None where there are none."""
         old = ref = value = None
-        with watch.phase("old_logprob", total=len(mini_batches)) as phase:
-            if measured := mini_batches if is_first_known else mini_batches[1:]:
+        measured = mini_batches if is_first_known else mini_batches[1:]
+        with watch.phase("old_logprob", total=len(measured)) as phase:
+            if measured:
                 parts = []
                 for mini_batch in measured:
                     parts.append(self.statistics(self.policy, mini_batch, self.reported))
                     phase.advance(tokens=len(parts[-1].logprob))
-                old = joined_stats(parts)
+                old = joined_stats(*parts)
             if self.reference is not None:
                 with self.reference.present() as reference:
                     ref = torch.cat([self.statistics(reference, each, Needs()).logprob for each in mini_batches])
@@ -347,9 +349,10 @@ class Learner:
         return rollouts.complete(advantages, weight=weight, num_sequences=num_sequences, num_tokens=num_tokens)
 
 
-def joined_stats(parts: Sequence[TokenStats]) -> TokenStats:
-    """Statistics of tokens one after the other."""
-    return TokenStats(**{name: torch.cat([part.present()[name] for part in parts]) for name in parts[0].present()})
+def joined_stats(*parts: TokenStats | None) -> TokenStats:
+    """Statistics of tokens one after the other; None: of no token."""
+    found = [part.present() for part in parts if part is not None]
+    return TokenStats(**{name: torch.cat([part[name] for part in found]) for name in found[0]})
 
 
 def known_old(batch: Batch, old_logprob: Tensor) -> Batch:

@@ -201,6 +201,23 @@ def test_the_first_of_two_updates_measures_its_mini_batch_itself(method: dict, l
         assert worst(own, weights) < 1e-6
 
 
+def left_alone(rank: int, world: int, path: str) -> tuple[list[tuple[bool, bool]], int, bool]:
+    """Of a step whose method leaves the policy alone: passes, tokens with old log-probs, whether a weight moved."""
+    learner = learner_of(path, world, {"name": "grpo"}, {}, 2)
+    kind: Any = type(learner.method)
+    learner.method = type("Resting", (kind,), {"updates_policy": False})()
+    before = [p.detach().clone() for module in learner.policy.modules for p in module.parameters()]
+    metrics, old, passes = counted(learner)
+    after: list[Tensor] = [p for module in learner.policy.modules for p in module.parameters()]
+    assert metrics["entropy/full"] > 0 and not old.logprob.isnan().any()
+    return passes, len(old.logprob), not all(map(torch.equal, before, after))
+
+
+def test_a_step_that_leaves_the_policy_alone_measures_it_all_the_same() -> None:
+    num_tokens = sum(len(each.sample.response_ids) for each in tiny.episodes())
+    assert gloo.run(left_alone, 1, str(tiny.hf_model()[1])) == [([(False, False)] * 2, num_tokens, False)]
+
+
 class Separate(Learner):
     """A learner whose moved policy is always measured by a pass of its own."""
 
