@@ -23,6 +23,7 @@ from .results import Result, Results, Seed, seconds
 from .rules import avg_at_k, pass_at_k
 
 HIGHER, LOWER = "higher", "lower"
+UNSTEADY = 1 / 3  # of a mean: seeds that take longer or shorter than each other by more had not the machine alone
 WORDS = {SHOWS: HIGHER, OPPOSITE: LOWER, NOT_DECIDED: NOT_DECIDED}
 RIGHT, ENTROPY, LENGTH = "reward/outcome/correct", "entropy/full", "response/length"
 
@@ -162,7 +163,6 @@ def table(plan: LabPlan, results: Results, regime: str, rows: Sequence[Row]) -> 
     """Header and a line for each row, of which there is one at least."""
     avg, best = avg_metric(rows[0].result), pass_metric(rows[0].result)
     baseline = results.runs.get(plan.baseline_in(regime))
-    pace = math.nan if baseline is None else statistics.fmean(seconds(baseline))
     head = [
         *("method", "setting", "seeds", "right, %", "entropy", "off target, %", "overshoot, %", "settles at step"),
         *(f"{avg}, %", f"less {plan.baseline}'s", f"{best}, %", f"less {plan.baseline}'s", "length", "tax", "time"),
@@ -184,10 +184,24 @@ def table(plan: LabPlan, results: Results, regime: str, rows: Sequence[Row]) -> 
                 said(row.passed),
                 cell(result.late(LENGTH), ".1f"),
                 cell(sharpening_tax(result, results.untrained), "+.3f"),
-                cell([value / pace for value in seconds(result)], ".2f") if baseline is not None else "-",
+                pace(result, baseline),
             ]
         )
     return lines
+
+
+def pace(result: Result, baseline: Result | None) -> str:
+    """Seconds relative to the baseline's. None where the seeds of either are far apart: then it was not alone."""
+    if baseline is None or not all(map(is_steady, (result, baseline))):
+        return "-"
+    usual = statistics.fmean(seconds(baseline))
+    return cell([value / usual for value in seconds(result)], ".2f")
+
+
+def is_steady(result: Result) -> bool:
+    """Whether its seeds took about as long."""
+    found = seconds(result)
+    return max(found) - min(found) <= UNSTEADY * statistics.fmean(found)
 
 
 def following(result: Result) -> list[str]:

@@ -21,7 +21,7 @@ from tests.tools.lab.saved import save_run
 from tests.tools.lab.test_claims import result, seed
 from tools.lab import command as lab
 from tools.lab.following import overshoot, settling_step, tracking_error
-from tools.lab.league import following, league, scalability, setting_of, sharpening_tax
+from tools.lab.league import following, league, pace, scalability, setting_of, sharpening_tax
 from tools.lab.league_page import write
 from tools.lab.plan import BASE, LabPlan, configuration, jobs, load_plan
 from tools.lab.regimes import in_regime
@@ -324,6 +324,19 @@ def test_the_table_says_what_differs_and_of_the_null_control_nothing(folder: Pat
     assert aer.verdict == "not decided" and aer.effect.error == pytest.approx(math.sqrt(0.03125 / 2))
     [row] = found["lag-4"]
     assert row.avg is None and found["experts"] == []  # without a baseline there is nothing to compare with
+
+
+@pytest.mark.parametrize(("last", "told"), [(3.0, "1.50 ± 0.00"), (4.0, "1.62 ± 0.25"), (4.5, "-")])
+def test_a_time_is_told_where_the_seeds_took_about_as_long(last: float, told: str, tmp_path: Path) -> None:
+    for number in range(4):
+        save_run(tmp_path, f"grpo@off-policy-s{number}", entropy=FALLING, right=2, time__step_s=2.0)
+        own = last if number == 3 else 3.0
+        save_run(tmp_path, f"aer@off-policy-s{number}", entropy=FLAT, right=3, time__step_s=own)
+        save_run(tmp_path, f"psr@off-policy-s{number}", entropy=FLAT, right=3, time__step_s=2.0 + number)
+    collect(load_plan(PLAN), tmp_path, tmp_path)
+    results = load(load_plan(PLAN), tmp_path)
+    grpo, aer, psr = (results.runs[f"{name}@off-policy"] for name in ("grpo", "aer", "psr"))
+    assert pace(aer, grpo) == told and pace(psr, grpo) == pace(grpo, psr) == pace(aer, None) == "-"
 
 
 def test_a_difference_in_every_problem_and_seed_is_higher_or_lower() -> None:
