@@ -107,7 +107,7 @@ class Learner:
                 for number, ((batch, position), mini_batch) in enumerate(zip(batches, mini_batches, strict=True)):
                     if old is None:
                         old, values = self.measuring_gradients(batch, mini_batch, rest=known)
-                        metrics = self.describe(known_old(whole, old.logprob), old, episodes, lag) | metrics
+                        metrics = self.describe(whole, old, episodes, lag) | metrics
                         updates.update(values | self.apply())
                     else:
                         current = old.map(lambda value, at=position: value[at]) if number == 0 else None
@@ -115,7 +115,7 @@ class Learner:
                     phase.advance(tokens=len(batch.mask))
         elif old is None:
             old = joined_stats(self.statistics(self.policy, mini_batches[0], self.reported), known)
-            metrics = self.describe(known_old(whole, old.logprob), old, episodes, lag) | metrics
+            metrics = self.describe(whole, old, episodes, lag) | metrics
         for each in self.trained.values():
             each.end_step()
         assert old is not None
@@ -184,7 +184,9 @@ class Learner:
         return self.rollout_batch(episodes, old, ref, value), old
 
     def describe(self, batch: Batch, old: TokenStats, episodes: Sequence[Episode], lag: int) -> dict[str, float]:
-        """What the step's batch looks like. Raises MismatchError where the engine samples from another policy."""
+        """What the step's batch looks like, whose ``old`` may just have been measured. Raises MismatchError where the
+        engine samples from another policy."""
+        batch = known_old(batch, old.logprob)
         metrics = summarise(batch, old, episodes, self.reduce) | routing.describe(episodes, self.policy, self.reduce)
         metrics |= mismatch.corrections(batch, self.config.importance, self.reduce)
         mismatch.check(metrics, self.config, lag=lag)

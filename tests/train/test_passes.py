@@ -176,11 +176,13 @@ def test_every_pass_is_needed(method: dict, mini_batch: int, sections: dict, exp
     assert gloo.run(passes_of, 1, str(tiny.hf_model()[1]), method, mini_batch, sections) == [expected]
 
 
-def both_ways_of_two(rank: int, world: int, path: str, method: dict, layout: dict) -> list[tuple]:
-    """Metrics, old log-probs, passes and weights of a step of two updates: with a pass for the first, and without."""
+def stepped(
+    rank: int, world: int, path: str, method: dict, layout: dict, other: type[Learner], sections: dict
+) -> list[tuple]:
+    """Metrics, old log-probs, passes and weights of a step of two updates, by the ``other`` learner and the usual."""
     found = []
-    for kind in (Asking, Learner):
-        learner = learner_of(path, world, method, layout, 2)
+    for kind in (other, Learner):
+        learner = learner_of(path, world, method, layout, 2, **sections)
         each = kind(learner.config, learner.method, learner.actor, None, learner.reference)
         metrics, old, passes = counted(each)
         learner.policy.finish_param_sync()
@@ -192,7 +194,8 @@ def both_ways_of_two(rank: int, world: int, path: str, method: dict, layout: dic
 
 @pytest.mark.parametrize(("method", "layout"), CASES, ids=str)
 def test_the_first_of_two_updates_measures_its_mini_batch_itself(method: dict, layout: dict) -> None:
-    for with_pass, without in gloo.run(both_ways_of_two, world_of(layout), str(tiny.hf_model()[1]), method, layout):
+    path = str(tiny.hf_model()[1])
+    for with_pass, without in gloo.run(stepped, world_of(layout), path, method, layout, Asking, {}):
         (expected, old, both, weights), (metrics, seen, alone, own) = with_pass, without
         assert (len(both), len(alone)) == (4, 3) and [grad for grad, _ in alone] == [False, True, True]
         assert metrics.keys() == expected.keys() and metrics == pytest.approx(expected, rel=1e-6, abs=1e-6)
@@ -225,27 +228,13 @@ class Separate(Learner):
         return False
 
 
-def stepped(rank: int, world: int, path: str, method: dict, layout: dict) -> list[tuple]:
-    """Metrics, passes and weights after a step of two updates, with a pass of its own for the second and without."""
-    found = []
-    for kind in (Separate, Learner):
-        learner = learner_of(path, world, method, layout, 2, train=WIDE)
-        each = kind(learner.config, learner.method, learner.actor, None, learner.reference)
-        metrics, _, passes = counted(each)
-        learner.policy.finish_param_sync()
-        weights = {name: value.clone() for name, value in hf_weights.PolicyWeights(learner.policy)}
-        found.append((metrics, len(passes), weights))
-        parallel_state.destroy_model_parallel()
-    return found
-
-
 @pytest.mark.parametrize("layout", [{}, {"tensor": 2, "sequence": True}, {"ranks_per_node": 2}], ids=str)
 @pytest.mark.parametrize("name", [name for name in methods.METHODS if methods.create({"name": name}).needs.current])
 def test_an_update_in_one_micro_batch_measures_the_moved_policy_itself(name: str, layout: dict) -> None:
     path = str(tiny.hf_model()[1])
-    for separate, alone in gloo.run(stepped, world_of(layout), path, {"name": name}, layout):
-        (expected, more, weights), (metrics, passes, own) = separate, alone
-        assert passes == more - 1
+    for separate, alone in gloo.run(stepped, world_of(layout), path, {"name": name}, layout, Separate, {"train": WIDE}):
+        (expected, _, more, weights), (metrics, _, passes, own) = separate, alone
+        assert len(passes) == len(more) - 1
         assert metrics.keys() == expected.keys() and metrics == pytest.approx(expected, rel=1e-6, abs=1e-6)
         assert all(torch.equal(own[name], value) for name, value in weights.items())
 
