@@ -71,6 +71,11 @@ class MiniBatch:
         return replace(self, micro_batches=tuple(zigzag.cut(packed, rank, size) for packed in self.micro_batches))
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens that all its passes read, padding among them."""
+        return sum(len(packed.tokens) for packed in self.micro_batches)
+
+    @property
     def is_support_known(self) -> bool:
         """Whether no pass has to find out what the sampler kept."""
         return all(packed.support is None or packed.support.is_known for packed in self.micro_batches)
@@ -155,6 +160,17 @@ def split(
     while (bins := _divide([found[i] for i in order], budget, num_bins, cost)) is None:
         num_bins += 1
     return bins
+
+
+def neighbours(sizes: Sequence[int], budget: int) -> list[range]:
+    """Parts of ``sizes`` tokens, in order: as many as ``budget`` holds together, one at least."""
+    runs, start, total = list[range](), 0, 0
+    for number, size in enumerate(sizes):
+        if number > start and total + size > budget:
+            runs.append(range(start, number))
+            start, total = number, 0
+        total += size
+    return [*runs, range(start, len(sizes))]
 
 
 def _divide(

@@ -1,7 +1,9 @@
 """One training step: episodes in, updated policy and metrics out.
 
 old         = statistics of the step's first policy, over the whole step    (no gradient; of the first mini-batch by
-                                                                            its update, where nothing needs them before)
+                                                                            its update, where nothing needs them before;
+                                                                            one pass for mini-batches that one
+                                                                            micro-batch holds)
               and, under sampling replay, what its sampler kept where the engine does not tell.
               It is the policy that sampled, or under ``rollout.max_lag`` a newer one
 value       = the critic's values, where the method has one                 (no gradient)
@@ -23,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
@@ -84,9 +86,12 @@ class Learner:
         """
         routing.begin_step(self.policy)
         spans = self.mini_batch_spans(episodes)
-        mini_batches = self.pack([[episodes[i] for i in span] for span in spans])
+        of_spans = [[episodes[i] for i in span] for span in spans]
+        mini_batches = self.pack(of_spans)
         is_first_known = not self.first_update_measures_old(mini_batches)
-        rollouts, known = self.compute_old_logprobs(episodes, mini_batches, watch, is_first_known=is_first_known)
+        first = 0 if is_first_known else 1
+        measured = self.pack_without_gradient(of_spans[first:], mini_batches[first:])
+        rollouts, known = self.compute_old_logprobs(episodes, mini_batches[:first], measured, watch)
         old = known if is_first_known else None
         advantages = self.method.compute_advantages(rollouts, self.reduce)
         whole = self.batch(rollouts, advantages)
@@ -162,12 +167,13 @@ class Learner:
         return replace(needs, entropy=True, nucleus_p=needs.nucleus_p or logged)
 
     def compute_old_logprobs(
-        self, episodes: Sequence[Episode], mini_batches: list[MiniBatch], watch: Watch, *, is_first_known: bool
+        self, episodes: Sequence[Episode], later: list[MiniBatch], measured: list[MiniBatch], watch: Watch
     ) -> tuple[RolloutBatch, TokenStats | None]:
-        """The whole step as the models see it before its first update, and the statistics of the policy that sampled:
-        with ``is_first_known`` of all mini-batches, else of those behind the first; None where there are none."""
+        """The whole step as the models see it before its first update, and the statistics of the policy that sampled,
+        of the ``measured`` sequences; None where there are none. Those before them are ``later`` measured by their
+        update."""
         old = ref = value = None
-        measured = mini_batches if is_first_known else mini_batches[1:]
+        every = [*later, *measured]
         with watch.phase("old_logprob", total=len(measured)) as phase:
             if measured:
                 parts = []
@@ -177,9 +183,9 @@ class Learner:
                 old = joined_stats(*parts)
             if self.reference is not None:
                 with self.reference.present() as reference:
-                    ref = torch.cat([self.statistics(reference, each, Needs()).logprob for each in mini_batches])
+                    ref = torch.cat([self.statistics(reference, each, Needs()).logprob for each in every])
             if self.critic is not None:
-                value = torch.cat([critic.values(self.critic, each) for each in mini_batches])
+                value = torch.cat([critic.values(self.critic, each) for each in every])
             meet(watch)
         return self.rollout_batch(episodes, old, ref, value), old
 
@@ -287,6 +293,21 @@ class Learner:
             told = routing.of_episodes(episodes, self.policy)
             packed.append(self.cut(MiniBatch.pack(own, chosen, routing=told, **form), episodes))
         return packed
+
+    def pack_without_gradient(
+        self, parts: Sequence[Sequence[Episode]], mini_batches: list[MiniBatch]
+    ) -> list[MiniBatch]:
+        """``mini_batches``, packed of ``parts``, for a pass that does not train: neighbours that fit into one
+        micro-batch, on every rank, are one. Where a pass may have to find what the sampler kept, it finds it for the
+        micro-batches of the update, and nothing is joined."""
+        if self.config.rollout.replays_sampling or len(parts) < 2:
+            return mini_batches
+        context, budget = self.config.parallel.context, self.config.train.micro_batch_tokens
+        sizes = parallel.max_over_ranks([each.num_tokens * context for each in mini_batches])
+        runs = packing.neighbours(sizes, budget)
+        joint = [list(chain.from_iterable(parts[i] for i in run)) for run in runs if len(run) > 1]
+        packed = iter(self.pack(joint) if joint else [])
+        return [next(packed) if len(run) > 1 else mini_batches[run[0]] for run in runs]
 
     def cut(self, packed: MiniBatch, episodes: Sequence[Episode]) -> MiniBatch:
         """This context-parallel rank's part of a mini-batch, with what its sampler kept where that is replayed."""

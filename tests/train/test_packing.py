@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from megatron_ext.train.packing import MiniBatch, Pair, pack, split
+from megatron_ext.train.packing import MiniBatch, Pair, neighbours, pack, split
 
 WIDTH = 1000  # at which sharing pays
 
@@ -42,6 +42,11 @@ def test_bins_are_balanced_by_what_their_sequences_cost() -> None:
 
 def test_more_bins_than_sequences_leave_some_empty() -> None:
     assert sorted(map(len, split(of_lengths(3), 10, 3))) == [0, 0, 1]
+
+
+def test_neighbours_that_fit_together_are_one() -> None:
+    assert neighbours([4, 6, 7, 2, 2, 20, 1], 10) == [range(2), range(2, 4), range(4, 5), range(5, 6), range(6, 7)]
+    assert neighbours([3, 7], 10) == [range(2)] and neighbours([3, 8], 10) == [range(1), range(1, 2)]
 
 
 def test_a_sequence_longer_than_the_budget_is_named() -> None:

@@ -146,6 +146,7 @@ def test_all_methods_that_ask_for_nothing_before_the_update_are_here() -> None:
 def passes_of(
     rank: int, world: int, path: str, method: dict, mini_batch: int, sections: dict
 ) -> list[tuple[bool, bool]]:
+    """On each of ``world`` data-parallel ranks."""
     learner = learner_of(path, world, method, {}, mini_batch, **sections)
     return counted(learner)[2]
 
@@ -167,7 +168,13 @@ FORWARD, NUCLEUS_FORWARD, UPDATE, NUCLEUS_UPDATE = (False, False), (False, True)
         ({"name": "forking_tokens"}, 4, {}, [FORWARD, UPDATE]),
         (SIREN, 4, {}, [NUCLEUS_FORWARD, NUCLEUS_UPDATE]),
         (SIREN, 2, {}, [NUCLEUS_FORWARD, NUCLEUS_FORWARD, NUCLEUS_UPDATE, NUCLEUS_FORWARD, NUCLEUS_UPDATE]),
-        (SIREN, 2, {"train": WIDE}, [NUCLEUS_FORWARD, NUCLEUS_FORWARD, NUCLEUS_UPDATE, NUCLEUS_UPDATE]),
+        (SIREN, 2, {"train": WIDE}, [NUCLEUS_FORWARD, NUCLEUS_UPDATE, NUCLEUS_UPDATE]),
+        (
+            {"name": "grpo"},
+            1,
+            {"train": WIDE.model_copy(update={"mini_batch_prompts": 1})},
+            [FORWARD, UPDATE, UPDATE, UPDATE, UPDATE],
+        ),
         ({**SIREN, "scope": "micro_batch"}, 2, {}, [NUCLEUS_FORWARD, NUCLEUS_FORWARD, NUCLEUS_UPDATE, NUCLEUS_UPDATE]),
     ],
     ids=str,
@@ -237,6 +244,37 @@ def test_an_update_in_one_micro_batch_measures_the_moved_policy_itself(name: str
         assert len(passes) == len(more) - 1
         assert metrics.keys() == expected.keys() and metrics == pytest.approx(expected, rel=1e-6, abs=1e-6)
         assert all(torch.equal(own[name], value) for name, value in weights.items())
+
+
+class Apart(Learner):
+    """A learner whose mini-batches are measured one by one."""
+
+    def pack_without_gradient(self, parts: Any, mini_batches: list[Any]) -> list[Any]:
+        return mini_batches
+
+
+@pytest.mark.parametrize("method", [SIREN, {"name": "grpo", "beta": 0.2}], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_mini_batches_that_one_micro_batch_holds_are_measured_in_one_pass(method: dict, layout: dict) -> None:
+    path, prompts = str(tiny.hf_model()[1]), 2 if "ranks_per_node" in layout else 1
+    wide = WIDE.model_copy(update={"mini_batch_prompts": prompts})
+    for apart, joint in gloo.run(stepped, world_of(layout), path, method, layout, Apart, {"train": wide}):
+        (expected, old, more, weights), (metrics, seen, passes, own) = apart, joint
+        measured = 4 // prompts - (method is not SIREN)  # GRPO's first update measures its own
+        assert len(passes) == len(more) - measured + 1
+        assert metrics.keys() == expected.keys() and metrics == pytest.approx(expected, rel=1e-6, abs=1e-6)
+        assert all(torch.allclose(seen[name], value, rtol=1e-6, atol=1e-6) for name, value in old.items())
+        assert worst(own, weights) < 1e-5  # a hundredth of an update: Adam divides small gradients by themselves
+
+
+@pytest.mark.parametrize(("budget", "forwards"), [(60, 2), (71, 1)])
+def test_mini_batches_that_one_rank_cannot_hold_together_are_measured_one_by_one_on_all(
+    budget: int, forwards: int
+) -> None:
+    """Rank 0's two mini-batches have 32 and 35 tokens, those of rank 1 have 36 and 21."""
+    sections = {"train": TrainConfig(mini_batch_prompts=2, micro_batch_tokens=budget)}
+    found = gloo.run(passes_of, 2, str(tiny.hf_model()[1]), SIREN, 2, sections)
+    assert found == [[NUCLEUS_FORWARD] * forwards + [NUCLEUS_UPDATE] * 2] * 2
 
 
 def refused(rank: int, world: int, path: str) -> tuple[bool, bool]:
