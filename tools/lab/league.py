@@ -17,13 +17,12 @@ from megatron_ext.metrics.eval_stats import pass_at_k as estimate
 from .claims import NOT_DECIDED, OPPOSITE, SHOWS, p_value, verdict_of
 from .following import of_seeds, overshoot, settling_step, tracking_error
 from .intervals import CONFIDENCE, Effect, holm
-from .page import cell
+from .page import cell, pace
 from .plan import LabPlan, LabRun
-from .results import Result, Results, Seed, seconds
+from .results import Result, Results, Seed
 from .rules import avg_at_k, pass_at_k
 
 HIGHER, LOWER = "higher", "lower"
-UNSTEADY = 1 / 3  # of a mean: seeds that take longer or shorter than each other by more had not the machine alone
 WORDS = {SHOWS: HIGHER, OPPOSITE: LOWER, NOT_DECIDED: NOT_DECIDED}
 RIGHT, ENTROPY, LENGTH = "reward/outcome/correct", "entropy/full", "response/length"
 
@@ -188,20 +187,6 @@ def table(plan: LabPlan, results: Results, regime: str, rows: Sequence[Row]) -> 
             ]
         )
     return lines
-
-
-def pace(result: Result, baseline: Result | None) -> str:
-    """Seconds relative to the baseline's. None where the seeds of either are far apart: then it was not alone."""
-    if baseline is None or not all(map(is_steady, (result, baseline))):
-        return "-"
-    usual = statistics.fmean(seconds(baseline))
-    return cell([value / usual for value in seconds(result)], ".2f")
-
-
-def is_steady(result: Result) -> bool:
-    """Whether its seeds took about as long."""
-    found = seconds(result)
-    return max(found) - min(found) <= UNSTEADY * statistics.fmean(found)
 
 
 def following(result: Result) -> list[str]:

@@ -63,11 +63,13 @@ def summary(plan: LabPlan, results: Results) -> str:
 
 # --- table ---
 
+UNSTEADY = 1 / 3  # of a mean: seeds that take longer or shorter than each other by more had not the machine alone
 TABLE_NOTE = (
     "Mean ± standard deviation over seeds. Entropy, reward (the share of right answers) and length: mean over the last "
     "third of the steps. Target: distance of the late mean from the method's own target. avg, maj, pass: held-out "
-    "problems after training. Time: median seconds of a step per prompt, relative to {baseline}'s of the same lab. "
-    "Alarm: what lasted in most late steps of a seed."
+    "problems after training. Time: median seconds of a step per prompt, relative to {baseline}'s of the same lab; - "
+    "where the seeds of either differ by more than a third: other work ran beside them. Alarm: what lasted in most "
+    "late steps of a seed."
 )
 
 
@@ -85,7 +87,7 @@ def method_rows(results: Results) -> list[list[str]]:
     if results.untrained is not None:
         measured = [f"{100 * results.untrained.metrics[name]:.1f}" for name in metrics]
         rows.append(["untrained", "", "", "", "", f"{results.untrained.length:.1f}", *measured, "", ""])
-    baseline = statistics.fmean(seconds(results[results.baseline])) if results.baseline in results else math.nan
+    baseline = results.runs.get(results.baseline)
     for result in every:
         rows.append(
             [
@@ -96,7 +98,7 @@ def method_rows(results: Results) -> list[list[str]]:
                 cell(result.distance, "+.1f", scale=100),
                 cell(result.late("response/length"), ".1f"),
                 *(cell(result.evaluated(name), ".1f", scale=100) for name in metrics),
-                cell([value / baseline for value in seconds(result)], ".2f"),
+                pace(result, baseline),
                 ", ".join(result.alarms) or "-",
             ]
         )
@@ -107,6 +109,20 @@ def table_metrics(names: Sequence[str]) -> list[str]:
     """What the table has room for: of pass@k the largest k, the others are curves."""
     passes = [name for name in names if name.startswith("pass@")]
     return [name for name in names if name not in passes[:-1]]
+
+
+def pace(result: Result, baseline: Result | None) -> str:
+    """Seconds relative to the baseline's. None where the seeds of either are far apart: then it was not alone."""
+    if baseline is None or not all(map(is_steady, (result, baseline))):
+        return "-"
+    usual = statistics.fmean(seconds(baseline))
+    return cell([value / usual for value in seconds(result)], ".2f")
+
+
+def is_steady(result: Result) -> bool:
+    """Whether its seeds took about as long."""
+    found = seconds(result)
+    return max(found) - min(found) <= UNSTEADY * statistics.fmean(found)
 
 
 def cell(values: Sequence[float], style: str, *, scale: int = 1) -> str:

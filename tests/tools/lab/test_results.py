@@ -73,6 +73,16 @@ def test_late_means_distances_and_ratios_of_seconds(plan: LabPlan, folder: Path)
     assert table_metrics(["avg@8", "pass@2", "pass@8", "maj@8"]) == ["avg@8", "pass@8", "maj@8"]
 
 
+def test_no_time_is_told_of_seeds_that_took_different_times(plan: LabPlan, folder: Path) -> None:
+    for seed, seconds_of_step in enumerate((2.0, 3.0)):
+        curves = {"time/step_s": [seconds_of_step] * STEPS}
+        save_run(folder, f"entropy_bonus_large-s{seed}", entropy=FLAT, curves=curves)
+    collect(plan, folder, folder)
+    head, _, *rows = method_rows(load(plan, folder))
+    times = {row[0]: row[head.index("time")] for row in rows}
+    assert times["entropy_bonus_large"] == "-" and times["aer"] == "1.50 ± 0.00"
+
+
 def test_alarms_that_lasted(plan: LabPlan, folder: Path) -> None:
     save_run(folder, "entropy_bonus_large-s0", entropy=FLAT, alarm__entropy_high=1.0, alarm__entropy_low=0.0)
     collect(plan, folder, folder)
