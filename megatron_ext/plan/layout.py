@@ -186,6 +186,10 @@ def _variants(plan: Plan) -> Iterator[tuple[float, dict[str, Any]]]:
         sequence = changes.get("parallel.tensor", p.tensor) > 1
         if "parallel.tensor" in changes and sequence != p.sequence:
             changes["parallel.sequence"] = sequence
+        cut = p.model_copy(update={"context": changes.get("parallel.context", p.context)})
+        needed = cut.padded(c.longest_sequence)
+        if "train.micro_batch_tokens" in changes or c.train.micro_batch_tokens < needed:
+            changes["train.micro_batch_tokens"] = needed
         yield sum(cost for cost, _ in choice), changes
 
 

@@ -177,6 +177,23 @@ def test_a_layout_that_does_not_fit_has_a_neighbour_that_does() -> None:
     assert nearest_fit(plan(config(), gpu_memory=20e9), rates=RATES["h100"]) is None  # the engine's copy alone is 15
 
 
+def test_micro_batches_grow_with_the_padding_of_a_sequence_that_is_cut() -> None:
+    """33,025 tokens are padded to 33,032 where four context-parallel ranks take two pieces each."""
+    tight = plan(
+        config(
+            "qwen3-8b",
+            model={"path": str(MODELS / "qwen3-8b"), "fused_head": True},
+            rollout={"batch_size": 1, "max_response_tokens": 32001},
+            train={"mini_batch_prompts": 8, "micro_batch_tokens": 33025},
+            parallel={"nodes": 4, "tensor": 8},
+        ),
+        gpu_memory=44e9,
+    )
+    found = nearest_fit(tight, rates=RATES["h100"])
+    assert not tight.fits and found is not None and found[1].fits
+    assert found[0] == ["parallel.context=4", "train.micro_batch_tokens=33032"]
+
+
 def test_an_engine_needs_room_for_a_sequence() -> None:
     asleep = config(rollout={"engine": "vllm", "tensor_parallel_size": 4})
     roomy = plan(asleep)
