@@ -8,8 +8,8 @@ again and again. KL-Cov lets them learn, but holds them near the policy before t
     L     = (1/N) [ sum_t -A r_t  +  kl_coef * sum_{t in K} |logp_t - logp_old_t| ]
 
 logp is the current policy's. Nothing is clipped, unless another ``surrogate`` than ppo does it. At the first update of
-a step r == 1: there the penalty has no gradient (if a forward with gradient repeats the one without to the bit), so
-KL-Cov acts only from the second update on. k is .002 for 7B and .0002 for 32B in the paper.
+a step r == 1, exactly: there the penalty has no gradient, so KL-Cov acts only from the second update on. k is .002 for
+7B and .0002 for 32B in the paper.
 
 ``kl = "abs"`` is the absolute log-ratio of the authors' code. SENT (arXiv 2512.04359, appendix C.6) writes
 KL(old || pi) in its place: ``kl = "k3"`` estimates it by r_t - 1 - log r_t, clamped to +-10, whose mean under the old

@@ -163,14 +163,14 @@ def split(
 
 
 def neighbours(sizes: Sequence[int], budget: int) -> list[range]:
-    """Parts of ``sizes`` tokens, in order: as many as ``budget`` holds together, one at least."""
-    runs, start, total = list[range](), 0, 0
+    """One or more parts of ``sizes`` tokens, in order, of which there is one at least: as many as ``budget`` holds."""
+    spans, start, total = list[range](), 0, 0
     for number, size in enumerate(sizes):
         if number > start and total + size > budget:
-            runs.append(range(start, number))
+            spans.append(range(start, number))
             start, total = number, 0
         total += size
-    return [*runs, range(start, len(sizes))]
+    return [*spans, range(start, len(sizes))]
 
 
 def _divide(

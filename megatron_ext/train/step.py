@@ -2,8 +2,8 @@
 
 old         = statistics of the step's first policy, over the whole step    (no gradient; of the first mini-batch by
                                                                             its update, where nothing needs them before;
-                                                                            one pass for mini-batches that one
-                                                                            micro-batch holds)
+                                                                            mini-batches that fit into one micro-batch
+                                                                            are measured together)
               and, under sampling replay, what its sampler kept where the engine does not tell.
               It is the policy that sampled, or under ``rollout.max_lag`` a newer one
 value       = the critic's values, where the method has one                 (no gradient)
@@ -14,7 +14,8 @@ for each mini-batch, unless the method leaves the policy alone in this step:
     current  = old while the policy has not moved, else a pass without gradient (if the method asks); where the
                mini-batch is one micro-batch, the update's own forward
     prepared = method.prepare(mini-batch, current)                          whole-mini-batch statistics
-    for each micro-batch: backward of sum(method.loss(micro-batch, statistics, prepared))
+    for each micro-batch: backward of sum(method.loss(micro-batch, statistics, prepared)); in the first update the
+               forward's own log-probs are the old ones, so that every ratio is exactly 1
     clip, AdamW step
 """
 
@@ -88,11 +89,14 @@ class Learner:
         spans = self.mini_batch_spans(episodes)
         of_spans = [[episodes[i] for i in span] for span in spans]
         mini_batches = self.pack(of_spans)
-        is_first_known = not self.first_update_measures_old(mini_batches)
-        first = 0 if is_first_known else 1
-        measured = self.pack_without_gradient(of_spans[first:], mini_batches[first:])
-        rollouts, known = self.compute_old_logprobs(episodes, mini_batches[:first], measured, watch)
-        old = known if is_first_known else None
+        unmeasured = int(self.first_update_measures_old(mini_batches))
+        rollouts, known = self.compute_old_logprobs(
+            episodes,
+            mini_batches[:unmeasured],
+            self.joined_neighbours(of_spans[unmeasured:], mini_batches[unmeasured:]),
+            watch,
+        )
+        old = None if unmeasured else known
         advantages = self.method.compute_advantages(rollouts, self.reduce)
         whole = self.batch(rollouts, advantages)
         metrics = {} if old is None else self.describe(whole, old, episodes, lag)
@@ -167,13 +171,13 @@ class Learner:
         return replace(needs, entropy=True, nucleus_p=needs.nucleus_p or logged)
 
     def compute_old_logprobs(
-        self, episodes: Sequence[Episode], later: list[MiniBatch], measured: list[MiniBatch], watch: Watch
+        self, episodes: Sequence[Episode], unmeasured: list[MiniBatch], measured: list[MiniBatch], watch: Watch
     ) -> tuple[RolloutBatch, TokenStats | None]:
         """The whole step as the models see it before its first update, and the statistics of the policy that sampled,
-        of the ``measured`` sequences; None where there are none. Those before them are ``later`` measured by their
-        update."""
+        of the ``measured`` sequences; None where there are none. Those of the ``unmeasured``, which come first, are
+        found by their update."""
         old = ref = value = None
-        every = [*later, *measured]
+        every = [*unmeasured, *measured]
         with watch.phase("old_logprob", total=len(measured)) as phase:
             if measured:
                 parts = []
@@ -200,10 +204,11 @@ class Learner:
 
     def update(self, batch: Batch, current: TokenStats | None, mini_batch: MiniBatch, watch: Watch) -> dict[str, float]:
         """One optimizer step on one mini-batch; ``current`` None: the policy has moved since it was measured."""
-        if current is None and self.method.needs.current and not self.is_one_pass(mini_batch):
+        has_moved = current is None
+        if has_moved and self.method.needs.current and not self.is_one_pass(mini_batch):
             current = self.statistics(self.policy, mini_batch, self.method.needs)
             meet(watch)
-        prepared, values = self.gradients(batch, current, mini_batch)
+        prepared, values = self.gradients(batch, current, mini_batch, measures_old=not has_moved)
         return values | prepared.report | self.apply()
 
     def apply(self) -> dict[str, float]:
@@ -218,16 +223,17 @@ class Learner:
         return values | {"critic/grad_norm": norm, "critic/lr": lr, "critic/skipped": float(norm != norm)}
 
     def gradients(
-        self, batch: Batch, current: TokenStats | None, mini_batch: MiniBatch
+        self, batch: Batch, current: TokenStats | None, mini_batch: MiniBatch, *, measures_old: bool = False
     ) -> tuple[Prepared, dict[str, float]]:
         """Leave the gradient of the mini-batch's loss in the optimizer's buffers; the metrics of its tokens.
 
         ``current`` None, though the method needs it: the mini-batch is one micro-batch, whose forward measures it.
+        ``measures_old``: see ``backward``.
         """
         needs = self.method.needs
         if current is not None or not needs.current:
             prepared = self.method.prepare(batch, current, self.reduce)
-            return prepared, self.backward(batch, prepared, mini_batch, needs)[1]
+            return prepared, self.backward(batch, prepared, mini_batch, needs, measures_old=measures_old)[1]
         found: list[Prepared] = []
 
         def prepare(stats: TokenStats) -> Prepared:
@@ -294,20 +300,20 @@ class Learner:
             packed.append(self.cut(MiniBatch.pack(own, chosen, routing=told, **form), episodes))
         return packed
 
-    def pack_without_gradient(
-        self, parts: Sequence[Sequence[Episode]], mini_batches: list[MiniBatch]
-    ) -> list[MiniBatch]:
-        """``mini_batches``, packed of ``parts``, for a pass that does not train: neighbours that fit into one
-        micro-batch, on every rank, are one. Where a pass may have to find what the sampler kept, it finds it for the
-        micro-batches of the update, and nothing is joined."""
+    def joined_neighbours(self, parts: Sequence[Sequence[Episode]], mini_batches: list[MiniBatch]) -> list[MiniBatch]:
+        """``mini_batches``, packed of ``parts``, for passes without gradient: neighbours are one where the largest of
+        each over the ranks fit into one micro-batch together.
+
+        Under sampling replay none are: what a pass finds that the sampler kept stays with the update's micro-batches.
+        """
         if self.config.rollout.replays_sampling or len(parts) < 2:
             return mini_batches
         context, budget = self.config.parallel.context, self.config.train.micro_batch_tokens
         sizes = parallel.max_over_ranks([each.num_tokens * context for each in mini_batches])
-        runs = packing.neighbours(sizes, budget)
-        joint = [list(chain.from_iterable(parts[i] for i in run)) for run in runs if len(run) > 1]
+        spans = packing.neighbours(sizes, budget)
+        joint = [list(chain.from_iterable(parts[i] for i in span)) for span in spans if len(span) > 1]
         packed = iter(self.pack(joint) if joint else [])
-        return [next(packed) if len(run) > 1 else mini_batches[run[0]] for run in runs]
+        return [next(packed) if len(span) > 1 else mini_batches[span[0]] for span in spans]
 
     def cut(self, packed: MiniBatch, episodes: Sequence[Episode]) -> MiniBatch:
         """This context-parallel rank's part of a mini-batch, with what its sampler kept where that is replayed."""

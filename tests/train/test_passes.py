@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -249,7 +250,7 @@ def test_an_update_in_one_micro_batch_measures_the_moved_policy_itself(name: str
 class Apart(Learner):
     """A learner whose mini-batches are measured one by one."""
 
-    def pack_without_gradient(self, parts: Any, mini_batches: list[Any]) -> list[Any]:
+    def joined_neighbours(self, parts: Any, mini_batches: list[Any]) -> list[Any]:
         return mini_batches
 
 
@@ -265,6 +266,39 @@ def test_mini_batches_that_one_micro_batch_holds_are_measured_in_one_pass(method
         assert metrics.keys() == expected.keys() and metrics == pytest.approx(expected, rel=1e-6, abs=1e-6)
         assert all(torch.allclose(seen[name], value, rtol=1e-6, atol=1e-6) for name, value in old.items())
         assert worst(own, weights) < 1e-5  # a hundredth of an update: Adam divides small gradients by themselves
+
+
+class Rounding(Learner):
+    """A learner whose passes without gradient round otherwise than those with one."""
+
+    def statistics(self, policy: Any, mini_batch: Any, needs: Needs) -> Any:
+        stats = super().statistics(policy, mini_batch, needs)
+        return replace(stats, logprob=stats.logprob + 1e-6)
+
+
+def moves_of(rank: int, world: int, path: str, method: dict, layout: dict) -> list[float]:
+    """Of each of a step's four updates the largest change of a log-prob since the step began, as its loss sees it."""
+    train = WIDE.model_copy(update={"mini_batch_prompts": 1})
+    base = learner_of(path, world, method, layout, **{"train": train})
+    learner = Rounding(base.config, base.method, base.actor)
+    of_method, found = learner.method.loss, list[float]()
+
+    def loss(batch: Any, stats: Any, prepared: Any) -> Tensor:
+        found.append(float((stats.logprob - batch.old_logprob).abs().max().detach()))
+        return of_method(batch, stats, prepared)
+
+    learner.method.loss = loss  # type: ignore[method-assign]
+    assert len(counted(learner)[2]) == 5
+    return found
+
+
+@pytest.mark.parametrize("method", [{"name": "kl_cov"}, {"name": "erc"}, {"name": "grpo"}], ids=str)
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2, "sequence": True}, {"context": 2}], ids=str)
+def test_the_first_update_finds_every_log_prob_where_it_was(method: dict, layout: dict) -> None:
+    """To the bit, though its mini-batch was measured in another pass: KL-Cov's |log r| has a gradient of 1 where log r
+    is anything but 0."""
+    for first, *rest in gloo.run(moves_of, world_of(layout), str(tiny.hf_model()[1]), method, layout):
+        assert first == 0 and all(moved > 1e-4 for moved in rest)
 
 
 @pytest.mark.parametrize(("budget", "forwards"), [(60, 2), (71, 1)])
