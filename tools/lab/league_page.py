@@ -34,7 +34,7 @@ COLUMNS = (
     "training. Tax: the sharpening tax of arXiv 2610.01509, S(K) of the untrained model less that of the trained one, "
     "S(K) = sum over k < K of (pass@K - pass@k) / ((K - 1) (1 - pass@1)), K all responses to a problem; above 0 "
     "further tries have become worth less. Time: median seconds of a step per prompt, relative to {baseline}'s; - "
-    "where the seeds of either differ by more than a third: other work ran beside them."
+    "where the seeds of either differ by more than a third, by longer responses or by other work beside them."
 )
 
 

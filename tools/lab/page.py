@@ -63,13 +63,13 @@ def summary(plan: LabPlan, results: Results) -> str:
 
 # --- table ---
 
-UNSTEADY = 1 / 3  # of a mean: seeds that take longer or shorter than each other by more had not the machine alone
+UNSTEADY = 1 / 3  # of a mean: of seeds that differ by more, other things than the method decide
 TABLE_NOTE = (
     "Mean ± standard deviation over seeds. Entropy, reward (the share of right answers) and length: mean over the last "
     "third of the steps. Target: distance of the late mean from the method's own target. avg, maj, pass: held-out "
     "problems after training. Time: median seconds of a step per prompt, relative to {baseline}'s of the same lab; - "
-    "where the seeds of either differ by more than a third: other work ran beside them. Alarm: what lasted in most "
-    "late steps of a seed."
+    "where the seeds of either differ by more than a third, by longer responses or by other work beside them. Alarm: "
+    "what lasted in most late steps of a seed."
 )
 
 
@@ -112,7 +112,7 @@ def table_metrics(names: Sequence[str]) -> list[str]:
 
 
 def pace(result: Result, baseline: Result | None) -> str:
-    """Seconds relative to the baseline's. None where the seeds of either are far apart: then it was not alone."""
+    """Seconds relative to the baseline's. "-" where the seeds of either are far apart."""
     if baseline is None or not all(map(is_steady, (result, baseline))):
         return "-"
     usual = statistics.fmean(seconds(baseline))
