@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 
 from megatron_ext import methods
 from megatron_ext.config.schema import CriticConfig
@@ -19,7 +21,7 @@ from megatron_ext.model.megatron_config import ModelOptions
 from megatron_ext.model.trainable import TrainableModel
 from megatron_ext.train.step import Learner
 from tests import gloo, tiny
-from tests.train.test_passes import WIDE, learner_of
+from tests.train.test_passes import WIDE, Apart, learner_of
 
 AT_ONCE = {name: {"critic_only_steps": 0} for name in ("ppo", "entropy_advantage_ppo")}  # the policy trains at once
 
@@ -88,3 +90,32 @@ def test_every_method_trains_with_every_surrogate() -> None:
         glossary = Glossary(METHODS[name].glossary())
         for key in metrics:
             glossary.require(key)
+
+
+def measured_by_all_models(rank: int, world: int, path: str, layout: dict[str, Any]) -> list[tuple[int, list[Tensor]]]:
+    """The passes before the first of four updates, one by one and together: their number, and for each response token
+    the log-probs of policy and reference and the critic's value."""
+    each_prompt = WIDE.model_copy(update={"mini_batch_prompts": 1})
+    base = learner_of(path, world, {"name": "sent"}, layout, train=each_prompt)  # with a reference model
+    critic = critic_beside(base, path)
+    head: Any = critic.model.modules[-1]
+    if hasattr(head, "output_layer"):
+        torch.nn.init.normal_(head.output_layer.weight, generator=torch.Generator().manual_seed(0))
+    episodes, found = tiny.episodes(), []
+    for kind in (Apart, Learner):
+        learner = kind(base.config, base.method, base.actor, critic, base.reference)
+        parts = [[episodes[i] for i in span] for span in learner.mini_batch_spans(episodes)]
+        measured = learner.joined_neighbours(parts, learner.pack(parts))
+        rollouts, _ = learner.compute_old_logprobs(episodes, [], measured, Watch(1, show=False))
+        assert rollouts.ref_logprob is not None and rollouts.old_value is not None
+        found.append((len(measured), [rollouts.old_logprob, rollouts.ref_logprob, rollouts.old_value]))
+    return found
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2, "sequence": True}, {"pipeline": 2}], ids=str)
+def test_every_model_says_the_same_of_mini_batches_that_are_measured_together(layout: dict[str, Any]) -> None:
+    world = layout.get("tensor", 1) * layout.get("pipeline", 1)
+    for apart, together in gloo.run(measured_by_all_models, world, str(tiny.hf_model()[1]), layout):
+        assert (apart[0], together[0]) == (4, 1)
+        for expected, seen in zip(apart[1], together[1], strict=True):
+            assert expected.std() > 0.01 and torch.allclose(seen, expected, rtol=1e-5, atol=1e-5)
