@@ -1,7 +1,7 @@
 """Who owns a run's folder: one run at a time, and how often it was stopped without getting on.
 
 The lock is the operating system's, on the file ``.lock``: it ends with the process that holds it, however that ends,
-so none is ever stale. Rank 0 holds it. No torch is imported.
+so none is ever stale. Rank 0 holds it. One that was just killed still needs a moment to end. No torch is imported.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
 from megatron_ext.checkpoint.manifest import TRACKER
@@ -22,6 +23,8 @@ from megatron_ext.train.signals import REQUEUE
 LOCK, STOPS = ".lock", "stops.json"
 MAX_STOPS = 3  # in a row without a new checkpoint
 NO_PROGRESS = 76  # exit code; above 75: of several nodes' codes srun returns the largest
+PATIENCE_S = 3.0  # until a folder's holder counts as one that goes on
+_POLL_S = 0.1
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
@@ -74,6 +77,7 @@ class RunFolder:
         return tracker.read_text(errors="replace") if tracker.is_file() else ""
 
     def _take(self) -> int:
+        until = time.monotonic() + PATIENCE_S
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -82,6 +86,9 @@ class RunFolder:
             except BlockingIOError:
                 holder = os.read(lock, 200).decode(errors="replace").strip()
                 os.close(lock)
+                if time.monotonic() < until:
+                    time.sleep(_POLL_S)
+                    continue
                 raise ConfigError(
                     f"name: another run is at work in {self.path}: {holder or 'it has only just begun'}; wait for it, "
                     "end it, or give this run another name"

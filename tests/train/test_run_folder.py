@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,15 @@ def test_a_killed_holder_leaves_nothing_to_remove(tmp_path: Path) -> None:
     assert (tmp_path / ".lock").read_text().startswith(f"process {first.pid} ")
     with RunFolder(tmp_path):
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} ")
+
+
+def test_a_holder_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
+    first = holder(tmp_path)
+    ending = threading.Timer(0.5, first.kill)
+    ending.start()
+    with RunFolder(tmp_path):
+        assert first.wait() == -signal.SIGKILL
+    ending.join()
 
 
 def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path: Path) -> None:
