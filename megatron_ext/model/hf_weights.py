@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from megatron_ext.model import groups
 from megatron_ext.model.architectures import Architecture
 from megatron_ext.model.build import Policy
 from megatron_ext.model.layers import have_transformer_engine
-from megatron_ext.model.param_mapping import ParamMapping, hf_shapes, mappings, stage_mappings
+from megatron_ext.model.param_mapping import ParamMapping, Shape, hf_shapes, mappings, stage_mappings
 from megatron_ext.model.safetensors_dir import SafetensorsDir, misfits
+from megatron_ext.model.tp_sharding import TPSharding
 
 
 def open_weights(path: str | Path, a: Architecture) -> SafetensorsDir:
@@ -195,8 +197,10 @@ def _sharing(mapping: ParamMapping) -> tuple[dist.ProcessGroup, int]:
 
 def _shard_shapes(mappings: Sequence[ParamMapping], size: int) -> list[torch.Size]:
     """The shape of each parameter on one of the ``size`` ranks that it is sharded over."""
+    return [_shard_shape(mapping.sharding, mapping.shapes, size) for mapping in mappings]
+
+
+@cache
+def _shard_shape(sharding: TPSharding, shapes: tuple[Shape, ...], size: int) -> torch.Size:
     with torch.device("meta"):
-        return [
-            mapping.sharding.shard([torch.empty(shape) for shape in mapping.shapes], 0, size).shape
-            for mapping in mappings
-        ]
+        return sharding.shard([torch.empty(shape) for shape in shapes], 0, size).shape

@@ -29,6 +29,7 @@ class TPSharding(Protocol):
     def join(self, shards: list[Tensor]) -> list[Tensor]: ...
 
 
+@dataclass(frozen=True)
 class Replicated:
     """The same tensor on every rank."""
 
