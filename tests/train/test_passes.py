@@ -279,7 +279,7 @@ class Rounding(Learner):
 def moves_of(rank: int, world: int, path: str, method: dict, layout: dict) -> list[float]:
     """Of each of a step's four updates the largest change of a log-prob since the step began, as its loss sees it."""
     train = WIDE.model_copy(update={"mini_batch_prompts": 1})
-    base = learner_of(path, world, method, layout, **{"train": train})
+    base = learner_of(path, world, method, layout, train=train)
     learner = Rounding(base.config, base.method, base.actor)
     of_method, found = learner.method.loss, list[float]()
 
