@@ -188,7 +188,7 @@ def _variants(plan: Plan) -> Iterator[tuple[float, dict[str, Any]]]:
             changes["parallel.sequence"] = sequence
         cut = p.model_copy(update={"context": changes.get("parallel.context", p.context)})
         needed = cut.padded(c.longest_sequence)
-        # what a sequence is padded to costs nothing: without it the layout is none
+        # no step away: a layout is not valid whose micro-batch cannot hold the longest sequence with its padding
         if "train.micro_batch_tokens" in changes or c.train.micro_batch_tokens < needed:
             changes["train.micro_batch_tokens"] = needed
         yield sum(cost for cost, _ in choice), changes

@@ -23,7 +23,7 @@ from megatron_ext.train.signals import REQUEUE
 LOCK, STOPS = ".lock", "stops.json"
 MAX_STOPS = 3  # in a row without a new checkpoint
 NO_PROGRESS = 76  # exit code; above 75: of several nodes' codes srun returns the largest
-PATIENCE_S = 3.0  # until a folder's holder counts as one that goes on
+_PATIENCE_S = 3.0  # until a folder's holder counts as one that goes on
 _POLL_S = 0.1
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -77,7 +77,7 @@ class RunFolder:
         return tracker.read_text(errors="replace") if tracker.is_file() else ""
 
     def _take(self) -> int:
-        until = time.monotonic() + PATIENCE_S
+        until = time.monotonic() + _PATIENCE_S
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)

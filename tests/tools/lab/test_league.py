@@ -21,8 +21,9 @@ from tests.tools.lab.saved import save_run
 from tests.tools.lab.test_claims import result, seed
 from tools.lab import command as lab
 from tools.lab.following import overshoot, settling_step, tracking_error
-from tools.lab.league import following, league, pace, scalability, setting_of, sharpening_tax
+from tools.lab.league import following, league, scalability, setting_of, sharpening_tax
 from tools.lab.league_page import write
+from tools.lab.page import pace
 from tools.lab.plan import BASE, LabPlan, configuration, jobs, load_plan
 from tools.lab.regimes import in_regime
 from tools.lab.results import Result, load
