@@ -35,7 +35,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Reward:
-    """A scored response. ``outcome`` says why: one of ``Outcome`` (rollout/rewards/verify.py), or a word of a reward
+    """A scored response. ``outcome`` says why: one of ``Outcome`` (rollout/rewards/outcome.py), or a word of a reward
     function of the user's own, which is counted as ``other``."""
 
     value: float

@@ -36,7 +36,11 @@ ROOMS = {  # room -> what it may import of this project, besides itself and BOTT
     "megatron_ext.rollout": {"megatron_ext.config"},
     "megatron_ext.data": {"megatron_ext.config", "megatron_ext.rollout"},
     "megatron_ext.checkpoint": {"megatron_ext.model", "megatron_ext.config"},
-    "megatron_ext.metrics": {"megatron_ext.methods.base", "megatron_ext.config", "megatron_ext.rollout.rewards.verify"},
+    "megatron_ext.metrics": {
+        "megatron_ext.methods.base",
+        "megatron_ext.config",
+        "megatron_ext.rollout.rewards.outcome",
+    },
     "megatron_ext.plan": {
         *("megatron_ext.model", "megatron_ext.methods.base", "megatron_ext.config"),
         "megatron_ext.rollout.registry",

@@ -81,7 +81,7 @@ def measured(
     answer_format: str = "boxed",
 ) -> list[dict[str, Any]]:
     """``entropy`` and ``clusters`` of each problem from its responses; largest share first."""
-    from megatron_ext.rollout.rewards.verify import MAX_ANSWER_CHARS, extract
+    from megatron_ext.rollout.rewards.extraction import MAX_ANSWER_CHARS, extract
     from megatron_ext.rollout.rewards.voting import equal_answers
 
     found = []

@@ -29,7 +29,9 @@ from megatron_ext.config.public_sets import how_to_make
 from megatron_ext.config.schema import Config, DataConfig, PromptConfig
 from megatron_ext.data.prompts import NO_PROMPT, encode_prompts
 from megatron_ext.files import read_lines
-from megatron_ext.rollout.rewards.verify import VERIFIERS, Outcome, as_response
+from megatron_ext.rollout.rewards.extraction import as_response
+from megatron_ext.rollout.rewards.outcome import Outcome
+from megatron_ext.rollout.rewards.verify import VERIFIERS
 from megatron_ext.types import Problem, Reward
 
 SCHEMA = '{"prompt": "What is 2+2?", "answer": "4"}'

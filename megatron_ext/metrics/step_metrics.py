@@ -8,7 +8,7 @@ from math import isfinite
 import torch
 
 from megatron_ext.methods.base import Reducer, group_statistics
-from megatron_ext.rollout.rewards.verify import OF_FUNCTIONS, Outcome, counted
+from megatron_ext.rollout.rewards.outcome import OF_FUNCTIONS, Outcome, counted
 from megatron_ext.types import Batch, Episode, TokenStats
 
 

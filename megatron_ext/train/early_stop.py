@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from megatron_ext import heartbeat
-from megatron_ext.rollout.rewards.verify import Outcome
+from megatron_ext.rollout.rewards.outcome import Outcome
 from megatron_ext.train.signals import STEP_THREAD
 from megatron_ext.types import Problem, Reward, Sample
 

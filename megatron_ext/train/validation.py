@@ -29,8 +29,8 @@ from megatron_ext.metrics.eval_stats import avg_at_k, pass_at_k, winners
 from megatron_ext.model import parallel
 from megatron_ext.rollout.base import Request, RolloutEngine, RolloutError, Sampling
 from megatron_ext.rollout.rewards.function_pool import FunctionPool
+from megatron_ext.rollout.rewards.outcome import Outcome
 from megatron_ext.rollout.rewards.reward_pool import RewardPool
-from megatron_ext.rollout.rewards.verify import Outcome
 from megatron_ext.rollout.rewards.voting import equal_answers, votes
 from megatron_ext.rollout.sampling import seed_of
 from megatron_ext.train.collect_rollouts import gathered

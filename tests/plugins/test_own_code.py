@@ -19,7 +19,7 @@ from megatron_ext.config.schema import Config, RewardConfig
 from megatron_ext.plugins import KEYS
 from megatron_ext.rollout.rewards.function_pool import FunctionPool
 from megatron_ext.rollout.rewards.functions import find_reward
-from megatron_ext.rollout.rewards.verify import Outcome, counted
+from megatron_ext.rollout.rewards.outcome import Outcome, counted
 from megatron_ext.rollout.rewards.worker_pool import VerifierError
 from megatron_ext.train.method_factory import create_method
 from megatron_ext.types import Problem, Sample

@@ -7,15 +7,10 @@ from fractions import Fraction
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.rollout.rewards.verify import (
-    MAX_ANSWER_CHARS,
-    Outcome,
-    as_response,
-    extract,
-    letter,
-    score,
-    score_answer,
-)
+from megatron_ext.rollout.rewards.choice import letter
+from megatron_ext.rollout.rewards.extraction import MAX_ANSWER_CHARS, as_response, extract
+from megatron_ext.rollout.rewards.outcome import Outcome
+from megatron_ext.rollout.rewards.verify import score, score_answer
 from tests.properties.oddities import limits
 
 SLOW = settings(max_examples=max(20, settings().max_examples // 3))

@@ -7,8 +7,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.rollout.rewards.outcome import Outcome
 from megatron_ext.rollout.rewards.reward_pool import RewardPool
-from megatron_ext.rollout.rewards.verify import Outcome
 from megatron_ext.rollout.rewards.worker_pool import NO_VERDICT
 from megatron_ext.types import Problem, Reward
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -15,14 +16,16 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.rollout.rewards import reward_pool, verify, worker_pool
+from megatron_ext.rollout.rewards import reward_pool, worker_pool
+from megatron_ext.rollout.rewards.outcome import Outcome
 from megatron_ext.rollout.rewards.reward_pool import (
     Question,
     RewardPool,
     VerifierError,
     outcome_counts,
 )
-from megatron_ext.rollout.rewards.verify import Outcome
+from megatron_ext.rollout.rewards.worker import READY
+from megatron_ext.rollout.rewards.worker_pool import Program
 from megatron_ext.types import Problem, Reward, Sample
 
 
@@ -229,9 +232,14 @@ def test_a_notice_to_the_whole_job_leaves_the_workers_at_work(pool: RewardPool, 
 def test_workers_that_cannot_start_stop_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     script = tmp_path / "broken.py"
     script.write_text("raise ImportError\n")
-    monkeypatch.setattr(reward_pool, "WORKER_SCRIPT", script)
+    run_instead(monkeypatch, script)
     with RewardPool(2) as pool, pytest.raises(VerifierError, match="did not start, twice"):
         pool.score(integers(3))
+
+
+def run_instead(monkeypatch: pytest.MonkeyPatch, script: Path) -> None:
+    """The workers of new pools run ``script``."""
+    monkeypatch.setattr(Program, "of_module", lambda _: Program((sys.executable, str(script)), {}))
 
 
 FAKE = """import json, os, sys
@@ -251,8 +259,8 @@ for line in sys.stdin:
 )
 def test_a_verifier_gone_wrong_stops_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str, found: str):
     script = tmp_path / "fake.py"
-    script.write_text(FAKE.format(ready=verify.READY, body=body))
-    monkeypatch.setattr(reward_pool, "WORKER_SCRIPT", script)
+    script.write_text(FAKE.format(ready=READY, body=body))
+    run_instead(monkeypatch, script)
     with RewardPool(2, deadline_s=20) as pool, pytest.raises(VerifierError, match=found):
         pool.score(integers(3))
 
@@ -296,8 +304,8 @@ def trusted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A verifier that finds every answer right, but never returns from 13 and dies of 17."""
     script = tmp_path / "fake.py"
     body = "a = json.loads(line)[0]; a == '13' and __import__('time').sleep(60); a == '17' and os._exit(1); "
-    script.write_text(FAKE.format(ready=verify.READY, body=body + "print('correct', flush=True)"))
-    monkeypatch.setattr(reward_pool, "WORKER_SCRIPT", script)
+    script.write_text(FAKE.format(ready=READY, body=body + "print('correct', flush=True)"))
+    run_instead(monkeypatch, script)
     monkeypatch.setattr(reward_pool, "CANARIES", reward_pool.CANARIES[:1])
 
 
@@ -397,7 +405,7 @@ def test_a_pool_that_closes_does_not_wait_for_a_batch_of_another_thread():
 
 def test_an_orphan_ends_itself():
     """The trainer may be killed while a worker is inside a bomb: the worker must not run for ever."""
-    worker = worker_pool.Worker(reward_pool.program(), orphan_s=1)
+    worker = worker_pool.Worker(Program.of_module(reward_pool.WORKER), orphan_s=1)
     try:
         worker._wait_until_ready()
         worker._stdin.write(b'["(2^{31})!", "4", "math", []]\n')

@@ -9,8 +9,8 @@ import pytest
 
 from megatron_ext.metrics.eval_stats import winners
 from megatron_ext.records import Problem, Reward
+from megatron_ext.rollout.rewards.countdown import exact_value
 from megatron_ext.rollout.rewards.reward_pool import RewardPool
-from megatron_ext.rollout.rewards.verify import exact_value
 from megatron_ext.rollout.rewards.voting import equal_answers, votes
 
 

@@ -117,7 +117,9 @@ class WatchedRun:
     def workers(self) -> list[int]:
         """Pids of the reward pools' processes: children of ranks, which run the verifier."""
         ranks = set(self.ranks().values())
-        return [pid for pid in self.processes() if _parent(pid) in ranks and "verify.py" in _read(f"{pid}/cmdline")]
+        return [
+            pid for pid in self.processes() if _parent(pid) in ranks and "rewards.verify" in _read(f"{pid}/cmdline")
+        ]
 
     # Where it is
 

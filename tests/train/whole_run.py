@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.config.loading import load_config
-from megatron_ext.rollout.rewards.verify import VERIFIERS, extract
+from megatron_ext.rollout.rewards.extraction import extract
+from megatron_ext.rollout.rewards.verify import VERIFIERS
 from megatron_ext.train import loop, setup
 from megatron_ext.types import Problem, Reward, Sample
 from tests import gloo

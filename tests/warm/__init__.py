@@ -48,7 +48,7 @@ class Popen(Warm):
         assert options["preexec_fn"] is None and not options["pass_fds"]
         asked = request(options)
         name = asked["module"]
-        if name == str(VERIFIER):
+        if name == VERIFIER:
             server = _server(VERIFYING)
         else:
             server = _server(PRELOADED.get(name.rpartition(".")[0], COMMANDS))

@@ -29,7 +29,7 @@ from tests.warm import client
 ROOT = Path(__file__).parents[2]
 OURS = ("tools.", "tests.gpu.", "tests.transformer_engine.")  # modules
 RENDERER = ROOT / "megatron_ext" / "rollout" / "chat_template.py"  # a process of every rank, and of evaluations
-VERIFIER = ROOT / "megatron_ext" / "rollout" / "rewards" / "verify.py"  # a worker of every pool of rewards
+VERIFIER = "megatron_ext.rollout.rewards.verify"  # a worker of every pool of rewards; a module
 VERIFIERS = "WARM_VERIFIERS"  # the socket of the server that forks these, in the environment of warm processes
 _PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
 _old_streams: list[Any] = []  # kept, for one that owns its descriptor would close what has its number now
@@ -39,9 +39,11 @@ _added = ["", str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]  #
 def module_of(command: Any) -> tuple[str, list[str]]:
     """The module, or file, that ``command`` runs, and its arguments; an empty name for one that is started fresh."""
     if isinstance(command, (list, tuple)) and len(command) > 2 and command[0] == sys.executable:
-        option, name, *arguments = map(os.fspath, command[1:])
-        if (option == "-m" and name.startswith(OURS)) or (option == "-P" and name in map(str, (RENDERER, VERIFIER))):
-            return name, arguments
+        match [*map(os.fspath, command[1:])]:
+            case ["-m", name, *arguments] if name.startswith(OURS):
+                return name, arguments
+            case ["-P", name, *arguments] | ["-P", "-m", name, *arguments] if name in (str(RENDERER), VERIFIER):
+                return name, arguments
     return "", []
 
 
@@ -100,11 +102,11 @@ class Forked(Warm):
     """Forked from this process; a verifier from its own server."""
 
     def _is_warm(self, module: str) -> bool:
-        return module != "" and (module != str(VERIFIER) or VERIFIERS in os.environ)
+        return module != "" and (module != VERIFIER or VERIFIERS in os.environ)
 
     def _start(self, options: dict[str, Any], streams: Sequence[int]) -> int:
         asked = request(options)
-        if asked["module"] == str(VERIFIER):
+        if asked["module"] == VERIFIER:
             self._reply = client.ask(os.environ[VERIFIERS], asked | {"session": False}, streams)
             return self._reply.pid
         if pid := os.fork():
@@ -143,7 +145,7 @@ def become(
             signal.signal(signal.SIGINT, signal.default_int_handler)
         _forget_exits()
         _take_streams(streams, keep, unbuffered=bool(environment.get("PYTHONUNBUFFERED")))
-        _settle(environment, "" if module.endswith(".py") else cwd)
+        _settle(environment, "" if module.endswith(".py") or module == VERIFIER else cwd)
         code = _main(module, arguments)
     except BaseException:
         traceback.print_exc()

@@ -15,8 +15,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_ext.rollout.rewards import verify, worker_pool
+from megatron_ext.rollout.rewards import worker_pool
 from megatron_ext.rollout.rewards.reward_pool import RewardPool
+from megatron_ext.rollout.rewards.worker import MAX_WORKER_BYTES
 from megatron_ext.types import Problem
 from tests import warm
 from tests.warm import process
@@ -131,7 +132,7 @@ def test_a_warm_verifier_is_what_a_fresh_one_is(monkeypatch: pytest.MonkeyPatch)
             seen.append((re.findall(r"Max address space +(\d+)", limits), "gmpy2" in mapped, "libtorch" in mapped))
         assert worker.poll() == -signal.SIGKILL
     assert verdicts[0] == verdicts[1] and verdicts[0][0].value == 1.0
-    assert seen[0] == seen[1] == ([str(verify.MAX_WORKER_BYTES)], False, False)
+    assert seen[0] == seen[1] == ([str(MAX_WORKER_BYTES)], False, False)
 
 
 def test_what_the_parent_owns_outlives_a_fork(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from megatron_ext.rollout.rewards import verify
+from megatron_ext.rollout.rewards import verify, worker
 
-os.environ.update(verify.WORKER_ENVIRONMENT)  # SymPy, which is not imported yet, reads it
+os.environ.update(worker.WORKER_ENVIRONMENT)  # SymPy, which is not imported yet, reads it
 assert verify.score(r"\boxed{x^2+2x+1}", "(x+1)^2").correct

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.public_sets import public_sets
-from megatron_ext.rollout.rewards.verify import extract
+from megatron_ext.rollout.rewards.extraction import extract
 
 Row = Mapping[str, Any]
 FIELDS = ("prompt", "answer", "id", "verifier", "numbers", "kind", "level")

@@ -10,15 +10,13 @@ share ``reward.max_timeout_share`` of a batch stop the run, as answers do whose 
 from __future__ import annotations
 
 import json
-import os
-import sys
 from dataclasses import astuple
 from typing import Any, NamedTuple
 
 from megatron_ext.config.schema import RewardConfig
 from megatron_ext.records import Problem, Response, Reward
 from megatron_ext.rollout.rewards.functions import find_reward
-from megatron_ext.rollout.rewards.verify import WORKER_ENVIRONMENT, Outcome, counted
+from megatron_ext.rollout.rewards.outcome import Outcome, counted
 from megatron_ext.rollout.rewards.worker_pool import NO_VERDICT, Program, WorkerPool
 from megatron_ext.types import Sample
 
@@ -37,12 +35,7 @@ class FunctionPool(WorkerPool[Question]):
 
     def __init__(self, reward: RewardConfig, workers: int) -> None:
         find_reward(reward)
-        path = os.pathsep.join(filter(None, sys.path))  # a worker finds what this process finds
-        program = Program(
-            (sys.executable, "-P", "-m", WORKER),
-            WORKER_ENVIRONMENT | {"PYTHONPATH": path},
-            json.dumps([reward.function, reward.options]),
-        )
+        program = Program.of_module(WORKER, greeting=json.dumps([reward.function, reward.options]))
         super().__init__(program, workers, deadline_s=reward.deadline_s, max_timeout_share=reward.max_timeout_share)
         self.config = reward
 

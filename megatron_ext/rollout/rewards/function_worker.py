@@ -1,43 +1,36 @@
 """The worker that runs a user's reward function: one JSON line in, one out. No torch, unless the function imports it.
 
-The first line says which function and with which options; ``argv[1]``: seconds after which a process that nobody
-killed (its parent is dead) ends itself. What the function prints goes to standard error.
+The first line says which function and with which options. What the function prints goes to standard error.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import resource
-import signal
 import sys
 from dataclasses import replace
 from typing import Any
 
 from megatron_ext.plugins import load
 from megatron_ext.records import Problem, Response, Reward
-from megatron_ext.rollout.rewards.verify import MAX_WORKER_BYTES, READY, Outcome
+from megatron_ext.rollout.rewards import worker
+from megatron_ext.rollout.rewards.outcome import Outcome
 
 
 def main() -> None:
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what the function prints must not reach the replies
-    for notice in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # for the trainer, as in verify.py
-        signal.signal(notice, signal.SIG_IGN)
+    replies = worker.open_replies()
     spec, options = json.loads(sys.stdin.readline())
     function = load(spec, key="reward.function")
-    with open("/proc/self/statm") as file:  # beside what the function has imported
-        limit = int(file.read().split()[0]) * resource.getpagesize() + MAX_WORKER_BYTES
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(hard, limit), hard))
-    print(READY, file=replies)
-    for line in sys.stdin:
-        signal.alarm(int(sys.argv[1]))
+    with open("/proc/self/statm") as file:
+        imported = int(file.read().split()[0]) * resource.getpagesize()
+    worker.limit_memory(imported + worker.MAX_WORKER_BYTES)
+
+    def reply(line: str) -> str:
         problem, response = json.loads(line)
-        reply = scored(function, _problem(problem), _response(response), options)
-        signal.alarm(0)
-        print(json.dumps(reply), file=replies)
+        return json.dumps(scored(function, _problem(problem), _response(response), options))
+
+    worker.serve(replies, reply)
 
 
 def scored(function: Any, problem: Problem, response: Response, options: dict[str, Any]) -> list[Any]:

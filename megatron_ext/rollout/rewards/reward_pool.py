@@ -7,19 +7,17 @@ batch and then once a minute, and too large a share of answers without a verdict
 from __future__ import annotations
 
 import math
-import sys
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-from megatron_ext.rollout.rewards import verify
-from megatron_ext.rollout.rewards.verify import Outcome, counted
+from megatron_ext.rollout.rewards.extraction import MAX_ANSWER_CHARS, extract
+from megatron_ext.rollout.rewards.outcome import Outcome, counted
 from megatron_ext.rollout.rewards.worker_pool import START_S, Program, Worker, WorkerPool
 from megatron_ext.rollout.rewards.worker_pool import VerifierError as VerifierError
 from megatron_ext.types import Problem, Reward, Sample
 
-WORKER_SCRIPT = Path(verify.__file__)
+WORKER = "megatron_ext.rollout.rewards.verify"
 
 
 class Question(NamedTuple):
@@ -55,11 +53,6 @@ CANARIES: tuple[tuple[Question, Outcome], ...] = (
 )
 
 
-def program() -> Program:
-    """``-P``: this folder is no place to import from."""
-    return Program((sys.executable, "-P", str(WORKER_SCRIPT)), verify.WORKER_ENVIRONMENT)
-
-
 class RewardPool(WorkerPool[Question]):
     """Scores batches of responses against gold answers. ``correct`` and ``wrong`` are the rewards.
 
@@ -76,7 +69,7 @@ class RewardPool(WorkerPool[Question]):
         wrong: float = 0.0,
         answer_format: str = "boxed",
     ) -> None:
-        super().__init__(program(), workers, deadline_s=deadline_s, max_timeout_share=max_timeout_share)
+        super().__init__(Program.of_module(WORKER), workers, deadline_s=deadline_s, max_timeout_share=max_timeout_share)
         self.correct, self.wrong, self.answer_format = correct, wrong, answer_format
 
     def score(self, answers: Sequence[tuple[Problem, str]]) -> list[Reward]:
@@ -132,9 +125,9 @@ def outcome_counts(rewards: Sequence[Reward]) -> dict[str, int]:
 
 
 def _question(problem: Problem, response: str, answer_format: str) -> Question | None:
-    extracted = verify.extract(response, answer_format)
+    extracted = extract(response, answer_format)
     if extracted is None:
         return None
     # one character beyond the limit is enough to be scored too long
-    short = extracted[: verify.MAX_ANSWER_CHARS + 1]
+    short = extracted[: MAX_ANSWER_CHARS + 1]
     return Question(short, problem.answer, problem.verifier, problem.numbers)

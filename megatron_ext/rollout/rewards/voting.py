@@ -8,7 +8,10 @@ from fractions import Fraction
 from typing import Protocol
 
 from megatron_ext.records import Problem, Reward
-from megatron_ext.rollout.rewards.verify import Outcome, as_response, exact_value, letter
+from megatron_ext.rollout.rewards.choice import letter
+from megatron_ext.rollout.rewards.countdown import exact_value
+from megatron_ext.rollout.rewards.extraction import as_response
+from megatron_ext.rollout.rewards.outcome import Outcome
 
 VOTING = (Outcome.CORRECT, Outcome.WRONG)  # other outcomes have no readable answer to the question asked
 Score = Callable[[Sequence[tuple[Problem, str]]], list[Reward]]

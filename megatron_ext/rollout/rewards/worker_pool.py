@@ -18,6 +18,7 @@ import math
 import os
 import select
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -30,8 +31,8 @@ from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from megatron_ext import heartbeat
 from megatron_ext.records import Problem, Reward
-from megatron_ext.rollout.rewards import verify
-from megatron_ext.rollout.rewards.verify import Outcome
+from megatron_ext.rollout.rewards.outcome import Outcome
+from megatron_ext.rollout.rewards.worker import READY, WORKER_ENVIRONMENT
 
 if TYPE_CHECKING:
     from megatron_ext.types import Sample
@@ -64,6 +65,12 @@ class Program:
     command: tuple[str, ...]
     environment: dict[str, str]
     greeting: str = ""  # what it reads first, a line
+
+    @classmethod
+    def of_module(cls, module: str, *, greeting: str = "") -> Self:
+        """A module's ``main``, which finds what this process finds, and nothing in its directory (``-P``)."""
+        path = os.pathsep.join(filter(None, sys.path))
+        return cls((sys.executable, "-P", "-m", module), WORKER_ENVIRONMENT | {"PYTHONPATH": path}, greeting)
 
 
 class WorkerPool(Generic[Question]):
@@ -348,13 +355,13 @@ class Worker:
             if self._ready:
                 return
             try:
-                self._ready = self._read_line(START_S) == verify.READY
+                self._ready = self._read_line(START_S) == READY
             except (EOFError, TimeoutError):
                 self._replace()
         if not self._ready:
             command = f"{' '.join(self._program.command)} 10 < /dev/null"
             raise VerifierError(
-                f"reward: a verifier process did not start, twice; expected it to say {verify.READY!r} within "
+                f"reward: a verifier process did not start, twice; expected it to say {READY!r} within "
                 f"{START_S:.0f} s. See why with: {command}"
             )
 
