@@ -12,7 +12,8 @@ from typing import TypeVar
 from .results import Curve, Result
 
 T = TypeVar("T")
-WITHIN = 0.1  # of the target: where a run has settled
+ENTROPY = "entropy/full"
+WITHIN = 0.1  # of the target: where a run is at it
 
 
 def tracking_error(measured: Curve, target: Curve) -> float | None:
@@ -23,10 +24,10 @@ def tracking_error(measured: Curve, target: Curve) -> float | None:
 
 def overshoot(measured: Curve, target: Curve) -> float | None:
     """The largest excess beyond the target after it was first reached: below it for a run that begins above, above it
-    for one that begins below. 0 where it stays on its side; None where it never reaches the target, or begins on it and
-    so comes from neither side."""
+    for one that begins below. 0 where it stays on its side; None where it never reaches the target, or begins within
+    WITHIN of it and so comes from neither side."""
     steps = errors_of(measured, target)
-    if not steps or steps[0][1] == 0:
+    if not steps or abs(steps[0][1]) <= WITHIN:
         return None
     side = 1 if steps[0][1] > 0 else -1
     beyond = [-side * error for _, error in steps]
@@ -35,14 +36,14 @@ def overshoot(measured: Curve, target: Curve) -> float | None:
 
 
 def settling_step(measured: Curve, target: Curve) -> int | None:
-    """The first step, counted from 1, from which on every step is within WITHIN of its target; None where the last one
-    is not."""
+    """The first step, counted from 1, from which on every step is within WITHIN of its target; None where that is not
+    all of the last third: a curve that crosses its target at the end has not settled."""
     settled = None
     for step, error in reversed(errors_of(measured, target)):
         if abs(error) > WITHIN:
             break
         settled = step
-    return settled
+    return None if settled is None or settled > len(measured) * 2 // 3 + 1 else settled
 
 
 def errors_of(measured: Curve, target: Curve) -> list[tuple[int, float]]:
@@ -54,6 +55,18 @@ def errors_of(measured: Curve, target: Curve) -> list[tuple[int, float]]:
 def late(measured: Curve, target: Curve) -> list[tuple[int, float]]:
     """Of the last third of the steps."""
     return [each for each in errors_of(measured, target) if each[0] > len(measured) * 2 // 3]
+
+
+def uncontrolled_error(run: Result, baseline: Result | None) -> list[float]:
+    """The tracking error that ``baseline`` has without trying, by the seeds that both have: of its entropy against the
+    run's target. Nothing of a method without a target, or that measures another entropy than the step's."""
+    targets = run.target_curves
+    if targets is None or baseline is None or baseline is run or run.curves(run.measured) != run.curves(ENTROPY):
+        return []
+    others = {seed.number: seed.curves.get(ENTROPY) for seed in baseline.seeds}
+    pairs = [(others.get(seed.number), target) for seed, target in zip(run.seeds, targets, strict=True)]
+    errors = [tracking_error(measured, target) for measured, target in pairs if measured is not None]
+    return [error for error in errors if error is not None]
 
 
 def of_seeds(measure: Callable[[Curve, Curve], T], run: Result) -> Sequence[T]:

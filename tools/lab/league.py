@@ -1,7 +1,8 @@
 """A league's table: each run of a regime with its numbers, and whether its answers differ from the baseline's.
 
-A comparison is of one regime, seed by seed and problem by problem, with the interval of intervals.py. ``league``
-reads every regime once and corrects all comparisons together; the null control's are shown and not counted.
+A comparison is of one regime, seed by seed and problem by problem, with the interval of intervals.py. A tuned run is
+compared with the tuned baseline, whose own tuning is compared with its paper's values. ``league`` reads every regime
+once and corrects all comparisons together; the null control's are shown and not counted.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ from functools import cache, partial
 from megatron_ext.metrics.eval_stats import pass_at_k as estimate
 
 from .claims import NOT_DECIDED, OPPOSITE, SHOWS, p_value, verdict_of
-from .following import of_seeds, overshoot, settling_step, tracking_error
-from .intervals import CONFIDENCE, Effect, holm
+from .following import ENTROPY, of_seeds, overshoot, settling_step, tracking_error, uncontrolled_error
+from .intervals import CONFIDENCE, Effect, holm, quantile
 from .page import cell, pace
 from .plan import LabPlan, LabRun
+from .regimes import in_regime
 from .results import Result, Results, Seed
 from .rules import avg_at_k, pass_at_k
+from .tuning import tuned_name
 
 HIGHER, LOWER = "higher", "lower"
 WORDS = {SHOWS: HIGHER, OPPOSITE: LOWER, NOT_DECIDED: NOT_DECIDED}
-RIGHT, ENTROPY, LENGTH = "reward/outcome/correct", "entropy/full", "response/length"
+RIGHT, LENGTH = "reward/outcome/correct", "response/length"
 
 
 @dataclass(frozen=True)
@@ -72,18 +75,26 @@ def league(plan: LabPlan, results: Results) -> dict[str, list[Row]]:
 
 
 def _rows(plan: LabPlan, results: Results, regime: str) -> list[Row]:
-    baseline = results.runs.get(plan.baseline_in(regime))
     members = [results[run.name] for run in plan.runs if is_member(run, regime) and run.name in results]
     nulls = null_controls(plan)
     rows = []
     for result in members:
         row = Row(result, setting_of(plan, result.run), is_null=result.run.base in nulls)
+        baseline = compared_with(plan, results, result.run)
         if baseline is not None and result is not baseline:
             k = max(result.seeds[0].ks)
             avg, passed = (compare(result, baseline, measure) for measure in (avg_at_k, partial(pass_at_k, k=k)))
             row = replace(row, avg=avg, passed=passed)
         rows.append(row)
     return sorted(rows, key=lambda row: -statistics.fmean(row.result.evaluated(avg_metric(row.result))))
+
+
+def compared_with(plan: LabPlan, results: Results, run: LabRun) -> Result | None:
+    """The baseline of a run's regime: of a tuned run the tuned one, if another trial than its own values was chosen."""
+    choice = None if plan.tuning is None else plan.tuning.chosen.get(plan.baseline)
+    is_tuned = run.setting == "tuned" and run.base != plan.baseline and choice is not None and choice.trial > 0
+    name = tuned_name(plan.baseline) if is_tuned else plan.baseline
+    return results.runs.get(in_regime(name, run.regime))
 
 
 def is_member(run: LabRun, regime: str) -> bool:
@@ -163,7 +174,8 @@ def table(plan: LabPlan, results: Results, regime: str, rows: Sequence[Row]) -> 
     avg, best = avg_metric(rows[0].result), pass_metric(rows[0].result)
     baseline = results.runs.get(plan.baseline_in(regime))
     head = [
-        *("method", "setting", "seeds", "right, %", "entropy", "off target, %", "overshoot, %", "settles at step"),
+        *("method", "setting", "seeds", "right, %", "entropy", "off target, %", f"{plan.baseline} off it, %"),
+        *("overshoot, %", "settles at step"),
         *(f"{avg}, %", f"less {plan.baseline}'s", f"{best}, %", f"less {plan.baseline}'s", "length", "tax", "time"),
     ]
     lines = [head]
@@ -176,7 +188,7 @@ def table(plan: LabPlan, results: Results, regime: str, rows: Sequence[Row]) -> 
                 str(len(result.seeds)),
                 cell(result.late(RIGHT), ".1f", scale=100),
                 cell(result.late(ENTROPY), ".3f"),
-                *following(result),
+                *following(result, baseline),
                 cell(result.evaluated(avg), ".1f", scale=100),
                 said(row.avg),
                 cell(result.evaluated(best), ".1f", scale=100),
@@ -189,13 +201,15 @@ def table(plan: LabPlan, results: Results, regime: str, rows: Sequence[Row]) -> 
     return lines
 
 
-def following(result: Result) -> list[str]:
-    """Tracking error, overshoot and settling step; of the seeds that have one, with their number where not all do."""
+def following(result: Result, baseline: Result | None) -> list[str]:
+    """Tracking error, that of the baseline on the same target, overshoot and settling step; of the seeds that have one,
+    with their number where not all do."""
     errors = [value for value in of_seeds(tracking_error, result) if value is not None]
     excess = [value for value in of_seeds(overshoot, result) if value is not None]
     steps = [float(value) for value in of_seeds(settling_step, result) if value is not None]
     return [
         cell(errors, ".1f", scale=100),
+        cell(uncontrolled_error(result, baseline), ".1f", scale=100),
         _of(cell(excess, ".1f", scale=100), len(excess), result),
         _of(cell(steps, ".0f"), len(steps), result),
     ]
@@ -230,15 +244,18 @@ def note(plan: LabPlan, found: dict[str, list[Row]]) -> str:
     null = [each for row, each in made if row.is_null]
     higher, lower = (sum(each.verdict == word for each in tested) for word in (HIGHER, LOWER))
     wrong = sum(each.verdict != NOT_DECIDED for each in null)
+    star = f", {quantile(plan.seeds - 1, 0.05 / len(tested)):.0f} standard errors and more" if tested else ""
     return (
-        f"Higher or lower: the whole 95 % interval of the difference from {plan.baseline} of the same regime, over "
-        "seeds and problems, lies on that side of 0. Not decided is no evidence that there is no difference: four "
-        f"seeds leave intervals of several points. {len(tested)} comparisons have an interval: {higher} are higher, "
-        f"{lower} are lower. Each interval stands for itself: were every method equal to {plan.baseline}, chance alone "
-        f"would make about {0.025 * len(tested):.1f} of them higher and as many lower, and the best of many rows would "
-        "look good. A star marks what holds for all comparisons of this page together (Holm's correction). Of the null "
-        f"control, {plan.baseline} with other seeds, {len(null) - wrong} of {len(null)} comparisons are not decided, "
-        "as they should be."
+        f"Higher or lower: the whole 95 % interval of the difference from {plan.baseline} of the same regime (of tuned "
+        f"rows: from the tuned {plan.baseline}), over seeds and problems, lies on that side of 0. Not decided is no "
+        f"evidence that there is no difference: {plan.seeds} seeds leave intervals of several points. {len(tested)} "
+        f"comparisons have an interval: {higher} are higher, {lower} are lower. Each interval stands for itself: were "
+        f"every method equal to {plan.baseline}, chance alone would make at most about {0.025 * len(tested):.1f} of "
+        "them higher and as many lower (the intervals err to the wide side), together rather than each for itself, as "
+        f"all share {plan.baseline}'s seeds; and the best of many rows would look good. A star marks what holds for "
+        f"all comparisons of this page together (Holm's correction): with {plan.seeds} seeds that takes a very clear "
+        f"difference{star}. Of the null control, {plan.baseline} with other seeds, {len(null) - wrong} of {len(null)} "
+        "comparisons are not decided, as they should be."
     )
 
 

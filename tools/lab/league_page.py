@@ -16,8 +16,8 @@ from pathlib import Path
 from ..charts import Figures
 from ..report.page import page
 from .claims_table import markdown_table
-from .following import errors_of, of_seeds
-from .league import ENTROPY, HIGHER, LOWER, RIGHT, Row, following, league, note, table
+from .following import ENTROPY, errors_of, of_seeds
+from .league import HIGHER, LOWER, RIGHT, Row, following, league, note, table
 from .page import against_target, cell, cell_html, padded, summary
 from .plan import LabPlan, LabRun
 from .regimes import in_regime
@@ -29,12 +29,15 @@ COLUMNS = (
     "Rows are ranked by held-out avg@k alone: neighbours mostly differ by chance, see the verdicts. Mean ± standard "
     "deviation over seeds. Right (the share of right answers in training), entropy (nats a token) and length (tokens): "
     "mean over the last third of the steps. Off target: mean of |measured - target| / target over the last third, step "
-    "by step. Overshoot: the largest excess beyond the target after it was first reached. Settles: the first step from "
-    "which on every step is within 10 % of its target; - never, or no target. avg, pass: held-out problems after "
-    "training. Tax: the sharpening tax of arXiv 2610.01509, S(K) of the untrained model less that of the trained one, "
-    "S(K) = sum over k < K of (pass@K - pass@k) / ((K - 1) (1 - pass@1)), K all responses to a problem; above 0 "
-    "further tries have become worth less. Time: median seconds of a step per prompt, relative to {baseline}'s; - "
-    "where the seeds of either differ by more than a third, by longer responses or by other work beside them."
+    "by step; beside it what {baseline} without a controller is off the same target: a controller that is not nearer "
+    "has held nothing; - where a method measures another entropy than the step's. Overshoot: the largest excess beyond "
+    "the target after it was first reached; - never reached, or begun within 10 % of it. Settles: the first step from "
+    "which on every step is within 10 % of its target, at least the last third; - never, or no target. avg, pass: "
+    "held-out problems after training. Tax: the sharpening tax of arXiv 2610.01509, S(K) of the untrained model less "
+    "that of the trained one, S(K) = sum over k < K of (pass@K - pass@k) / ((K - 1) (1 - pass@1)), K all responses to "
+    "a problem; above 0 further tries have become worth less. Time: median seconds of a step per prompt, relative to "
+    "{baseline}'s of the same commit and machine; - where fewer than two seeds have one, or theirs differ by more than "
+    "a third."
 )
 
 
@@ -162,17 +165,17 @@ def own_sections(plan: LabPlan, results: Results, figures: Figures) -> list[Sect
     parts = []
     for family in dict.fromkeys(run.family for run in of_own):
         runs = [run for run in of_own if run.family == family]
-        rows = [["run", "regime", "seeds", "off target at any step, %", "late, %", "overshoot, %", "settles at step"]]
+        late = ("late, %", f"{plan.baseline} late, %", "overshoot, %", "settles at step")
+        rows = [["run", "regime", "seeds", "off target at any step, %", *late]]
         drawn = []
         for run in runs:
             if run.name not in results:
-                rows.append([run.base, run.regime, "0", "-", "-", "-", "-"])
+                rows.append([run.base, run.regime, "0", "-", *["-"] * len(late)])
                 continue
             result = results[run.name]
             errors = [value for value in of_seeds(mean_error, result) if value is not None]
-            rows.append(
-                [run.base, run.regime, str(len(result.seeds)), cell(errors, ".1f", scale=100), *following(result)]
-            )
+            followed = following(result, results.runs.get(plan.baseline_in(run.regime)))
+            rows.append([run.base, run.regime, str(len(result.seeds)), cell(errors, ".1f", scale=100), *followed])
             if result.targets is not None:
                 off = f"{cell(errors, '.1f', scale=100)} % off at any step" if errors else ""
                 drawn.append(against_target(result, figures, run.base, f"{result.measured}, nats; {off}"))

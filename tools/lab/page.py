@@ -67,9 +67,9 @@ UNSTEADY = 1 / 3  # of a mean: of seeds that differ by more, other things than t
 TABLE_NOTE = (
     "Mean ± standard deviation over seeds. Entropy, reward (the share of right answers) and length: mean over the last "
     "third of the steps. Target: distance of the late mean from the method's own target. avg, maj, pass: held-out "
-    "problems after training. Time: median seconds of a step per prompt, relative to {baseline}'s of the same lab; - "
-    "where the seeds of either differ by more than a third, by longer responses or by other work beside them. Alarm: "
-    "what lasted in most late steps of a seed."
+    "problems after training. Time: median seconds of a step per prompt, relative to {baseline}'s of the same commit "
+    "and machine; - where fewer than two seeds have one, or theirs differ by more than a third. Alarm: what "
+    "lasted in most late steps of a seed."
 )
 
 
@@ -112,17 +112,24 @@ def table_metrics(names: Sequence[str]) -> list[str]:
 
 
 def pace(result: Result, baseline: Result | None) -> str:
-    """Seconds relative to the baseline's. "-" where the seeds of either are far apart."""
-    if baseline is None or not all(map(is_steady, (result, baseline))):
-        return "-"
-    usual = statistics.fmean(seconds(baseline))
-    return cell([value / usual for value in seconds(result)], ".2f")
+    """Seconds relative to the median of the baseline's that the same commit made on the same machine.
 
-
-def is_steady(result: Result) -> bool:
-    """Whether its seeds took about as long."""
-    found = seconds(result)
-    return max(found) - min(found) <= UNSTEADY * statistics.fmean(found)
+    One seed of four or more may be far from the others, by other work beside it, and does not count. "-" where the
+    others are far apart, or there is one alone.
+    """
+    usual: dict[tuple[tuple[str, str], ...], list[float]] = {}
+    for seed, value in zip(baseline.seeds, seconds(baseline), strict=True) if baseline is not None else ():
+        usual.setdefault(tuple(sorted(seed.made.items())), []).append(value)
+    own = [
+        (usual.get(tuple(sorted(seed.made.items()))), value)
+        for seed, value in zip(result.seeds, seconds(result), strict=True)
+    ]
+    ratios = [value / statistics.median(alike) for alike, value in own if alike]
+    near = sorted(ratios, key=lambda value: abs(value - statistics.median(ratios)))
+    for steady in (near, near[:-1] if len(near) > 3 else []):
+        if len(steady) > 1 and max(steady) - min(steady) <= UNSTEADY * statistics.fmean(steady):
+            return cell(steady, ".2f")
+    return "-"
 
 
 def cell(values: Sequence[float], style: str, *, scale: int = 1) -> str:

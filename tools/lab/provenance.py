@@ -25,9 +25,12 @@ def here() -> dict[str, str]:
 
 
 def leave(folder: Path) -> None:
-    """Write it into a job's folder, unless an earlier start of the job has."""
-    if not (path := folder / PROVENANCE).exists():
-        path.write_text(json.dumps(here()))
+    """Write it into a job's folder; where an earlier start of the job was another, both: ``a; b``."""
+    made = dict(read(folder))
+    for key, value in here().items():
+        if value not in (known := made.get(key, "").split("; ")):
+            made[key] = "; ".join(filter(None, [*known, value]))
+    (folder / PROVENANCE).write_text(json.dumps(made))
 
 
 def read(folder: Path) -> Mapping[str, str]:

@@ -165,7 +165,9 @@ def nats_lost(trial: Result) -> float:
 
 
 def write_chosen(tuning: Tuning, choices: Mapping[str, Choice]) -> None:
-    """The choices as TOML, in the order of the axes; what was chosen, by which scores."""
+    """The choices as TOML, in the order of the axes, with those of before that are not among them; what was chosen, by
+    which scores."""
+    choices = {**tuning.chosen, **choices}
     lines = [
         "# Made by megatron-entropy lab --choose from the trials' results. Trial 0 has the run's own values; right and",
         "# lost are the trials' scores in their order.",

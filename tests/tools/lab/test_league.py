@@ -214,6 +214,10 @@ def test_trials_choose_and_the_plan_reads_it(tmp_path: Path, capsys: pytest.Capt
     assert plan.tuning.chosen == {"siren": Choice(2, (0.3, 0.3, 0.4, 0.2), (0.2, 0.2, 0.2, 0.2))}
     tuned = [run for run in plan.runs if run.setting == "tuned"]
     assert [run.name for run in tuned] == [f"siren.tuned@{regime}" for regime in REGIMES]
+    save_run(runs, "aer.trial3@off-policy-s0", entropy=FALLING, reward=0.5)
+    assert lab.main([*arguments[:-3], "aer*", "--choose"]) == 0  # what was chosen before stays
+    chosen = load_plan(tmp_path / "league.toml").tuning
+    assert chosen is not None and {run: choice.trial for run, choice in chosen.chosen.items()} == {"aer": 3, "siren": 2}
     assert configuration(plan, tuned[0], 0, tmp_path)[0].method["coef"] == 0.05
     chosen = (tmp_path / "chosen.toml").read_text()
     (tmp_path / "chosen.toml").write_text(chosen.replace("coef=0.05", "coef=0.06"))
@@ -245,12 +249,16 @@ def test_following_a_fixed_target_by_hand() -> None:
     assert overshoot(measured, target) == pytest.approx(0.05 / 0.25)  # .2, below: it came from above
     assert settling_step(measured, target) == 6
     assert settling_step([*measured[:8], 0.3], target) is None  # the last step is outside
+    assert settling_step([*[0.5] * 6, 0.25, 0.25, 0.25], target) == 7  # the whole last third
+    assert settling_step([*[0.5] * 7, 0.25, 0.25], target) is None  # crossed at the end
     assert overshoot([0.1, 0.2, 0.26, 0.24, 0.3], [0.25] * 5) == pytest.approx(0.2)  # from below
     assert overshoot([0.5, 0.4, 0.3], [0.25] * 3) is None  # never reached
     assert overshoot([0.25, 0.4, 0.1], [0.25] * 3) is None  # from neither side
+    assert overshoot([0.27, 0.4, 0.1], [0.25] * 3) is None  # 8 % off: chance decided the side
     assert overshoot([0.3, 0.25, 0.26], [0.25] * 3) == 0.0
     assert tracking_error([None] * 3, [0.25] * 3) is None and settling_step([None, None], [0.25] * 2) is None
     assert settling_step([0.1, None, 0.25], [0.25] * 3) == 3
+    assert settling_step([0.1, 0.25, None, 0.25, None, 0.25], [0.25] * 6) == 2
 
 
 def test_a_moving_target_is_read_step_by_step() -> None:
@@ -262,10 +270,16 @@ def test_a_moving_target_is_read_step_by_step() -> None:
     moving = Controller(measured="h", target="goal")
     run = result("x", seed(0, h=measured, goal=target), seed(1, h=target, goal=target), controller=moving)
     assert run.target_curves == [target, target]
-    error, beyond, settles = following(run)
+    grpo = result("grpo", seed(0, entropy__full=[0.6] * 4 + [0.36, 0.25]), seed(2, entropy__full=[0.6] * 6))
+    assert following(run, grpo)[1] == "-"  # it measures another entropy
+    curves = [{"h": each, "goal": target, "entropy__full": each} for each in (measured, target)]
+    run = result("x", *(seed(i, **own) for i, own in enumerate(curves)), controller=moving)
+    error, without, beyond, settles = following(run, grpo)
     assert (error, beyond, settles) == ("1.0 ± 1.4", "7.5 (1 of 2 seeds)", "2 ± 1")
+    assert without == "10.0"  # .36 where .3 was asked, and .25: of the seed that both have
     fixed = result("y", seed(0, h=[0.5, 0.2]), controller=Controller(measured="h", target=0.25))
-    assert fixed.target_curves == [[0.25, 0.25]] and following(result("z", seed(0, h=[1.0]))) == ["-", "-", "-"]
+    assert fixed.target_curves == [[0.25, 0.25]] and following(fixed, None)[1] == "-" == following(run, run)[1]
+    assert following(result("z", seed(0, h=[1.0])), grpo) == ["-"] * 4
 
 
 # --- the sharpening tax ---
@@ -327,17 +341,49 @@ def test_the_table_says_what_differs_and_of_the_null_control_nothing(folder: Pat
     assert row.avg is None and found["experts"] == []  # without a baseline there is nothing to compare with
 
 
-@pytest.mark.parametrize(("last", "told"), [(3.0, "1.50 ± 0.00"), (4.0, "1.62 ± 0.25"), (4.5, "-")])
-def test_a_time_is_told_where_the_seeds_took_about_as_long(last: float, told: str, tmp_path: Path) -> None:
-    for number in range(4):
-        save_run(tmp_path, f"grpo@off-policy-s{number}", entropy=FALLING, right=2, time__step_s=2.0)
-        own = last if number == 3 else 3.0
-        save_run(tmp_path, f"aer@off-policy-s{number}", entropy=FLAT, right=3, time__step_s=own)
-        save_run(tmp_path, f"psr@off-policy-s{number}", entropy=FLAT, right=3, time__step_s=2.0 + number)
-    collect(load_plan(PLAN), tmp_path, tmp_path)
-    results = load(load_plan(PLAN), tmp_path)
-    grpo, aer, psr = (results.runs[f"{name}@off-policy"] for name in ("grpo", "aer", "psr"))
-    assert pace(aer, grpo) == told and pace(psr, grpo) == pace(grpo, psr) == pace(aer, None) == "-"
+OLDER, NEWER = {"commit": "a", "machine": "m"}, {"commit": "b", "machine": "m"}
+
+
+@pytest.mark.parametrize(
+    ("steps", "made", "told"),
+    [
+        ([3.0, 3.0, 3.0, 4.0], [OLDER] * 4, "1.62 ± 0.25"),
+        ([3.0, 3.0, 3.0, 30.0], [OLDER] * 4, "1.50 ± 0.00"),  # other work beside one run
+        ([3.0, 3.0, 9.0, 30.0], [OLDER] * 4, "-"),
+        ([3.0, 3.0, 9.0, 9.0], [OLDER, OLDER, NEWER, NEWER], "1.50 ± 0.00"),  # of the seeds that one commit made
+        ([3.0, 9.0, 9.0, 9.0], [OLDER, NEWER, NEWER, NEWER], "-"),  # one seed says little
+    ],
+)
+def test_a_time_is_told_of_seeds_made_alike(steps: list[float], made: list[dict[str, str]], told: str) -> None:
+    usual = [2.0, 1.9, 20.0, 2.1, 2.0]  # one beside other work
+    grpo = result("grpo", *(replace(seed(i, time__step_s=[each] * 3), made=OLDER) for i, each in enumerate(usual)))
+    seeds = (
+        replace(seed(i, time__step_s=[each] * 3), made=by) for i, (each, by) in enumerate(zip(steps, made, strict=True))
+    )
+    assert pace(result("aer", *seeds), grpo) == told and pace(grpo, None) == "-"
+
+
+def test_a_tuned_run_is_compared_with_the_tuned_baseline(tmp_path: Path) -> None:
+    """Three points of four more, as the tuned baseline has too: nothing is the method's."""
+    plan = plan_with(tmp_path, {"grpo": 1, "aer": 1, "psr": 0})
+    for name, right in {"grpo": 2, "aer": 2, "psr": 3, "grpo.tuned": 3, "aer.tuned": 3}.items():
+        for number in range(2):
+            own = {"aer__entropy": 0.4, "aer__target": 0.32} if name.startswith("aer") else {}
+            save_run(tmp_path / "runs", f"{name}@off-policy-s{number}", entropy=FALLING, right=right, **own)
+    collect(plan, tmp_path / "runs", tmp_path)
+    rows = {row.result.run.name: row for row in league(plan, load(plan, tmp_path))["off-policy"]}
+    means = {name: row.avg and row.avg.effect.mean for name, row in rows.items()}
+    assert means == {
+        "grpo@off-policy": None,
+        "aer@off-policy": 0.0,
+        "psr@off-policy": 0.125,  # tuned alike: it is compared as the paper's
+        "grpo.tuned@off-policy": 0.125,  # what tuning does to the baseline
+        "aer.tuned@off-policy": 0.0,
+    }
+    alike = plan_with(tmp_path, {"grpo": 0, "aer": 1})
+    rows = {row.result.run.name: row for row in league(alike, load(alike, tmp_path))["off-policy"]}
+    tuned = rows["aer.tuned@off-policy"].avg
+    assert tuned is not None and tuned.effect.mean == 0.125 and "grpo.tuned@off-policy" not in rows
 
 
 def test_a_difference_in_every_problem_and_seed_is_higher_or_lower() -> None:
@@ -364,10 +410,13 @@ def test_the_page_says_what_is_there_and_what_is_missing(folder: Path) -> None:
     assert "| on-policy | 0 of 120 | everything |" in lines
     [aer] = [line for line in lines if line.startswith("| aer | paper's | 4 |")]
     cells = [cell.strip() for cell in aer.split("|")[1:-1]]
-    # .4 where .32 is asked: 25 % off, never reached, never settled
-    assert cells[5:8] == ["25.0 ± 0.0", "-", "-"] and cells[8] == "87.5 ± 0.0" and cells[-1] == "1.50 ± 0.00"
+    # .4 where .32 is asked: 25 % off, never reached, never settled; grpo has .2
+    assert (
+        cells[5:9] == ["25.0 ± 0.0", "37.5 ± 0.0", "-", "-"] and cells[9] == "87.5 ± 0.0" and cells[-1] == "1.50 ± 0.00"
+    )
     assert any(line.startswith("| grpo (null control) | paper's | 4 |") for line in lines)
-    assert "| entropic.linear | off-policy | 1 | 10.0 | 10.0 | - |" in "\n".join(lines)
+    # grpo, which tries nothing, has .18, .2 and .22 in the end where .28, .26 and .24 are asked
+    assert "| entropic.linear | off-policy | 1 | 10.0 | 10.0 | 22.4 | - |" in "\n".join(lines)
     assert "The tuned runs of all methods are left out" in text
     assert "2 of 2 comparisons are not decided" in text and "Holm" in text and "no evidence" in text
     assert "method.tau" not in text and "upper clip bound" in text
