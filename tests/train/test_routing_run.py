@@ -76,6 +76,10 @@ def test_a_replaying_run_is_the_same_under_another_layout_and_without_a_pass_bef
             ('rollout.engine="vllm"', 'rollout.model_runner="v1"'),
             r"rollout.model_runner: v1, but vLLM tells the experts of its tokens .* with its model runner V2 only; set",
         ),
+        (
+            ('rollout.engine="vllm"', "rollout.tensor_parallel_size=2", "parallel.ranks_per_node=2"),
+            r"rollout.tensor_parallel_size: 2, but in an engine of several ranks .* to the first alone",
+        ),
     ],
 )
 def test_replay_is_refused_where_there_is_nothing_to_replay(options: tuple[str, ...], message: str) -> None:

@@ -44,6 +44,12 @@ def faults(config: Config) -> list[str]:
         )
     if config.rollout.routing_replay and config.rollout.model_runner == "v1":
         found.append(f'rollout.model_runner: v1, but {NEEDS_V2}; set rollout.model_runner = "auto"')
+    if config.rollout.routing_replay and shared > 1:
+        found.append(
+            f"rollout.tensor_parallel_size: {shared}, but in an engine of several ranks of the trainer vLLM tells the "
+            "experts of its tokens (rollout.routing_replay) to the first alone, and stops in the others; set "
+            "rollout.tensor_parallel_size = 1"
+        )
     return found
 
 

@@ -247,7 +247,7 @@ class ServerEngine:
         self.source.weights = self.weights
         if self.rank == 0:
             self.client.begin(self.servers, str(self.version))
-        if reconnect:
+        if reconnect or self._on_chief(lambda: bool(self.client.faults)):  # a broadcast would wait for a dead server
             if self.transfer is not None:
                 self.transfer.shutdown()
                 if self.rank == 0:

@@ -30,17 +30,19 @@ POLL_S = 0.2
 GRACE_S = 10.0  # for a server to end by itself
 TAIL_BYTES = 3000  # of a server's output in an error
 GUARD = f"{guard.__name__}.{guard.Guard.__name__}"
-TRAINERS_OWN = (  # variables of torchrun and of the trainer's own vLLM that must not reach a server
+TRAINERS_OWN = (  # variables of torchrun, of Megatron-Core and of the trainer's own vLLM that must not reach a server
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE"),
     *("GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "VLLM_ENABLE_V1_MULTIPROCESSING"),
+    *("CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS"),
 )
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class ServerProcess:
-    """One server of ours. ``environment`` is added to the trainer's. Each start has a ``token`` of its own: what was
-    sent to who listened in the place of a dead server opens nothing."""
+    """One server of ours. ``environment`` is added to the trainer's, whose rank is bound to the processors near its
+    GPU; the server has those of its launcher. Each start has a ``token`` of its own: what was sent to who listened in
+    the place of a dead server opens nothing."""
 
     url: str
     command: list[str]
@@ -54,10 +56,11 @@ class ServerProcess:
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         self.token = secrets.token_hex(32)
         own = {name: value for name, value in os.environ.items() if name not in TRAINERS_OWN}
+        processors = ",".join(map(str, os.sched_getaffinity(os.getppid())))
         with self.log_file.open("ab") as output:
             self._log_start = output.tell()
             self._process = subprocess.Popen(
-                [sys.executable, "-IS", keeper.__file__, str(GRACE_S), *self.command],
+                [sys.executable, "-IS", keeper.__file__, str(GRACE_S), processors, *self.command],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,

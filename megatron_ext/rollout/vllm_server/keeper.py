@@ -1,10 +1,11 @@
 """Runs a server for a trainer and ends it with the trainer. A script of the standard library alone.
 
-    python server_keeper.py GRACE_S COMMAND...
+    python keeper.py GRACE_S PROCESSORS COMMAND...
 
 Standard input is a pipe whose other end the trainer holds and never writes to: it closes when the trainer wants the
 server to end, and also when the trainer dies, however it dies. The server then gets SIGTERM and ``GRACE_S`` seconds.
 Whichever of the two ends first, the whole process group is killed, so that no worker of the server outlives it.
+``PROCESSORS`` are the numbers of those it may run on, by commas.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ SETTLE_S = 0.5  # for the workers of a server that has ended to remove their sha
 
 
 def main() -> None:
-    server = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL)
+    os.sched_setaffinity(0, map(int, sys.argv[2].split(",")))
+    server = subprocess.Popen(sys.argv[3:], stdin=subprocess.DEVNULL)
     threading.Thread(target=_end_with_the_trainer, args=(server,), daemon=True).start()
     server.wait()
     time.sleep(SETTLE_S)

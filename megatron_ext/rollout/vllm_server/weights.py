@@ -27,6 +27,9 @@ class Source(WeightSource):
 
     Tensors are gathered in chunks, and a chunk is sent only when all ranks have gathered it: the servers' NCCL group
     and the trainer's must not wait for each other on one GPU.
+
+    vLLM reads the stream on CUDA streams of its own, in turn: the first read waits for what the trainer has in flight
+    (its optimizer step), and a tensor that was made on one of them is kept while another reads it.
     """
 
     def __init__(self, barrier: Callable[[], None], checksum: Checksum | None) -> None:
@@ -39,6 +42,7 @@ class Source(WeightSource):
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         assert self.weights is not None
+        _settle()
         chunk: list[tuple[str, Tensor]] = []
         size = 0
         if self.checksum is not None:
@@ -52,13 +56,20 @@ class Source(WeightSource):
         yield from self._gathered(chunk)
 
     def _gathered(self, chunk: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        _settle()
         self.barrier()
         for name, value in chunk:
             if self.checksum is not None:
                 self.checksum.add(name, value)
+            if value.is_cuda:
+                value.record_stream(torch.cuda.current_stream())
             yield name, value
+
+
+def _settle() -> None:
+    """Wait for all that this rank's GPU has been given to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class Servers:
@@ -139,8 +150,8 @@ def connect(
 ) -> TrainerWeightTransferEngine[Any]:
     """A transfer to the servers of ``client``'s round. Collective; ``on_chief`` runs a function on rank 0 for all.
 
-    With NCCL rank 0 and all workers of all servers are one group; a server that dies while tensors are broadcast stops
-    rank 0 in NCCL, and the run with it.
+    With NCCL rank 0 and all workers of all servers are one group: one that has lost a server is of no use any more. A
+    server that dies between the round's first question and its last tensor stops rank 0 in NCCL, and the run with it.
     """
     weight_transfer.register()
     if backend() == weight_transfer.INLINE:
