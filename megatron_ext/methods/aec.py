@@ -8,11 +8,12 @@ AEC raises the coefficient step by step while entropy is below a target, lowers 
 
 e_k is the token-mean entropy of step k's whole batch under the policy that sampled it, over all ranks. H_t is the
 full-vocabulary entropy of the current policy, with gradient; ``agg`` is the policy loss's aggregation, token-mean
-as in the paper. The coefficient moves once per step. c_{k+1} and what was applied are in the checkpoint. The target may
-be a schedule (targets.py).
+as in the paper. The coefficient moves once per step. c_{k+1}, I_k and what was applied are in the checkpoint. The
+target may be a schedule (targets.py).
 
-Differs from the authors' code, which measures e_k as -mean(logp_old) of the sampled tokens:
-``measure = "logprob"`` (equal in expectation, noisier).
+Differs from the authors' code, which measures e_k as -mean(logp_old) of the sampled tokens, ``measure = "logprob"``
+(equal in expectation, noisier), and applies what the steps before have decided, c_k I_{k-1} with I_0 = 1:
+``gate = "previous"``.
 """
 
 from __future__ import annotations
@@ -36,19 +37,21 @@ class AEC(Targeted):
     c_max: float = 0.005
     c_0: float = 0.0
     measure: Literal["entropy", "logprob"] = "entropy"
+    gate: Literal["current", "previous"] = "current"
     metrics_glossary: ClassVar[tuple[Metric, ...]] = (
         Metric(name="aec/entropy", section="Entropy", title="Controlled entropy", unit="nats per token",
             meaning="e_k: the entropy that is compared with the target",
             good="near target",
             low="raise c_max or delta"),
         Metric(name="aec/applied", section="Entropy", title="Coefficient", unit="coefficient",
-            meaning="c_k I_k: the entropy bonus's coefficient in this step; 0 while e_k is above the target"),
+            meaning="c_k I_k: the entropy bonus's coefficient in this step; 0 while entropy is above the target"),
         Metric(name="aec/next", section="Entropy", title="Coefficient", unit="coefficient",
             meaning="c_{k+1}: the coefficient of the next step",
             high="at c_max the control can push no further: raise c_max"),
     )  # fmt: skip
     c: float = field(default=0.0, init=False)  # c_{k+1}
     applied: float = field(default=0.0, init=False)  # c_k I_k
+    below: bool = field(default=True, init=False)  # I_k
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,9 +70,9 @@ class AEC(Targeted):
 
     def on_step_start(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:
         report, entropy = super().on_step_start(batch, stats, reduce), self.measured(batch, stats, reduce)
-        below = entropy < self.current_target
-        self.applied = self.c if below else 0.0
-        self.c = min(max(self.c + (self.delta if below else -self.delta), 0.0), self.c_max)
+        before, self.below = self.below, entropy < self.current_target
+        self.applied = self.c if (self.below if self.gate == "current" else before) else 0.0
+        self.c = min(max(self.c + (self.delta if self.below else -self.delta), 0.0), self.c_max)
         return report | {"aec/entropy": entropy, "aec/applied": self.applied, "aec/next": self.c}
 
     @property

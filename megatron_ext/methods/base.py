@@ -110,6 +110,7 @@ class Method:
 
     aggregation: Aggregation = "token-mean"
     group_relative: ClassVar[bool] = False  # advantages are relative to the group: a group of one has none
+    trains_on_wrong_rewards: ClassVar[bool] = False  # a wrong response's reward is its advantage: 0 would teach nothing
     metrics_glossary: ClassVar[tuple[Metric, ...]] = ()  # what this page reports; a subclass names its own alone
 
     @classmethod

@@ -18,8 +18,9 @@ names the range of its long runs only, which ends at (.1, .2). Its aggregation i
 up a response's tokens: ``seq-mean-token-sum``); its runs set ``beta = .001``.
 
 Differs from the authors' code, which rejects nothing: ``variant = "authors"``. There A is max(R, 0) while m = 1 and
-min(R, 0) while m = -1, the reward itself in the place of the group-relative advantage, so rewards are +-1. All tokens
-stay in the denominator, and H is the mean over tokens.
+min(R, 0) while m = -1, the reward itself in the place of the group-relative advantage, so rewards are +-1
+(``reward.wrong = -1.0``). All tokens stay in the denominator, and H is the mean over tokens. Their script of another
+shape of the range, a cosine, is not mirrored.
 """
 
 from __future__ import annotations
@@ -82,6 +83,10 @@ class Entrocraft(GRPO):
     @property
     def needs(self) -> Needs:
         return replace(super().needs, old=True, entropy=True)
+
+    @property
+    def trains_on_wrong_rewards(self) -> bool:
+        return self.variant == "authors"
 
     @property
     def controller(self) -> Controller:

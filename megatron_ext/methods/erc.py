@@ -11,7 +11,7 @@ sampling, and takes the tokens at which it has moved too far, either way, out of
 H_t is the full-vocabulary entropy of the current policy, a constant here, and H_old_t that of the policy that sampled,
 before the step's first update. .95 and 1.05 on DAPO's clip range, .2 / .28. The denominator N stays all tokens of the
 mini-batch over all ranks: stopped tokens count, and keep the value of their loss. At the first update of a step rho is
-1 (to rounding): ERC acts from the second one on, where about one token in five is stopped in the paper.
+exactly 1: ERC acts from the second one on, where about one token in five is stopped in the paper.
 
 ``preserve = true`` puts ERC on GPPO (ERC-GPPO), whose tokens beyond the clip range keep a bounded gradient
 (ce_gppo.py): beta_1 = beta_2 = 1 there, and the authors' runs of it have ``clip_high = 0.2``. There is no statistic: a

@@ -6,20 +6,21 @@ Updates on the many others add little, so only these forking tokens are trained.
     S = the rho N tokens of highest entropy,  N = all tokens
     L = (1/|S|) sum_{t in S} max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
 
-The sum is divided by the number of tokens kept, and S is a constant. H_t is the full-vocabulary entropy of the
-current policy. On top of DAPO, as in the paper: clip .2 / .28, overlong shaping as an option. Another ``aggregation``
-is taken over the tokens kept too: ``seq-mean-token-mean`` is each response's mean over its own, the others' divisors
-are no counts of tokens.
+The sum is divided by the number of tokens kept, as in SENT (arXiv 2512.04359, appendix C.4), and S is a constant. The
+paper's first version divides by all N, which makes the gradient 1 / rho times smaller: ``denominator = "all"``. H_t is
+the full-vocabulary entropy of the current policy. On top of DAPO, as in the paper: clip .2 / .28, overlong shaping as
+an option. Another ``aggregation`` is taken over the tokens kept too: ``seq-mean-token-mean`` is each response's mean
+over its own, the others' divisors are no counts of tokens.
 
-SENT (arXiv 2512.04359, appendix C.4) repeats DAPO's condition that a group's answers are neither all right nor all
+SENT repeats DAPO's condition that a group's answers are neither all right nor all
 wrong: that is ``rollout.dynamic_sampling``. Such a group has no advantage, but its tokens are counted in N and S.
 
 Scope. S is chosen from the whole mini-batch over all ranks, ties by the token's key (selection.py). SIREN's 80/20
 (arXiv 2509.25133, its code) chooses within each response: ``quantile = "response"`` keeps a response's tokens
 whose entropy is above its (1 - rho)-quantile (linear interpolation).
 
-Differs from the authors' code, which takes the quantile of each micro-batch on each rank and averages over the
-tokens kept there: ``scope = "micro_batch"``.
+SENT takes the quantile of each micro-batch, and averages over the tokens kept there: ``scope = "micro_batch"``. The
+authors' code is not public.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from megatron_ext.types import Batch, TokenStats
 class ForkingTokens(ClipHigher, Selective):
     rho: float = 0.2
     quantile: Literal["batch", "response"] = "batch"
+    denominator: Literal["kept", "all"] = "kept"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +53,8 @@ class ForkingTokens(ClipHigher, Selective):
     def select(self, batch: Batch, stats: TokenStats, prepared: Prepared, reduce: Reducer) -> Prepared:
         assert stats.entropy is not None
         kept = self.forking(batch, stats.entropy, reduce)
+        if self.denominator == "all":
+            return Prepared({"weight": kept * batch.weight})
         count = num_selected(kept, reduce) / self.share(batch)
         weight = kept_weights(self.aggregation, batch, kept, num_tokens=count, num_sequences=batch.num_sequences)
         return Prepared({"weight": weight})

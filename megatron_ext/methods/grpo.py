@@ -8,11 +8,11 @@ model to train. GRPO samples several responses to each problem and compares each
     L   = mean_i mean_t [ max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) + beta * k3 ]
     k3  = exp(ref - logp) - (ref - logp) - 1,  clamped to +-10
 
-A group of one and a group with equal rewards have A = 0. ``aggregation = "token-mean"`` divides by all
-tokens of the mini-batch instead (verl's default), ``normalise = false`` leaves the standard deviation out.
-``dual_clip = c`` bounds the loss of negative advantages by -c A (off by default; verl has it silently on
-with c = 3). The only statistics are those of the groups, which are never split. ``surrogate`` puts another loss in the
-place of the clipped one, here and in every method derived from this one (docs/surrogates.md).
+A group of one and a group with equal rewards have A = 0 (in verl's code a group of one has its reward).
+``aggregation = "token-mean"`` divides by all tokens of the mini-batch instead (verl's default), ``normalise = false``
+leaves the standard deviation out. ``dual_clip = c`` bounds the loss of negative advantages by -c A (0: not; verl has it
+silently on with c = 3). The only statistics are those of the groups, which are never split. ``surrogate`` puts another
+loss in the place of the clipped one, here and in every method derived from this one (docs/surrogates.md).
 
 Every other method is this one with a part replaced: its advantage, its token weight, its loss per token,
 or a regulariser added to it.
@@ -65,7 +65,7 @@ class GRPO(Method):
     def __post_init__(self) -> None:
         for name in ("clip_low", "clip_high", "beta"):
             self.check(name, getattr(self, name) >= 0, "a number of at least 0")
-        self.check("dual_clip", self.dual_clip is None or self.dual_clip > 1, "a number above 1, or leave it out")
+        self.check("dual_clip", not self.dual_clip or self.dual_clip > 1, "a number above 1, or 0 for none")
         if isinstance(self.policy_surrogate, surrogates.PPO):
             return
         alone = "ppo: this method is a clip of its own, and another surrogate would leave nothing of it"
@@ -94,7 +94,7 @@ class GRPO(Method):
     @property
     def ppo_surrogate(self) -> surrogates.PPO:
         """What ``surrogate = "ppo"`` is here."""
-        return surrogates.PPO(clip_low=self.clip_low, clip_high=self.clip_high, dual_clip=self.dual_clip)
+        return surrogates.PPO(clip_low=self.clip_low, clip_high=self.clip_high, dual_clip=self.dual_clip or None)
 
     @property
     def needs(self) -> Needs:

@@ -20,8 +20,8 @@ Scope. R is chosen from the whole mini-batch over all ranks, ties by the token's
 
 Differs from the authors' code, ``variant = "authors"``: q is that of the policy that sampled, and what is held is the
 sampled token alone, by k3 = q/pi - log(q/pi) - 1 at o_t where pi(o_t) < q(o_t); the least likely tokens are a share rho
-of those with a negative advantage, none where that is fewer than two. Their run has the scope above and no
-``dual_clip``.
+of those with a negative advantage, none where that is fewer than two. Their run has the scope above and
+``dual_clip = 0``, which is none.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ held it less well. MAI-Thinking-1 widens the bound while entropy is below a targ
     e .6, delta .25, k_max 2.5, target .3 (section 3.1.5 of the report; the equations are in 3.1.1)
 
 e is ``clip_low``, and 1/(1 - e) is 1 + ``clip_high``: at .6 and 1.5 the interval is symmetric in log r while k is 0.
+Who changes one of them changes the other.
 Only tokens of negative advantage can reach r = 50, and there the loss stops: that is ``dual_clip = 50``.
 
 Scope. H^ is the mean over the mini-batch's N tokens on all ranks, under the policy as it is before the update; k moves

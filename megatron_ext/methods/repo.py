@@ -23,7 +23,7 @@ the checkpoint), or the option ``target``, which may be a schedule (targets.py).
 is.
 
 The authors' code is not public. A pull request to SkyRL (1896, open) has the same A', with log pi from -20 on, and the
-same rule; there H is measured while the step trains, so zeta moves a step later. ``zeta_0`` is its first zeta.
+same rule; there H is measured while the step trains, so zeta moves a step later.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ No baseline and no standard deviation: a group of one, or of equal rewards, trai
 here). Dropped responses leave the denominator, whatever the ``aggregation``: N_kept, or the number of responses kept,
 is counted over the whole mini-batch on all ranks, so there is no smaller scope to offer.
 
-Differs from the authors' scripts, which carry an entropy bonus of .001 that the paper does not mention: not
-mirrored.
+Differs from the authors' code, which takes the responses that NSR or PSR drop out of the step before it is cut into
+mini-batches, and so has fewer updates; here each update has its own mini-batch without them. Its scripts carry an
+entropy bonus of .001 that the paper does not mention: not mirrored.
 """
 
 from __future__ import annotations

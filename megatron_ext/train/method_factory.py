@@ -30,6 +30,12 @@ def create_method(config: Config) -> Method:
             f"rollout.samples: found 1, but {config.method['name']} compares a response with the others to its prompt: "
             "a group of one has no advantage and nothing would be learnt; expected at least 2, 8 is usual"
         )
+    if method.trains_on_wrong_rewards and config.reward.wrong >= 0:
+        raise ConfigError(
+            f"reward.wrong: found {config.reward.wrong}, but this {config.method['name']} takes a wrong response's "
+            "reward for its advantage, and would learn nothing from it; expected a number below 0, -1 in the authors' "
+            "runs"
+        )
     for section, options in optimizers(config, method).items():
         if options.schedule != "constant" and options.decay_steps <= options.warmup_steps:
             raise ConfigError(

@@ -15,7 +15,8 @@ for each mini-batch, unless the method leaves the policy alone in this step:
                mini-batch is one micro-batch, the update's own forward
     prepared = method.prepare(mini-batch, current)                          whole-mini-batch statistics
     for each micro-batch: backward of sum(method.loss(micro-batch, statistics, prepared)); in the first update the
-               forward's own log-probs are the old ones, so that every ratio is exactly 1
+               forward's own statistics are the old ones, so that every ratio, of probabilities or of entropies, is
+               exactly 1
     clip, AdamW step
 """
 
@@ -196,7 +197,7 @@ class Learner:
     def describe(self, batch: Batch, old: TokenStats, episodes: Sequence[Episode], lag: int) -> dict[str, float]:
         """What the step's batch looks like, whose ``old`` may just have been measured. Raises MismatchError where the
         engine samples from another policy."""
-        batch = known_old(batch, old.logprob)
+        batch = known_old(batch, old)
         metrics = summarise(batch, old, episodes, self.reduce) | routing.describe(episodes, self.policy, self.reduce)
         metrics |= mismatch.corrections(batch, self.config.importance, self.reduce)
         mismatch.check(metrics, self.config, lag=lag)
@@ -267,7 +268,7 @@ class Learner:
         def loss(number: int, stats: TokenStats) -> Tensor:
             micro_batch, position = parts[number]
             if measures_old:
-                micro_batch = known_old(micro_batch, stats.logprob.detach())
+                micro_batch = known_old(micro_batch, stats.detach())
             whole = prepared(stats.detach()) if callable(prepared) else prepared
             part = whole.select(position)
             value = self.method.loss(micro_batch, stats, part).sum()
@@ -384,7 +385,8 @@ def joined_stats(*parts: TokenStats | None) -> TokenStats:
     return TokenStats(**{name: torch.cat([part[name] for part in found]) for name in found[0]})
 
 
-def known_old(batch: Batch, old_logprob: Tensor) -> Batch:
-    """A batch whose old policy was not known yet, now that it is measured."""
-    rollout = mismatch.known(batch.rollout_logprob, old_logprob)
-    return replace(batch, old_logprob=old_logprob, rollout_logprob=rollout)
+def known_old(batch: Batch, old: TokenStats) -> Batch:
+    """A batch with the old policy's statistics, now that they are measured, in the place of what it had of them."""
+    rollout = mismatch.known(batch.rollout_logprob, old.logprob)
+    kept = None if batch.old is None else old
+    return replace(batch, old_logprob=old.logprob, rollout_logprob=rollout, old=kept)

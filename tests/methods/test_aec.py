@@ -37,7 +37,33 @@ def test_the_coefficient_follows_the_papers_rule(case: Case) -> None:
     ]
     #         c_k:  0    .25   .5   .6   .6   .35  .6   .35  .1   0
     assert applied == pytest.approx([0, 0.25, 0.5, 0.6, 0, 0.35, 0, 0, 0, 0])
-    assert method.state_dict() == pytest.approx({"c": 0.0, "applied": 0.0})
+    assert method.state_dict() == pytest.approx({"c": 0.0, "applied": 0.0, "below": False})
+
+
+def authors_applied(entropies: list[float], target: float, delta: float, largest: float) -> list[float]:
+    """What each step applies in the authors' trainer (Skywork-OR1 64e96af, verl/trainer/ppo/ray_trainer.py and
+    EntController of core_algos.py), from its two rules: a step is given the controller's value times its switch, which
+    is on at first; after it the value moves by delta and is bounded, and the switch is whether entropy was below."""
+    value, is_on, given = 0.0, 1, []
+    for found in entropies:
+        given.append(value * is_on)
+        value = min(max(value + (delta if found < target else -delta), 0.0), largest)
+        is_on = int(found < target)
+    return given
+
+
+def test_the_authors_gate_is_their_controller(monkeypatch: pytest.MonkeyPatch) -> None:
+    entropies = [0.1, 0.1, 0.1, 0.3, 0.3, 0.1, 0.1, 0.3, 0.1, 0.1]
+    expected = authors_applied(entropies, 0.2, 0.25, 0.6)
+    assert expected == pytest.approx([0, 0.25, 0.5, 0.6, 0, 0, 0.35, 0.6, 0, 0.6])
+    case, method, measured = Case(), AEC(target=0.2, delta=0.25, c_max=0.6, gate="previous"), iter(entropies)
+    monkeypatch.setattr(AEC, "measured", lambda *_: next(measured))
+    assert [on_step_start(method, case)["aec/applied"] for _ in entropies] == pytest.approx(expected)
+
+
+def test_the_authors_loss_has_the_same_bonus(case: Case) -> None:
+    per_token = clipped(case.ratio, case.advantages(), 0.2, 0.2) - 0.3 * entropy(case.logits)
+    assert close(run(case, OPTIONS["aec, authors"]), per_token[case.tokens].mean(), case)
 
 
 def test_the_measure_is_the_token_mean_of_the_sampling_policy(case: Case) -> None:

@@ -31,6 +31,12 @@ def test_the_authors_scope_is_a_mean_of_micro_batch_means() -> None:
     assert close(run(case, PLAIN | {"scope": "micro_batch"}, micro_batch=4), torch.stack(parts).sum(), case)
 
 
+def test_the_first_version_divides_by_all_tokens() -> None:
+    case = Case()
+    loss = clipped(case.ratio, case.advantages(), 0.2, 0.28)[top(case, case.tokens)].sum() / len(case.tokens)
+    assert close(run(case, PLAIN | {"denominator": "all"}), loss, case)
+
+
 def within(case: Case, i: int) -> list[int]:
     """The tokens of response i above its 70 % quantile, by linear interpolation."""
     h, own = entropy(case.logits).detach(), list(case.tokens_of(i))

@@ -148,7 +148,7 @@ def test_every_method_is_tested_and_has_a_recipe_of_its_own() -> None:
         ({"name": "siren", "coef": -1}, "method.coef: found -1"),
         ({"name": "grpo", "clip_low": -0.1}, "method.clip_low: found -0.1, expected a number of at least 0"),
         ({"name": "grpo", "beta": float("nan")}, "method.beta: found nan"),
-        ({"name": "grpo", "dual_clip": 1.0}, "method.dual_clip: found 1.0, expected a number above 1, or leave it out"),
+        ({"name": "grpo", "dual_clip": 1.0}, "method.dual_clip: found 1.0, expected a number above 1, or 0 for none"),
         (
             {"name": "clip_higher", "overlong_max": 99},
             "method.overlong_max: found 99, expected at least overlong_buffer",

@@ -22,6 +22,28 @@ def test_the_loss_is_the_mean_over_the_rows_kept(name: str, correct: float, wron
     assert found.plans[0].report["reinforce/kept_share"] == pytest.approx(len(kept) / len(case.tokens))
 
 
+def authors_rows(scores: torch.Tensor, kind: str, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantage of each response, and which ones train, by the rules of the authors' estimator and trainer
+    (RLVR-Decomposed a5d4e7c): a response's return is its score at every token; "negative" takes 1 from it, "weighted"
+    multiplies right ones and takes 1 from wrong ones; rows of the other kind are taken out, but of "weighted"."""
+    right = scores == 1
+    if kind == "positive":
+        return scores.clone(), right
+    if kind == "negative":
+        return scores - 1, ~right
+    return torch.where(right, scores * weight, scores - 1), torch.ones_like(right)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("psr", "positive"), ("nsr", "negative"), ("w_reinforce", "weighted")])
+def test_the_advantage_is_the_authors(name: str, kind: str) -> None:
+    case = Case(rewards=([1.0, 0.0, 1.0], [0.0, 0.0], [1.0, 1.0], [0.0]))
+    advantage, trains = authors_rows(case.reward, kind, 0.1)
+    rows = [i for i in range(len(case.reward)) if trains[i]]
+    tokens = [t for i in rows for t in case.tokens_of(i)]
+    loss = clipped(case.ratio, advantage.double()[case.sequence], 0.2, 0.2)[tokens].mean()
+    assert rows and close(run(case, OPTIONS[name]), loss, case)
+
+
 @pytest.mark.parametrize("aggregation", ["seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"])
 def test_a_mean_over_responses_is_over_those_kept(aggregation: str) -> None:
     case = Case()

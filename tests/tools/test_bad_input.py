@@ -37,6 +37,11 @@ def recipe(method: str) -> str:
         ("siren", "method.p=1.01", "method.p: found 1.01"),
         ("grpo", "rollout.top_p=0", "rollout.top_p: Input should be greater than 0, found 0"),
         ("grpo", "rollout.top_p=1.01", "rollout.top_p: Input should be less than or equal to 1, found 1.01"),
+        (
+            "entrocraft",
+            'method.variant="authors"',
+            "reward.wrong: found 0.0, but this entrocraft takes a wrong response",
+        ),
         ("grpo", "rollout.samples=1", "rollout.samples: found 1, but grpo compares a response with the others"),
         ("siren", "rollout.samples=1", "rollout.samples: found 1, but siren compares"),
         ("clip_higher", "rollout.samples=1", "rollout.dynamic_sampling: keeps groups whose rewards differ"),
