@@ -110,7 +110,6 @@ class Method:
 
     aggregation: Aggregation = "token-mean"
     group_relative: ClassVar[bool] = False  # advantages are relative to the group: a group of one has none
-    trains_on_wrong_rewards: ClassVar[bool] = False  # a wrong response's reward is its advantage: 0 would teach nothing
     metrics_glossary: ClassVar[tuple[Metric, ...]] = ()  # what this page reports; a subclass names its own alone
 
     @classmethod
@@ -126,6 +125,11 @@ class Method:
     def controller(self) -> Controller | None:
         """How the method's control of the entropy is read from its metrics; None where it controls nothing."""
         return None
+
+    @property
+    def trains_on_wrong_rewards(self) -> bool:
+        """Whether a wrong response's reward is its advantage, so that one of 0 would teach nothing."""
+        return False
 
     @property
     def loss_moves_state(self) -> bool:

@@ -272,8 +272,8 @@ def test_a_moving_target_is_read_step_by_step() -> None:
     assert run.target_curves == [target, target]
     grpo = result("grpo", seed(0, entropy__full=[0.6] * 4 + [0.36, 0.25]), seed(2, entropy__full=[0.6] * 6))
     assert following(run, grpo)[1] == "-"  # it measures another entropy
-    curves = [{"h": each, "goal": target, "entropy__full": each} for each in (measured, target)]
-    run = result("x", *(seed(i, **own) for i, own in enumerate(curves)), controller=moving)
+    both = (seed(i, h=own, goal=target, entropy__full=own) for i, own in enumerate((measured, target)))
+    run = result("x", *both, controller=moving)
     error, without, beyond, settles = following(run, grpo)
     assert (error, beyond, settles) == ("1.0 ± 1.4", "7.5 (1 of 2 seeds)", "2 ± 1")
     assert without == "10.0"  # .36 where .3 was asked, and .25: of the seed that both have
@@ -368,8 +368,8 @@ def test_a_tuned_run_is_compared_with_the_tuned_baseline(tmp_path: Path) -> None
     plan = plan_with(tmp_path, {"grpo": 1, "aer": 1, "psr": 0})
     for name, right in {"grpo": 2, "aer": 2, "psr": 3, "grpo.tuned": 3, "aer.tuned": 3}.items():
         for number in range(2):
-            own = {"aer__entropy": 0.4, "aer__target": 0.32} if name.startswith("aer") else {}
-            save_run(tmp_path / "runs", f"{name}@off-policy-s{number}", entropy=FALLING, right=right, **own)
+            own = {"aer/entropy": FALLING, "aer/target": FLAT} if name.startswith("aer") else {}
+            save_run(tmp_path / "runs", f"{name}@off-policy-s{number}", entropy=FALLING, right=right, curves=own)
     collect(plan, tmp_path / "runs", tmp_path)
     rows = {row.result.run.name: row for row in league(plan, load(plan, tmp_path))["off-policy"]}
     means = {name: row.avg and row.avg.effect.mean for name, row in rows.items()}
