@@ -5,7 +5,8 @@
 #   bash slurm/siren_7b.sh [key=value ...]              the same with SBATCH_OPTIONS of env.sh
 #   sbatch slurm/siren_7b.sh --dry-run                  tries nodes, paths and recipe, does not train
 #   DRY_RUN=1 bash slurm/siren_7b.sh                    prints the commands and runs none
-#   RECIPE=recipes/... RANKS_PER_NODE=1 sbatch ...      another recipe, another number of ranks
+#   RECIPE=recipes/... bash slurm/siren_7b.sh           another recipe, on the nodes and GPUs that its name says
+#   RECIPE=recipes/... RANKS_PER_NODE=1 sbatch ...      another recipe, another number of ranks; sbatch's own --nodes
 #
 # In the job one task per node runs tools.ranks, which starts the node's ranks; rank 0's address is fixed
 # beforehand, so there is nothing to discover. Before the time limit Slurm sends USR1 to this script (--signal in the
@@ -14,7 +15,7 @@
 # times in a row before anything new was saved (the time is too short for a start, a step and a save), 77 a rank hung,
 # else a crash.
 set -euo pipefail
-script="$1" recipe="${RECIPE:-$2}"
+script="$1" own="$2" recipe="${RECIPE:-$2}"
 shift 2
 : "${PROJECT_DIR:=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}"
 # shellcheck source=slurm/env.sh
@@ -41,13 +42,15 @@ if [[ -z "$CONTAINER_IMAGE" ]]; then # which may have the recipe somewhere else
     (cd "$PROJECT_DIR" && [[ -f "$recipe" ]]) || fail "no such recipe: $recipe, looked for from $PROJECT_DIR"
 fi
 
+[[ "$recipe" =~ -([0-9]+)n([0-9]+)g\.toml$ ]] && sized=1 || sized="" # a recipe's name says its size
 if [[ -z "${SLURM_JOB_ID:-}" ]]; then
-    submit=(sbatch "${SBATCH_OPTIONS[@]}" "$script" "$@")
+    submit=(sbatch "${SBATCH_OPTIONS[@]}")
+    [[ -z "$sized" || "$recipe" == "$own" ]] || submit+=(--nodes="${BASH_REMATCH[1]}" --gpus-per-node="${BASH_REMATCH[2]}")
+    submit+=("$script" "$@")
     [[ -n "${DRY_RUN:-}" ]] || exec "${submit[@]}"
     show "RECIPE=$recipe" "${submit[@]}"
 fi
 
-[[ "$recipe" =~ -([0-9]+)n([0-9]+)g\.toml$ ]] || true # outside a job a recipe's name says its size
 nodes="${SLURM_JOB_NUM_NODES:-${BASH_REMATCH[1]:-1}}"
 ranks_per_node="${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-${BASH_REMATCH[2]:-1}}}"
 hosts=("the-first-node")

@@ -4,8 +4,9 @@
     python -m tools.docs --write    write them
 
 docs/configuration.md comes from config/schema.py, docs/metrics.md from metrics/glossary.py and the methods,
-docs/methods.md and docs/surrogates.md from the methods' own files, docs/data-sets.md from config/public_sets.toml. The
-tests fail while a page is out of date. Exit codes: 0 up to date or written, 1 out of date, 2 a page cannot be written.
+docs/methods.md and docs/surrogates.md from the methods' own files, docs/data-sets.md from config/public_sets.toml,
+docs/other-stacks.md from config/aliases.py. The tests fail while a page is out of date. Exit codes: 0 up to date or
+written, 1 out of date, 2 a page cannot be written.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 
+from megatron_ext.config.aliases import ALIASES
 from megatron_ext.config.describe import Key, sections, toml_value
 from megatron_ext.config.public_sets import PublicSet, public_sets
 from megatron_ext.methods import METHODS, surrogates, targets
@@ -97,8 +99,8 @@ def metric_page() -> str:
         "# Metrics",
         "",
         "Every key of a run's `metrics.jsonl`: one line a step, over all ranks. A name with a `<part>` is a family. "
-        "All but `time/` and `speed/` follow from the configuration and the seed alone. The report, the live table and "
-        "the alarms use these words; [debugging.md](debugging.md) goes from a symptom to the metric.",
+        "All but `time/`, `speed/` and `servers/` follow from the configuration and the seed alone. The report, the "
+        "live table and the alarms use these words; [debugging.md](debugging.md) goes from a symptom to the metric.",
     ]
     for section in dict.fromkeys(metric.section for metric in METRICS):
         lines += ["", f"## {section}", "", *_metrics(metric for metric in METRICS if metric.section == section)]
@@ -126,12 +128,45 @@ def data_set_page() -> str:
     return "\n".join([*lines, ""])
 
 
+NOT_HERE = (
+    ("LoRA and other adapters", "all weights train"),
+    ("supervised fine-tuning, preference learning, distillation", "start from a checkpoint that has had them"),
+    ("a reward model", "rewards are verified, or a function of your own ([own-code.md](own-code.md))"),
+    ("several turns, tools, agents", "one prompt, one response"),
+    ("images, audio", "text alone"),
+    ("SGLang, TensorRT-LLM", "transformers or vLLM, or [an engine of your own](adding-an-engine.md)"),
+    ("FSDP, DeepSpeed ZeRO", "Megatron-Core's tensor, pipeline, context, expert and data parallelism"),
+    ("FP8 training", "bfloat16 with float32 main weights, or float32"),
+    ("Ray", "Slurm, NeMo-Run, or one command on every node"),
+)
+
+
+def other_stacks() -> str:
+    """Our keys with their names elsewhere, in the order of aliases.py."""
+    lines = [
+        GENERATED,
+        "# Coming from another stack",
+        "",
+        "What keys of verl, OpenRLHF, NeMo-RL, slime, TRL and Megatron-LM are called here. A recipe or an override "
+        "with one of these names is an error that says the same; the end of a dotted key is enough (`rollout.n` of "
+        "`actor_rollout_ref.rollout.n`). What the keys mean: [configuration.md](configuration.md).",
+        "",
+    ]
+    names: dict[str, list[str]] = {}
+    for other, ours in ALIASES.items():
+        names.setdefault(ours, []).append(other)
+    rows = ((_as_code(ours), ", ".join(f"`{name}`" for name in others)) for ours, others in names.items())
+    lines += [*table(("here", "elsewhere"), rows), "", "## What is not here", ""]
+    return "\n".join([*lines, *table(("elsewhere", "here"), NOT_HERE), ""])
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "configuration.md": configuration,
     "metrics.md": metric_page,
     "methods.md": method_pages,
     "surrogates.md": surrogate_page,
     "data-sets.md": data_set_page,
+    "other-stacks.md": other_stacks,
 }
 
 
@@ -150,6 +185,12 @@ def _key(key: Key) -> list[str]:
     named = isinstance(key.default, dict) and "name" in key.default  # the method's table
     default = f'name = "{key.default["name"]}"' if named else toml_value(key.default)
     return [f"`{key.name}`", key.values, f"`{default}`", key.description]
+
+
+def _as_code(text: str) -> str:
+    """``key (what differs)`` with the key as code."""
+    key, *rest = text.split(" (", 1)
+    return " and ".join(f"`{name}`" for name in key.split(" and ")) + "".join(f" ({each}" for each in rest)
 
 
 def _metrics(metrics: Iterable[Metric]) -> list[str]:

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     console, start = Console(), time.monotonic()
     name = "quickstart" if options.engine == DEFAULT else f"quickstart-{options.engine}"
     run = Path("runs") / name
-    if (run / "hf").exists():
+    if is_done("after", run):
         console.print(f"{run} is finished; remove it to start over", markup=False)
     else:
         engine = [f"rollout.engine={options.engine}", "rollout.enforce_eager=true"]
@@ -52,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
             ("export", ["convert", "to-hf", str(run), str(run / "hf")]),
             ("after", evaluate(str(run / "hf"), "after", run, options.engine)),
         ):
+            if is_done(title, run):
+                continue
             console.rule(title)
             code = subprocess.run(command(tool, *rest)).returncode
             if code:
@@ -65,6 +67,15 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"  {path}", markup=False, highlight=False)
     console.print(f"  {time.monotonic() - start:.0f} s", highlight=False)
     return 0
+
+
+def is_done(title: str, run: Path) -> bool:
+    """Whether a call before this one got so far. Training knows by itself where it stopped."""
+    from .evaluate import load_evaluations
+
+    if title in ("train", "export"):
+        return title == "export" and (run / "hf").exists()
+    return (run / EVALUATION).exists() and title in load_evaluations(run / EVALUATION)
 
 
 def evaluate(model: str, label: str, run: Path, engine: str) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from megatron_ext.metric import Metric
 
-CLOCK = ("time/", "speed/")  # what depends on the machine: all other metrics follow from configuration and seed
+CLOCK = ("time/", "speed/", "servers/")  # what depends on the machine: all others follow from configuration and seed
 FINITE = ("loss/", "grad/", "entropy/", "logprob/", "reward/", "mismatch/")  # NaN or infinity there is an alarm
 
 LEARNING, VALIDATION, ENTROPY, UPDATE = "Learning", "Validation", "Entropy", "Update"
@@ -313,7 +313,7 @@ METRICS = (
     Metric(
         name="time/idle/<phase>", section=MACHINE, title="Idle ranks", unit=OF_TIME, good="near 0",
         meaning="what ranks would wait if they met at the end of the phase: 1 - mean / longest of their work in it; "
-        "not told of the rollout where another one is generated beside the step",
+        "missing for the rollout while a later one is generated beside the step",
         high="of update and old_logprob: see data/imbalance. Of rollout: some ranks' responses are longer",
     ),
     Metric(

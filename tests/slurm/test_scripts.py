@@ -52,6 +52,10 @@ def test_outside_a_job_the_submission_and_the_launch_are_printed() -> None:
     ranks = ["-m", "tools.ranks", "--nodes", "2", "--ranks-per-node", "8", "--numa-binding", "node"]
     ranks += ["--master", "the-first-node:20000"]
     assert launch[python:] == [*ranks, "tools.train", recipe, "train.steps=3", 'name="a b"']
+    other = "recipes/siren/siren-qwen3-8b-32k-4n8g.toml"
+    submit, launch = dry_run("siren_7b.sh", RECIPE=other)
+    assert submit == [f"RECIPE={other}", "sbatch", "--nodes=4", "--gpus-per-node=8", "slurm/siren_7b.sh"]
+    assert launch[1] == "--nodes=4"
     _, launch = dry_run("siren_7b.sh", NUMA_BINDING="none")
     assert "--numa-binding none " in " ".join(launch)
 

@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlan
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+from megatron_ext.metrics.glossary import CLOCK
 from tests.soak.watched_run import ROOT, WatchedRun
 
-CLOCKS = ("time/", "speed/")  # metrics that no two runs share
 INDEX = ".metadata"  # torch's index: holds a random identifier; its tensors are compared instead
 
 
@@ -111,7 +111,7 @@ def _steps(file: Path) -> list[dict[str, Any]]:
     """The complete lines, without clock readings; numbers as they are written."""
     lines = file.read_text().split("\n")[:-1] if file.exists() else []
     records = (json.loads(line, parse_float=str, parse_int=str) for line in lines)
-    return [{key: value for key, value in record.items() if not key.startswith(CLOCKS)} for record in records]
+    return [{key: value for key, value in record.items() if not key.startswith(CLOCK)} for record in records]
 
 
 def _first_difference(own: dict[str, Any], expected: dict[str, Any]) -> str:

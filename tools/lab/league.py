@@ -244,7 +244,11 @@ def note(plan: LabPlan, found: dict[str, list[Row]]) -> str:
     null = [each for row, each in made if row.is_null]
     higher, lower = (sum(each.verdict == word for each in tested) for word in (HIGHER, LOWER))
     wrong = sum(each.verdict != NOT_DECIDED for each in null)
-    star = f", {quantile(plan.seeds - 1, 0.05 / len(tested)):.0f} standard errors and more" if tested else ""
+    star = (
+        f", {quantile(plan.seeds - 1, 1 - (1 - CONFIDENCE) / len(tested)):.0f} standard errors and more"
+        if tested
+        else ""
+    )
     return (
         f"Higher or lower: the whole 95 % interval of the difference from {plan.baseline} of the same regime (of tuned "
         f"rows: from the tuned {plan.baseline}), over seeds and problems, lies on that side of 0. Not decided is no "

@@ -419,6 +419,8 @@ def test_the_page_says_what_is_there_and_what_is_missing(folder: Path) -> None:
     assert "| entropic.linear | off-policy | 1 | 10.0 | 10.0 | 22.4 | - |" in "\n".join(lines)
     assert "The tuned runs of all methods are left out" in text
     assert "2 of 2 comparisons are not decided" in text and "Holm" in text and "no evidence" in text
+    # four comparisons, 1.25 % for each: t of three degrees of freedom is 5.05 at 1.5 %, 5.84 at 1 %
+    assert "takes a very clear difference, 5 standard errors and more" in text
     assert "method.tau" not in text and "upper clip bound" in text
     assert text.count("<figure") == text.count("</figure>") >= 4 and "<circle" in text
     assert "Entropy over right answers" in text and "Positive and negative samples" in text
