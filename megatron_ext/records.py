@@ -12,7 +12,8 @@ class Problem:
     ``verifier`` names how a response's answer is scored: ``math`` (equivalence with ``answer``), ``countdown`` (an
     expression that also uses each of ``numbers`` exactly once) or ``choice`` (the letter of an option).
     Accuracy is also reported by ``kind``, such as a subject; of problems without one, by ``verifier``. ``level`` is a
-    problem's difficulty, such as MATH's 1 to 5.
+    problem's difficulty, such as MATH's 1 to 5. ``in_thought``: its prompt, as the model reads it, ends in a
+    ``<think>`` that the response goes on with; known once it is encoded.
     """
 
     problem_id: str
@@ -22,6 +23,7 @@ class Problem:
     numbers: tuple[int, ...] = ()
     kind: str = ""
     level: str = ""
+    in_thought: bool = False
 
 
 @dataclass(frozen=True)

@@ -79,9 +79,9 @@ def _expert_faults(hf: dict[str, Any], p: ParallelConfig) -> list[str]:
     faults = []
     for field, size, what, count in (
         ("expert", p.expert, "experts", experts),
-        ("expert_tensor", p.expert_tensor, "columns of an expert", hf["moe_intermediate_size"]),
+        ("expert_tensor", p.expert_tensor, "columns of an expert", hf.get("moe_intermediate_size")),
     ):
-        if count % size:
+        if count is not None and count % size:  # an unknown family is refused by its name
             faults.append(
                 f"parallel.{field}: {size} does not divide the model's {count} {what}; nearest valid is "
                 f"{nearest_divisor(count, size)}"

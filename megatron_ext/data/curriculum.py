@@ -34,10 +34,11 @@ MAKE = "megatron-entropy semantic-entropy RECIPE"
 
 def data_order(config: Config, problems: Sequence[Problem]) -> DataOrder:
     """The order in which a run takes ``problems``: stage by stage where there is a curriculum. Raises ConfigError."""
+    seed, identity = config.train.seed, fingerprint(problems)
     if not config.data.curriculum:
-        return DataOrder([range(len(problems))], seed=config.train.seed)
+        return DataOrder([range(len(problems))], seed=seed, problems=identity)
     stages = read_stages(config.data.curriculum, problems)
-    return DataOrder(stages, seed=config.train.seed, starts=stage_starts(config, len(stages)))
+    return DataOrder(stages, seed=seed, starts=stage_starts(config, len(stages)), problems=identity)
 
 
 def fingerprint(problems: Sequence[Problem]) -> str:

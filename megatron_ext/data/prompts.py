@@ -7,6 +7,7 @@ tokenizer's own chat template. A model with neither reads ``system``, an empty l
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,12 @@ def render_prompts(tokenizer: Any, problems: Sequence[Problem], prompt: PromptCo
 def encode_prompts(
     tokenizer: Any, problems: Sequence[Problem], prompt: PromptConfig = NO_PROMPT
 ) -> Iterator[tuple[Problem, tuple[int, ...]]]:
-    """The problems with the token ids of their prompts. Raises ``ConfigError`` as ``render_prompts`` does.
+    """The problems, now with ``in_thought``, and the token ids of their prompts. Raises ``ConfigError`` as
+    ``render_prompts`` does.
 
     Plain text gets the special tokens that the tokenizer adds, a chat template writes its own.
     """
     plain = chat_template(tokenizer, prompt) is None
     for problem, text in zip(problems, render_prompts(tokenizer, problems, prompt), strict=True):
-        yield problem, tuple(tokenizer.encode(text, add_special_tokens=plain))
+        in_thought = text.rstrip().endswith("<think>")
+        yield replace(problem, in_thought=in_thought), tuple(tokenizer.encode(text, add_special_tokens=plain))

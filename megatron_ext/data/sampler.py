@@ -17,16 +17,20 @@ class DataOrder:
     ``stages`` are lists of problem numbers, ``starts`` the first step of each (steps count from 0); without a
     curriculum there is one stage with all problems. A request that reaches the end of an epoch goes on with the
     next one, so every problem comes once per epoch and none is dropped; only such a request, or one for more
-    problems than the stage has, can hold a problem twice. A stage that ends drops the rest of its epoch.
+    problems than the stage has, can hold a problem twice. A stage that ends drops the rest of its epoch. ``problems``
+    identifies what the numbers stand for.
     """
 
-    def __init__(self, stages: Sequence[Sequence[int]], *, seed: int, starts: Sequence[int] = (0,)) -> None:
+    def __init__(
+        self, stages: Sequence[Sequence[int]], *, seed: int, starts: Sequence[int] = (0,), problems: str = ""
+    ) -> None:
         if not stages or not all(stages) or len(stages) != len(starts) or starts[0] != 0:
             raise ValueError(
                 f"DataOrder: expected stages of at least one problem and as many starts, the first 0; found "
                 f"{[len(stage) for stage in stages]} problems starting at {list(starts)}"
             )
         self.stages, self.starts, self.seed = [list(stage) for stage in stages], list(starts), seed
+        self.problems = problems
         self._enter(stage=0, epoch=0, position=0)
 
     @property
@@ -64,6 +68,7 @@ class DataOrder:
             "starts": list(self.starts),
             "stages": hashlib.sha256(json.dumps(self.stages).encode()).hexdigest(),
             "num_problems": sum(map(len, self.stages)),
+            "problems": self.problems,
             "seed": self.seed,
         }
 
@@ -75,11 +80,12 @@ class DataOrder:
         names = {
             "num_problems": "number of usable problems in data.train",
             "stages": "order of the problems by data.curriculum",
+            "problems": "content of data.train, its usable problems in their order,",
             "seed": "train.seed",
         }
         own = self.state_dict()
         for key, name in names.items():
-            if state[key] != own[key]:
+            if state.get(key, own[key]) != own[key]:  # an older checkpoint does not know the problems
                 raise ConfigError(
                     f"resume: the {name} is {own[key]}, the checkpoint's is {state[key]}: the order of the data would "
                     "not continue. Resume with the checkpoint's data, curriculum and seed, or start a new run"

@@ -163,7 +163,7 @@ def _open_files(trainer: Trainer, glossary: Glossary) -> MetricsWriter | None:
             MetricsWriter(
                 config.run_dir,
                 trackers=config.log.trackers,
-                total_steps=config.train.steps,
+                total_steps=max(config.train.steps, trainer.step),
                 resume_step=step,
                 glossary=glossary,
             )

@@ -67,14 +67,21 @@ def known(rollout_logprob: Tensor, old_logprob: Tensor) -> Tensor:
 
 
 def check(metrics: Mapping[str, float], config: Config, *, lag: int = 0) -> None:
-    """Raise MismatchError when engine and trainer disagree by more than ``alarms.mismatch`` nats a token on average, or
-    when the engine does not tell more than ``alarms.unknown_logprobs`` of its log-probs, which cannot be compared.
+    """Raise MismatchError when the policy's own log-probs are not finite, when engine and trainer disagree by more than
+    ``alarms.mismatch`` nats a token on average, or when the engine does not tell more than ``alarms.unknown_logprobs``
+    of its log-probs, which cannot be compared.
 
     A batch that weights of ``lag`` steps before have sampled says nothing of the engine: the policy has moved since.
 
     Without sampling replay a nucleus may raise the engine's log-probs by up to ``-log(rollout.top_p)``, which is
     allowed for; top-k and min-p may raise them by any amount: then they are not compared.
     """
+    if not math.isfinite(metrics["logprob/mean"]):
+        raise MismatchError(
+            f"train: the policy's own log-probs are not finite (their mean is {metrics['logprob/mean']}): its weights "
+            "or its arithmetic are broken, and no update would mend them. Remove the newest checkpoints to go on from "
+            "an older one, with a lower optimizer.lr or model.dtype=float32"
+        )
     share, unknown = config.alarms.unknown_logprobs, metrics["response/unknown_logprobs"]
     unknown /= max(metrics["response/length"], 1.0)
     if unknown > share:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from megatron_ext.checkpoint.checkpoint import Checkpoints
+from megatron_ext.checkpoint.weight_initializer import weights_identity
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.schema import Config
 from megatron_ext.data.curriculum import data_order
@@ -44,6 +45,7 @@ def build(config: Config, pool: RewardPool | FunctionPool) -> Trainer:
     with users_files():
         tell(f"kernels: {describe_kernels(config, architecture)}")
     learner = build_learner(config, method, architecture)
+    reference = None if learner.reference is None else weights_identity(config.model)  # as they were just read
     checkpoints = Checkpoints(
         config.run_dir / "checkpoints",
         trained=learner.trained,
@@ -68,7 +70,7 @@ def build(config: Config, pool: RewardPool | FunctionPool) -> Trainer:
         keeps_support=config.rollout.replays_sampling and config.rollout.top_k > 0 and not config.validation.every,
     )
     trainer = Trainer(config, learner, engine, pool, problems, order, Alarms(config.alarms), checkpoints, validation)
-    trainer.beside_training = spec.beside_training
+    trainer.beside_training, trainer.reference_identity = spec.beside_training, reference
     if config.rollout.dynamic_sampling and spec.stops_early:
         trainer.stop_group = parallel.new_gloo()
     if loaded is not None:

@@ -43,7 +43,7 @@ from megatron_ext.model.build import Policy
 from megatron_ext.model.forward import forward, forward_backward
 from megatron_ext.model.reference import Reference
 from megatron_ext.model.trainable import TrainableModel, totals
-from megatron_ext.train import critic, mismatch, packing, routing
+from megatron_ext.train import critic, mismatch, packing, routing, verdicts
 from megatron_ext.train.balance import sequence_cost
 from megatron_ext.train.method_factory import measures_old_in_update
 from megatron_ext.train.packing import MiniBatch
@@ -196,11 +196,13 @@ class Learner:
 
     def describe(self, batch: Batch, old: TokenStats, episodes: Sequence[Episode], lag: int) -> dict[str, float]:
         """What the step's batch looks like, whose ``old`` may just have been measured. Raises MismatchError where the
-        engine samples from another policy."""
+        engine samples from another policy, VerifierError where too many responses have no verdict."""
         batch = known_old(batch, old)
         metrics = summarise(batch, old, episodes, self.reduce) | routing.describe(episodes, self.policy, self.reduce)
         metrics |= mismatch.corrections(batch, self.config.importance, self.reduce)
         mismatch.check(metrics, self.config, lag=lag)
+        rollout = self.config.rollout
+        verdicts.check(metrics, rollout.prompts * rollout.samples, self.config.reward.max_timeout_share)
         return metrics
 
     def update(self, batch: Batch, current: TokenStats | None, mini_batch: MiniBatch, watch: Watch) -> dict[str, float]:

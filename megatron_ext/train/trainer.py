@@ -16,7 +16,6 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_ext.checkpoint.checkpoint import Checkpoints
-from megatron_ext.checkpoint.weight_initializer import weights_identity
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.schema import Config
 from megatron_ext.data.sampler import DataOrder
@@ -50,6 +49,7 @@ class Trainer:
     validation: Validation
     beside_training: bool = False  # whether the engine generates while the policy trains
     stop_group: dist.ProcessGroup | None = None  # on which ranks agree to stop a round of dynamic sampling early
+    reference_identity: str | None = None  # of the weights the KL is taken to; None without a reference model
     weights: PolicyWeights = field(init=False)  # that the engine was given last
     step: int = 0  # training steps done
     ahead: deque[SampledBatch] = field(default_factory=deque)  # sampled and not yet trained on, the next step's first
@@ -107,7 +107,7 @@ class Trainer:
             "order": self.order.state_dict(),
             "bad_steps": {name: each.bad_steps for name, each in self.learner.trained.items()},
             "alarms": self.alarms.state_dict(),
-            "reference": self.reference_identity(),
+            "reference": self.reference_identity,
         }
         if self.config.validation.every or self.validation.best_step is not None:
             state["validation"] = self.validation.state_dict()
@@ -118,7 +118,7 @@ class Trainer:
         return state
 
     def load_state(self, step: int, state: dict[str, Any]) -> None:
-        if state["reference"] != self.reference_identity():
+        if state["reference"] != self.reference_identity:
             raise ConfigError(
                 "resume: the reference model is not the checkpoint's: the weights in "
                 f"{self.config.model.weights or self.config.model.path} differ; restore model.path and model.weights, "
@@ -131,15 +131,13 @@ class Trainer:
             each.bad_steps = state["bad_steps"][name]
         self.alarms.load_state_dict(state["alarms"])
         self.unfinished = state.get("unfinished")
+        if self.unfinished is not None:
+            self.checkpoints.step = None  # what this step's checkpoint holds will not be the state that it ends with
         self.ahead = deque(SampledBatch.of_state(batch) for batch in state.get("ahead", ()))
         if "validation" in state:
             if line := self.validation.load_state_dict(state["validation"]):
                 tell(line)
             self.checkpoints.mark_best(self.validation.best_step)
-
-    def reference_identity(self) -> str | None:
-        """Which weights the KL is taken to; None without a reference model."""
-        return None if self.learner.reference is None else weights_identity(self.config.model)
 
     def is_due(self) -> bool:
         """Whether the run's configuration wants a checkpoint of this step, or it is the best validated one."""
@@ -148,7 +146,7 @@ class Trainer:
         return is_due or self.step == self.validation.best_step
 
     def save(self, watch: Watch) -> None:
-        """Begin the checkpoint of this step, unless there is one."""
+        """Begin the checkpoint of this step, unless there is one of this state."""
         if self.checkpoints.step != self.step:
             self.publish(watch, wait=True)
             with watch.phase("save"):

@@ -66,6 +66,13 @@ def test_a_base_model_reads_plain_text(tokenizer) -> None:
     )
 
 
+@pytest.mark.parametrize(("opening", "thought"), [("<think>\n", True), ("<think>\n\n</think>\n\n", False), ("", False)])
+def test_a_template_that_opens_the_reasoning_is_noticed(opening: str, thought: bool, tokenizer) -> None:
+    tokenizer.chat_template = CHATML.replace("assistant\n{%", f"assistant\n{opening}{{%")
+    told = PromptConfig(suffix=" Reason within <think> </think>.")
+    assert [problem.in_thought for problem, _ in encode_prompts(tokenizer, PROBLEMS, told)] == [thought] * 2
+
+
 def test_a_template_that_leaves_the_system_turn_out_is_refused(tokenizer) -> None:
     silent = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
     prompt = PROMPT.model_copy(update={"template": silent})

@@ -6,8 +6,10 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -168,6 +170,41 @@ def test_a_reward_sees_tokens_and_its_faults_cost_one_response(tmp_path: Path) -
     ]
     assert found[5].extracted == "KeyError: 'tests'" and found[4].extracted == "x"
     assert [counted(reward.outcome) for reward in found[3:6]] == [Outcome.CRASHED, Outcome.OTHER, Outcome.ERROR]
+
+
+LEAVING = """
+import subprocess
+
+def score(problem, response):
+    child = subprocess.Popen(["sleep", "1000"])
+    print(child.pid, file=open(problem.answer, "w"))
+    child.wait()
+"""
+
+
+def test_what_a_reward_has_started_ends_with_its_worker(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(LEAVING)
+    reward = RewardConfig(function=f"{tmp_path}/own.py:score", deadline_s=3)
+    problem, [_, sample] = Problem("a", "", str(tmp_path / "pid")), answer("code")
+    with FunctionPool(reward, 1) as pool:
+        assert pool.score_samples([(problem, sample)])[0].outcome == Outcome.TIMEOUT
+    child, end = int((tmp_path / "pid").read_text()), time.monotonic() + 20
+    while Path(f"/proc/{child}/status").exists() and "State:\tZ" not in Path(f"/proc/{child}/status").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_worker_that_does_not_read_its_question_is_late(tmp_path: Path) -> None:
+    """A long response does not fit into a pipe."""
+    (tmp_path / "own.py").write_text(FUNCTION)
+    reward = RewardConfig(function=f"{tmp_path}/own.py:score", deadline_s=3)
+    with FunctionPool(reward, 1) as pool:
+        assert pool.score_samples([answer("four")])[0].outcome == "correct"
+        os.kill(pool._workers[0]._process.pid, signal.SIGSTOP)
+        start = time.monotonic()
+        assert pool.score_samples([answer("ab" * 100_000)])[0].outcome == Outcome.TIMEOUT
+        assert time.monotonic() - start < 30
+        assert pool.score_samples([answer("ab" * 100_000)])[0].value == 50_000.0
 
 
 def test_a_reward_worker_starts_without_torch() -> None:

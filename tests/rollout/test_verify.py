@@ -13,6 +13,7 @@ from megatron_ext.rollout.rewards.extraction import MAX_ANSWER_CHARS, extract
 from megatron_ext.rollout.rewards.outcome import Outcome
 from megatron_ext.rollout.rewards.verify import score, score_answer
 from megatron_ext.rollout.rewards.worker_pool import Program
+from megatron_ext.types import Problem
 
 RIGHT, WRONG, UNPARSABLE, FALSE = Outcome.CORRECT, Outcome.WRONG, Outcome.UNPARSABLE, Outcome.CONTRADICTION
 
@@ -133,7 +134,7 @@ def test_verdict(gold: str, answer: str, outcome: Outcome):
         (r"<think>maybe \boxed{3}</think> \boxed{4}", "4"),
         (r"maybe \boxed{3}</think> \boxed{4}", "4"),  # the template opened the tag
         (r"<think>it is \boxed{4}</think> so four", None),
-        (r"<think>it is \boxed{4}", None),
+        (r"<think>it is \boxed{4}", None),  # cut short
         (r"</think>\boxed{4}<think>or \boxed{5}", "4"),
         (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
         (r"\boxed {4}", "4"),
@@ -261,6 +262,16 @@ def test_countdown(expression: str, outcome: Outcome):
 )
 def test_countdown_values(expression: str, target: str, numbers: tuple[int, ...], outcome: Outcome):
     assert score(rf"\boxed{{{expression}}}", target, "countdown", numbers).outcome is outcome
+
+
+def test_reasoning_that_the_prompt_has_opened_is_no_answer_until_it_is_closed() -> None:
+    open_, closed = r"maybe \boxed{4} but wait, I", r"maybe \boxed{3}</think> \boxed{4}"
+    assert [extract(text, in_thought=True) for text in (open_, closed, "")] == [None, "4", None]
+    assert score(open_, "4", in_thought=True).outcome is Outcome.NO_ANSWER and score(open_, "4").correct
+    problem, thinking = (Problem("", "", "4", in_thought=thought) for thought in (False, True))
+    with reward_pool.RewardPool(1) as pool:
+        found = pool.score([(problem, open_), (thinking, open_), (thinking, closed)])
+    assert [reward.outcome for reward in found] == ["correct", "no_answer", "correct"]
 
 
 def test_a_worker_imports_neither_torch_nor_gmpy():

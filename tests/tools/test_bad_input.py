@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,16 @@ def recipe(method: str) -> str:
 def test_a_value_that_cannot_be(method: str, override: str, message: str, capsys: pytest.CaptureFixture) -> None:
     assert train.main([recipe(method), override]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_family_that_is_unknown_is_named_before_its_fields_are_missed(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    hf = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 8}
+    hf |= {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    assert train.main([recipe("grpo"), f'model.path="{tmp_path}"', "parallel.tensor=1", "--dry-run"]) == 2
+    assert "MixtralForCausalLM of model_type mixtral is not supported" in capsys.readouterr().err
 
 
 def test_a_method_that_compares_nothing_takes_single_responses(capsys: pytest.CaptureFixture) -> None:

@@ -21,7 +21,7 @@ from megatron_ext.types import Sample
 from tests.methods import cases
 from tests.train import whole_run
 
-KNOWN = {"response/length": 50.0, "response/unknown_logprobs": 0.0}
+KNOWN = {"response/length": 50.0, "response/unknown_logprobs": 0.0, "logprob/mean": -1.0}
 OFF = {"unknown_logprobs": 1.0}
 
 
@@ -159,11 +159,20 @@ def test_a_run_stops_when_the_engine_samples_from_another_policy(tmp_path: Path)
 def test_a_run_stops_when_the_engine_does_not_tell_its_log_probs() -> None:
     """The trainer's stand in for them, so the mismatch is 0."""
     config = Config.model_validate({})
-    told = {"mismatch/mean": 0.0, "response/length": 50.0}
+    told = {"mismatch/mean": 0.0, "response/length": 50.0, "logprob/mean": -1.0}
     mismatch.check(told | {"response/unknown_logprobs": 0.4}, config)
     with pytest.raises(mismatch.MismatchError, match=r"does not tell the log-probs of 0\.012 of its tokens.*0\.01"):
         mismatch.check(told | {"response/unknown_logprobs": 0.6}, config)
     mismatch.check(told | {"response/unknown_logprobs": 50.0}, Config.model_validate({"alarms": OFF}))
+
+
+@pytest.mark.parametrize("lag", [0, 4])
+def test_a_policy_that_is_broken_is_not_taken_for_the_engines_fault(lag: int) -> None:
+    """Its log-probs stand in for what the engine does not tell, and what is compared with NaN is NaN."""
+    found = KNOWN | {"logprob/mean": math.nan, "mismatch/mean": math.nan}
+    for alarms in ({}, {"alarms": {"mismatch": 0}}):
+        with pytest.raises(mismatch.MismatchError, match="the policy's own log-probs are not finite"):
+            mismatch.check(found, Config.model_validate(alarms), lag=lag)
 
 
 def test_a_run_of_unknown_log_probs_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

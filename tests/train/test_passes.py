@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from megatron_ext.model import architectures, build, forward, hf_weights, parall
 from megatron_ext.model.megatron_config import ModelOptions
 from megatron_ext.model.reference import Reference
 from megatron_ext.model.trainable import TrainableModel
+from megatron_ext.rollout.rewards.worker_pool import VerifierError
 from megatron_ext.train import packing
 from megatron_ext.train.mismatch import MismatchError
 from megatron_ext.train.step import Learner
@@ -330,6 +332,29 @@ def refused(rank: int, world: int, path: str) -> tuple[bool, bool]:
 
 def test_another_policy_is_refused_before_the_only_update() -> None:
     assert gloo.run(refused, 1, str(tiny.hf_model()[1])) == [(True, False)]
+
+
+def without_verdicts(rank: int, world: int, path: str) -> tuple[str, bool]:
+    """What a step says most of whose answers have no verdict, and whether the weights had moved by then."""
+    learner = learner_of(path, world, {"name": "grpo"}, {})
+    learner.config = learner.config.model_copy(update={"rollout": RolloutConfig(prompts=4, samples=5)})
+    before = [p.detach().clone() for module in learner.policy.modules for p in module.parameters()]
+    episodes = [
+        replace(e, reward=Reward(0.0, ("error", "timeout", "wrong")[i % 3])) for i, e in enumerate(tiny.episodes())
+    ]
+    try:
+        learner.step(episodes, Watch(1, title="", show=False))
+    except VerifierError as error:
+        after: list[Tensor] = [p for module in learner.policy.modules for p in module.parameters()]
+        return str(error), not all(map(torch.equal, before, after))
+    return "", False
+
+
+def test_answers_without_a_verdict_are_counted_over_all_ranks_before_the_first_update() -> None:
+    """A rank of a large run has fewer than the twenty of which its pool can tell."""
+    [(message, moved)] = gloo.run(without_verdicts, 1, str(tiny.hf_model()[1]))
+    assert re.match(r"reward: 6\d\.\d% of the step's 20 responses have no verdict \(timeout .*, error .*\)", message)
+    assert not moved
 
 
 def micro_batches_of(rank: int, world: int, path: str) -> int:

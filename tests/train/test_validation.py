@@ -246,6 +246,25 @@ def test_a_signal_ends_a_validation_and_the_next_start_makes_it_anew(
     assert tensors(tmp_path, 4) == tensors(uninterrupted, 4)
 
 
+def test_the_last_validation_decides_what_is_best_also_where_a_signal_ended_it(tmp_path: Path) -> None:
+    """The checkpoint of the step before it is found better is there already."""
+    rising = (0.1, 0.3, 0.2, 0.4, 0.6)
+    whole, ended = tmp_path / "whole", tmp_path / "ended"
+    assert train(whole, *options(*KILLED), values=rising) == 0
+    assert train(ended, *options(*KILLED), values=rising, hooks={("validate", 4): ask_to_stop}) == 75
+    assert kept(ended) == (["step_000003", "step_000004"], "step_000003")
+    assert train(ended, *options(*KILLED), values=rising) == 0
+    assert kept(ended) == kept(whole) == (["step_000004"], "step_000004")
+    assert repr(state(ended, 4)) == repr(state(whole, 4)) and tensors(ended, 4) == tensors(whole, 4)
+    assert train(ended, *options(*KILLED), values=rising, hooks={("validate", 4): die}) == 0  # nothing is left to do
+
+
+def test_a_run_of_fewer_steps_finishes_the_step_that_it_was_in(tmp_path: Path) -> None:
+    assert train(tmp_path, *options(*KILLED), values=MEASURED, hooks={("validate", 3): ask_to_stop}) == 75
+    assert train(tmp_path, *options(*KILLED), "train.steps=2", values=MEASURED) == 0
+    assert [each["step"] for each in validated(tmp_path)] == [0, 1, 2, 3]
+
+
 def test_a_validation_is_asked_in_parts_whether_to_go_on(tmp_path: Path) -> None:
     """Twenty problems, two responses each, eight problems at a time."""
     small = options("rollout.batch_size=4", "train.steps=1")

@@ -107,7 +107,9 @@ class Forked(Warm):
     def _start(self, options: dict[str, Any], streams: Sequence[int]) -> int:
         asked = request(options)
         if asked["module"] == VERIFIER:
-            self._reply = client.ask(os.environ[VERIFIERS], asked | {"session": False}, streams)
+            self._reply = client.ask(
+                os.environ[VERIFIERS], asked | {"session": bool(options["start_new_session"])}, streams
+            )
             return self._reply.pid
         if pid := os.fork():
             return pid

@@ -44,7 +44,7 @@ def find_family(name: str) -> Family | None:
 def read_architecture(hf: dict[str, Any], family: Family | None = None) -> Architecture:
     """The architecture that ``config.json`` describes, read by ``family`` or by the one in ``FAMILIES``.
 
-    Raises ValueError for a model of another family, and for what its family does not support.
+    Raises ConfigError for a model of another family, and for what its family does not support.
     """
     model_type, classes = hf.get("model_type"), hf.get("architectures") or ["none"]
     name = classes[0] if isinstance(classes, list) else classes
@@ -52,7 +52,10 @@ def read_architecture(hf: dict[str, Any], family: Family | None = None) -> Archi
         family = FAMILIES.get(model_type)
     if family is None or family.name != name:
         known = ", ".join(f"{each.name} ({kind})" for kind, each in FAMILIES.items()) if family is None else family.name
-        raise ValueError(
+        raise ConfigError(
             f"config.json: architecture {name} of model_type {model_type} is not supported; expected one of {known}"
         )
-    return read(hf, family)
+    try:
+        return read(hf, family)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

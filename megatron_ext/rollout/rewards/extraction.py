@@ -9,11 +9,13 @@ MAX_ANSWER_CHARS = 1000
 TEXT = r"\\(?:text(?:normal|bf|it|rm)?|mbox|math(?:rm|bf|it))(?![a-zA-Z])"  # LaTeX's dresses of text
 
 
-def extract(response: str, answer_format: str = "boxed") -> str | None:
+def extract(response: str, answer_format: str = "boxed", *, in_thought: bool = False) -> str | None:
     """The answer that a response gives after its reasoning, or None. ``answer_format`` is a key of ``FORMATS``.
 
-    Reasoning ends at the last ``</think>``; what follows an unclosed ``<think>`` is reasoning too.
+    Reasoning ends at the last ``</think>``; what follows an unclosed ``<think>`` is reasoning too, also where the
+    prompt has opened it (``in_thought``).
     """
+    response = "<think>" * in_thought + response
     return FORMATS[answer_format](response.rpartition("</think>")[2].partition("<think>")[0])
 
 

@@ -125,7 +125,7 @@ def outcome_counts(rewards: Sequence[Reward]) -> dict[str, int]:
 
 
 def _question(problem: Problem, response: str, answer_format: str) -> Question | None:
-    extracted = extract(response, answer_format)
+    extracted = extract(response, answer_format, in_thought=problem.in_thought)
     if extracted is None:
         return None
     # one character beyond the limit is enough to be scored too long

@@ -28,10 +28,16 @@ class Verdict(NamedTuple):
 
 
 def score(
-    response: str, answer: str, verifier: str = "math", numbers: tuple[int, ...] = (), answer_format: str = "boxed"
+    response: str,
+    answer: str,
+    verifier: str = "math",
+    numbers: tuple[int, ...] = (),
+    answer_format: str = "boxed",
+    *,
+    in_thought: bool = False,
 ) -> Verdict:
     """The verdict on a whole response. May never return: see the module's docstring."""
-    extracted = extract(response, answer_format)
+    extracted = extract(response, answer_format, in_thought=in_thought)
     outcome = Outcome.NO_ANSWER if extracted is None else score_answer(extracted, answer, verifier, numbers)
     return Verdict(outcome is Outcome.CORRECT, outcome, extracted)
 

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -27,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Generic, Self, TypeVar
+from typing import IO, TYPE_CHECKING, Generic, Self, TypeVar
 
 from megatron_ext import heartbeat
 from megatron_ext.records import Problem, Reward
@@ -104,6 +105,9 @@ class WorkerPool(Generic[Question]):
             batch.end(ValueError(CLOSED))
             for worker in self._workers:
                 worker.kill()
+        else:  # the batch has just ended
+            with self._one_batch:
+                self._stop_all()
 
     def _stop_all(self) -> None:
         while self._workers:
@@ -156,7 +160,7 @@ class WorkerPool(Generic[Question]):
         again; the batch's are put there. Raises what ``ask_all`` does."""
         batch = QuestionBatch(self, num_answers, {} if replies is None else replies)
         with self._one_batch:
-            if not self._workers:
+            if self._is_closed or not self._workers:
                 raise ValueError(CLOSED)
             self._batch = batch
             try:
@@ -168,9 +172,9 @@ class WorkerPool(Generic[Question]):
                     finally:
                         batch.end()  # also at an interrupt of this thread: the others end after their current answer
             finally:
-                self._batch = None
                 if self._is_closed:
                     self._stop_all()
+                self._batch = None
         batch.raise_error()
 
     def check_when_due(self, worker: Worker) -> None:
@@ -305,9 +309,10 @@ class Worker:
         line = json.dumps(question).encode() + b"\n"
         for _ in range(2):  # something else may have killed it: only the second death is the answer's fault
             self._wait_until_ready()
+            end = time.monotonic() + deadline_s
             try:
-                self._stdin.write(line)
-                return self._read_line(deadline_s)
+                self._write(line, end)
+                return self._read_line(end)
             except TimeoutError:
                 self._replace()
                 return Outcome.TIMEOUT
@@ -316,7 +321,7 @@ class Worker:
         return Outcome.CRASHED
 
     def stop(self) -> None:
-        self._process.kill()
+        self._end()
         self._process.wait()
         self._stdin.close()
         self._stdout.close()
@@ -325,7 +330,12 @@ class Worker:
         """End it, and have no other in its place; from any thread. Whoever waits for its answer gets an error."""
         with self._replacing:
             self._is_killed = True
-            self._process.kill()
+            self._end()
+
+    def _end(self) -> None:
+        """SIGKILL to it and to what it has started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def _replace(self) -> None:
         with self._replacing:
@@ -342,6 +352,7 @@ class Worker:
             stderr=subprocess.DEVNULL,  # the LaTeX parser complains there about every bad answer
             bufsize=0,
             env=inherited() | self._program.environment,
+            start_new_session=True,  # a group of its own
         )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
@@ -349,13 +360,14 @@ class Worker:
         if self._program.greeting:
             with suppress(BrokenPipeError):  # it ended at once: that shows when it is not ready
                 self._stdin.write(self._program.greeting.encode() + b"\n")
+        os.set_blocking(self._stdin.fileno(), False)
 
     def _wait_until_ready(self) -> None:
         for _ in range(2):
             if self._ready:
                 return
             try:
-                self._ready = self._read_line(START_S) == READY
+                self._ready = self._read_line(time.monotonic() + START_S) == READY
             except (EOFError, TimeoutError):
                 self._replace()
         if not self._ready:
@@ -365,16 +377,27 @@ class Worker:
                 f"{START_S:.0f} s. See why with: {command}"
             )
 
-    def _read_line(self, timeout_s: float) -> str:
-        """Raises ``TimeoutError`` after ``timeout_s`` and ``EOFError`` when the process is dead."""
-        end, line = time.monotonic() + timeout_s, b""
-        poll = select.poll()
-        poll.register(self._stdout, select.POLLIN)
+    def _write(self, line: bytes, end: float) -> None:
+        """Raises ``TimeoutError`` at ``end``, and ``BrokenPipeError`` when the process is dead."""
+        while line:
+            _wait_for(self._stdin, select.POLLOUT, end)
+            line = line[os.write(self._stdin.fileno(), line[: select.PIPE_BUF]) :]
+
+    def _read_line(self, end: float) -> str:
+        """Raises ``TimeoutError`` at ``end`` and ``EOFError`` when the process is dead."""
+        line = b""
         while not line.endswith(b"\n"):
-            if not poll.poll(max(0.0, end - time.monotonic()) * 1000):
-                raise TimeoutError
+            _wait_for(self._stdout, select.POLLIN, end)
             received = os.read(self._stdout.fileno(), 4096)
             if not received:
                 raise EOFError
             line += received
         return line.decode().strip()
+
+
+def _wait_for(pipe: IO[bytes], event: int, end: float) -> None:
+    """Until ``pipe`` can be read or written, or is broken. Raises ``TimeoutError`` at ``end``, a monotonic time."""
+    poll = select.poll()
+    poll.register(pipe, event)
+    if not poll.poll(max(0.0, end - time.monotonic()) * 1000):
+        raise TimeoutError
