@@ -18,7 +18,8 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "swanlab", "trackio"]
 MAX_NAME_BYTES = 200  # file systems take 255; a temporary file's ending is still to come
 Seconds = Annotated[float, Field(ge=0.1, le=7 * 86400)]
-RewardValue = Annotated[float, Field(ge=-1e6, le=1e6)]
+RightReward = Annotated[float, Field(gt=0, le=1e6)]  # by its sign a response counts as right
+WrongReward = Annotated[float, Field(ge=-1e6, le=0)]
 
 
 class Section(BaseModel):
@@ -232,8 +233,10 @@ class RewardConfig(Section):
         description="a reward function, package.module:name or file.py:name; empty: each problem's verifier",
     )
     options: dict[str, Any] = Field(default={}, description="of that function: its keyword-only parameters")
-    correct: RewardValue = Field(default=1.0, description="reward of a correct answer")
-    wrong: RewardValue = Field(default=0.0, description="reward of a wrong answer")
+    correct: RightReward = Field(
+        default=1.0, description="reward of a correct answer; a response counts as right where its reward is above 0"
+    )
+    wrong: WrongReward = Field(default=0.0, description="reward of a wrong answer")
     workers: int = Field(
         default=0, ge=0, le=1024, description="verifier processes per node; 0: one per core, at most 16"
     )

@@ -18,10 +18,10 @@ FINITE = "Input should be a finite number"
         ("reward.correct=nan", f"reward.correct: {FINITE}, found nan"),
         ("reward.wrong=-inf", f"reward.wrong: {FINITE}, found -inf"),
         ("reward.correct=1e300", "reward.correct: Input should be less than or equal to 1000000, found 1e+300"),
-        ("reward.correct=0", "reward.correct, reward.wrong: found 0 and 0, expected one above 0 and one of at most 0"),
+        ("reward.correct=0", "reward.correct: Input should be greater than 0, found 0"),
         (
             "reward.wrong=0.5",
-            "reward.correct, reward.wrong: found 1 and 0.5, expected one above 0 and one of at most 0",
+            "reward.wrong: Input should be less than or equal to 0, found 0.5",
         ),
         ("reward.deadline_s=inf", f"reward.deadline_s: {FINITE}, found inf"),
         ("reward.deadline_s=0.00001", "reward.deadline_s: Input should be greater than or equal to 0.1, found 1e-05"),

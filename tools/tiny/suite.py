@@ -23,6 +23,7 @@ from .task import read, solutions
 
 PROBLEMS = 12  # of a set, at most
 FEW, SEVERAL = 2, 4  # solutions
+NO_COLUMNS = ("problem_id", "in_thought")  # fields of a problem that its row does not have by that name
 
 
 def level(problem: Problem) -> str:
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     for name, problems in split(read(options.data)).items():
-        rows = [{"id": p.problem_id} | {k: v for k, v in asdict(p).items() if k != "problem_id"} for p in problems]
+        rows = [{"id": p.problem_id} | {k: v for k, v in asdict(p).items() if k not in NO_COLUMNS} for p in problems]
         path = options.out / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         print(f"{path}: {len(rows)} problems")
