@@ -42,10 +42,10 @@ if [[ -z "$CONTAINER_IMAGE" ]]; then # which may have the recipe somewhere else
     (cd "$PROJECT_DIR" && [[ -f "$recipe" ]]) || fail "no such recipe: $recipe, looked for from $PROJECT_DIR"
 fi
 
-[[ "$recipe" =~ -([0-9]+)n([0-9]+)g\.toml$ ]] && sized=1 || sized="" # a recipe's name says its size
+[[ "$recipe" =~ -([0-9]+)n([0-9]+)g\.toml$ ]] || true # a recipe's name says its size
 if [[ -z "${SLURM_JOB_ID:-}" ]]; then
     submit=(sbatch "${SBATCH_OPTIONS[@]}")
-    [[ -z "$sized" || "$recipe" == "$own" ]] || submit+=(--nodes="${BASH_REMATCH[1]}" --gpus-per-node="${BASH_REMATCH[2]}")
+    [[ -z "${BASH_REMATCH[1]:-}" || "$recipe" == "$own" ]] || submit+=(--nodes="${BASH_REMATCH[1]}" --gpus-per-node="${BASH_REMATCH[2]}")
     submit+=("$script" "$@")
     [[ -n "${DRY_RUN:-}" ]] || exec "${submit[@]}"
     show "RECIPE=$recipe" "${submit[@]}"

@@ -117,14 +117,12 @@ def pace(result: Result, baseline: Result | None) -> str:
     One seed of four or more may be far from the others, by other work beside it, and does not count. "-" where the
     others are far apart, or there is one alone.
     """
-    usual: dict[tuple[tuple[str, str], ...], list[float]] = {}
-    for seed, value in zip(baseline.seeds, seconds(baseline), strict=True) if baseline is not None else ():
-        usual.setdefault(tuple(sorted(seed.made.items())), []).append(value)
+    others = [] if baseline is None else list(zip(baseline.seeds, seconds(baseline), strict=True))
     own = [
-        (usual.get(tuple(sorted(seed.made.items()))), value)
+        (value, [usual for other, usual in others if other.made == seed.made])
         for seed, value in zip(result.seeds, seconds(result), strict=True)
     ]
-    ratios = [value / statistics.median(alike) for alike, value in own if alike]
+    ratios = [value / statistics.median(alike) for value, alike in own if alike]
     near = sorted(ratios, key=lambda value: abs(value - statistics.median(ratios)))
     for steady in (near, near[:-1] if len(near) > 3 else []):
         if len(steady) > 1 and max(steady) - min(steady) <= UNSTEADY * statistics.fmean(steady):
