@@ -14,14 +14,16 @@ from megatron_ext.train import loop, setup
 from tests import gloo
 from tests.train import whole_run
 
-CASES = {  # options at which the state of step 1 is not that of a new method
+MOVING = {  # options at which the state of step 1 is not that of a new method
     "adapo": ["method.target=9.0"],
     "aec": ["method.target=9.0", "method.c_max=0.5", "method.delta=0.05"],
     "aer": ["method.alpha_0=0.05"],
     "clip_cov": ["method.r=0.05", "method.w_low=0.01"],
     "entrocraft": [],
     "entropic": ['method.target={kind = "linear", start = 3.0, end = 1.0, steps = 4}', "method.surrogate=gspo"],
+    "entropy_advantage_ppo": ["method.critic_only_steps=1"],
     "mai_clip": ["method.target=9.0"],
+    "ppo": ["method.critic_only_steps=1"],
     "repo": ["method.target=9.0", "method.zeta_0=0.02"],
     "siren": ["method.coef=1.0"],
 }
@@ -31,27 +33,19 @@ def recipe(name: str) -> str:
     return f"{name}/{name}-tiny-cpu.toml"
 
 
-def test_every_method_with_state_is_here() -> None:
-    """Those with a critic beside their state have a test of their own."""
-    found = {name: methods.create({"name": name}) for name in methods.METHODS}
-    stateful = {name for name, method in found.items() if method.state_dict() and not method.needs.value}
-    new = stateful - set(CASES)
-    assert not new, f"{sorted(new)} keep state: add them to CASES, above, with options that move it in the first step"
-    assert stateful == set(CASES), "remove from CASES what keeps no state"
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_a_method_goes_on_with_its_state(name: str, tmp_path: Path) -> None:
-    """As after a kill before the second checkpoint was sealed."""
-    assert whole_run.train(tmp_path, recipe(name), *CASES[name]) == 0
-    expected = whole_run.metrics(tmp_path), whole_run.contents(tmp_path, 2)
-    checkpoints = tmp_path / "run" / "checkpoints"
-    saved = torch.load(checkpoints / "step_000001" / "state.pt", weights_only=True)["state"]["method"]
-    fresh = methods.create(load_config(whole_run.RECIPES / recipe(name), CASES[name]).method).state_dict()
-    assert saved.keys() == fresh.keys() and saved != fresh
-    (checkpoints / "step_000002" / "MANIFEST.json").unlink()
-    assert whole_run.train(tmp_path, recipe(name), *CASES[name]) == 0
-    assert (whole_run.metrics(tmp_path), whole_run.contents(tmp_path, 2)) == expected
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_a_killed_method_goes_on_with_its_state(name: str, tmp_path: Path) -> None:
+    options = MOVING.get(name, [])
+    assert whole_run.train(tmp_path / "whole", recipe(name), *options) == 0
+    whole_run.train_and_die(tmp_path / "killed", recipe(name), *options, after=1)
+    first = tmp_path / "killed" / "run" / "checkpoints" / "step_000001" / "state.pt"
+    saved = torch.load(first, weights_only=True)["state"]["method"]
+    fresh = methods.create(load_config(whole_run.RECIPES / recipe(name), options).method).state_dict()
+    assert saved.keys() == fresh.keys()
+    assert (saved != fresh) == bool(fresh), f"{name} keeps state: add options to MOVING that move it in the first step"
+    assert whole_run.train(tmp_path / "killed", recipe(name), *options) == 0
+    assert whole_run.metrics(tmp_path / "killed") == whole_run.metrics(tmp_path / "whole")
+    assert whole_run.contents(tmp_path / "killed", 2) == whole_run.contents(tmp_path / "whole", 2)
 
 
 def test_dynamic_sampling_goes_on_where_it_drew_last(tmp_path: Path) -> None:
