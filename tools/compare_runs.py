@@ -158,7 +158,7 @@ def overlay(runs: Sequence[Path]) -> str:
     names, loaded = NAMES[: len(runs)], [load_metrics(run) for run in runs]
     steps = sorted({record["step"] for records in loaded for record in records})
     by_step = [{record["step"]: record for record in records} for records in loaded]
-    keys = list(dict.fromkeys(key for records in loaded for each in records[:2] for key in each))
+    keys = list(dict.fromkeys(key for records in loaded for each in records for key in each))
     keys.remove("step")
     figures, drawn, glossary = Figures(), [], read_glossary(runs[0])
     every_step = steps

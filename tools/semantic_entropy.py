@@ -54,10 +54,19 @@ Encoded = Sequence[tuple["Problem", tuple[int, ...]]]
 
 
 def log_weight(logprobs: Sequence[float], kind: str) -> float:
-    """The log of a response's weight from its tokens' log-probs; ``kind`` is one of ``WEIGHTS``."""
+    """The log of a response's weight from its tokens' log-probs; ``kind`` is one of ``WEIGHTS``.
+
+    Tokens whose log-prob the engine does not know (NaN) count as the others' mean. Raises ConfigError without any.
+    """
     if kind == "count" or not logprobs:
         return 0.0
-    return math.fsum(logprobs) / (len(logprobs) if kind == "mean" else 1)
+    known = [value for value in logprobs if math.isfinite(value)]
+    if not known:
+        raise ConfigError(
+            f"--weight {kind}: the engine knows no log-prob of a response's {len(logprobs)} tokens; --weight count "
+            "needs none"
+        )
+    return math.fsum(known) / len(known) if kind == "mean" else math.fsum(known) * (len(logprobs) / len(known))
 
 
 def cluster_shares(log_weights: Sequence[float], members: Sequence[Sequence[int]]) -> list[float]:
@@ -85,7 +94,10 @@ def measured(
     from megatron_ext.rollout.rewards.voting import equal_answers
 
     found = []
-    votes = [[extract(sample.text, answer_format) for sample in row] for row in samples]
+    votes = [
+        [extract(sample.text, answer_format, in_thought=problem.in_thought) for sample in row]
+        for problem, row in zip(problems, samples, strict=True)
+    ]
     votes = [[None if vote is None or len(vote) > MAX_ANSWER_CHARS else vote for vote in row] for row in votes]
     equal = equal_answers(pool.score, problems, votes, answer_format)
     for row, answers, known in zip(samples, votes, equal, strict=True):
@@ -224,6 +236,8 @@ def make(config: Config, options: argparse.Namespace, console: Console) -> Path:
     from megatron_ext.rollout.registry import create_engine
     from megatron_ext.rollout.rewards.reward_pool import RewardPool
 
+    from .evaluate.fingerprint import model_sha256
+
     with RewardPool(
         config.reward.workers, deadline_s=config.reward.deadline_s, answer_format=config.prompt.answer_format
     ) as pool:
@@ -244,6 +258,9 @@ def make(config: Config, options: argparse.Namespace, console: Console) -> Path:
             "num_problems": len(problems),
             "stages": options.stages,
             "model": Path(config.model.path).name,
+            "model_sha256": model_sha256(Path(config.model.path)),
+            "engine": config.rollout.engine,
+            "dtype": config.model.dtype,
             "prompt": config.prompt.model_dump(),
             "samples": options.samples,
             "weight": options.weight,

@@ -17,6 +17,7 @@ import numpy as np
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+DECODING = ("temperature", "top_p", "max_response_tokens")  # what makes two evaluations two questions
 BLOCK = 4_000_000  # counts held at once: 32 MB
 
 
@@ -166,7 +167,7 @@ def per_problem(rows: Sequence[Mapping[str, Any]], ks: Sequence[int]) -> dict[st
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Difference]:
     """``b - a`` for every metric that both evaluations (as tools.evaluate writes them) report.
 
-    Raises ValueError when they are of different data or problems: only the same problems can be paired.
+    Raises ValueError when they are of different data, problems or decoding: only what is asked alike can be paired.
     """
     if a["data"]["sha256"] != b["data"]["sha256"]:
         raise ValueError(f"the evaluations are of different data: {a['data']['path']} and {b['data']['path']}")
@@ -175,6 +176,10 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Differe
             f"the evaluations are of different problems ({len(a['problems'])} and {len(b['problems'])} of "
             f"{a['data']['path']}): repeat one of them with the same --limit and --max-prompt-tokens"
         )
+    asked = [{name: item["decoding"][name] for name in DECODING if name in item["decoding"]} for item in (a, b)]
+    if other := [name for name in asked[0].keys() & asked[1].keys() if asked[0][name] != asked[1][name]]:
+        listed = ", ".join(f"{name} {asked[0][name]:g} and {asked[1][name]:g}" for name in sorted(other))
+        raise ValueError(f"the evaluations are of different decoding ({listed}): repeat one of them as the other")
     first, second = (per_problem(item["problems"], item["decoding"]["ks"]) for item in (a, b))
     return {name: paired_bootstrap(first[name], second[name]) for name in first if name in second}
 

@@ -63,6 +63,8 @@ class MetricsWriter:
             if first > 1:
                 self._lines.append(f"{self._metrics}: steps before {first} are not in it: the file was moved away")
         for path, parse in ((self._metrics, parse_json), (self._samples, parse_json), (self._timeline, _step_alone)):
+            if path is self._metrics and resume_step and not path.exists():
+                continue  # until there is a step to write: an emptied file is one whose lines were lost
             path.touch()
             _cut_after(path, resume_step, parse)
         _replace(folder / MEANINGS, [vars(metric) for metric in glossary.metrics])
@@ -195,7 +197,8 @@ def _lines(path: Path, parse: Callable[[bytes], Any] = parse_json) -> Iterator[t
 
 
 def _check_steps(path: Path, resume_step: int) -> int:
-    """The first step that the file has, or will have. Raises ValueError unless it goes on to ``resume_step``."""
+    """The first step that the file has, or will have. Raises ValueError unless it goes on to ``resume_step``, or begins
+    behind it: it was moved away then, and a kill came before the next checkpoint."""
     first = last = 0
     for record, _ in _lines(path) if path.exists() else ():
         step = record["step"]
@@ -207,7 +210,7 @@ def _check_steps(path: Path, resume_step: int) -> int:
         first, last = first or step, step
         if last >= resume_step:
             break
-    if path.exists() and last != resume_step:
+    if path.exists() and last != resume_step and first != resume_step + 1:
         raise ValueError(
             f"{path}: its last step is {last}, but the checkpoint to go on from is of step {resume_step}: lines were "
             "lost; restore the file, or move it away and the run goes on with a new one"

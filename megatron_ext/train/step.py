@@ -22,20 +22,17 @@ for each mini-batch, unless the method leaves the policy alone in this step:
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
 
 from megatron_ext import cpu_compat
 from megatron_ext.config.schema import Config
-from megatron_ext.kept_tokens import Restriction
-from megatron_ext.methods.base import Method, Needs, Prepared, Reducer, num_valid
+from megatron_ext.methods.base import Method, Needs, Reducer, num_valid
 from megatron_ext.metrics.display import Watch
 from megatron_ext.metrics.step_metrics import summarise
 from megatron_ext.model import parallel
@@ -43,9 +40,9 @@ from megatron_ext.model.build import Policy
 from megatron_ext.model.forward import forward, forward_backward
 from megatron_ext.model.reference import Reference
 from megatron_ext.model.trainable import TrainableModel, totals
-from megatron_ext.train import critic, mismatch, packing, routing, verdicts
-from megatron_ext.train.balance import sequence_cost
+from megatron_ext.train import critic, mismatch, routing, verdicts
 from megatron_ext.train.method_factory import measures_old_in_update
+from megatron_ext.train.mini_batches import Packer
 from megatron_ext.train.packing import MiniBatch
 from megatron_ext.train.timeline import meet
 from megatron_ext.train.token_weights import token_weights
@@ -70,6 +67,10 @@ class Learner:
         return self.actor.model
 
     @property
+    def packer(self) -> Packer:
+        return Packer(self.config, self.policy)
+
+    @property
     def trained(self) -> dict[str, TrainableModel]:
         """All models that train, by name."""
         return {"policy": self.actor} | ({} if self.critic is None else {"critic": self.critic})
@@ -87,14 +88,14 @@ class Learner:
         The old policy is that of the step's beginning, whose weights are ``lag`` steps newer than those that sampled.
         """
         routing.begin_step(self.policy)
-        spans = self.mini_batch_spans(episodes)
+        spans = self.packer.spans(episodes)
         of_spans = [[episodes[i] for i in span] for span in spans]
-        mini_batches = self.pack(of_spans)
+        mini_batches = self.packer.pack(of_spans)
         unmeasured = int(self.first_update_measures_old(mini_batches))
         rollouts, known = self.compute_old_logprobs(
             episodes,
             mini_batches[:unmeasured],
-            self.joined_neighbours(of_spans[unmeasured:], mini_batches[unmeasured:]),
+            self.packer.joined_neighbours(of_spans[unmeasured:], mini_batches[unmeasured:]),
             watch,
         )
         old = None if unmeasured else known
@@ -116,7 +117,8 @@ class Learner:
             with watch.phase("update", total=len(mini_batches)) as phase, exchange:
                 for number, ((batch, position), mini_batch) in enumerate(zip(batches, mini_batches, strict=True)):
                     if old is None:
-                        old, values = self.measuring_gradients(batch, mini_batch, rest=known)
+                        values, results = self.gradients(batch, None, mini_batch, self.reported, measures_old=True)
+                        old = joined_stats(self.joined(results, mini_batch), known)
                         metrics = self.describe(whole, old, episodes, lag) | metrics
                         updates.update(values | self.apply())
                     else:
@@ -130,21 +132,6 @@ class Learner:
             each.end_step()
         assert old is not None
         return metrics | {name: value / len(mini_batches) for name, value in updates.items()}, old
-
-    def mini_batch_spans(self, episodes: Sequence[Episode]) -> list[range]:
-        """Where those of each mini-batch are: its groups are numbered one after another over all ranks."""
-        size, updates = self.config.train.mini_batch_prompts, self.config.updates_per_step
-        ends = [bisect_left(episodes, size * number, key=lambda each: each.group) for number in range(1, updates)]
-        return [range(start, end) for start, end in pairwise([0, *ends, len(episodes)])]
-
-    def measuring_gradients(
-        self, batch: Batch, mini_batch: MiniBatch, *, rest: TokenStats | None
-    ) -> tuple[TokenStats, dict[str, float]]:
-        """``gradients`` of the step's first mini-batch, whose own forward measures the policy that sampled: its
-        statistics, and the ``rest`` of the step's behind them, beside the metrics."""
-        prepared = self.method.prepare(batch, None, self.reduce)
-        results, metrics = self.backward(batch, prepared, mini_batch, self.reported, measures_old=True)
-        return joined_stats(self.joined(results, mini_batch), rest), metrics | prepared.report
 
     def first_update_measures_old(self, mini_batches: Sequence[MiniBatch]) -> bool:
         """Whether the first mini-batch needs no pass of its own for the policy that sampled."""
@@ -211,8 +198,8 @@ class Learner:
         if has_moved and self.method.needs.current and not self.is_one_pass(mini_batch):
             current = self.statistics(self.policy, mini_batch, self.method.needs)
             meet(watch)
-        prepared, values = self.gradients(batch, current, mini_batch, measures_old=not has_moved)
-        return values | prepared.report | self.apply()
+        values, _ = self.gradients(batch, current, mini_batch, measures_old=not has_moved)
+        return values | self.apply()
 
     def apply(self) -> dict[str, float]:
         """The optimizer step with the gradient in the buffers."""
@@ -226,105 +213,50 @@ class Learner:
         return values | {"critic/grad_norm": norm, "critic/lr": lr, "critic/skipped": float(norm != norm)}
 
     def gradients(
-        self, batch: Batch, current: TokenStats | None, mini_batch: MiniBatch, *, measures_old: bool = False
-    ) -> tuple[Prepared, dict[str, float]]:
-        """Leave the gradient of the mini-batch's loss in the optimizer's buffers; the metrics of its tokens.
-
-        ``current`` None, though the method needs it: the mini-batch is one micro-batch, whose forward measures it.
-        ``measures_old``: see ``backward``.
-        """
-        needs = self.method.needs
-        if current is not None or not needs.current:
-            prepared = self.method.prepare(batch, current, self.reduce)
-            return prepared, self.backward(batch, prepared, mini_batch, needs, measures_old=measures_old)[1]
-        found: list[Prepared] = []
-
-        def prepare(stats: TokenStats) -> Prepared:
-            found.append(self.method.prepare(batch, stats, self.reduce))
-            return found[0]
-
-        _, metrics = self.backward(batch, prepare, mini_batch, needs)
-        return found[0], metrics
-
-    def is_one_pass(self, mini_batch: MiniBatch) -> bool:
-        """Whether one forward sees the whole mini-batch, on every rank."""
-        return len(mini_batch.micro_batches) == 1 and self.config.parallel.pipeline == 1
-
-    def backward(
         self,
         batch: Batch,
-        prepared: Prepared | Callable[[TokenStats], Prepared],
+        current: TokenStats | None,
         mini_batch: MiniBatch,
-        needs: Needs,
+        needs: Needs | None = None,
         *,
         measures_old: bool = False,
-    ) -> tuple[list[TokenStats] | None, dict[str, float]]:
-        """Leave the gradient in the buffers; each micro-batch's statistics, on the last stage, and the metrics.
+    ) -> tuple[dict[str, float], list[TokenStats] | None]:
+        """Leave the gradient of the mini-batch's loss in the buffers; its metrics, and the statistics (of ``needs``, by
+        default the method's) of each micro-batch's forward, on the last stage.
 
-        A function prepares from the statistics of the only micro-batch, in the order of the mini-batch's tokens.
-        With ``measures_old`` the statistics are also those of the policy that sampled: every ratio is 1.
+        ``current`` None, though the method needs it: the mini-batch is one micro-batch, whose forward measures it.
+        With ``measures_old`` the forward's statistics are also those of the policy that sampled: every ratio is 1.
         """
-        parts = mini_batch.split(batch)
+        method, parts = self.method, mini_batch.split(batch)
+        found_by_forward = method.needs.current and current is None
+        prepared = None if found_by_forward else method.prepare(batch, current, self.reduce)
         sums: list[dict[str, Tensor]] = []
 
         def loss(number: int, stats: TokenStats) -> Tensor:
+            nonlocal prepared
+            seen = stats.detach()
+            if prepared is None:
+                prepared = method.prepare(batch, seen, self.reduce)
             micro_batch, position = parts[number]
             if measures_old:
-                micro_batch = known_old(micro_batch, stats.detach())
-            whole = prepared(stats.detach()) if callable(prepared) else prepared
-            part = whole.select(position)
-            value = self.method.loss(micro_batch, stats, part).sum()
+                micro_batch = known_old(micro_batch, seen)
+            part = prepared.select(position)
+            value = method.loss(micro_batch, stats, part).sum()
             with torch.no_grad():
-                own = self.method.metrics(micro_batch, stats.detach(), part)
-                sums.append(own | {"loss/total": value.detach().clone()})
+                sums.append(method.metrics(micro_batch, seen, part) | {"loss/total": value.detach().clone()})
             return value
 
         self.actor.zero_grad()
         temperature = self.config.rollout.temperature
-        results = forward_backward(self.policy, mini_batch.micro_batches, needs, temperature, loss)
-        if self.method.loss_moves_state:  # on the last stages only: the run goes on with one state
-            self.method.load_state_dict(parallel.from_first_copy(self.method.state_dict()))
-        return results, totals(sums, batch, self.reduce)
+        results = forward_backward(self.policy, mini_batch.micro_batches, needs or method.needs, temperature, loss)
+        if method.loss_moves_state:  # on the last stages only: the run goes on with one state
+            method.load_state_dict(parallel.from_first_copy(method.state_dict()))
+        assert prepared is not None
+        return totals(sums, batch, self.reduce) | prepared.report, results
 
-    def pack(self, parts: Sequence[Sequence[Episode]]) -> list[MiniBatch]:
-        """The episodes of each mini-batch in micro-batches; as many on every rank. Of each this rank's part."""
-        pairs = [[(e.sample.prompt_ids, e.sample.response_ids) for e in episodes] for episodes in parts]
-        train, layout = self.config.train, self.config.parallel
-        width = self.policy.architecture.hidden_size if train.share_prompts and self.policy.can_share_prompts else 0
-        cost = sequence_cost(self.policy.architecture)
-        divide = partial(packing.split, budget=train.micro_batch_tokens, width=width, chunks=layout.chunks, cost=cost)
-        bins, counts = [divide(each) for each in pairs], [0] * len(pairs)
-        while (needed := parallel.num_micro_batches(list(map(len, bins)), layout)) != counts:
-            bins = [divide(each, num_bins=count) for each, count in zip(pairs, needed, strict=True)]
-            counts = needed  # no longer sharing prompts may take more
-        form, packed = {"multiple": layout.token_multiple, "chunks": layout.chunks, "width": width}, []
-        for episodes, own, chosen in zip(parts, pairs, bins, strict=True):
-            told = routing.of_episodes(episodes, self.policy)
-            packed.append(self.cut(MiniBatch.pack(own, chosen, routing=told, **form), episodes))
-        return packed
-
-    def joined_neighbours(self, parts: Sequence[Sequence[Episode]], mini_batches: list[MiniBatch]) -> list[MiniBatch]:
-        """``mini_batches``, packed of ``parts``, for passes without gradient: neighbours are one where the largest of
-        each over the ranks fit into one micro-batch together.
-
-        Under sampling replay none are: what a pass finds that the sampler kept stays with the update's micro-batches.
-        """
-        if self.config.rollout.replays_sampling or len(parts) < 2:
-            return mini_batches
-        context, budget = self.config.parallel.context, self.config.train.micro_batch_tokens
-        sizes = parallel.max_over_ranks([each.num_tokens * context for each in mini_batches])
-        spans = packing.neighbours(sizes, budget)
-        joint = [list(chain.from_iterable(parts[i] for i in span)) for span in spans if len(span) > 1]
-        packed = iter(self.pack(joint) if joint else [])
-        return [next(packed) if len(span) > 1 else mini_batches[span[0]] for span in spans]
-
-    def cut(self, packed: MiniBatch, episodes: Sequence[Episode]) -> MiniBatch:
-        """This context-parallel rank's part of a mini-batch, with what its sampler kept where that is replayed."""
-        rollout = self.config.rollout
-        if rollout.replays_sampling:
-            restriction = Restriction(rollout.top_k, rollout.top_p, rollout.min_p)
-            packed = packed.with_support(restriction, [e.sample.support for e in episodes])
-        return packed.cut(parallel.context_rank(), self.config.parallel.context)
+    def is_one_pass(self, mini_batch: MiniBatch) -> bool:
+        """Whether one forward sees the whole mini-batch, on every rank."""
+        return len(mini_batch.micro_batches) == 1 and self.config.parallel.pipeline == 1
 
     def statistics(self, policy: Policy, mini_batch: MiniBatch, needs: Needs) -> TokenStats:
         """Statistics of a mini-batch without gradient, in the order of its tokens, on every stage."""

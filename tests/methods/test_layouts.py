@@ -77,7 +77,7 @@ def every_method(rank: int, world: int, path: str, layout: tuple[int, int, int, 
     share = len(episodes) // data
     own = episodes[parallel.groups.data().rank() * share :][:share]
     learner = Learner(config, methods.create({"name": "grpo"}), TrainableModel(policy, optimizer, scheduler))
-    [mini_batch] = learner.pack([own])
+    [mini_batch] = learner.packer.pack([own])
     rules = {
         rule: learner.statistics(policy, mini_batch, Needs(entropy=True, nucleus_p=0.8, nucleus=rule))
         for rule in ("inclusive", "exclusive")
@@ -99,9 +99,9 @@ def every_method(rank: int, world: int, path: str, layout: tuple[int, int, int, 
         report = method.on_step_start(batch, current, learner.reduce)
         if name.startswith("siren"):
             method.load_state_dict({"h_anchor": 0.5})
-        prepared, metrics = learner.gradients(batch, current, mini_batch)
+        metrics, _ = learner.gradients(batch, current, mini_batch)
         gradients = {n: g.clone() for n, g in hf_weights.stream(policy, gathered_gradients(policy))}
-        report |= prepared.report | mismatch.corrections(batch, importance, learner.reduce)
+        report |= mismatch.corrections(batch, importance, learner.reduce)
         found[name] = metrics, report, gradients
     return found
 
@@ -138,7 +138,7 @@ def test_the_thresholds_are_at_work(results: dict[str, list[dict[str, Any]]]) ->
     metrics = {name: values[0] for name, values in results["one"][0].items()}
     assert metrics["clip_cov"]["clip_cov/stopped"] > 0
     assert all(0 < metrics[name]["dmmpt/mastered"] < 0.5 for name in ("dmmpt", "dmmpt, batch"))
-    report = {name: values[1] for name, values in results["one"][0].items()}
+    report = {name: values[0] | values[1] for name, values in results["one"][0].items()}
     assert all(0 < report[name].get("importance/truncated", 0.5) < 1 for name in CORRECTED)
     assert all(0 < report[name].get("importance/masked", 0.5) < 1 for name in CORRECTED)
     for name, direction in (("entrocraft", -1), ("entrocraft, above", 1)):

@@ -221,7 +221,9 @@ COUNTING = ["entropy_advantage_ppo", "ppo"]  # only the steps: test_ppo.py
 def test_the_methods_with_state_are_known() -> None:
     stateful = {name for name in METHODS if methods.create({"name": name}).state_dict()}
     new = stateful - {*STATEFUL, *COUNTING}
-    assert not new, f"{sorted(new)} keep state: add them to STATEFUL, above, and to MOVING in tests/train/test_resume.py"
+    assert not new, (
+        f"{sorted(new)} keep state: add them to STATEFUL, above, and to MOVING in tests/train/test_resume.py"
+    )
     assert stateful == {*STATEFUL, *COUNTING}, "remove from STATEFUL or COUNTING what keeps no state"
 
 

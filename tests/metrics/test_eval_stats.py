@@ -148,6 +148,17 @@ def test_differences_need_the_same_problems():
     a = evaluated([0, 1], 4, [1])
     with pytest.raises(ValueError, match="different data"):
         differences(a, evaluated([0, 1], 4, [1], "other"))
+
+
+def test_differences_need_the_same_decoding():
+    a, b = evaluated([0, 1], 4, [1]), evaluated([0, 1], 8, [1])
+    a["decoding"] |= {"temperature": 0.6, "top_p": 1.0, "max_response_tokens": 1024, "samples": 4, "seed": 0}
+    b["decoding"] |= {"temperature": 1.0, "top_p": 1.0, "max_response_tokens": 8192, "samples": 8, "seed": 1}
+    listed = r"different decoding \(max_response_tokens 1024 and 8192, temperature 0.6 and 1\)"
+    with pytest.raises(ValueError, match=listed):
+        differences(a, b)
+    b["decoding"] |= {"temperature": 0.6, "max_response_tokens": 1024}
+    assert differences(a, b)  # other samples of another seed are of the same question
     with pytest.raises(ValueError, match=r"different problems \(2 and 3"):
         differences(a, evaluated([0, 1, 2], 4, [1]))
 

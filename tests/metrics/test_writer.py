@@ -107,6 +107,18 @@ def test_a_file_that_was_moved_away_begins_anew_and_says_so(tmp_path: Path):
     assert [record["step"] for record in read_steps(tmp_path / METRICS)] == [5, 6]
 
 
+@pytest.mark.parametrize("written", [0, 2])
+def test_a_kill_before_the_next_checkpoint_does_not_block_a_file_that_began_anew(tmp_path: Path, written: int):
+    run(tmp_path, 1, 4)
+    (tmp_path / METRICS).rename(tmp_path / "old.jsonl")
+    for _ in range(2):
+        writer = MetricsWriter(tmp_path, trackers=[], total_steps=9, resume_step=4)
+        for step in range(5, 5 + written):
+            writer.write(step, figures(step))
+    found = read_steps(tmp_path / METRICS) if written else []
+    assert [record["step"] for record in found] == [5, 6][:written]
+
+
 def test_lines_are_valid_json_and_floats_keep_every_bit(tmp_path: Path):
     third = torch.tensor(1 / 3)
     with MetricsWriter(tmp_path, trackers=[], total_steps=1) as writer:

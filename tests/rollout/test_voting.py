@@ -32,7 +32,7 @@ def test_equal_answers_are_those_of_the_verifier(answer_format: str) -> None:
     numbers: Sequence[str | None] = ["7", "2*4", "8"]
     letters: Sequence[str | None] = ["A", "(B)", "A", r"\text{B}", "B. the sum", "neither"]
     problems = [
-        Problem("a", "", "9"),
+        Problem("a", "", "9", in_thought=True),  # its template opens the reasoning, which no vote has
         Problem("b", "", "8", "countdown", (2, 4)),
         Problem("c", "", "C", "choice"),
         Problem("d", "", "1"),

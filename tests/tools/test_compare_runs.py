@@ -114,6 +114,12 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "expected the folder of a run" in capsys.readouterr().err
 
 
+def test_what_begins_late_has_its_chart(tmp_path: Path):
+    """As the policy's metrics, where a critic trains alone before."""
+    a, b = (write_run(tmp_path / name, late__metric=0.5) for name in "ab")
+    assert "late/metric" in tool.overlay([a, b])
+
+
 def test_more_than_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b"), write_run(tmp_path / "c", reward__mean=0.2)]
     for run, lr in zip(runs, (1, 1, 2), strict=True):

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from megatron_ext.rollout.rewards.voting import equal_answers
 from megatron_ext.types import Problem, Reward, Sample
 from tests.tools.runs import evaluation
 from tools import evaluate as tool
-from tools.evaluate import Settings, evaluate, load_evaluations, main, measure
+from tools.evaluate import Settings, load_evaluations, main, measure
 
 SILENT = Console(quiet=True)
 
@@ -227,7 +228,21 @@ def test_several_models_side_by_side(
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.json").write_text("{}")
     given = {tmp_path / name: evaluation(values) for name, values in counts.items()}
-    monkeypatch.setattr(tool.command, "evaluate", lambda model, *_, **__: given[model])
+
+    class Ready:
+        """In the place of an evaluation: the folder of its responses is there."""
+
+        def __init__(self, model: Path, sets: Any, *, samples_dir: Path | None, **_: Any) -> None:
+            if samples_dir is not None:
+                samples_dir.mkdir(parents=True)
+            self.model = model
+
+        def run(self, pools: Any) -> dict[str, Any]:
+            return {"d": given[self.model]}
+
+    monkeypatch.setattr(tool.command, "ModelEvaluation", Ready)
+    monkeypatch.setattr(tool.command, "load_set", lambda *_: None)
+    monkeypatch.setattr(tool.command, "open_pools", lambda *_: {"boxed": None})
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: str) -> str:
@@ -311,10 +326,6 @@ def test_a_real_model_through_the_real_engine_and_verifier(tmp_path: Path):
     assert result["response"]["truncated"]["mean"] == 0.2
     assert result["outcomes"] == {"correct": 0.6, "wrong": 0.2, "no_answer": 0.2}
     assert len(result["chat_template_sha256"]) == 64 and result["versions"]["math-verify"] == "0.9.0"
-    again = evaluate(
-        tmp_path / "model",
-        data,
-        Settings(samples=2, temperature=0.2, max_response_tokens=14, limit=2),
-        workers=1,
-    )
-    assert again["problems"] == result["problems"][:2]
+    two = ["--max-response-tokens", "14", "--workers", "1", "--limit", "2", "--label", "two", "--out", str(out)]
+    assert tool.main([*arguments, *two]) == 0
+    assert load_evaluations(out)["two"]["problems"] == result["problems"][:2]

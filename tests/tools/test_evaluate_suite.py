@@ -130,6 +130,53 @@ def test_more_samples_add_to_those_that_are_there(tmp_path: Path, monkeypatch: p
     assert evaluation["problems"] == result["models"]["base"]["sets"]["sums"]["problems"]
 
 
+def test_one_file_goes_on_where_it_was_stopped_and_leaves_its_result_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Interrupted in its third batch, by Ctrl-C; without --out nothing can be kept, and that is said."""
+    data = ["--data", "recipes/tiny/data/suite/sums.jsonl", "--limit", "4", "--samples", "8", "--batch-size", "8"]
+    common, out = [str(BASE), *data, *QUICK], tmp_path / "a" / "evaluation.json"
+    generate, batches = HFEngine.generate, list[int]()
+
+    def stopped(engine: HFEngine, requests: Sequence[Request], *more: Any) -> Any:
+        batches.append(len(requests))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return generate(engine, requests, *more)
+
+    monkeypatch.setattr(HFEngine, "generate", stopped)
+    assert main([*common, "--out", str(out)]) == 130
+    assert "the same command goes on where it stopped" in capsys.readouterr().err
+    batches[:] = batches[:2]
+    assert main(common) == 130
+    assert "without --out no response is kept" in capsys.readouterr().err
+    monkeypatch.undo()
+
+    there = len(list(read_samples(out.with_name("evaluation.json.partial") / "evaluation" / "sums.jsonl")))
+    assert there == 16
+    assert "decoding.temperature: 1.0 there, 0.5 now" in told(capsys, *common, "--temperature", "0.5", "--out", out)
+    asked = Asked(monkeypatch)
+    assert main([*common, "--out", str(out)]) == 0
+    assert len(asked.requests) == 32 - there and f"{there} of 32 responses are there" in capsys.readouterr().out
+    assert [path.name for path in out.parent.iterdir()] == ["evaluation.json"]
+    assert main([*common, "--out", str(tmp_path / "whole.json")]) == 0
+    found, whole = (json.loads(path.read_text())["evaluation"] for path in (out, tmp_path / "whole.json"))
+    assert {**found, "time": 0} == {**whole, "time": 0}
+
+
+def test_the_last_models_positions_are_looked_at_before_the_first_is_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = tmp_path / "short"
+    shutil.copytree(BASE, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 24}))
+    asked = Asked(monkeypatch)
+    data = ["--data", "recipes/tiny/data/suite/sums.jsonl", "--limit", "2"]
+    assert "has 24 positions" in told(capsys, BASE, short, *data, *QUICK)
+    assert not asked.requests
+
+
 def noisy(folder: Path) -> Path:
     """The base model with other weights."""
     shutil.copytree(BASE, folder)

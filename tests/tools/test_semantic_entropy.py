@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_ext.config.errors import ConfigError
 from megatron_ext.data.curriculum import read_stages
 from megatron_ext.types import Problem, Reward, Sample
 from tests.train.whole_run import RECIPES, ExactRewards
 from tools import semantic_entropy as tool
+from tools.evaluate.fingerprint import model_sha256
 from tools.semantic_entropy import cluster_shares, entropy, log_weight, measured
 
 SENT = str(RECIPES / "sent" / "sent-tiny-cpu.toml")
@@ -28,6 +31,12 @@ def test_weights_shares_and_entropy_by_hand() -> None:
     assert log_weight([half, eighth], "mean") == pytest.approx(math.log(0.25))
     assert log_weight([half, eighth], "raw") == pytest.approx(math.log(1 / 16))
     assert log_weight([half, eighth], "count") == log_weight([], "mean") == 0.0
+    unknown = math.nan  # what an engine does not know counts as the others' mean
+    assert log_weight([half, unknown, eighth], "mean") == pytest.approx(math.log(0.25))
+    assert log_weight([half, unknown, eighth], "raw") == pytest.approx(3 * math.log(0.25))
+    assert log_weight([unknown], "count") == 0.0
+    with pytest.raises(ConfigError, match="--weight mean: the engine knows no log-prob of a response's 2 tokens"):
+        log_weight([unknown, unknown], "mean")
     assert cluster_shares([half, half, eighth, eighth], [[0, 2], [1], [3]]) == pytest.approx([0.5, 0.4, 0.1])
     assert cluster_shares([-2000.0, -2000.0 + math.log(3)], [[0], [1]]) == pytest.approx([0.25, 0.75])  # no underflow
     assert entropy([0.5, 0.25, 0.25]) == pytest.approx(1.5 * math.log(2))
@@ -58,6 +67,13 @@ def test_equivalent_answers_and_those_without_one_are_clusters() -> None:
     # weights .5, but .125 for the unlikely last answer: 7 x .5 + .125 in all
     shares = [weight / 3.625 for weight in (1.5, 1.0, 1.0, 0.125)]
     assert found["entropy"] == pytest.approx(entropy(shares), abs=1e-6)
+
+
+def test_reasoning_that_the_prompt_opens_is_no_answer_until_it_is_closed() -> None:
+    row = [sample(r"maybe \boxed{4} but wait", -1.0), sample(r"\boxed{5}</think>so \boxed{4}", -1.0)]
+    for thought, clusters in ((True, [[0.5, 1, "4"], [0.5, 1, None]]), (False, [[1.0, 2, "4"]])):
+        [found] = measured([Problem("p", "", "?", in_thought=thought)], [row], Equivalence(), "count")
+        assert found["clusters"] == clusters
 
 
 @pytest.fixture
@@ -131,6 +147,11 @@ def test_bad_input_exits_2_and_says_what_to_do(
     assert tool.main(arguments) == 130
     message = refused("train.seed=5")
     assert "was begun with other settings" in message and "seed: there 0, now 5" in message
+    other = tmp_path / "other" / "base"  # another model of the same name
+    shutil.copytree(RECIPES / "tiny" / "base", other)
+    (other / "generation_config.json").write_text("{}")
+    message = refused(f'model.path="{other}"')
+    assert "was begun with other settings" in message and "model_sha256: there" in message
     monkeypatch.undo()
     without_out = [argument for argument in arguments if argument not in ("--out", str(tmp_path / "out.jsonl"))]
     assert tool.main([*without_out, 'data.curriculum=""']) == 2
@@ -144,3 +165,6 @@ def test_the_shipped_curriculum_belongs_to_the_shipped_data() -> None:
     config = load_config(SENT)
     problems, _ = load_problems(config.data.train, score=lambda answers: [Reward(1.0, "correct") for _ in answers])
     assert [len(stage) for stage in read_stages(config.data.curriculum, problems)] == [1500, 1500]
+    header = json.loads(Path(config.data.curriculum).read_text().partition("\n")[0])
+    made_by = (header["model_sha256"], header["engine"], header["dtype"])
+    assert made_by == (model_sha256(Path(config.model.path)), config.rollout.engine, config.model.dtype)

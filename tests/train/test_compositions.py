@@ -104,8 +104,8 @@ def measured_by_all_models(rank: int, world: int, path: str, layout: dict[str, A
     episodes, found = tiny.episodes(), []
     for kind in (Apart, Learner):
         learner = kind(base.config, base.method, base.actor, critic, base.reference)
-        parts = [[episodes[i] for i in span] for span in learner.mini_batch_spans(episodes)]
-        measured = learner.joined_neighbours(parts, learner.pack(parts))
+        parts = [[episodes[i] for i in span] for span in learner.packer.spans(episodes)]
+        measured = learner.packer.joined_neighbours(parts, learner.packer.pack(parts))
         rollouts, _ = learner.compute_old_logprobs(episodes, [], measured, Watch(1, show=False))
         assert rollouts.ref_logprob is not None and rollouts.old_value is not None
         found.append((len(measured), [rollouts.old_logprob, rollouts.ref_logprob, rollouts.old_value]))

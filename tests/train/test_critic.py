@@ -95,7 +95,7 @@ def one_mini_batch(learner: Learner) -> tuple[Batch, TokenStats, MiniBatch]:
     """This rank's episodes as if both models had moved since they saw them: on both sides of either clip range."""
     share = len(tiny.episodes()) // learner.config.parallel.data
     own = tiny.episodes()[parallel.groups.data().rank() * share :][:share]
-    [mini_batch] = learner.pack([own])
+    [mini_batch] = learner.packer.pack([own])
     assert learner.critic is not None
     current = learner.statistics(learner.policy, mini_batch, learner.method.needs)
     value = critic.values(learner.critic, mini_batch)
@@ -109,7 +109,7 @@ def one_step(rank: int, world: int, case: str, path: str) -> Any:
     """Metrics of policy and critic, and the whole gradients of policy, critic's body and value head."""
     learner = learner_of(case, path)
     batch, current, mini_batch = one_mini_batch(learner)
-    _, metrics = learner.gradients(batch, current, mini_batch)
+    metrics, _ = learner.gradients(batch, current, mini_batch)
     assert learner.critic is not None
     metrics |= critic.gradients(learner.critic, learner.method, batch, mini_batch, learner.reduce)
     architecture = learner.policy.architecture

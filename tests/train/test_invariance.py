@@ -80,14 +80,14 @@ def one_step(
     learner.method.load_state_dict({"h_anchor": ANCHOR})
     share = len(tiny.episodes()) // data
     own = tiny.episodes()[parallel.groups.data().rank() * share :][:share]
-    [mini_batch] = learner.pack([own])
+    [mini_batch] = learner.packer.pack([own])
     if budget > 100 and architecture.experts is None:
         assert all((each.branch is not None) == share_prompts for each in mini_batch.micro_batches)
     current = learner.statistics(policy, mini_batch, replace(learner.method.needs, entropy=True))
     # as if the policy had moved since it sampled: ratios on both sides of the clip range
     rollouts = replace(learner.rollout_batch(own, current, None), old_logprob=moved(current.logprob, own))
     batch = learner.batch(rollouts, learner.method.compute_advantages(rollouts, learner.reduce))
-    _, metrics = learner.gradients(batch, current, mini_batch)
+    metrics, _ = learner.gradients(batch, current, mini_batch)
     optimizer.prepare_grads()
     metrics["grad/norm"] = float(optimizer.get_grad_norm())
     return metrics, dict(hf_weights.stream(policy, gathered_gradients(policy)))

@@ -32,6 +32,7 @@ from megatron_ext.model.reference import Reference
 from megatron_ext.model.trainable import TrainableModel
 from megatron_ext.rollout.rewards.worker_pool import VerifierError
 from megatron_ext.train import packing
+from megatron_ext.train.mini_batches import Packer
 from megatron_ext.train.mismatch import MismatchError
 from megatron_ext.train.step import Learner
 from megatron_ext.types import Episode, Problem, Reward, Sample
@@ -249,11 +250,17 @@ def test_an_update_in_one_micro_batch_measures_the_moved_policy_itself(name: str
         assert all(torch.equal(own[name], value) for name, value in weights.items())
 
 
+class PackerApart(Packer):
+    def joined_neighbours(self, parts: Any, mini_batches: list[Any]) -> list[Any]:
+        return mini_batches
+
+
 class Apart(Learner):
     """A learner whose mini-batches are measured one by one."""
 
-    def joined_neighbours(self, parts: Any, mini_batches: list[Any]) -> list[Any]:
-        return mini_batches
+    @property
+    def packer(self) -> PackerApart:
+        return PackerApart(self.config, self.policy)
 
 
 @pytest.mark.parametrize("method", [SIREN, {"name": "grpo", "beta": 0.2}], ids=str)
@@ -364,7 +371,7 @@ def micro_batches_of(rank: int, world: int, path: str) -> int:
     samples = [Sample((1 + rank,) * prompt, (2,) * n, (0.0,) * n, "", False, 0) for prompt, n in lengths]
     assert len(packing.split([(s.prompt_ids, s.response_ids) for s in samples], 22, width=32)) == 1 + rank
     problem, reward = Problem("", "", ""), Reward(1.0, "correct")
-    [packed] = learner.pack([[Episode(problem, 0, sample, reward) for sample in samples]])
+    [packed] = learner.packer.pack([[Episode(problem, 0, sample, reward) for sample in samples]])
     return len(packed.micro_batches)
 
 

@@ -112,7 +112,7 @@ def learner_of(
 def one_step(rank: int, world: int, path: str, layout: tuple, episodes: list[Episode], fused_head: bool) -> Any:
     """The old log-probs of the tokens, and whole gradients of one mini-batch."""
     learner = learner_of(path, world, layout, GRPO, fused_head=fused_head)
-    [mini_batch] = learner.pack([episodes])
+    [mini_batch] = learner.packer.pack([episodes])
     current = learner.statistics(learner.policy, mini_batch, replace(learner.method.needs, entropy=True))
     rollouts = replace(learner.rollout_batch(episodes, current, None), old_logprob=moved(current.logprob, episodes))
     batch = learner.batch(rollouts, learner.method.compute_advantages(rollouts, learner.reduce))
@@ -205,7 +205,7 @@ def spied(learner: Learner) -> list[str]:
         return counted
 
     learner.statistics = counting(learner.statistics, "statistics")  # type: ignore[method-assign]
-    learner.backward = counting(learner.backward, "update")  # type: ignore[method-assign]
+    learner.gradients = counting(learner.gradients, "update")  # type: ignore[method-assign]
     return passes
 
 

@@ -113,8 +113,9 @@ def _parser(name: str, module: Any) -> argparse.ArgumentParser:
         help="problem files, or folders of them, that samples were made from",
     )
     add("--out", type=Path, default=OUT, help="folder of the figures (%(default)s)")
-    add("--title", default="", help="of the figure")
-    add("--labels", nargs="+", default=[], help="names of the inputs, in their order")
+    if module is not None:
+        add("--title", default="", help="of the figure")
+        add("--labels", nargs="+", default=[], help="names of the inputs, in their order")
     add("--limit", type=whole_number(1), help="only the first problems of a samples file, or responses of a run")
     add("--steps", type=_steps, metavar="FIRST-LAST", help="of a run: only these steps, such as 1-50")
     add("--quantile", type=number(above=-1e-9, at_most=1.0), default=0.8, help="of token entropy (%(default)s)")

@@ -91,7 +91,7 @@ def sets_of(counts: Sequence[Counts]) -> list[str]:
 
 
 def paired(first: Counts, second: Counts) -> list[tuple[Solved, Solved]]:
-    """The problems that both have. Raises ConfigError where there is none."""
+    """The problems that both have. Raises ConfigError where there is none, or one that reads otherwise."""
     others = {row.key: row for row in second.rows}
     pairs = [(row, others[row.key]) for row in first.rows if row.key in others]
     if not pairs:
@@ -99,6 +99,12 @@ def paired(first: Counts, second: Counts) -> list[tuple[Solved, Solved]]:
             f"{first.label} and {second.label} have no problem in common: found sets {', '.join(sets_of([first]))} and "
             f"{', '.join(sets_of([second]))}; expected answers to the same problems"
         )
+    for a, b in pairs:
+        if a.prompt and b.prompt and a.prompt != b.prompt:
+            raise ConfigError(
+                f"problem {a.id} of set {a.set} is another one to {first.label} ({a.prompt[:60]!r}) than to "
+                f"{second.label} ({b.prompt[:60]!r}): they are of different data, and cannot be paired"
+            )
     return pairs
 
 
@@ -111,6 +117,7 @@ def _of_samples(path: Path, label: str, problems: Problems, limit: int | None) -
             "scored samples, as evaluate writes them"
         )
     found = []
+    problems = problems.of_samples(row.set for row in rows)
     for (name, problem_id), responses in by_problem(rows).items():
         solved = Solved(name, problem_id, len(responses), sum(bool(row.is_correct) for row in responses))
         problem = problems.find(solved.key)
@@ -143,7 +150,11 @@ def _of_evaluation(path: Path, problems: Problems, limit: int | None) -> list[Co
     return [
         Counts(
             label,
-            [row for name, each in model.sets.items() for row in _of_one(name, each, problems, limit)],
+            [
+                row
+                for name, each in model.sets.items()
+                for row in _of_one(name, each, problems.of_samples(model.sets), limit)
+            ],
             f"evaluation {label} of {path}",
         )
         for label, model in models.items()

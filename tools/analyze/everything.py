@@ -29,7 +29,8 @@ def plan(options: argparse.Namespace) -> list[Step]:
     kinds = {path: kind_of(path) for path in options.inputs}
     runs = [path for path, kind in kinds.items() if kind == "run"]
     exports = [path / EXPORT for path in runs if (path / EXPORT / "config.json").is_file()]
-    models = [path for path, kind in kinds.items() if kind == "model"] + exports
+    given = [path for path, kind in kinds.items() if kind == "model"]
+    models = list({path.resolve(): path for path in [*exports, *given]}.values())
     counted = [path for path, kind in kinds.items() if kind in ("evaluation", "samples")]
     counted += [path for path in runs if (path / EVALUATION).is_file()]
     counted = counted or list(options.samples)

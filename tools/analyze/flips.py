@@ -73,6 +73,8 @@ def analyze(options: argparse.Namespace, console: Console) -> Result:
     }  # fmt: skip
     both, neither = sides[True, True], sides[False, False]
     lines = [f"both {both}, only {first.label} {lost}, only {second.label} {gained}, neither {neither}"]
+    if content["not_paired"]:
+        lines.append(f"{content['not_paired']} problems that only one of them has are left out")
     for name, rows in flipped.items():
         lines += [f"{name}: {row['set']}/{row['id']} {row['before']} -> {row['after']}" for row in rows[:LISTED]]
     meaning = (

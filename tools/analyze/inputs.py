@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -48,10 +49,16 @@ def labels_of(paths: Sequence[Path], given: Sequence[str]) -> list[str]:
             )
         return list(given)
     for parts in range(1, 6):
-        names = ["/".join(path.resolve().with_suffix("").parts[-parts:]) for path in paths]
+        names = ["/".join(_named(path).parts[-parts:]) for path in paths]
         if len(set(names)) == len(names):
             return names
     return [f"{number}: {path}" for number, path in enumerate(paths, 1)]
+
+
+def _named(path: Path) -> Path:
+    """Without the ending of a file; what follows a dot in a model's name stays."""
+    path = path.resolve()
+    return path.with_suffix("") if path.suffix in (".json", ".jsonl") else path
 
 
 def read_samples(path: Path, *, limit: int | None = None) -> list[SampleRow]:
@@ -113,12 +120,21 @@ class Problems:
     def __bool__(self) -> bool:
         return bool(self.by_set)
 
+    def of_samples(self, sets: Iterable[str]) -> Problems:
+        """As samples of these sets name them. Where one of the sets, and only one, is no file's name, its problems are
+        those of the files that are no set's, as far as their ids tell them apart."""
+        sets = set(sets)
+        unknown = sets - {name for name, _ in self.by_set}
+        if len(unknown) != 1:
+            return self
+        free = [(key, problem) for (name, key), problem in self.by_set.items() if name not in sets]
+        times = Counter(key for key, _ in free)
+        (name,) = unknown
+        return Problems(self.by_set | {(name, key): problem for key, problem in free if times[key] == 1})
+
     def find(self, key: tuple[str, str]) -> Problem | None:
-        """The problem of a sample: of its set, or the only one with its id in any set."""
-        if key in self.by_set:
-            return self.by_set[key]
-        others = [problem for (_, name), problem in self.by_set.items() if name == key[1]]
-        return others[0] if len(others) == 1 else None
+        """The problem of a sample, None where its set has none of its id."""
+        return self.by_set.get(key)
 
     def known_sets(self, rows: Sequence[SampleRow]) -> tuple[list[SampleRow], list[str]]:
         """The rows of the sets of which any problem is here, and the names of the other sets. All rows if none is."""
@@ -144,7 +160,10 @@ def read_problems(paths: Sequence[Path]) -> Problems:
 
     found: dict[tuple[str, str], Problem] = {}
     files = [file for path in paths for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
+    sets: dict[str, Path] = {}
     for path in files:
+        if (other := sets.setdefault(path.stem, path)) is not path:
+            raise ConfigError(f"--data: {other} and {path} would both be the set {path.stem!r}; rename one of them")
         problems, _ = load_problems(path, score=None)
         found |= {(path.stem, problem.problem_id): problem for problem in problems}
     return Problems(found)

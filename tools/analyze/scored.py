@@ -186,7 +186,7 @@ def _scored(
     from .forward import Scorer
 
     rows = read_samples(samples, limit=limit)
-    problems = read_problems(data)
+    problems = read_problems(data).of_samples(row.set for row in rows)
     rows, others = problems.known_sets(rows)
     scorer = load(path, temperature, dtype)
     prompts = prompt_ids(scorer, rows, problems, prompts_of(samples))

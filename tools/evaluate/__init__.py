@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from .command import main
-from .model import evaluate
 from .results import load_evaluations, save_evaluation, summary
 from .sampling import Engine, Pool, measure
 from .settings import Settings
@@ -16,7 +15,6 @@ __all__ = [
     "Engine",
     "Pool",
     "Settings",
-    "evaluate",
     "load_evaluations",
     "main",
     "measure",

@@ -10,8 +10,9 @@ of this project), else on that of --recipe or of the suite.
 
 With --data the output file maps labels to evaluations, so that one file holds ``before`` and ``after``; writing a label
 leaves the others. Each evaluation keeps n and c per problem, with which ``compare`` pairs two of them. With --suite the
-output folder gets SUITE.json, SUITE.pass_at_k.png and .json and the responses, samples/LABEL/SET.jsonl: the same
-command goes on where a stopped one was, and more --samples add to those that are there.
+output folder gets SUITE.json, SUITE.pass_at_k.png and .json and the responses, samples/LABEL/SET.jsonl, and more
+--samples add to those that are there. The same command goes on where a stopped one was; with --data the responses are
+in OUT.partial until their evaluation is in OUT.
 
 Exit codes: 0 done, 2 bad input, 3 the verifier is not to be trusted, 130 interrupted (run it again).
 """
@@ -20,8 +21,9 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
@@ -37,10 +39,11 @@ from megatron_ext.config.shipped import find
 from megatron_ext.rollout.registry import ENGINES, find_engine
 
 from ..arguments import command_parser, output_file, whole_number, whole_numbers
-from .model import ModelEvaluation, check_same_problems, evaluate, open_pools
+from .model import ModelEvaluation, check_same_problems, open_pools
 from .problem_set import SetPlan, load_set
 from .prompt import FLAGS, ChosenPrompt, choose_prompt
 from .results import load_evaluations, save_evaluation, write_json
+from .sampling import Pool
 from .settings import Settings
 from .suite import Suite, find_suite, missing_data, read_suite
 from .suite_results import pass_figure, suite_results
@@ -78,7 +81,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"evaluate: {error}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        print("evaluate: interrupted; what was written is kept", file=sys.stderr)
+        kept = options.suite or options.out
+        goes_on = "the same command goes on where it stopped" if kept else "without --out no response is kept"
+        print(f"evaluate: interrupted; {goes_on}", file=sys.stderr)
         return 130
     for each in tables:
         console.print(each)
@@ -86,23 +91,29 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _evaluate_file(options: argparse.Namespace, console: Console) -> list[Any]:
-    """--data: every model on one file, each kept as soon as it is known."""
-    if options.out is not None and options.out.exists():
-        load_evaluations(options.out)  # a file that cannot be extended is found now, not after the evaluation
+    """--data: every model on one file, each kept as soon as it is known, and its responses in --out.partial before."""
+    out = options.out
+    if out is not None and out.exists():
+        load_evaluations(out)  # a file that cannot be extended is found now, not after the evaluation
     settings = Settings(**_given(options, [field.name for field in fields(Settings)]))
+    plan = SetPlan(options.data.stem, options.data, settings)
     rollout, labels = _rollout(options), _labels(options.models, options.labels)
-    for model in options.models:
-        read_hf_config(model)  # the last of them is not missed after hours of the first
+    models = _models(options, labels)
     prompts = [_prompt(options, model) for model in options.models]
+    partial = None if out is None else out.with_name(f"{out.name}.partial")
     evaluations = {}
-    for label, model, prompt in zip(labels, options.models, prompts, strict=True):
-        if len(labels) > 1:
-            console.print(f"{label}: {model}", markup=False, highlight=False)
-        evaluations[label] = evaluate(
-            model, options.data, settings, prompt=prompt, rollout=rollout, workers=options.workers, console=console
-        )
-        if options.out is not None:
-            save_evaluation(options.out, label, evaluations[label])
+    with ExitStack() as stack:
+        pools = open_pools(stack, options.workers, prompts)
+        ready = _ready([plan], models, prompts, rollout, pools, partial, console)
+        for label, evaluation in ready.items():
+            if len(labels) > 1:
+                console.print(f"{label}: {evaluation.model}", markup=False, highlight=False)
+            evaluations[label] = evaluation.run(pools)[plan.name]
+            if out is not None and partial is not None:
+                save_evaluation(out, label, evaluations[label])
+                shutil.rmtree(partial / _folder(label))
+    if partial is not None and not any(partial.iterdir()):
+        partial.rmdir()
     if len(evaluations) > 1:
         try:
             return side_by_side(evaluations)
@@ -112,14 +123,13 @@ def _evaluate_file(options: argparse.Namespace, console: Console) -> list[Any]:
 
 
 def _evaluate_suite(options: argparse.Namespace, console: Console) -> list[Any]:
-    """--suite: everything is checked for all models before the first is loaded."""
+    """--suite: every model on all sets, and the table of them."""
     suite = _suite(options, console)
     rollout, labels = _rollout(options), _labels(options.models, options.labels, one="")
-    for model in options.models:
-        read_hf_config(model)
+    models = _models(options, labels)
     out = options.out or Path("runs/evaluate") / suite.name
     prompts = [_prompt(options, model, suite) for model in options.models]
-    found = _run(suite, dict(zip(labels, options.models, strict=True)), prompts, rollout, out, options.workers, console)
+    found = _run(suite, models, prompts, rollout, out, options.workers, console)
     result = suite_results(suite, found)
     write_json(out / f"{suite.name}.json", result)
     curves = {key: result[key] for key in ("suite", "title", "columns", "pass_at_k")}
@@ -139,26 +149,48 @@ def _run(
     console: Console,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """``label -> set -> evaluation``."""
+    plans = [SetPlan(each.name, each.data, each.settings) for each in suite.sets]
     with ExitStack() as stack:
         pools = open_pools(stack, workers, prompts)
-        sets = [load_set(SetPlan(each.name, each.data, each.settings), pools["boxed"], console) for each in suite.sets]
-        ready = {
-            label: ModelEvaluation(
-                model,
-                sets,
-                prompt=prompt,
-                rollout=rollout,
-                samples_dir=out / "samples" / _folder(label),
-                console=console,
-            )
-            for (label, model), prompt in zip(models.items(), prompts, strict=True)
-        }
+        ready = _ready(plans, models, prompts, rollout, pools, out / "samples", console)
         check_same_problems(ready)
         found = {}
         for label, evaluation in ready.items():
             console.print(f"{label}: {evaluation.model}", markup=False, highlight=False)
             found[label] = evaluation.run(pools)
     return found
+
+
+def _ready(
+    plans: Sequence[SetPlan],
+    models: dict[str, Path],
+    prompts: Sequence[ChosenPrompt],
+    rollout: RolloutConfig,
+    pools: Mapping[str, Pool],
+    samples: Path | None,
+    console: Console,
+) -> dict[str, ModelEvaluation]:
+    """By label. Everything is checked for all models before the first is loaded: the last one's fault is not found
+    after hours of the first. Raises ConfigError."""
+    sets = [load_set(plan, pools["boxed"], console) for plan in plans]
+    return {
+        label: ModelEvaluation(
+            model,
+            sets,
+            prompt=prompt,
+            rollout=rollout,
+            samples_dir=None if samples is None else samples / _folder(label),
+            console=console,
+        )
+        for (label, model), prompt in zip(models.items(), prompts, strict=True)
+    }
+
+
+def _models(options: argparse.Namespace, labels: Sequence[str]) -> dict[str, Path]:
+    """By label. Raises ConfigError for a folder that holds none."""
+    for model in options.models:
+        read_hf_config(model)
+    return dict(zip(labels, options.models, strict=True))
 
 
 def _suite(options: argparse.Namespace, console: Console) -> Suite:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ DESCRIPTIONS = (
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tekken.json"),
     *("chat_template.jinja", "chat_template.json"),
 )
+SCORING = ("megatron-entropy", "math-verify")  # what says which answers are right
 DECODING = ("temperature", "top_p", "max_prompt_tokens", "max_response_tokens", "seed")
 
 
@@ -25,6 +29,11 @@ def model_files(model: Path) -> dict[str, str]:
     names = {path.name for pattern in WEIGHTS for path in model.glob(pattern)}
     names |= {name for name in DESCRIPTIONS if (model / name).is_file()}
     return {name: sha256(model / name) for name in sorted(names)}
+
+
+def model_sha256(model: Path) -> str:
+    """Of all of ``model_files``."""
+    return hashlib.sha256(json.dumps(model_files(model)).encode()).hexdigest()
 
 
 def header(
@@ -38,4 +47,5 @@ def header(
         "decoding": {key: getattr(settings, key) for key in DECODING},
         "prompt": prompt,
         "engine": engine,
+        "versions": {name: version(name) for name in SCORING},
     }

@@ -22,12 +22,11 @@ from megatron_ext.config.schema import RolloutConfig
 from megatron_ext.rollout.registry import check_engine
 
 from ..progress import ToolProgress
-from .fingerprint import header
-from .problem_set import ProblemSet, SetPlan, left_out, load_set
-from .prompt import ChosenPrompt, choose_prompt
+from .fingerprint import SCORING, header
+from .problem_set import ProblemSet, left_out
+from .prompt import ChosenPrompt
 from .samples_file import Samples, SamplesFile
 from .sampling import Encoded, Lengths, Pool, SetEvaluation
-from .settings import Settings
 
 REFILLS = 8  # batches after which an engine that refills its own runs empty, and what it did is written
 
@@ -99,7 +98,7 @@ class ModelEvaluation:
             "engine": self.rollout.engine,
             "lengths": asdict(each.lengths),
             "left_out": missing,
-            "versions": {name: version(name) for name in ("megatron-entropy", "math-verify", "transformers", "torch")},
+            "versions": {name: version(name) for name in (*SCORING, "transformers", "torch")},
         }
 
     def _say(self, text: str) -> None:
@@ -184,39 +183,6 @@ def check_same_problems(evaluations: Mapping[str, ModelEvaluation]) -> None:
                     f"{a.name}: prompts that are too long leave different problems to the models: {only} to {first} "
                     f"alone, {other_only} to {label} alone; raise --max-prompt-tokens, or evaluate them one by one"
                 )
-
-
-def evaluate(
-    model: str | Path,
-    data: str | Path,
-    settings: Settings,
-    *,
-    prompt: ChosenPrompt | None = None,
-    rollout: RolloutConfig | None = None,
-    workers: int = 0,
-    console: Console | None = None,
-) -> dict[str, Any]:
-    """Evaluate the model directory ``model`` on the JSON Lines file ``data``; the result is plain JSON.
-
-    ``prompt`` None: the model's own, of its card. ``rollout`` names the engine and its options (None: transformers).
-    ``workers`` score (0: one per core). Progress goes to ``console`` (None: silent). Raises ConfigError for a missing
-    model or file, faulty data and an engine that is not installed, VerifierError when rewards cannot be trusted.
-    """
-    read_hf_config(model)
-    console, plan = console or Console(quiet=True), SetPlan(Path(data).stem, Path(data), settings)
-    prompt = prompt or choose_prompt(Path(model))
-    with ExitStack() as stack:
-        pools = open_pools(stack, workers, [prompt])
-        problem_set = load_set(plan, pools["boxed"], console)
-        evaluation = ModelEvaluation(
-            Path(model),
-            [problem_set],
-            prompt=prompt,
-            rollout=rollout or RolloutConfig(),
-            samples_dir=None,
-            console=console,
-        )
-        return evaluation.run(pools)[plan.name]
 
 
 def open_pools(stack: ExitStack, workers: int, prompts: Sequence[ChosenPrompt]) -> dict[str, Pool]:

@@ -76,6 +76,6 @@ def _value(answer: str, problem: Problem) -> Fraction | str | None:
 
 
 def _asking(problem: Problem, key: str) -> Problem:
-    """The problem whose gold answer is ``key``."""
+    """The problem whose gold answer is ``key``, asked of an answer alone: no reasoning comes before it."""
     verifier = "math" if problem.verifier == "countdown" else problem.verifier
-    return replace(problem, answer=key, verifier=verifier, numbers=())
+    return replace(problem, answer=key, verifier=verifier, numbers=(), in_thought=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from tests.tools.analyze.inputs import (
     write_samples,
 )
 from tests.tools.runs import evaluation, write_run
-from tools.analyze.__main__ import main
+from tools.analyze.__main__ import _parser, main
+from tools.analyze.everything import plan
 from tools.analyze.registry import ANALYSES
 
 RESPONSE = record(["It", " is", "2"], [0.0, 0.5, 1.0])
@@ -33,6 +35,12 @@ def test_all_does_what_a_run_and_a_model_allow(tmp_path: Path, capsys: pytest.Ca
     arguments = [run, BASE, "--samples", samples, "--data", DATA, "--base", BASE, "--out", out]
     assert main(["all", *map(str, arguments)]) == 0
     assert "left out" not in capsys.readouterr().out
+    export = run / "hf"  # where a run's own export is: given by itself it is the same model, not a second one
+    shutil.copytree(BASE, export)
+    twice = plan(
+        _parser("all", None).parse_args([str(run), str(export), "--data", str(DATA), "--samples", str(samples)])
+    )
+    assert [step.arguments[:2] for step in twice if step.name == "first-tokens"] == [[str(export), "--out"]]
     assert {path.stem for path in out.glob("*.png")} == {*ANALYSES}
     page = (out / "index.html").read_text()
     assert all(f'src="{name}.png"' in page for name in ANALYSES)

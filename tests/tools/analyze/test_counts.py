@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.schema import PromptConfig
 from megatron_ext.metrics.eval_stats import pass_at_k
 from tests.tools.analyze.inputs import BASE, analyze, write_counts, write_lines
 from tests.tools.runs import evaluation
+from tools.analyze.__main__ import main
+from tools.analyze.counts import _of_samples
 from tools.analyze.flips import mcnemar
-from tools.analyze.inputs import prompts_of, read_samples
+from tools.analyze.inputs import labels_of, prompts_of, read_problems, read_samples
 from tools.evaluate.fingerprint import header
 from tools.evaluate.samples_file import SamplesFile
 from tools.evaluate.settings import Settings
@@ -91,6 +94,48 @@ def test_flips_are_the_problems_that_one_alone_solves(tmp_path: Path) -> None:
     assert found["accuracy_difference"]["mean"] == pytest.approx((11 - 9) / 16)
     any_right = analyze(tmp_path / "any", "flips", *files, "--solved", "any")
     assert any_right["solved_by"] == {"both": 3, "first_only": 0, "second_only": 1, "neither": 0}
+
+
+def test_problems_that_read_otherwise_are_not_paired(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two versions of a file whose problems are named by their line."""
+    found = {label: evaluation([1, 2]) for label in ("before", "after")}
+    found["after"]["problems"][1]["prompt"] = "another?"
+    file = tmp_path / "evaluation.json"
+    file.write_text(json.dumps(found))
+    assert main(["flips", str(file), "--out", str(tmp_path / "out")]) == 2
+    assert "problem 1 of set eval is another one to before ('1+1?') than to after" in capsys.readouterr().err
+
+
+def test_problems_are_those_of_the_samples_sets(tmp_path: Path) -> None:
+    """One set that no file is named after is that of the file that is no set's; two of them are nobody's."""
+
+    def file(folder: str, name: str, level: str) -> str:
+        row = {"id": "1", "prompt": f"{name}?", "answer": "1", "level": level}
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return str(write_lines(tmp_path / folder / f"{name}.jsonl", [row]))
+
+    def levels(*sets: str, data: list[str]) -> dict[str, list[str]]:
+        samples = tmp_path / "-".join(sets)
+        samples.mkdir(exist_ok=True)
+        for name in sets:
+            write_counts(samples / f"{name}.jsonl", {"1": (2, 1)}, name)
+        counts = _of_samples(samples, "x", read_problems(list(map(Path, data))), None)
+        return {row.set: [row.level, row.prompt] for row in counts.rows}
+
+    aime, math, other = file("a", "aime", "hard"), file("a", "math", "5"), file("a", "other", "7")
+    assert levels("aime", "math", data=[math]) == {"aime": ["", ""], "math": ["5", "math?"]}
+    assert levels("aime", "math", data=[aime, math])["aime"] == ["hard", "aime?"]
+    assert levels("aime", "math", data=[aime, other])["math"] == ["7", "other?"]
+    assert levels("x", "y", data=[other]) == {"x": ["", ""], "y": ["", ""]}
+    assert levels("x", data=[aime, math]) == {"x": ["", ""]}  # two problems have its id
+    with pytest.raises(ConfigError, match="would both be the set 'math'; rename one of them"):
+        read_problems([Path(math), Path(file("b", "math", "1"))])
+
+
+def test_a_models_name_keeps_its_dots(tmp_path: Path) -> None:
+    for name in ("Qwen2.5-1.5B", "Qwen2.5-Math-7B"):
+        (tmp_path / name).mkdir()
+    assert labels_of([tmp_path / "Qwen2.5-1.5B", tmp_path / "x.jsonl"], ()) == ["Qwen2.5-1.5B", "x"]
 
 
 def test_flips_of_an_evaluation_go_by_the_majority(tmp_path: Path) -> None:
