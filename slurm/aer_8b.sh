@@ -10,5 +10,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 # AER on Qwen3-8B-Base.
-project="${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}"
+for project in "${PROJECT_DIR:-}" "$(dirname "${BASH_SOURCE[0]}")/.." "${SLURM_SUBMIT_DIR:-.}"{,/..}; do
+    [[ ! -f "$project/slurm/train.sh" ]] || break
+done
 exec bash "$project/slurm/train.sh" "$0" recipes/aer/aer-qwen3-8b-base-4n8g.toml "$@"

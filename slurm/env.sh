@@ -11,6 +11,8 @@ SBATCH_OPTIONS=() # (--account=my-account --partition=batch --qos=normal)
 : "${CONTAINER_MOUNTS:=$PROJECT_DIR:$PROJECT_DIR}" # models and data too: /shared:/shared
 : "${LOG_DIR:=$PROJECT_DIR/runs/slurm}"            # one file per node and restart
 : "${MAX_RESTARTS:=50}"                            # a job that asks for more makes no progress
+: "${STOP_SECONDS:=3600}"                          # of RECIPE=...: from the signal to the time limit, a step and a save
+: "${REQUEUE_PAUSE:=10}"                           # seconds between attempts, where scontrol fails
 
 # Where rank 0 listens: a port below those the kernel hands out, another one for every job.
 : "${MASTER_ADDR:=}" # empty: the job's first node

@@ -10,5 +10,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 # SENT on Qwen2.5-Math-7B.
-project="${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}"
+for project in "${PROJECT_DIR:-}" "$(dirname "${BASH_SOURCE[0]}")/.." "${SLURM_SUBMIT_DIR:-.}"{,/..}; do
+    [[ ! -f "$project/slurm/train.sh" ]] || break
+done
 exec bash "$project/slurm/train.sh" "$0" recipes/sent/sent-qwen2.5-math-7b-1n8g.toml "$@"

@@ -8,6 +8,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 # SIREN on the tiny model, on one CPU node: a check of a site's set-up before GPUs are asked for.
-project="${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}"
+for project in "${PROJECT_DIR:-}" "$(dirname "${BASH_SOURCE[0]}")/.." "${SLURM_SUBMIT_DIR:-.}"{,/..}; do
+    [[ ! -f "$project/slurm/train.sh" ]] || break
+done
 export RANKS_PER_NODE="${RANKS_PER_NODE:-2}"
 exec bash "$project/slurm/train.sh" "$0" recipes/siren/siren-tiny-cpu.toml "$@"

@@ -10,7 +10,7 @@
 #
 # In the job one task per node runs tools.ranks, which starts the node's ranks; rank 0's address is fixed
 # beforehand, so there is nothing to discover. Before the time limit Slurm sends USR1 to this script (--signal in the
-# scripts; the time must hold a step and a save). It passes it on; the ranks save and exit with 75, and the job goes
+# scripts; the time must hold a step and a save, for another recipe it is STOP_SECONDS). It passes it on; the ranks save and exit with 75, and the job goes
 # back into the queue. Every other exit code ends the job: 2 configuration, 3 training health, 4 saving, 76 stopped three
 # times in a row before anything new was saved (the time is too short for a start, a step and a save), 77 a rank hung,
 # else a crash.
@@ -18,6 +18,7 @@ set -euo pipefail
 script="$1" own="$2" recipe="${RECIPE:-$2}"
 shift 2
 : "${PROJECT_DIR:=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}"
+export PROJECT_DIR # where the job finds this script, wherever it was submitted
 # shellcheck source=slurm/env.sh
 source "${ENV_FILE:-$PROJECT_DIR/slurm/env.sh}"
 export RECIPE="$recipe"
@@ -45,7 +46,9 @@ fi
 [[ "$recipe" =~ -([0-9]+)n([0-9]+)g\.toml$ ]] || true # a recipe's name says its size
 if [[ -z "${SLURM_JOB_ID:-}" ]]; then
     submit=(sbatch "${SBATCH_OPTIONS[@]}")
-    [[ -z "${BASH_REMATCH[1]:-}" || "$recipe" == "$own" ]] || submit+=(--nodes="${BASH_REMATCH[1]}" --gpus-per-node="${BASH_REMATCH[2]}")
+    if [[ -n "${BASH_REMATCH[1]:-}" && "$recipe" != "$own" ]]; then
+        submit+=(--nodes="${BASH_REMATCH[1]}" --gpus-per-node="${BASH_REMATCH[2]}" --signal="B:USR1@$STOP_SECONDS")
+    fi
     submit+=("$script" "$@")
     [[ -n "${DRY_RUN:-}" ]] || exec "${submit[@]}"
     show "RECIPE=$recipe" "${submit[@]}"
@@ -89,14 +92,20 @@ do :; done
 
 echo "$(date '+%F %T') restart $restart: exit code $code, logs in $LOG_DIR"
 if [[ "$code" == 75 ]]; then
-    state="$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)"
+    state="$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)" || state=RUNNING # the controller does not answer
     if ((restart >= MAX_RESTARTS)); then
         echo "not requeued: MAX_RESTARTS=$MAX_RESTARTS restarts are used up; the state is saved, submit again"
     elif [[ "$state" != RUNNING ]]; then # cancelled, or preempted: then Slurm itself requeues
         echo "not requeued: the job is $state; the state is saved, submit again to go on"
     else
-        echo "the state is saved: requeued"
-        scontrol requeue "$SLURM_JOB_ID"
+        for ((attempt = 1; attempt <= 6; attempt++)); do
+            if scontrol requeue "$SLURM_JOB_ID"; then
+                echo "the state is saved: requeued"
+                exit "$code"
+            fi
+            sleep "$REQUEUE_PAUSE"
+        done
+        echo "not requeued: scontrol failed; the state is saved, submit again to go on"
     fi
 fi
 exit "$code"

@@ -41,7 +41,6 @@ from .progress import ToolProgress
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_ext.checkpoint.full_tensors import TensorLocation
     from megatron_ext.model.param_mapping import ParamMapping
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -67,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _refuse_to_overwrite(options.out)
         if options.command == "to-hf":
-            checkpoint = options.checkpoint / "checkpoints" / BEST if options.best else options.checkpoint
+            checkpoint = _root(options.checkpoint) / BEST if options.best else options.checkpoint
             size = to_hf(checkpoint, options.out, source=options.model, shard_bytes=options.max_shard_size)
         else:
             size = from_hf(options.model, options.out)
@@ -86,7 +85,7 @@ def to_hf(checkpoint: Path, out: Path, *, source: Path | None, shard_bytes: int)
 
     Raises CheckpointError for a damaged, absent or unfitting one, ConfigError for a missing model.
     """
-    from megatron_ext.checkpoint.full_tensors import CheckpointTensors
+    from megatron_ext.checkpoint.full_tensors import CheckpointTensors, TensorLocation
     from megatron_ext.model.architectures import find_family, read_architecture
     from megatron_ext.model.export import write_hf
     from megatron_ext.model.param_mapping import full_mappings, hf_shapes
@@ -99,8 +98,8 @@ def to_hf(checkpoint: Path, out: Path, *, source: Path | None, shard_bytes: int)
     family = find_family(found.config["model"].get("family", ""))  # a checkpoint may be older than the key
     architecture = read_architecture(read_hf_config(source), family)
     tensors = CheckpointTensors(path)
-    mappings = [(mapping, _location(mapping)) for mapping in full_mappings(architecture)]
-    dtype = tensors.check([location for _, location in mappings], belongs=_is_policy)
+    mappings = [(mapping, TensorLocation.of(mapping)) for mapping in full_mappings(architecture)]
+    dtype = tensors.check_policy(architecture, found.layout.get("tensor", 1))
     with ToolProgress(Console(stderr=True)) as progress:
         task = progress.add_task("tensors", total=len(mappings))
 
@@ -126,7 +125,7 @@ def from_hf(model: Path, out: Path) -> int:
 
     Raises ValueError naming everything about its files and tensors that is not as config.json says.
     """
-    from megatron_ext.checkpoint.full_tensors import write_tensors
+    from megatron_ext.checkpoint.full_tensors import TensorLocation, write_tensors
     from megatron_ext.model.architectures import read_architecture
     from megatron_ext.model.hf_weights import open_weights
     from megatron_ext.model.param_mapping import full_mappings
@@ -144,7 +143,7 @@ def from_hf(model: Path, out: Path) -> int:
                 progress.advance(task)
                 return mapping.sharding.shard([stored.tensor(name) for name in mapping.hf], 0, 1)
 
-            tensors = [(_location(mapping), partial(full, mapping)) for mapping in mappings]
+            tensors = [(TensorLocation.of(mapping), partial(full, mapping)) for mapping in mappings]
             files = write_tensors(folder, tensors, stored.dtype)
         manifest.publish(folder, step=0, files=files, layout=ParallelConfig().model_dump(), config=config)
     except BaseException:
@@ -153,31 +152,20 @@ def from_hf(model: Path, out: Path) -> int:
     return sum(record.bytes for record in files.values())
 
 
-def _location(mapping: ParamMapping) -> TensorLocation:
-    from megatron_ext.checkpoint.full_tensors import TensorLocation
-    from megatron_ext.model.tp_sharding import Vocabulary
-
-    return TensorLocation(
-        mapping.key, mapping.index, mapping.stacked, mapping.shape, padded=isinstance(mapping.sharding, Vocabulary)
-    )
-
-
-def _is_policy(key: str) -> bool:
-    """Whether a key of a run's checkpoint is of the policy's weights: not of its optimizer, or of another model."""
-    return key.startswith(("embedding.", "decoder.", "output_layer."))
-
-
 def find(checkpoint: Path) -> tuple[Path, Manifest]:
     """The verified checkpoint that a path means: a ``step_*`` directory, a run, its ``checkpoints``, or ``best`` there.
 
     Raises CheckpointError.
     """
-    if checkpoint.name == BEST:
+    if checkpoint.name == BEST and not checkpoint.is_dir():
+        if not checkpoint.parent.is_dir():
+            raise CheckpointError(
+                f"{checkpoint.parent}: no such folder; give a run's, or one of its step_* directories"
+            )
         checkpoint = best_of(checkpoint.parent)
-    if checkpoint.name.startswith("step_"):
+    if re.fullmatch(r"step_\d+", checkpoint.name) or (checkpoint / manifest.MANIFEST).is_file():
         return checkpoint, manifest.verify(checkpoint)
-    root = checkpoint / "checkpoints" if (checkpoint / "checkpoints").is_dir() else checkpoint
-    found = manifest.newest_valid(root)
+    found = manifest.newest_valid(_root(checkpoint))
     if found is None:
         raise CheckpointError(
             f"{checkpoint}: holds no checkpoint; give a run's folder or one of its step_* directories"
@@ -185,6 +173,11 @@ def find(checkpoint: Path) -> tuple[Path, Manifest]:
     for line in found.refused:
         print(f"convert: {line}", file=sys.stderr)
     return found.path, found.manifest
+
+
+def _root(folder: Path) -> Path:
+    """Where a run, or its ``checkpoints``, has them."""
+    return folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
 
 
 def num_bytes(text: str) -> int:

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.checkpoint.manifest import MANIFEST
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.schema import Config
@@ -37,6 +38,7 @@ from megatron_ext.plan.layout import Plan, make_plan
 from megatron_ext.plan.memory import num_engines
 from megatron_ext.plan.sizes import hf_tensors, num_parameters
 from megatron_ext.plan.speed import RATES
+from megatron_ext.rollout.registry import find_engine
 
 from .arguments import command_parser
 from .plan import method_roles, read_valid, table
@@ -166,7 +168,7 @@ def data_path(config: Config) -> Iterator[str]:
     epochs = config.train.steps * config.rollout.prompts / len(encoded)
     yield f"the run: {config.train.steps} steps = {epochs:.1f} epochs -> {config.run_dir}"
     if data.curriculum and Path(data.curriculum).is_file():
-        order = data_order(config, [problem for problem, _ in encoded])
+        order = data_order(config, encoded)
         starts = zip(order.stages, order.starts, strict=True)
         stages = [f"{len(stage)} problems from step {first + 1}" for stage, first in starts]
         yield f"curriculum: {data.curriculum}: {', then '.join(stages)}"
@@ -186,6 +188,13 @@ def missing(config: Config) -> Iterator[str]:
     if data.curriculum and not Path(data.curriculum).is_file():
         command = f"megatron-entropy semantic-entropy RECIPE --out {data.curriculum}"
         yield f"data.curriculum: {data.curriculum} not found here, to be prepared with {command}"
+    for path in config.validation.data if config.validation.every else ():
+        if not Path(path).is_file():
+            yield f"validation.data: {path} not found here, to be prepared with megatron-entropy data"
+    if config.model.weights and not (Path(config.model.weights) / MANIFEST).is_file():
+        yield f"model.weights: {config.model.weights} not found here: it is a checkpoint of another run"
+    if fault := find_engine(config.rollout).missing_package():
+        yield f"rollout.engine: {config.rollout.engine}: {fault}"
 
 
 def packing_check(config: Config) -> Check:

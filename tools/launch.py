@@ -26,6 +26,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from megatron_ext.config.checks import layout_faults
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.loading import read_config
 from megatron_ext.config.schema import Config
@@ -53,8 +54,9 @@ class Site(BaseModel):
     container_image: str | None = None
     container_mounts: list[str] = []
     exclusive: bool = True
+    cpus_per_task: Annotated[int, Field(ge=1)] | None = None  # a node's; where tasks are bound, srun's default is 1
     retries: Annotated[int, Field(ge=0)] = 10
-    save_seconds: Annotated[int, Field(ge=30)] = 300  # before the time limit, to save the state
+    save_seconds: Annotated[int, Field(ge=30)] = 3600  # before the time limit: it must hold a step and a save
     port: Annotated[int, Field(ge=1024, le=65535)] = 29500
     numa_binding: Literal["node", "none"] = "node"  # the CPUs that a rank may use: those near its GPU, or all
     env: dict[str, str] = {}
@@ -71,6 +73,8 @@ def read_site(path: str | Path) -> Site:
         raise ConfigError(f"--site: no such file: {path}; begin with a copy of slurm/nemo-site.toml") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"--site: {path} is not valid TOML: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--site: {path} cannot be read: {error}") from None
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}, found {e['input']!r}" for e in error.errors()]
         raise ConfigError(f"--site: {path}:\n" + "\n".join(lines)) from None
@@ -102,10 +106,12 @@ def executor(config: Config, site: Site) -> Any:
         ntasks_per_node=1,
         gpus_per_node=p.ranks_per_node,
         exclusive=site.exclusive,
+        mem="0" if site.exclusive else None,  # all of a node's: exclusive gives its CPUs alone
+        cpus_per_task=site.cpus_per_task,
         signal=STOP_SIGNAL.format(seconds=site.save_seconds),
         container_image=site.container_image,
         container_mounts=site.container_mounts,
-        srun_args=list(SRUN),
+        srun_args=[*SRUN, *([f"--cpus-per-task={site.cpus_per_task}"] if site.cpus_per_task else [])],
         env_vars={**site.env, "MASTER": f"$head_node_ip:{site.port}"},
         tunnel=tunnel,
         packager=nemo_run.Packager(),
@@ -117,8 +123,12 @@ def executor(config: Config, site: Site) -> Any:
 def launch(config: Config, options: argparse.Namespace) -> bool:
     """Submit, run here, or print; whether that went well.
 
-    Raises ConfigError when NeMo-Run is not installed or the nodes are too many.
+    Raises ConfigError for a recipe that would end at once, when NeMo-Run is not installed, or the nodes are too many.
     """
+    site = read_site(options.site) if options.site else None
+    here = site is None or not site.ssh_host  # else the model may be where the job runs alone
+    if here and (faults := layout_faults(config)):
+        raise ConfigError("\n".join(faults))  # a job would be queued, end with this, and be queued again
     try:
         os.environ.setdefault("COLUMNS", "240")  # a printed script keeps its lines
         import nemo_run
@@ -126,7 +136,6 @@ def launch(config: Config, options: argparse.Namespace) -> bool:
         raise ConfigError(
             f"NeMo-Run cannot be imported ({error}): pip install 'megatron-entropy[launch]', or use slurm/"
         ) from None
-    site = read_site(options.site) if options.site else None
     if site is not None and not options.dry_run and not site.ssh_host and shutil.which("sbatch") is None:
         raise ConfigError(
             f"--site: {options.site} submits from this machine, which has no sbatch; run it on a login node, set "

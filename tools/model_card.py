@@ -40,8 +40,10 @@ def model_card(checkpoint: Path, found: Manifest, *, source: Path) -> str:
         front[key] = value
     if found.step or any(prompt[key] for key in ("system", "prefix", "suffix", "template")):  # a base model has none
         front["prompt"] = prompt
+    weights = config["model"].get("weights", "")
+    start = f"`{weights}`, a checkpoint that began from `{base}`" if weights else f"`{base}`"
     if found.step == 0:
-        return f"---\n{front.to_yaml()}\n---\n\n# {Path(base).name}\n\nThe weights of `{base}`, not trained further.\n"
+        return f"---\n{front.to_yaml()}\n---\n\n# {Path(base).name}\n\nThe weights of {start}, not trained further.\n"
     front.tags = ["reinforcement-learning", str(config["method"]["name"])]
     datasets = _hub_id(config["data"].get("hub", ""))
     front.datasets = [datasets] if datasets else None
@@ -51,7 +53,7 @@ def model_card(checkpoint: Path, found: Manifest, *, source: Path) -> str:
         "",
         f"# {config['name']}",
         "",
-        f"Exported from {checkpoint.name} of run `{config['name']}`: `{base}` after {found.step} steps of "
+        f"Exported from {checkpoint.name} of run `{config['name']}`: {start} after {found.step} steps of "
         "reinforcement learning with verifiable rewards.",
         "",
         f"- base model: `{base}`{'' if front.base_model else ' (no id on the Hugging Face Hub is known: model.hub)'}",

@@ -55,14 +55,15 @@ def main(arguments: list[str] | None = None) -> int:
         if run is not None and measured is not None:
             check_fit(run, measured, config, options.gpu)
         lengths = _lengths(options, config, measured)
+        gpu = options.gpu or "h100"
+        rates = _rates(options, RATES[gpu] if measured is None else measured.rates())
+        known = TOTAL_BYTES[gpu] if measured is None else measured.memory
+        total = options.memory_gb * GB if options.memory_gb else known
+        plan = make_plan(config, roles, rates=rates, gpu_memory=total, lengths=lengths)
+        nearest = None if plan.fits else nearest_fit(plan, rates=rates, lengths=lengths)
     except ConfigError as error:
         print(f"configuration error\n{error}", file=sys.stderr)
         return CONFIGURATION
-    gpu = options.gpu or "h100"
-    rates = _rates(options, RATES[gpu] if measured is None else measured.rates())
-    total = options.memory_gb * GB if options.memory_gb else TOTAL_BYTES[gpu] if measured is None else measured.memory
-    plan = make_plan(config, roles, rates=rates, gpu_memory=total, lengths=lengths)
-    nearest = None if plan.fits else nearest_fit(plan, rates=rates, lengths=lengths)
     if options.svg:
         from .plan_chart import memory_chart  # matplotlib takes as long to import as the plan to make
 
@@ -148,7 +149,11 @@ def verdict(plan: Plan, nearest: tuple[list[str], Plan] | None) -> list[str]:
     if plan.kv_sequences == 0:
         lines.append("the KV cache cannot hold one sequence of full length")
     if nearest is None:
-        return [*lines, "no layout on these GPUs fits: take more nodes, or shorter sequences"]
+        return [
+            *lines,
+            "no layout that was tried on these GPUs fits: take more nodes, shorter sequences, or another "
+            "rollout.tensor_parallel_size",
+        ]
     changes, other = nearest
     return [*lines, f"nearest layout that fits, with {other.worst.peak / GB:.1f} GB: {' '.join(changes)}"]
 

@@ -1,6 +1,6 @@
 """Start the ranks of one node and see them through.
 
-    python -m tools.ranks --nodes 2 --ranks-per-node 8 --master HOST:PORT tools.train RECIPE [key=value ...]
+    python -m tools.ranks --nodes 2 --node I --ranks-per-node 8 --master HOST:PORT tools.train RECIPE [key=value ...]
 
 The parent starts one process per rank with the usual environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,
 MASTER_PORT) and ends the others when one fails. The exit code is the first failing rank's, so 2 (configuration), 3
@@ -34,6 +34,7 @@ from megatron_ext import heartbeat
 from megatron_ext.train.signals import REQUEUE
 
 from . import faults
+from .arguments import whole_number
 from .numa import NoBinding, cpus_of_ranks
 from .watchdog import Watchdog
 
@@ -262,18 +263,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.ranks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--ranks-per-node", type=int, required=True)
+    parser.add_argument("--nodes", type=whole_number(1), default=1)
+    parser.add_argument("--ranks-per-node", type=whole_number(1), required=True)
     parser.add_argument("--master", default="", help="host:port of node 0 (default: a free port of this machine)")
-    parser.add_argument("--node", type=int, default=int(os.environ.get("SLURM_NODEID", "0")))
+    parser.add_argument("--node", type=whole_number(0), help="this node's number, from 0 (default: SLURM_NODEID)")
     parser.add_argument("--numa-binding", choices=("node", "none"), default="none", help="CPUs that a rank may use")
     parser.add_argument("module", help="for example tools.train")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     o = parser.parse_args(arguments)
-    if o.nodes > 1 and not o.master:
-        parser.error(f"--nodes {o.nodes} needs --master HOST:PORT, an address that every node reaches")
+    told = os.environ.get("SLURM_NODEID") if o.node is None else o.node
+    if o.nodes > 1 and told is None:
+        parser.error(f"--nodes {o.nodes} needs --node, this node's number from 0: each node starts its own ranks")
+    node = int(told or 0)
+    if node >= o.nodes:
+        parser.error(f"--node: found {node}, expected a number below --nodes {o.nodes}")
+    host, _, port = o.master.rpartition(":")
+    if o.nodes > 1 and not (host and port.isdecimal()):
+        found = f", found {o.master!r}" if o.master else ""
+        parser.error(f"--nodes {o.nodes} needs --master HOST:PORT, an address that every node reaches{found}")
     bind = o.numa_binding == "node"
-    return run_ranks(o.module, o.arguments, o.ranks_per_node, nodes=o.nodes, node=o.node, master=o.master, bind=bind)
+    return run_ranks(o.module, o.arguments, o.ranks_per_node, nodes=o.nodes, node=node, master=o.master, bind=bind)
 
 
 if __name__ == "__main__":

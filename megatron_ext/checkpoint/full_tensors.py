@@ -8,7 +8,7 @@ together at a time, ``write_tensors`` asks for one at a time: neither holds more
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,6 +31,9 @@ from megatron_ext.checkpoint.storage import (
     write_index,
 )
 from megatron_ext.files import open_regular
+from megatron_ext.model.architectures import Architecture
+from megatron_ext.model.param_mapping import ParamMapping, full_mappings
+from megatron_ext.model.tp_sharding import Vocabulary
 
 Shape = tuple[int, ...]
 
@@ -39,7 +42,7 @@ Shape = tuple[int, ...]
 class TensorLocation:
     """Where a tensor is in a checkpoint: at ``index`` of the ``stacked`` layers and experts under ``key``.
 
-    ``padded``: its first axis is the vocabulary, which may be longer there.
+    ``padded``: its first axis is the vocabulary, which is padded there for the tensor-parallel ranks that saved it.
     """
 
     key: str
@@ -48,12 +51,15 @@ class TensorLocation:
     shape: Shape
     padded: bool = False
 
-    def accepts(self, found: Sequence[int]) -> bool:
-        """Whether a key of the shape ``found`` holds such tensors."""
-        full, vocabulary = (*self.stacked, *self.shape), len(self.stacked)
-        if self.padded and len(found) == len(full) and found[vocabulary] > full[vocabulary]:
-            found = (*found[:vocabulary], full[vocabulary], *found[vocabulary + 1 :])
-        return tuple(found) == full
+    @classmethod
+    def of(cls, mapping: ParamMapping) -> TensorLocation:
+        padded = isinstance(mapping.sharding, Vocabulary)
+        return cls(mapping.key, mapping.index, mapping.stacked, mapping.shape, padded)
+
+    def saved_shape(self, tensor: int) -> Shape:
+        """Of its whole key, saved by ``tensor`` tensor-parallel ranks."""
+        first, *others = self.shape
+        return (*self.stacked, -(-first // tensor) * tensor if self.padded else first, *others)
 
 
 class CheckpointTensors:
@@ -68,23 +74,23 @@ class CheckpointTensors:
         self.entries = {k: v for k, v in entries.items() if isinstance(v, TensorStorageMetadata)}
         self._grouped = cache(self._group)
 
-    def check(self, locations: Iterable[TensorLocation], belongs: Callable[[str], bool]) -> torch.dtype:
-        """The dtype of the tensors at ``locations``.
+    def check_policy(self, architecture: Architecture, tensor: int) -> torch.dtype:
+        """The dtype of the policy's weights, which ``tensor`` tensor-parallel ranks have saved.
 
         Raises CheckpointError naming every key that is missing, misshapen or of another dtype than most, and every
-        key without a location that ``belongs`` to them.
+        other one of a policy's weights: a model without it would be another model.
         """
-        locations = list({location.key: location for location in locations}.values())
+        locations = list({each.key: TensorLocation.of(each) for each in full_mappings(architecture)}.values())
         here = [location for location in locations if location.key in self.entries]
         faults = [f"missing tensor {location.key}" for location in locations if location.key not in self.entries]
         known = {location.key for location in locations}
-        faults += [f"unexpected tensor {key}" for key in self.entries if belongs(key) and key not in known]
+        faults += [f"unexpected tensor {key}" for key in self.entries if _is_policy(key) and key not in known]
         dtypes = {location.key: self.entries[location.key].properties.dtype for location in here}
         [(most, _)] = Counter(dtypes.values()).most_common(1) or [(torch.float32, 0)]
         for location in here:
-            found = self.entries[location.key].size
-            if not location.accepts(found):
-                faults.append(f"{location.key}: found {list(found)}, expected {[*location.stacked, *location.shape]}")
+            found, expected = tuple(self.entries[location.key].size), location.saved_shape(tensor)
+            if found != expected:
+                faults.append(f"{location.key}: found {list(found)}, expected {list(expected)}")
             if dtypes[location.key] != most:
                 faults.append(f"{location.key}: found {dtypes[location.key]}, expected {most}, what most tensors have")
         if faults:
@@ -120,6 +126,11 @@ class CheckpointTensors:
     def _load(self, chunk: MetadataIndex) -> Tensor:
         with open_regular(self.path / extents_of(self._index)[chunk].relative_path) as file:
             return load_chunk(file, self._index, chunk)
+
+
+def _is_policy(key: str) -> bool:
+    """Whether a key of a run's checkpoint is of the policy's weights: not of its optimizer, or of another model."""
+    return key.startswith(("embedding.", "decoder.", "output_layer."))
 
 
 def write_tensors(

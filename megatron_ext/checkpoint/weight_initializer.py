@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron.core.models.gpt import GPTModel
 
 from megatron_ext.checkpoint import checkpoint, manifest
+from megatron_ext.checkpoint.full_tensors import CheckpointTensors
 from megatron_ext.config.schema import ModelConfig
 from megatron_ext.model.architectures import Architecture
 from megatron_ext.model.hf_weights import load_weights, open_weights
@@ -17,13 +18,16 @@ from megatron_ext.model.reference import identity
 class WeightInitializer:
     """Fills policy, reference and critic alike. The checkpoint may be of any layout; it is verified once, here.
 
-    Raises CheckpointError on all ranks if it is damaged, ValueError for safetensors that are not the architecture's.
+    Raises CheckpointError on all ranks if it is damaged or holds another model's weights, ValueError for safetensors
+    that are not the architecture's.
     """
 
     def __init__(self, model: ModelConfig, architecture: Architecture) -> None:
         self.model, self.architecture = model, architecture
         if model.weights:
-            checkpoint.verify(Path(model.weights))
+            path = Path(model.weights)
+            found = checkpoint.verify(path)
+            CheckpointTensors(path).check_policy(architecture, found.layout.get("tensor", 1))
         else:
             open_weights(model.path, architecture)
 

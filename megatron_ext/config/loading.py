@@ -21,7 +21,7 @@ from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.redact import redact
 from megatron_ext.config.schema import Config, PromptConfig
 from megatron_ext.config.shipped import expected_at, find_recipe, shipped
-from megatron_ext.files import read_small
+from megatron_ext.files import read_json, read_small
 from megatron_ext.plugins import KEYS
 
 _PATHS = (
@@ -44,7 +44,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def read_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """``load_config`` without the rules between fields. ``model.weights`` is the checkpoint that ``best`` names now."""
+    """``load_config`` without the rules between fields. A marker ``best`` in ``model.weights`` is the checkpoint that it
+    named when the run began."""
     merged = _merge_chain(_read_chain(find_recipe(path)))
     for override in overrides or []:
         _apply_override(merged, override)
@@ -53,8 +54,22 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         config = Config.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(_readable(error, path, given)) from None
-    model = config.model.model_copy(update={"weights": marked_checkpoint(config.model.weights)})
+    model = config.model.model_copy(update={"weights": _first_weights(config)})
     return config.model_copy(update={"prompt": with_template_text(config.prompt), "model": model})
+
+
+def _first_weights(config: Config) -> str:
+    """``model.weights``; of a marker what the run has begun from, or what it names now where there is no run yet."""
+    given = config.model.weights
+    named = marked_checkpoint(given)
+    if named == given:
+        return given
+    try:
+        kept = read_json(config.run_dir / "config.json")["model"]["weights"]
+        is_here = os.path.dirname(kept) == os.path.dirname(given) and os.path.isdir(kept)
+    except (OSError, ValueError, KeyError, TypeError):
+        return named
+    return kept if is_here else named
 
 
 def with_template_text(prompt: PromptConfig) -> PromptConfig:

@@ -32,9 +32,11 @@ FORMAT = "semantic-entropy/1"
 MAKE = "megatron-entropy semantic-entropy RECIPE"
 
 
-def data_order(config: Config, problems: Sequence[Problem]) -> DataOrder:
-    """The order in which a run takes ``problems``: stage by stage where there is a curriculum. Raises ConfigError."""
-    seed, identity = config.train.seed, fingerprint(problems)
+def data_order(config: Config, encoded: Sequence[tuple[Problem, Sequence[int]]]) -> DataOrder:
+    """The order in which a run takes problems, given with the tokens of their prompts: stage by stage where there is a
+    curriculum. Raises ConfigError."""
+    problems = [problem for problem, _ in encoded]
+    seed, identity = config.train.seed, _as_trained_on(encoded)
     if not config.data.curriculum:
         return DataOrder([range(len(problems))], seed=seed, problems=identity)
     stages = read_stages(config.data.curriculum, problems)
@@ -45,6 +47,15 @@ def fingerprint(problems: Sequence[Problem]) -> str:
     """What identifies a data set here: its usable problems in their order."""
     content = [[problem.problem_id, problem.prompt, problem.answer] for problem in problems]
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+
+
+def _as_trained_on(encoded: Sequence[tuple[Problem, Sequence[int]]]) -> str:
+    """What identifies the problems as the model reads them and the verifier judges them: a resumed run has the same."""
+    digest = hashlib.sha256()
+    for problem, ids in encoded:
+        judged = [problem.problem_id, problem.answer, problem.verifier, problem.numbers]
+        digest.update(json.dumps([judged, list(ids)], ensure_ascii=False).encode())
+    return digest.hexdigest()
 
 
 def stage_of(rank: int, num_problems: int, num_stages: int) -> int:

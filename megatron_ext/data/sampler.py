@@ -68,7 +68,7 @@ class DataOrder:
             "starts": list(self.starts),
             "stages": hashlib.sha256(json.dumps(self.stages).encode()).hexdigest(),
             "num_problems": sum(map(len, self.stages)),
-            "problems": self.problems,
+            "content": self.problems,
             "seed": self.seed,
         }
 
@@ -80,7 +80,7 @@ class DataOrder:
         names = {
             "num_problems": "number of usable problems in data.train",
             "stages": "order of the problems by data.curriculum",
-            "problems": "content of data.train, its usable problems in their order,",
+            "content": "content of data.train (prompts in the model's tokens, answers, verifiers, in their order)",
             "seed": "train.seed",
         }
         own = self.state_dict()

@@ -30,6 +30,9 @@ from megatron_ext.model.param_mapping import ParamMapping, Shape, hf_shapes, map
 from megatron_ext.model.safetensors_dir import SafetensorsDir, misfits
 from megatron_ext.model.tp_sharding import TPSharding
 
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_ROWS = 8192  # compared at once
+
 
 def open_weights(path: str | Path, a: Architecture) -> SafetensorsDir:
     """The model directory's tensors, every one of them checked.
@@ -38,8 +41,13 @@ def open_weights(path: str | Path, a: Architecture) -> SafetensorsDir:
     misshapen or of another dtype than config.json states.
     """
     found = SafetensorsDir(path)
-    if a.tied:
-        found.entries.pop("lm_head.weight", None)  # a second copy of the embedding
+    if a.tied and _HEAD in found.entries:
+        if not found.faults and not _equal(found, _HEAD, _EMBEDDING):
+            raise ValueError(
+                f"{path}: config.json has tie_word_embeddings, but {_HEAD} is another tensor than {_EMBEDDING}; set it "
+                "to false to keep the head, or remove the head"
+            )
+        del found.entries[_HEAD]  # a second copy of the embedding
     least = a.num_layers if a.experts is None else (a.num_layers - len(a.experts.dense_layers)) * a.experts.num
     faults = [f"found {len(found.entries)} tensors, expected at least {least}"]
     if found.faults or least <= len(found.entries):  # else names would be made for what is not there
@@ -47,6 +55,16 @@ def open_weights(path: str | Path, a: Architecture) -> SafetensorsDir:
     if faults:
         raise ValueError(f"{path}: the weights do not fit {a.name}:\n  " + "\n  ".join(faults))
     return found
+
+
+def _equal(found: SafetensorsDir, *names: str) -> bool:
+    """Whether two tensors are the same, compared a part at a time."""
+    a, b = (found.entries.get(name) for name in names)
+    if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    one, other = (found.tensor(name) for name in names)
+    starts = range(0, a.shape[0], _ROWS)
+    return all(torch.equal(one[start : start + _ROWS], other[start : start + _ROWS]) for start in starts)
 
 
 def load_weights(module: GPTModel, a: Architecture, path: str | Path) -> None:

@@ -41,7 +41,7 @@ def build(config: Config, pool: RewardPool | FunctionPool) -> Trainer:
         architecture = read_architecture(read_hf_config(config.model.path), find_family(config.model.family))
     problems = load_problems(config, pool, vocab_size=architecture.vocab_size)
     validation = load_validation(config, pool, vocab_size=architecture.vocab_size)
-    order = data_order(config, [problem for problem, _ in problems])
+    order = data_order(config, problems)
     with users_files():
         tell(f"kernels: {describe_kernels(config, architecture)}")
     learner = build_learner(config, method, architecture)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch.distributed as dist
@@ -108,6 +108,7 @@ class Trainer:
             "bad_steps": {name: each.bad_steps for name, each in self.learner.trained.items()},
             "alarms": self.alarms.state_dict(),
             "reference": self.reference_identity,
+            "architecture": asdict(self.learner.policy.architecture),
         }
         if self.config.validation.every or self.validation.best_step is not None:
             state["validation"] = self.validation.state_dict()
@@ -123,6 +124,14 @@ class Trainer:
                 "resume: the reference model is not the checkpoint's: the weights in "
                 f"{self.config.model.weights or self.config.model.path} differ; restore model.path and model.weights, "
                 "or start a new run with another name"
+            )
+        own = asdict(self.learner.policy.architecture)
+        saved = state.get("architecture", own)  # a checkpoint may be older than the key
+        if differing := [name for name in own if saved.get(name) != own[name]]:
+            listed = ", ".join(f"{name} {saved.get(name)}, now {own[name]}" for name in differing)
+            raise ConfigError(
+                f"resume: {self.config.model.path} is not the checkpoint's model ({listed}); restore model.path, or "
+                "start a new run with another name"
             )
         self.step = step
         self.learner.method.load_state_dict(state["method"])

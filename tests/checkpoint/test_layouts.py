@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,17 +153,21 @@ def load_alone(rank: int, world: int, path: str, layout: dict[str, Any], root: P
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(reference: dict[str, Path]) -> None:
     stored = CheckpointTensors(reference["qwen2"] / "step_000000")
-    key, size = "decoder.final_layernorm.weight", (32,)
-    fits = [TensorLocation(key, (), (), size)]
-    assert stored.check(fits, belongs=lambda name: name == key) == torch.float32
-    for locations, belongs, message in (
-        ([TensorLocation(key, (), (), (16,))], key, f"{key}: found [32], expected [16]"),
-        ([TensorLocation("decoder.none", (), (), size)], "decoder.none", "missing tensor decoder.none"),
-        (fits, "output_layer.weight", "unexpected tensor output_layer.weight"),
+    own = architectures.read_architecture(read_hf_config(tiny.hf_model("qwen2")[1]))
+    vocab = own.vocab_size
+    assert stored.check_policy(own, 1) == torch.float32
+    for changed, tensor, message in (
+        ({"qk_norm": True}, 1, "missing tensor decoder.layers.self_attention.q_layernorm.weight"),
+        ({"qkv_bias": False}, 1, "unexpected tensor decoder.layers.self_attention.linear_qkv.bias"),
+        ({"tied": True}, 1, "unexpected tensor output_layer.weight"),
+        ({"vocab_size": vocab - 1}, 1, f"output_layer.weight: found [{vocab}, 32], expected [{vocab - 1}, 32]"),
+        ({"vocab_size": vocab + 1}, 1, f"expected [{vocab + 1}, 32]"),
+        ({"vocab_size": vocab - 9}, 2, f"expected [{vocab - 9 + (vocab - 9) % 2}, 32]"),
     ):
         with pytest.raises(CheckpointError) as caught:
-            stored.check(locations, belongs=lambda name, belongs=belongs: name == belongs)
+            stored.check_policy(replace(own, **changed), tensor)
         assert message in str(caught.value)
+    assert stored.check_policy(replace(own, vocab_size=vocab - 3), 4) == torch.float32  # as four ranks pad it
 
 
 def loads_known(rank: int, world: int, layout: dict[str, Any], root: Path) -> None:

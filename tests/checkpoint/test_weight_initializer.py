@@ -46,12 +46,40 @@ def test_a_run_starts_from_the_best_checkpoint_of_another(weights: Path, tmp_pat
     kept = json.loads((tmp_path / "run" / "config.json").read_text())
     assert kept["model"]["weights"] == f"{root}/step_000000"
     assert load_config(whole_run.RECIPES / recipe, [best]).model.weights == f"{root}/step_000010"
+    assert whole_run.train(tmp_path, recipe, best, "train.steps=2") == 0  # the run goes on from its own
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["weights"] == f"{root}/step_000000"
     shutil.rmtree(root / "step_000010")
     with pytest.raises(ConfigError, match="best names no checkpoint that is beside it; give a step_"):
         load_config(whole_run.RECIPES / recipe, [best])
     (root / "best").unlink()
     with pytest.raises(ConfigError, match=r"best is no checkpoint; .* where it was validated \(validation.every"):
         load_config(whole_run.RECIPES / recipe, [best])
+
+
+def test_the_weights_of_another_vocabulary_are_refused(weights: Path, tmp_path: Path) -> None:
+    """As of a model whose embeddings were resized: rows would be left out, or be zeros."""
+    model = tmp_path / "model"
+    shutil.copytree(BASE, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 8}))
+    with pytest.raises(AssertionError, match=r"embedding.word_embeddings.weight: found \[\d+, 128\], expected"):
+        whole_run.train(
+            tmp_path, "grpo/grpo-tiny-cpu.toml", f'model.path="{model}"', f'model.weights="{weights}"', "train.steps=1"
+        )
+
+
+def test_a_run_does_not_go_on_with_another_model(tmp_path: Path) -> None:
+    """Of the same shapes, but other rotary embeddings."""
+    recipe = "grpo/grpo-tiny-cpu.toml"
+    assert whole_run.train(tmp_path, recipe, "train.steps=1") == 0
+    model = tmp_path / "model"
+    shutil.copytree(BASE, model)
+    assert whole_run.train(tmp_path, recipe, "train.steps=2", f'model.path="{model}"') == 0  # it was moved
+    config = json.loads((model / "config.json").read_text())
+    config.pop("rope_parameters", None)
+    (model / "config.json").write_text(json.dumps(config | {"rope_theta": 777.0}))
+    with pytest.raises(AssertionError, match=r"is not the checkpoint's model \(rope_theta .*, now 777.0\)"):
+        whole_run.train(tmp_path, recipe, "train.steps=3", f'model.path="{model}"')
 
 
 def test_a_damaged_or_absent_start_is_refused(weights: Path, tmp_path: Path) -> None:

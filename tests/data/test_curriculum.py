@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,23 @@ def test_stages_take_equal_shares_of_the_run_unless_it_says_otherwise() -> None:
 
 
 def test_without_a_curriculum_all_problems_are_one_stage(tmp_path: Path) -> None:
-    assert data_order(config(9), PROBLEMS).stages == [[0, 1, 2, 3, 4]]
-    order = data_order(config(9, str(write(tmp_path, records()))), PROBLEMS)
+    encoded = [(problem, (1, 2)) for problem in PROBLEMS]
+    assert data_order(config(9), encoded).stages == [[0, 1, 2, 3, 4]]
+    order = data_order(config(9, str(write(tmp_path, records()))), encoded)
     assert (order.stages, order.starts) == ([[3, 0, 4], [2, 1]], [0, 5])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"answer": "9"}, {"verifier": "choice"}, {"numbers": (1, 2)}, {"problem_id": "x"}, {}],
+    ids=["answer", "verifier", "numbers", "id", "the tokens of its prompt"],
+)
+def test_a_run_does_not_go_on_with_a_problem_that_has_changed(changed: dict[str, Any]) -> None:
+    before = [(problem, (1, 2)) for problem in PROBLEMS]
+    after = [*before[:-1], (replace(PROBLEMS[-1], **changed), (1, 2) if changed else (1, 3))]
+    data_order(config(9), before).load_state_dict(data_order(config(9), before).state_dict())
+    with pytest.raises(ConfigError, match="resume: the content of data.train .prompts in the model's tokens"):
+        data_order(config(9), after).load_state_dict(data_order(config(9), before).state_dict())
 
 
 def test_a_recipe_names_a_file_that_a_tool_makes(tmp_path: Path) -> None:

@@ -79,9 +79,12 @@ def test_order_refuses_another_run() -> None:
         one_stage(20, seed=6).load_state_dict(state)
     with pytest.raises(ConfigError, match="order of the problems by data.curriculum is"):
         DataOrder([range(10), range(10, 20)], seed=5, starts=[0, 1]).load_state_dict(state)
-    with pytest.raises(ConfigError, match="content of data.train, its usable problems in their order, is b, the check"):
-        DataOrder([range(20)], seed=5, problems="b").load_state_dict(state | {"problems": "a"})
-    older = {key: value for key, value in state.items() if key != "problems"}
+    with pytest.raises(
+        ConfigError,
+        match="content of data.train .prompts in the model's tokens, .* in their order. is b, the check",
+    ):
+        DataOrder([range(20)], seed=5, problems="b").load_state_dict(state | {"content": "a"})
+    older = {key: value for key, value in state.items() if key != "content"}
     DataOrder([range(20)], seed=5, problems="b").load_state_dict(older)
     for stages, starts in (([[]], [0]), ([], []), ([[1]], [0, 1]), ([[1]], [1])):
         with pytest.raises(ValueError, match="stages of at least one problem"):

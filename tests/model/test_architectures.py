@@ -61,6 +61,13 @@ def test_dense_layers_among_experts_are_counted_as_transformers_does() -> None:
         ("llama-3.1-8b", {"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "missing low_freq_factor, high_freq"),
         ("qwen3-30b-a3b", {"num_experts_per_tok": 1}, "set norm_topk_prob to false"),
         ("qwen3-8b-base", {"architectures": {"a": 1}}, "architecture {'a': 1} of model_type qwen3 is"),
+        (
+            "qwen3-8b-base",
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "yarn", "factor": 4}},
+            "states 'default' and 'yarn' for rope_type",
+        ),
+        ("qwen3-8b-base", {"rope_scaling": {"rope_type": "default", "type": "yarn"}}, "'default' and 'yarn' for rope"),
+        ("qwen3-8b-base", {"rope_parameters": {"rope_theta": 5e5}}, "1000000.0 and 500000.0 for rope_theta"),
         ("qwen3-8b-base", {"rope_scaling": "llama3"}, "rope_scaling: Input should be"),
     ],
 )

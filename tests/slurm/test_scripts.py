@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from megatron_ext.config.loading import read_config
 from megatron_ext.plan.device import TOTAL_BYTES
 from megatron_ext.plan.layout import make_plan
 from megatron_ext.plan.speed import RATES
+from tools.launch import Site
 from tools.plan import method_roles
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +56,8 @@ def test_outside_a_job_the_submission_and_the_launch_are_printed() -> None:
     assert launch[python:] == [*ranks, "tools.train", recipe, "train.steps=3", 'name="a b"']
     other = "recipes/siren/siren-qwen3-8b-32k-4n8g.toml"
     submit, launch = dry_run("siren_7b.sh", RECIPE=other)
-    assert submit == [f"RECIPE={other}", "sbatch", "--nodes=4", "--gpus-per-node=8", "slurm/siren_7b.sh"]
+    size = ["--nodes=4", "--gpus-per-node=8", "--signal=B:USR1@3600"]
+    assert submit == [f"RECIPE={other}", "sbatch", *size, "slurm/siren_7b.sh"]
     assert launch[1] == "--nodes=4"
     _, launch = dry_run("siren_7b.sh", NUMA_BINDING="none")
     assert "--numa-binding none " in " ".join(launch)
@@ -78,6 +81,54 @@ def test_in_a_job_the_allocation_decides(tmp_path: Path) -> None:
     (launch,) = dry_run("siren_7b.sh", **job, RANKS_PER_NODE="1", RECIPE="recipes/base.toml", MASTER_ADDR="10.0.0.1")
     found = " ".join(launch)
     assert "--ranks-per-node 1 --numa-binding node --master 10.0.0.1:20031 tools.train recipes/base.toml" in found
+
+
+@pytest.mark.parametrize("submitted", ["{root}", "{root}/slurm", "/tmp"])
+def test_a_job_finds_the_project_wherever_it_was_submitted(submitted: str, tmp_path: Path) -> None:
+    """In a job the script is Slurm's copy. From elsewhere its first call, outside the job, has said where it is."""
+    spool = tmp_path / "job31" / "slurm_script"
+    spool.parent.mkdir()
+    shutil.copy(ROOT / "slurm/siren_7b.sh", spool)
+    environment = {"PATH": os.environ["PATH"], "DRY_RUN": "1", "SLURM_JOB_ID": "31"}
+    environment["SLURM_SUBMIT_DIR"] = submitted.format(root=ROOT)
+    if submitted == "/tmp":
+        environment["PROJECT_DIR"] = str(ROOT)
+    done = subprocess.run(["bash", str(spool)], cwd="/tmp", env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and f"{ROOT}/.venv/bin/python -m tools.ranks" in done.stdout, done.stderr
+
+
+def test_every_shipped_recipe_has_time_to_stop() -> None:
+    """By the signal that train.sh asks for with RECIPE=..., and by NeMo-Run's site file."""
+    lead = int(re.findall(r"STOP_SECONDS:=(\d+)", (ROOT / "slurm/env.sh").read_text())[0])
+    assert tomllib.loads((ROOT / "slurm/nemo-site.toml").read_text())["save_seconds"] == lead
+    assert Site(account="", project_dir="", job_dir="").save_seconds == lead
+    steps = {}
+    for path in sorted((ROOT / "recipes").glob("*/*-*n*g.toml")):
+        config = read_config(path)
+        plan = make_plan(config, method_roles(config), rates=RATES["a800"], gpu_memory=TOTAL_BYTES["a800"])
+        steps[path.name] = plan.step_s
+    assert len(steps) > 70 and max(steps.values()) < lead, max(steps, key=lambda name: steps[name])
+
+
+@pytest.mark.parametrize(
+    ("failures", "said"), [(1, "the state is saved: requeued"), (9, "not requeued: scontrol failed")]
+)
+def test_a_controller_that_does_not_answer_does_not_lose_the_job(failures: int, said: str, tmp_path: Path) -> None:
+    """``squeue`` fails, ``scontrol requeue`` so many times; srun ends as ranks do that have saved."""
+    programs = {
+        "srun": "exit 75",
+        "squeue": "exit 1",
+        "scontrol": f"[[ $1 == show ]] && exec echo node1; echo x >> {tmp_path}/tried; "
+        f"(($(wc -l < {tmp_path}/tried) > {failures}))",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "31", "SLURM_JOB_NODELIST": "node1"}
+    environment |= {"REQUEUE_PAUSE": "0", "LOG_DIR": str(tmp_path / "logs")}
+    done = subprocess.run(["bash", "slurm/siren_7b.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 75 and said in done.stdout, done
+    assert len((tmp_path / "tried").read_text().split()) == min(failures + 1, 6)
 
 
 @pytest.mark.parametrize(

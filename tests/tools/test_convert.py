@@ -69,7 +69,7 @@ def bad_input(tmp_path: Path, name: str) -> tuple[list[str], str]:
     if name == "rope":
         config = json.loads((model / "config.json").read_text())
         (model / "config.json").write_text(json.dumps(config | {"rope_scaling": {"rope_type": "yarn"}}))
-        return convert_to, "rope type 'yarn' is not supported"
+        return convert_to, "states 'default' and 'yarn' for rope_type"
     if name == "other model":
         assert main(convert_to) == 0
         _, other = tiny.hf_model("qwen3")
@@ -80,6 +80,18 @@ def bad_input(tmp_path: Path, name: str) -> tuple[list[str], str]:
             "--model",
             str(other),
         ], "found [4, 128], expected [4"
+    if name == "another head":
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+        return convert_to, "lm_head.weight is another tensor than model.embed_tokens.weight"
+    if name == "no run":
+        return ["to-hf", str(tmp_path / "runs" / "none"), str(tmp_path / "hf"), "--best"], "none: no such folder"
+    if name == "not validated":
+        (tmp_path / "best" / "checkpoints").mkdir(parents=True)  # a run of this name is no marker
+        return ["to-hf", str(tmp_path / "best"), str(tmp_path / "hf"), "--best"], "holds no best checkpoint"
+    if name == "a run called step":
+        (tmp_path / "step_size_3e-6" / "checkpoints").mkdir(parents=True)
+        return ["to-hf", str(tmp_path / "step_size_3e-6"), str(tmp_path / "hf")], "step_size_3e-6: holds no checkpoint"
     if name == "no model":
         return ["from-hf", str(tmp_path / "none"), str(tmp_path / "out")], "holds no config.json"
     if name == "no checkpoint":
@@ -93,7 +105,10 @@ def bad_input(tmp_path: Path, name: str) -> tuple[list[str], str]:
 
 @pytest.mark.parametrize(
     "name",
-    ["cut", "renamed", "rope", "other model", "no model", "no checkpoint", "not empty", "a file", "not writable"],
+    [
+        *("cut", "renamed", "rope", "other model", "another head", "no run", "not validated", "a run called step"),
+        *("no model", "no checkpoint", "not empty", "a file", "not writable"),
+    ],
 )
 def test_bad_input_is_named_and_leaves_nothing(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments, message = bad_input(tmp_path, name)

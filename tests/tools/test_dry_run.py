@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import re
 import subprocess
@@ -135,6 +136,15 @@ def test_what_is_not_here_is_named_and_is_no_fault(capsys: pytest.CaptureFixture
     assert "stand in for it: prompts of at most 1024 tokens: 32 of 32 problems kept" in text
     assert "all shards together have 7,615,616,512 parameters, config.json gives 7,615,616,512" in text
     assert "2 updates of 1024 responses" in text and "the reference" in text
+
+
+def test_what_a_run_begins_from_and_validates_on_is_named(capsys: pytest.CaptureFixture) -> None:
+    siren = ROOT / "recipes" / "siren" / "siren-qwen2.5-math-7b-2n8g.toml"
+    assert train.main([str(siren), "--dry-run", 'model.weights="gone/step_000040"']) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"validation.data: \S+aime24.jsonl not found here, to be prepared with megatron-entropy", text)
+    assert "model.weights: " in text and "step_000040 not found here: it is a checkpoint of another run" in text
+    assert ("rollout.engine: vllm: " in text) == (importlib.util.find_spec("vllm") is None)
 
 
 def test_a_recipe_that_does_not_fit_is_wrong(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

@@ -52,6 +52,21 @@ def test_a_wrong_site_file_is_named_with_its_key(tmp_path: Path, text: str, name
         launch.read_site(tmp_path / "site.toml")
 
 
+def test_a_recipe_that_cannot_be_is_not_submitted(capsys: pytest.CaptureFixture[str]) -> None:
+    """Slurm would start it, and NeMo-Run put it back into the queue after it has ended with 2."""
+    recipe = str(ROOT / "recipes/siren/siren-qwen2.5-math-7b-2n8g.toml")
+    assert launch.main([recipe, "parallel.tensor=8", "--site", str(EXAMPLE), "--dry-run"]) == 2
+    assert "does not divide the model's 28 attention heads" in capsys.readouterr().err
+
+
+def test_a_site_that_is_no_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--site: .* cannot be read: .*Is a directory"):
+        launch.read_site(tmp_path)
+    (tmp_path / "x").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="--site: .*x cannot be read: 'utf-8' codec"):
+        launch.read_site(tmp_path / "x")
+
+
 def test_a_missing_site_file_ends_with_the_reason() -> None:
     with pytest.raises(ConfigError, match=r"no such file: nowhere\.toml; begin with a copy of slurm/nemo-site\.toml"):
         launch.read_site("nowhere.toml")
@@ -63,8 +78,10 @@ def test_nemo_run_prints_the_batch_script_of_both_nodes(tmp_path: Path) -> None:
     environment = {"NEMORUN_HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    for line in ("--nodes=2", "--ntasks-per-node=1", "--signal=USR1@300", "export MASTER=$head_node_ip:29500"):
+    for line in ("--nodes=2", "--ntasks-per-node=1", "--signal=USR1@3600", "export MASTER=$head_node_ip:29500"):
         assert line in done.stdout
+    assert "--mem=0" in done.stdout and "#SBATCH --cpus-per-task=96" in done.stdout
+    assert last(done.stdout.split(), "--cpus-per-task=") == "--cpus-per-task=96"  # srun does not take sbatch's
     said, ours = done.stdout.split(), script_words("slurm/siren_7b.sh")
     for option in ("--kill-on-bad-exit=", "--wait="):  # srun takes the last
         assert last(said, option) == last(ours, option)

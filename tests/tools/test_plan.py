@@ -51,7 +51,7 @@ def test_what_does_not_fit_names_a_layout_that_does(capsys: pytest.CaptureFixtur
 
 def test_no_layout_at_all_is_said(capsys: pytest.CaptureFixture) -> None:
     assert plan.main([SIREN, "--memory-gb", "10"]) == 1
-    assert "no layout on these GPUs fits" in capsys.readouterr().out
+    assert "no layout that was tried on these GPUs fits" in capsys.readouterr().out
 
 
 def test_a_chart(tmp_path: Path) -> None:
@@ -71,13 +71,21 @@ def test_a_chart(tmp_path: Path) -> None:
         assert end == pytest.approx(made.worst.total(phase) / 1e9)
 
 
-def test_bad_input_is_a_configuration_error(capsys: pytest.CaptureFixture) -> None:
+def test_bad_input_is_a_configuration_error(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     assert plan.main([SIREN, "parallel.tensor=8"]) == 2
     assert "does not divide the model's 28 attention heads" in capsys.readouterr().err
     assert plan.main([SIREN, "rollout.max_response_tokens=8192"]) == 2
     assert "positions" in capsys.readouterr().err
     assert plan.main([SIREN, "method.tau=2"]) == 2
     assert "method.tau" in capsys.readouterr().err
+    for changed in (
+        {"model_type": "mistral", "architectures": ["M"]},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+    ):
+        hf = json.loads((RECIPES / "models/qwen2.5-math-7b/config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(hf | changed))
+        assert plan.main([SIREN, f'model.path="{tmp_path}"']) == 2
+        assert "not supported" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tools import ranks
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -293,8 +295,23 @@ def test_a_fault_that_several_ranks_find_is_said_once(tmp_path: Path, capfd) -> 
     assert len(said) == 1 and said[0].startswith("the fault of"), said
 
 
-def test_several_nodes_need_an_address(tmp_path: Path) -> None:
-    assert launch(tmp_path, "", "--nodes", "2").wait() == 2
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--nodes 2 --node 0", "needs --master HOST:PORT"),
+        ("--nodes 2 --node 0 --master host", "an address that every node reaches, found 'host'"),
+        ("--nodes 2 --master host:1", "needs --node, this node's number from 0"),
+        ("--nodes 2 --node 2 --master host:1", "--node: found 2, expected a number below --nodes 2"),
+        ("--ranks-per-node 0", "found '0', expected a whole number of at least 1"),
+    ],
+)
+def test_nodes_that_cannot_meet_are_told(
+    options: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("SLURM_NODEID", raising=False)
+    with pytest.raises(SystemExit) as caught:
+        ranks.main(["--ranks-per-node", "1", *options.split(), "tools.train", "x.toml"])
+    assert caught.value.code == 2 and message in capsys.readouterr().err
 
 
 TELLING = """

@@ -49,9 +49,10 @@ class Seen:
     def verdict(self, problem: Problem, where: str) -> tuple[str, str] | None:
         """As reason and words, when an earlier problem has the prompt. The first stays, as in training."""
         key = hashlib.blake2b(" ".join(problem.prompt.split()).encode(), digest_size=16).digest()
-        first, answer = self._first.setdefault(key, (where, problem.answer))
-        if first == where:
+        if key not in self._first:
+            self._first[key] = (where, problem.answer)
             return None
+        first, answer = self._first[key]
         if answer == problem.answer:
             return "duplicate", f"the problem of {first}, with the same answer"
         return "conflicting", f"the problem of {first} with the answer {problem.answer[:60]!r}, there {answer[:60]!r}"

@@ -73,15 +73,22 @@ def prepare(name: str, paths: Sequence[Path], out: Path, options: Options, *, sc
     """
     _refuse_overwriting(out, [*paths, *options.against, *options.solved])
     opened = list(_opened(name, paths, options))
+    _refuse_overwriting(out, [file for source, _ in opened for file in source.files])
     evaluation, against = _evaluation_sets(options.against)
     reader = _Reader(name, options)
     with ToolProgress(console) as progress:
-        num_rows = [reader.read(source, form, progress) for source, form in opened]
+        labels = _labels([source for source, _ in opened])
+        num_rows = [
+            reader.read(source, label, form, progress) for (source, form), label in zip(opened, labels, strict=True)
+        ]
         asked, overlaps = _without_overlaps(reader.kept, evaluation, reader.left_out)
         kept = _with_good_golds(asked, score, reader.left_out, progress)
     console.print(
         "\n".join(reader.left_out.lines()) or "nothing is left out", markup=False, highlight=False, soft_wrap=True
     )
+    if reader.samples is not None and options.keep_solved is not None:
+        for line in reader.samples.doubts(options.keep_solved):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
     if not kept:
         raise ConfigError(f"data: none of the {sum(num_rows)} rows of {name} can be used; nothing is written")
     content = "".join(candidate.line() for candidate in kept)
@@ -118,11 +125,11 @@ class _Reader:
         self._seen, self._ids = Seen(), set[str]()
         self._count_tokens = _token_counter(options.tokenizer)
 
-    def read(self, source: Source, form: Form, progress: ToolProgress) -> int:
+    def read(self, source: Source, label: str, form: Form, progress: ToolProgress) -> int:
         """Adds the rows that can be used; how many there are."""
         task, number = progress.add_task("reading", total=source.num_rows), 0
         for number, row in enumerate(source.rows(), 1):
-            found = self._checked(f"{source.path.name} row {number}", row, number, form)
+            found = self._checked(f"{label} row {number}", row, number, form)
             if found is not None:
                 self.kept.append(found)
             progress.advance(task)
@@ -131,12 +138,13 @@ class _Reader:
     def _checked(self, where: str, row: Row, number: int, form: Form) -> Candidate | None:
         problem, num_tokens = self._problem(where, row, number, form), None
         if isinstance(problem, Problem):
+            problem = self._with_own_id(problem, number)
             reason = self._unwanted(problem, where)
             if reason is None:
                 num_tokens = self._count_tokens(problem.prompt)
                 reason = _too_long(num_tokens, self.options.max_tokens, "tokens")
             if reason is None:
-                return Candidate(where, self._with_own_id(problem, number), num_tokens)
+                return Candidate(where, problem, num_tokens)
         else:
             reason = problem
         self.left_out.add(reason[0], where, reason[1])
@@ -147,6 +155,8 @@ class _Reader:
             fields = {key: value for key, value in form.convert(row).items() if value is not None}
         except (TypeError, AttributeError) as error:  # a column holds something else than in this set
             return "wrong_type", f"its columns cannot be read as those of {self.name}: {error}"
+        except KeyError as error:  # a file of a folder with other columns than the first
+            return "missing", f"it has no column {error}"
         if fields.get("answer") in (None, "") and fields.get("prompt"):
             return "no_gold", f"{str(fields['prompt'])[:80]!r}"
         if form is not PROBLEM_ROWS:
@@ -171,7 +181,7 @@ class _Reader:
         return None
 
     def _with_own_id(self, problem: Problem, number: int) -> Problem:
-        """Of several problems with one id the first keeps it."""
+        """Of several problems with one id the first keeps it, whatever is left out: filters change no name."""
         name = problem.problem_id
         while name in self._ids:
             name += f"@{number}"
@@ -249,9 +259,18 @@ def _token_counter(tokenizer: Path | None) -> Callable[[str], int | None]:
 
 
 def _refuse_overwriting(out: Path, read: Sequence[Path]) -> None:
+    written = {out.resolve(), manifest_of(out).resolve()}
     for path in read:
-        if path.resolve() == out.resolve() or path.resolve() == manifest_of(out).resolve():
+        if path.resolve() in written:
             raise ConfigError(f"--out: {out} is read, too; give another file")
+        if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
+            raise ConfigError(f"--out: {out} lies in {path}, which is read as a whole; give a file elsewhere")
+
+
+def _labels(sources: Sequence[Source]) -> list[str]:
+    """What rows are named by: the file's name, or its path where another source has the name too."""
+    names = Counter(source.path.name for source in sources)
+    return [source.path.name if names[source.path.name] == 1 else str(source.path) for source in sources]
 
 
 def _source_record(source: Source, form: Form, num_rows: int) -> dict[str, Any]:

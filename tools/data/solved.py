@@ -50,6 +50,15 @@ class SolveCounts:
             return "solved_too_rarely", words
         return ("solved_too_often", words) if correct > wanted.high else None
 
+    def doubts(self, wanted: Range) -> list[str]:
+        """What makes ``wanted`` of these responses another filter than it looks."""
+        most, found = max(self.sampled.values()), []
+        if most <= wanted.high < math.inf:
+            found.append(f"note: problems have at most {most} responses, so that none is solved too often by {wanted}")
+        if fewer := sum(count < most for count in self.sampled.values()):
+            found.append(f"note: {fewer} problems have fewer than {most} responses; was their evaluation stopped?")
+        return found
+
 
 def count_solved(paths: Sequence[Path]) -> SolveCounts:
     """Counts of samples files. Raises ConfigError for one that cannot be read, that is empty, or was not scored."""

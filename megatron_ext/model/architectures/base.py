@@ -151,7 +151,7 @@ def read(hf: dict[str, Any], family: Family) -> Architecture:
     _refuse(hf, family)
     if missing := [name for name in REQUIRED_FIELDS + family.required_fields if name not in hf]:
         raise ValueError(f"config.json: {', '.join(missing)} missing; take the file of the model's publisher")
-    rope = (hf.get("rope_parameters") or {}) | (hf.get("rope_scaling") or {})
+    rope = _rope(hf)
     heads, groups = hf["num_attention_heads"], hf.get("num_key_value_heads") or hf["num_attention_heads"]
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
     if heads % groups or head_dim < 2 or head_dim % 2:
@@ -169,7 +169,7 @@ def read(hf: dict[str, Any], family: Family) -> Architecture:
         ffn_size=hf["intermediate_size"],
         vocab_size=hf["vocab_size"],
         norm_eps=hf["rms_norm_eps"],
-        rope_theta=hf.get("rope_theta") or rope.get("rope_theta") or 10000.0,
+        rope_theta=rope.get("rope_theta") or 10000.0,
         max_positions=hf["max_position_embeddings"],
         tied=hf.get("tie_word_embeddings", False),
         qkv_bias=family.qkv_bias,
@@ -190,6 +190,23 @@ def _refuse(hf: dict[str, Any], family: Family) -> None:
     kinds = set(hf.get("layer_types") or ()) - {"full_attention"}
     if kinds:
         raise ValueError(f"config.json: layer_types holds {sorted(kinds)[:9]}; only 'full_attention' is supported")
+
+
+def _rope(hf: dict[str, Any]) -> dict[str, Any]:
+    """What ``config.json`` says of its rotary embeddings, in the places of old and of new files.
+
+    Raises ValueError where two of them differ: another reader could take the other one.
+    """
+    places = [{"rope_theta": hf.get("rope_theta")}, hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}]
+    for names in (("rope_theta",), ("rope_type", "type"), ("factor",), ("original_max_position_embeddings",)):
+        found = [place[name] for place in places for name in names if place.get(name) is not None]
+        if any(value != found[0] for value in found):
+            listed = " and ".join(dict.fromkeys(map(repr, found)))
+            raise ValueError(
+                f"config.json: states {listed} for {names[0]}, at its top, in rope_parameters and in rope_scaling; "
+                "leave the right one"
+            )
+    return {name: value for place in places for name, value in place.items()}
 
 
 def _rope_scaling(rope: dict[str, Any], name: str) -> Llama3Rope | None:

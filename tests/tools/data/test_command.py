@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron_ext.types import Problem
 from tests.tools.data.conftest import Run, manifest, read, write
 from tests.train.whole_run import RECIPES
 from tools.data.filters import QUESTION_TYPES, histogram, question_type
+from tools.data.solved import Range, SolveCounts
 
 LONG = (
     "A gardener plants 12 rows of 7 tulips and then 5 rows of 9 roses; how many flowers does the gardener plant in all?"
@@ -104,6 +106,55 @@ def test_solve_rates_choose_problems(run: Run, tmp_path: Path) -> None:
     assert run("siren-llama-35k", first, "--out", out, "--solved", one, two, "--keep-solved", "1..") == 0
     assert [row["id"] for row in read(out)] == names[1:4]
     assert manifest(out)["right_responses"] == {"1 of 16": 1, "7 of 16": 1, "8 of 16": 1}
+
+
+def test_counts_that_make_another_filter_are_told() -> None:
+    counts = SolveCounts(Counter({"a": 4, "b": 1}), Counter({"a": 4, "b": 4}))
+    [told] = counts.doubts(Range(1, 7))
+    assert told == "note: problems have at most 4 responses, so that none is solved too often by 1..7"
+    assert counts.doubts(Range(1, 3)) == [] == counts.doubts(Range.parse("1.."))
+    counts.sampled["c"] = 2
+    assert counts.doubts(Range(1, 3)) == ["note: 1 problems have fewer than 4 responses; was their evaluation stopped?"]
+
+
+def test_sources_of_one_name_are_told_apart(run: Run, tmp_path: Path) -> None:
+    """The second has the first's problem in the same row, and one of the same id; solve rates go by the new ids."""
+    mapping = ["--map", "prompt=q,answer=a,id=n"]
+    for name, rows in {"a": [("1+1", "2")], "b": [("1+1", "3"), ("2+2", "4")]}.items():
+        (tmp_path / name).mkdir()
+        content = [{"q": prompt, "a": answer, "n": "7"} for prompt, answer in rows]
+        write(tmp_path / name / "part.jsonl", content)
+    out, sources = tmp_path / "out.jsonl", [tmp_path / name / "part.jsonl" for name in "ab"]
+    assert run("mine", *sources, *mapping, "--out", out) == 0
+    assert [(row["id"], row["prompt"]) for row in read(out)] == [("mine-7", "1+1"), ("mine-7@2", "2+2")]
+    found = manifest(out)
+    assert found["left_out"] == {"conflicting": 1}
+    assert f"{sources[1]} row 1: the problem of {sources[0]} row 1 with" in found["examples"]["conflicting"][0]
+    solved = samples(tmp_path / "s.jsonl", {"mine-7": 0, "mine-7@2": 8})
+    assert run("mine", *sources, *mapping, "--out", out, "--solved", solved, "--keep-solved", "1..8") == 0
+    assert [row["id"] for row in read(out)] == ["mine-7@2"]
+    assert manifest(out)["right_responses"] == {"8 of 8": 1}
+
+
+def test_a_file_of_a_folder_that_is_read_is_not_written(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "src"
+    folder.mkdir()
+    source = write(folder / "train.jsonl", deepscaler(("1+1", "2")))
+    before = source.read_bytes()
+    for name in ("train.jsonl", "new.jsonl"):
+        assert run("deepscaler", folder, "--out", folder / name) == 2
+        assert "which is read as a whole; give a file elsewhere" in capsys.readouterr().err
+    assert source.read_bytes() == before and [path.name for path in folder.iterdir()] == ["train.jsonl"]
+
+
+def test_a_row_without_a_column_is_left_out(run: Run, tmp_path: Path) -> None:
+    folder, out = tmp_path / "src", tmp_path / "out.jsonl"
+    folder.mkdir()
+    (folder / "a.csv").write_text("problem,answer\n1+1,2\n")
+    (folder / "b.csv").write_text("question,answer\n2+2,4\n")
+    assert run("deepscaler", folder, "--out", out) in (0, 2)
 
 
 def test_question_types_are_dropped(run: Run, tmp_path: Path) -> None:
