@@ -44,8 +44,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def read_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """``load_config`` without the rules between fields. A marker ``best`` in ``model.weights`` is what it named when the
-    run began."""
+    """``load_config`` without the rules between fields. Of a marker, ``model.weights`` is what it named when the run
+    began."""
     merged = _merge_chain(_read_chain(find_recipe(path)))
     for override in overrides or []:
         _apply_override(merged, override)

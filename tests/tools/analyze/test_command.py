@@ -40,7 +40,7 @@ def test_all_does_what_a_run_and_a_model_allow(tmp_path: Path, capsys: pytest.Ca
     twice = plan(
         _parser("all", None).parse_args([str(run), str(export), "--data", str(DATA), "--samples", str(samples)])
     )
-    assert [step.arguments[:2] for step in twice if step.name == "first-tokens"] == [[str(export), "--out"]]
+    assert [(step.arguments or [])[:2] for step in twice if step.name == "first-tokens"] == [[str(export), "--out"]]
     assert {path.stem for path in out.glob("*.png")} == {*ANALYSES}
     page = (out / "index.html").read_text()
     assert all(f'src="{name}.png"' in page for name in ANALYSES)
