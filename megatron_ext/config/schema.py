@@ -519,6 +519,11 @@ class Config(Section):
         return (self.validation.max_response_tokens or self.rollout.max_response_tokens) * bool(self.validation.every)
 
     @property
+    def longest_sampled(self) -> int:
+        """The longest sequence that an engine holds, in tokens: of a rollout or of a validation."""
+        return self.data.max_prompt_tokens + max(self.rollout.max_response_tokens, self.max_validation_tokens)
+
+    @property
     def updates_per_step(self) -> int:
         """Optimizer steps of a training step."""
         return self.rollout.prompts // self.train.mini_batch_prompts

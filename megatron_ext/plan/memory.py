@@ -282,13 +282,13 @@ def trained_bytes(own: Buffers, element: int) -> dict[str, float]:
 
 def kv_cache(a: Architecture, config: Config) -> float:
     """Of an engine that takes no share: every sequence of a batch at full length, and a layer's copy while it grows."""
-    sequences = config.rollout.batch_size * config.longest_sequence
+    sequences = config.rollout.batch_size * config.longest_sampled
     return sequences * kv_bytes_per_token(a, config) * (1 + 1 / a.num_layers)
 
 
 def kv_capacity(a: Architecture, config: Config, cache: float) -> int:
     """Full-length sequences that fit in ``cache`` bytes on each GPU of an engine."""
-    per_sequence = config.longest_sequence * kv_bytes_per_token(a, config) / config.rollout.tensor_parallel_size
+    per_sequence = config.longest_sampled * kv_bytes_per_token(a, config) / config.rollout.tensor_parallel_size
     return max(0, int(cache // per_sequence))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_ext.config.checks import read_hf_config
-from megatron_ext.config.schema import Config, ParallelConfig
+from megatron_ext.config.schema import Config, ParallelConfig, ValidationConfig
 from megatron_ext.model.architectures import read_architecture
 from megatron_ext.ops.linear_policy_stats import CHUNK_BYTES
 from megatron_ext.plan import device, memory, speed
@@ -113,6 +113,10 @@ def test_the_kv_cache_of_known_models() -> None:
     assert cache == pytest.approx(64 * 4096 * 57_344 * 29 / 28)
     shared = config(rollout={"engine": "vllm", "tensor_parallel_size": 2})
     assert memory.kv_capacity(SEVEN, shared, 4096 * 57_344 / 2 * 7.5) == 7
+    longer = ValidationConfig(every=10, data=["x.jsonl"], max_response_tokens=8192 - 1024)  # behind prompts of 1024
+    validated = shared.model_copy(update={"validation": longer})
+    assert memory.kv_capacity(SEVEN, validated, 8192 * 57_344 / 2 * 7.5) == 7
+    assert memory.kv_cache(SEVEN, config().model_copy(update={"validation": longer})) == pytest.approx(2 * cache)
 
 
 def test_the_head_counts_what_is_alive_at_once() -> None:

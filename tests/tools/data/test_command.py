@@ -19,6 +19,7 @@ from tests.tools.data.conftest import Run, manifest, read, write
 from tests.train.whole_run import RECIPES
 from tools.data.filters import QUESTION_TYPES, histogram, question_type
 from tools.data.solved import Range, SolveCounts
+from tools.data.sources import open_source
 
 LONG = (
     "A gardener plants 12 rows of 7 tulips and then 5 rows of 9 roses; how many flowers does the gardener plant in all?"
@@ -149,12 +150,27 @@ def test_a_file_of_a_folder_that_is_read_is_not_written(
     assert source.read_bytes() == before and [path.name for path in folder.iterdir()] == ["train.jsonl"]
 
 
-def test_a_row_without_a_column_is_left_out(run: Run, tmp_path: Path) -> None:
+def test_the_tables_of_a_folder_are_read_as_text(run: Run, tmp_path: Path) -> None:
+    """As one by itself is: 007 is no 7, .50 no .5, and None is a word."""
     folder, out = tmp_path / "src", tmp_path / "out.jsonl"
     folder.mkdir()
-    (folder / "a.csv").write_text("problem,answer\n1+1,2\n")
-    (folder / "b.csv").write_text("question,answer\n2+2,4\n")
-    assert run("deepscaler", folder, "--out", out) in (0, 2)
+    answers = ["007", "0.50", "None", "True"]
+    (folder / "train.csv").write_text("q,a\n" + "".join(f"{i}+1?,{each}\n" for i, each in enumerate(answers)))
+    found = [row for source in (folder, folder / "train.csv") for row in open_source(source).rows()]
+    assert [row["a"] for row in found] == answers * 2
+    assert run("mine", folder, "--map", "prompt=q,answer=a", "--out", out) == 0
+    assert [row["answer"] for row in read(out)][:2] == ["007", "0.50"]
+
+
+def test_a_file_of_a_folder_with_other_columns_is_told(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "src", tmp_path / "out.jsonl"
+    folder.mkdir()
+    for name, header in (("a", "problem"), ("b", "question")):
+        (folder / f"{name}.csv").write_text(f"{header},answer\n1+1,2\n")
+    assert run("deepscaler", folder, "--out", out) == 2
+    assert "cannot be read to its end" in capsys.readouterr().err and not out.exists()
 
 
 def test_question_types_are_dropped(run: Run, tmp_path: Path) -> None:
