@@ -53,8 +53,8 @@ def _as_trained_on(encoded: Sequence[tuple[Problem, Sequence[int]]]) -> str:
     """What identifies the problems as the model reads them and the verifier judges them: a resumed run has the same."""
     digest = hashlib.sha256()
     for problem, ids in encoded:
-        judged = [problem.problem_id, problem.answer, problem.verifier, problem.numbers]
-        digest.update(json.dumps([judged, list(ids)], ensure_ascii=False).encode())
+        scored_by = [problem.problem_id, problem.answer, problem.verifier, problem.numbers]
+        digest.update(json.dumps([scored_by, list(ids)], ensure_ascii=False).encode())
     return digest.hexdigest()
 
 

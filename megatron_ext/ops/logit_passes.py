@@ -136,15 +136,19 @@ def gradient(logits: Tensor, column: Tensor, scale: Tensor, real: int, token: To
             few = many = torch.zeros(len(part.a), dtype=torch.bool)
         else:
             few, many = part.nucleus.few_and_many(real)
-        for tokens in _slices(0, len(few), BLOCK // real):
-            dense = bool(many[tokens].any())
+        blocks = [(tokens, bool(many[tokens].any())) for tokens in _slices(0, len(few), BLOCK // real)]
+        for tokens, dense in blocks:
             few[tokens] &= not dense
+        found = None
+        if few.any():  # read before the logits are overwritten, where they are ``out``
+            found = _few(logits[group], few.nonzero()[:, 0], column[group], scale[group], part)
+        for tokens, dense in blocks:
             at = slice(group.start + tokens.start, group.start + tokens.stop)
             block = part.tokens(tokens)
             block = block if dense else block._replace(nucleus=None)
             _dense(logits[at], column[at], scale[at], block, out[at], scratch)
-        if few.any():
-            at, value = _few(logits[group], few.nonzero()[:, 0], column[group], scale[group], part)
+        if found is not None:
+            at, value = found
             out[group][at] = value.to(out.dtype)
 
 

@@ -137,6 +137,22 @@ def test_equals_policy_stats_of_the_product():
         assert torch.equal(fused[name], plain[name])
 
 
+def test_gradients_through_small_nuclei_are_those_of_the_product():
+    """Wider than a block of the search for the highest logits, and so peaked that a nucleus has a few tokens."""
+    targets, names, grads = torch.arange(40), ("logprob", "nucleus_entropy"), []
+    for fused in (False, True):
+        torch.manual_seed(1)
+        hidden, weight = (4 * torch.randn(40, 16)).requires_grad_(), torch.randn(300, 16, requires_grad=True)
+        if fused:
+            out = linear_policy_stats(hidden, weight, targets, top_p=0.8, want=names, grad=names)
+        else:
+            out = policy_stats(hidden @ weight.T, targets, top_p=0.8, want=names, grad=names)
+            assert (out["nucleus_entropy"] > 0).float().mean() > 0.25
+        grads.append(torch.autograd.grad(out["logprob"].sum() - 3 * out["nucleus_entropy"].sum(), (hidden, weight)))
+    for found, expected in zip(*grads, strict=True):
+        assert error(found, expected) < 1e-5
+
+
 def test_what_does_not_fit_is_named():
     hidden, weight, targets = inputs(torch.float32)
     with pytest.raises(ValueError, match="of one dtype"):

@@ -12,6 +12,7 @@ from tests import gloo
 from tests.ops.cases import ALL, assert_values, language_like, padded_shard, reference_stats, truth, weighted
 
 T, VOCAB = 12, 101
+NUCLEUS_LOSS = ("logprob", "entropy", "nucleus_entropy")
 GRADS = (*[(name,) for name in DIFFERENTIABLE], DIFFERENTIABLE)
 CASES = [
     {"nucleus": nucleus, "num_candidates": num_candidates}
@@ -194,6 +195,25 @@ def test_the_backward_in_place_writes_over_the_logits_and_cannot_run_twice():
     assert torch.equal(gradient, expected)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(loss, buffer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [300, 5000])
+def test_the_backward_in_place_visits_small_nuclei_before_it_overwrites_them(vocab: int, dtype: torch.dtype):
+    """Peaked logits: most nuclei have a handful of tokens, which are visited one by one."""
+    logits, targets = language_like(64, vocab, torch.float64)
+    logits, shard = (4 * logits).to(dtype), VocabShard(0, vocab, vocab)
+    sizes = policy_stats(logits, targets, shard, top_p=0.8, want=("nucleus_size",), grad=())["nucleus_size"]
+    assert (sizes <= vocab / 32).float().mean() > 0.5
+    for by in ({"top_p": 0.8}, {"min_p": 0.05}):
+        found = {}
+        for inplace in (False, True):
+            x = logits.clone().requires_grad_()
+            out = policy_stats(
+                x * 1, targets, shard, want=NUCLEUS_LOSS, grad=NUCLEUS_LOSS, inplace_backward=inplace, **by
+            )
+            (found[inplace],) = torch.autograd.grad(weighted({name: out[name] for name in NUCLEUS_LOSS}), x)
+        assert torch.equal(found[True], found[False])
 
 
 def nucleus_loss(logits: Tensor, targets: Tensor, shard: VocabShard, **options) -> Tensor:

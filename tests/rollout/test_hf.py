@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +53,23 @@ def test_a_request_has_one_answer_whatever_it_is_batched_with(path: Path) -> Non
     same(HFEngine(path, batch_size=5).generate(wanted, SAMPLING), whole)
     same(HFEngine(path, batch_size=24).generate(wanted[::-1], SAMPLING)[::-1], whole)
     assert len({sample.response_ids for sample in whole}) > 12
+
+
+def test_the_models_own_sampling_defaults_play_no_part(path: Path, tmp_path: Path) -> None:
+    """vLLM has none of them either: a penalty would change what is sampled, and its log-probs."""
+    own = tmp_path / "own"
+    shutil.copytree(path, own)
+    file = own / "generation_config.json"
+    penalised = {
+        "repetition_penalty": 3.0,
+        "no_repeat_ngram_size": 1,
+        "do_sample": True,
+        "top_k": 1,
+        "min_new_tokens": 9,
+    }
+    written = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(written | penalised))
+    same(HFEngine(own).generate(requests(24), SAMPLING), HFEngine(path).generate(requests(24), SAMPLING))
 
 
 def test_what_is_no_longer_needed_is_given_up_and_changes_no_bit_of_the_others(path: Path) -> None:

@@ -63,7 +63,7 @@ def found(folder: Path, *overrides: str) -> str:
     ("damage", "message"),
     [
         (edit("config.json", architectures=["GPT2LMHeadModel"]), "model_type qwen2 is not supported"),
-        (edit("config.json", rope_scaling={"rope_type": "yarn"}), "rope type 'yarn' is not supported"),
+        (edit("config.json", rope_scaling={"rope_type": "yarn"}), "states 'default' and 'yarn' for rope_type"),
         (edit("config.json", vocab_size=11), "expected less than config.json's vocab_size 11"),
         (edit("config.json", intermediate_size=16), "the weights do not fit"),
         (edit("config.json", intermediate_size=2**31 - 2), "the weights do not fit"),  # found before it is built

@@ -197,16 +197,16 @@ def _rope(hf: dict[str, Any]) -> dict[str, Any]:
 
     Raises ValueError where two of them differ: another reader could take the other one.
     """
-    places = [{"rope_theta": hf.get("rope_theta")}, hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}]
+    sources = [{"rope_theta": hf.get("rope_theta")}, hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}]
     for names in (("rope_theta",), ("rope_type", "type"), ("factor",), ("original_max_position_embeddings",)):
-        found = [place[name] for place in places for name in names if place.get(name) is not None]
+        found = [source[name] for source in sources for name in names if source.get(name) is not None]
         if any(value != found[0] for value in found):
             listed = " and ".join(dict.fromkeys(map(repr, found)))
             raise ValueError(
                 f"config.json: states {listed} for {names[0]}, at its top, in rope_parameters and in rope_scaling; "
                 "leave the right one"
             )
-    return {name: value for place in places for name, value in place.items()}
+    return {name: value for source in sources for name, value in source.items()}
 
 
 def _rope_scaling(rope: dict[str, Any], name: str) -> Llama3Rope | None:

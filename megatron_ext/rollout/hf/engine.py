@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -41,6 +42,7 @@ class HFEngine:
         self.tokenizer = load_tokenizer(model_path)
         model: Any = AutoModelForCausalLM.from_pretrained(model_path, trust_remote_code=False, use_safetensors=True)
         self.model = model.to(cpu_compat.device()).eval()
+        self.model.generation_config = GenerationConfig()  # a penalty of the model's own would change what is sampled
         self.batch_size = batch_size
         self.version = 0
         self._eos = eos_ids(model_path)

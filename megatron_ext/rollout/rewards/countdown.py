@@ -54,10 +54,10 @@ def _arithmetic(text: str, target: str) -> ast.Expression | None:
 
     Every operator must be written: ``2(3)``, ``2 3``, ``2^3`` and ``1.5`` are None.
     """
-    text, _, claim = text.partition("=")
+    text = re.sub(r"\\left(?![a-z])|\\right(?![a-z])|\\[,;:! ()]|\$", " ", text)
+    text, _, claim = text.strip().removesuffix(".").partition("=")
     if claim and claim.strip() != target.strip():
         return None
-    text = re.sub(r"\\left(?![a-z])|\\right(?![a-z])|\\[,;:! ()]|\$", " ", text)
     text = re.sub(r"\\times(?![a-zA-Z])|\\cdot(?![a-zA-Z])|[×·]", "*", text)
     text = re.sub(r"\\div(?![a-zA-Z])|÷", "/", text).replace("−", "-")
     fraction, count = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), 1

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 MAX_ANSWER_CHARS = 1000
-TEXT = r"\\(?:text(?:normal|bf|it|rm)?|mbox|math(?:rm|bf|it))(?![a-zA-Z])"  # LaTeX's dresses of text
+TEXT = r"\\(?:text(?:normal|bf|it|rm|sf|tt)?|mbox|math(?:rm|bf|it|sf|tt)|boldsymbol)(?![a-zA-Z])"  # LaTeX's dresses
 
 
 def extract(response: str, answer_format: str = "boxed", *, in_thought: bool = False) -> str | None:
@@ -44,7 +44,9 @@ def _answer_line(said: str) -> str | None:
     An answer may stand on the line below. A box in it counts alone, one that is never closed is no answer.
     """
     heads = list(re.finditer(r"^[ \t>#*_-]*answer[ \t*_]*:", said, re.IGNORECASE | re.MULTILINE))
-    line = said[heads[-1].end() :].lstrip(" \t\r\n*_").partition("\n")[0] if heads else ""
+    behind = said[heads[-1].end() :].lstrip(" \t\r\n*_") if heads else ""
+    display = re.match(r"(?:\\\[.*?\\\]|\$\$.*?\$\$)(?=[ \t*_.]*(?:\n|$))", behind, re.DOTALL)  # of several lines
+    line = " ".join(display[0].split()) if display else behind.partition("\n")[0]
     if "\\boxed" in line:
         return _last_box(line)
     line = _without_full_stop(line.rstrip(" \t\r*_"))

@@ -32,13 +32,14 @@ POWER = r"\^(?:-?\d|\{-?\d\}|\{?\\circ\}?)|\{\^\d\}"
 SHORT_UNITS = ("cm", "mm", "km", "kg", "ft", "lb", "hr", "dm", "in")
 NOT_A_UNIT = re.compile(
     r"\b(?:and|or|not|but|by|plus|minus|times|over|more|less|most|least|about|(?:hundred|thousand|[mbtr]+illion|dozen|"
-    r"third|fourth|fifth|tenth|hundredth|thousandth|cube|number|integer|multiple)s?|half|halves|prime|pie|factorial)\b",
+    r"third|fourth|fifth|tenth|hundredth|thousandth|cube)s?|squared|cubed|half|halves|prime|pie|factorial)\b",
     re.IGNORECASE,
 )
 
 
 def score_math(extracted: str, gold: str, numbers: tuple[int, ...]) -> Outcome:
     del numbers
+    extracted, gold = (re.sub(r"~(?!\s*=)", " ", text) for text in (extracted, gold))  # LaTeX's space: \mathrm{~cm}
     right = _parse(gold)
     if right is None:
         return Outcome.BAD_GOLD
@@ -93,13 +94,14 @@ def _parse(answer: str) -> Any | None:
 
 def _answers(gold: Any, found: Any) -> bool:
     """Whether ``found`` answers a question whose answer is ``gold``."""
+    from latex2sympy2_extended.logic import And
     from latex2sympy2_extended.sets import FiniteSet
     from sympy import Set, Tuple
 
     gold_chains, chain = list(_chains(gold)), _sides(found)
     if not gold_chains:
         found = _value_of(found)
-        if isinstance(found, Set) and not isinstance(gold, Set | Tuple) and not gold.is_Relational:
+        if isinstance(found, Set) and not isinstance(gold, Set | Tuple | And) and not gold.is_Relational:
             elements = _as_written(found) if isinstance(found, FiniteSet) else []
             found = elements[0] if len(elements) == 1 else None
         if found is None:
@@ -234,7 +236,13 @@ def _holds(sides: list[Any]) -> bool:
 
 
 def _has_dropped_part(text: str) -> bool:
-    """Whether ``text`` holds what math-verify would leave out without a word, other than one unit at its end."""
+    """Whether ``text`` holds what math-verify would leave out without a word, other than one unit at its end.
+
+    ``\\text{ or }`` and ``\\text{ and }`` are the commas of a list to math-verify: its elements are looked at.
+    """
+    elements = re.split(rf"{TEXT}\s*\{{\s*(?:or|and)\s*\}}", text)
+    if len(elements) > 1:
+        return any(map(_has_dropped_part, elements))
     if re.search(r"\\approx|≈|~\s*=|\\ldots|\\fbox", text):
         return True
     tail = re.search(
