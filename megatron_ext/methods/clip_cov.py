@@ -50,6 +50,7 @@ class ClipCov(Selective):
         super().__post_init__()
         self.check("r", 0 < self.r <= 1, "a share of the tokens above 0 and at most 1")
         self.check("w_high", self.w_low < self.w_high, f"more than w_low = {self.w_low}")
+        self.check("seed", 0 <= self.seed < 2**31, "a number from 0 to 2147483647")
 
     def prepare(self, batch: Batch, current: TokenStats | None, reduce: Reducer) -> Prepared:
         self.updates += 1

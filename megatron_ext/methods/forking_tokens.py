@@ -55,7 +55,7 @@ class ForkingTokens(ClipHigher, Selective):
         kept = self.forking(batch, stats.entropy, reduce)
         if self.denominator == "all":
             return Prepared({"weight": kept * batch.weight})
-        count = num_selected(kept, reduce) / self.share(batch)
+        count = num_selected(kept, reduce) / (self.share(batch) or 1.0)
         weight = kept_weights(self.aggregation, batch, kept, num_tokens=count, num_sequences=batch.num_sequences)
         return Prepared({"weight": weight})
 

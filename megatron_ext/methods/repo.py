@@ -120,6 +120,7 @@ class ADAPO(ClipHigher, KeepsEntropy, MovingClip):
         super().__post_init__()
         self.check("delta", self.delta >= 0, "a number of at least 0")
         self.check("band", 0 <= self.band < 1, "a share of the target from 0 to below 1")
+        self.check("clip_high_min", self.clip_high_min >= 0, "a number of at least 0")
         limits = f"from clip_high_min = {self.clip_high_min} to clip_high_max = {self.clip_high_max}"
         self.check("clip_high", self.clip_high_min <= self.clip_high <= self.clip_high_max, limits)
 

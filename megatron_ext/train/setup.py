@@ -37,6 +37,8 @@ def build(config: Config, pool: RewardPool | FunctionPool) -> Trainer:
     _seed(config.train.seed)
     spec = check_engine(config.rollout)
     method = create_method(config)
+    if not method.policy_steps(config.train.steps):
+        tell(f"method.critic_only_steps: the policy does not learn in the {config.train.steps} steps of this run")
     with users_files():
         architecture = read_architecture(read_hf_config(config.model.path), find_family(config.model.family))
     problems = load_problems(config, pool, vocab_size=architecture.vocab_size)

@@ -134,7 +134,10 @@ class Trainer:
                 "start a new run with another name"
             )
         self.step = step
-        self.learner.method.load_state_dict(state["method"])
+        try:
+            self.learner.method.load_state_dict(state["method"])
+        except ValueError as error:
+            raise ConfigError(f"resume: {error}") from None
         self.order.load_state_dict(state["order"])
         for name, each in self.learner.trained.items():
             each.bad_steps = state["bad_steps"][name]

@@ -9,9 +9,10 @@ from importlib.metadata import version
 import pytest
 
 from megatron_ext.rollout.rewards import reward_pool
+from megatron_ext.rollout.rewards.choice import letter
 from megatron_ext.rollout.rewards.extraction import MAX_ANSWER_CHARS, extract
 from megatron_ext.rollout.rewards.outcome import Outcome
-from megatron_ext.rollout.rewards.verify import score, score_answer
+from megatron_ext.rollout.rewards.verify import VERIFIERS, score, score_answer
 from megatron_ext.rollout.rewards.worker_pool import Program
 from megatron_ext.types import Problem
 
@@ -188,6 +189,36 @@ def test_last_answer_line_after_the_reasoning(response: str, extracted: str | No
     assert extract(response, "answer_line") == extracted
     if extracted is None:
         assert score(response, "42", answer_format="answer_line") == (False, Outcome.NO_ANSWER, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "option"),
+    [
+        (r"\textbf{(B)}\ x", "B"), ("(A) x + y", "A"), ("(C) A and B", "C"), ("B. (5 m/s)", "B"),
+        (r"\boldsymbol{B}", "B"), (r"\mathsf{B}", "B"),
+        *((text, None) for text in ("(A) (B)", "(A) or (B)", "(A), (B)", "A. B", "(A) & (B)")),
+    ],
+)  # fmt: skip
+def test_a_letter_with_its_option_and_no_second_letter(text: str, option: str | None) -> None:
+    assert letter(text) == option
+
+
+@pytest.mark.parametrize("text", ["$3*(6-2)=12$", r"\(3*(6-2) = 12\)", "3*(6-2) = 12.", r"$3\times(6-2)$."])
+def test_a_countdown_in_the_signs_of_mathematics(text: str) -> None:
+    assert VERIFIERS["countdown"](text, "12", (2, 3, 6)) is Outcome.CORRECT
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("Answer:\n\\[\n\\boxed{42}\n\\]", "42"),
+        ("Answer:\n$$\n42\n$$", "42"),
+        ("Answer: \\[\n42\n\\]\n", "42"),
+        ("Answer: $$4$$ or 5\nso", "$$4$$ or 5"),  # what follows in its line is of the answer
+    ],
+)
+def test_an_answer_in_a_display_of_several_lines(text: str, answer: str) -> None:
+    assert extract(text, "answer_line") == answer
 
 
 @pytest.mark.parametrize("verifier", ["math", "choice"])

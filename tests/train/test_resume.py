@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_ext import methods
+from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.loading import load_config
 from megatron_ext.train import loop, setup
 from tests import gloo
@@ -46,6 +47,19 @@ def test_a_killed_method_goes_on_with_its_state(name: str, tmp_path: Path) -> No
     assert whole_run.train(tmp_path / "killed", recipe(name), *options) == 0
     assert whole_run.metrics(tmp_path / "killed") == whole_run.metrics(tmp_path / "whole")
     assert whole_run.contents(tmp_path / "killed", 2) == whole_run.contents(tmp_path / "whole", 2)
+
+
+def test_a_method_that_keeps_something_else_now_is_refused_with_a_message(tmp_path: Path) -> None:
+    """As one of your own that has changed since the run began."""
+    assert whole_run.train(tmp_path, recipe("aer"), "train.steps=1") == 0
+    gloo.run(_with_another_state, 1, tmp_path)
+
+
+def _with_another_state(rank: int, world: int, folder: Path) -> None:
+    kind: Any = methods.METHODS["aer"]
+    kind.state_dict = lambda self: {"another": 1.0}
+    with pytest.raises(ConfigError, match="resume: AER keeps .'another'. but the checkpoint holds"):
+        whole_run._rank(rank, world, folder, recipe("aer"), ("train.steps=2",), None)
 
 
 def test_dynamic_sampling_goes_on_where_it_drew_last(tmp_path: Path) -> None:
