@@ -50,7 +50,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--replay", action="store_true", help="of ops: time sampling replay")
     parser.add_argument("--out", default="runs/bench", help="folder (%(default)s)")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="of rollout")
-    parser.add_argument("--steps", type=int, help="of every run (8 of rollout, 24 of step)")
+    parser.add_argument(
+        "--steps", type=whole_number(3), help="of every run, two of them uncounted (8 of rollout, 24 of step)"
+    )
     parser.add_argument("--sizes", nargs="+", choices=["tiny", "large"], default=["tiny"], help="of step (%(default)s)")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="RUN", help="of step: these runs, besides TRL's")
     parser.add_argument("--rounds", type=whole_number(1), default=1, help="of step: times that all runs are made")

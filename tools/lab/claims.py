@@ -60,11 +60,22 @@ class Claim:
 
 def claims(results: Results, table: Mapping[str, Curve], path: Path) -> list[Claim]:
     """Every claim of the list, in its order, then the null control. Raises ConfigError for a faulty list."""
-    path = find(path)
-    content = tomllib.loads(path.read_text())
+    path, content = read_claims(path)
     decided = [_decided(entry, results, table, path) for entry in content["claim"]]
     control = [_decided(entry, results, table, path) for entry in null_entries(content["claim"], content["null"])]
     return _corrected(decided) + control
+
+
+def read_claims(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The list where it is, and what it holds. Raises ConfigError for a file that is no list of claims."""
+    file = find(path)
+    try:
+        content = tomllib.loads(file.read_text())
+        if missing := [name for name in ("null", "claim") if not isinstance(content.get(name), list)]:
+            raise ValueError(f"it has no {' and no '.join(missing)}")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"claims: {path}: {error}; expected null = [two runs], and [[claim]] of each") from None
+    return file, content
 
 
 def null_entries(entries: Iterable[Mapping[str, Any]], runs: Sequence[str]) -> list[dict[str, Any]]:

@@ -38,6 +38,7 @@ from megatron_ext.config.errors import ConfigError
 
 from ..arguments import command_parser
 from . import league_page, page
+from .claims import read_claims
 from .plan import Job, LabPlan, jobs, load_plan
 from .results import load
 from .runs import EVALUATION_STEPS, LOG, Running, RunResult, alone, preload, steps_done, work
@@ -56,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.only:
             plan = plan.select(options.only)
         plan = replace(plan, seeds=options.seeds or plan.seeds, steps=options.steps)
+        if not plan.regimes:
+            read_claims(plan.claims)  # a faulty list is not found after hours of training
         if options.choose:
             return choose_settings(plan, options.dir, options.out or options.dir)
         if plan.waiting:

@@ -49,6 +49,7 @@ class Row:
     avg: Comparison | None = None
     passed: Comparison | None = None
     is_null: bool = False  # the baseline once more
+    repeats: bool = False  # a run whose own values were chosen, once more: beside the tuned baseline
 
 
 def league(plan: LabPlan, results: Results) -> dict[str, list[Row]]:
@@ -77,16 +78,23 @@ def league(plan: LabPlan, results: Results) -> dict[str, list[Row]]:
 def _rows(plan: LabPlan, results: Results, regime: str) -> list[Row]:
     members = [results[run.name] for run in plan.runs if is_member(run, regime) and run.name in results]
     nulls = null_controls(plan)
+    tuned_baseline = results.runs.get(in_regime(tuned_name(plan.baseline), regime))
     rows = []
     for result in members:
         row = Row(result, setting_of(plan, result.run), is_null=result.run.base in nulls)
-        baseline = compared_with(plan, results, result.run)
-        if baseline is not None and result is not baseline:
-            k = max(result.seeds[0].ks)
-            avg, passed = (compare(result, baseline, measure) for measure in (avg_at_k, partial(pass_at_k, k=k)))
-            row = replace(row, avg=avg, passed=passed)
-        rows.append(row)
+        rows.append(_beside(row, compared_with(plan, results, result.run)))
+        if tuned_baseline is not None and is_tuned_alike(plan, result.run):
+            rows.append(_beside(Row(result, "tuned: its own values", repeats=True), tuned_baseline))
     return sorted(rows, key=lambda row: -statistics.fmean(row.result.evaluated(avg_metric(row.result))))
+
+
+def _beside(row: Row, baseline: Result | None) -> Row:
+    """The row with its differences from ``baseline``."""
+    if baseline is None or row.result is baseline:
+        return row
+    k = max(row.result.seeds[0].ks)
+    avg, passed = (compare(row.result, baseline, measure) for measure in (avg_at_k, partial(pass_at_k, k=k)))
+    return replace(row, avg=avg, passed=passed)
 
 
 def compared_with(plan: LabPlan, results: Results, run: LabRun) -> Result | None:
@@ -113,12 +121,17 @@ def null_controls(plan: LabPlan) -> set[str]:
     }
 
 
+def is_tuned_alike(plan: LabPlan, run: LabRun) -> bool:
+    """Whether its own values were the best of a run's trials."""
+    choice = None if plan.tuning is None else plan.tuning.chosen.get(run.base)
+    return run.setting != "tuned" and choice is not None and not choice.trial
+
+
 def setting_of(plan: LabPlan, run: LabRun) -> str:
     """In words: "paper's", or what was chosen."""
     if run.setting == "tuned":
         return f"tuned: {run.note}"
-    choice = None if plan.tuning is None else plan.tuning.chosen.get(run.base)
-    return "paper's, tuned alike" if choice is not None and not choice.trial else "paper's"
+    return "paper's, tuned alike" if is_tuned_alike(plan, run) else "paper's"
 
 
 def compare(run: Result, baseline: Result, measure: Callable[[Result, Result], Effect]) -> Comparison | None:

@@ -128,13 +128,15 @@ def regime_figures(plan: LabPlan, results: Results, regime: str, rows: Sequence[
             color[row.result.run.family],
         )
         for row in rows
-        if row.result.late(RIGHT) and row.result.late(ENTROPY)
+        if row.result.late(RIGHT) and row.result.late(ENTROPY) and not row.repeats
     ]
     parts = [scatter("Entropy over right answers", "nats; late means, a dot a run", dots, x="right", percent=True)]
     for family, title in plan.families.items():
         for setting, words in (("", ""), ("tuned", ", tuned")):
             members = [
-                row.result for row in rows if (row.result.run.family, row.result.run.setting) == (family, setting)
+                row.result
+                for row in rows
+                if (row.result.run.family, row.result.run.setting) == (family, setting) and not row.repeats
             ]
             parts.append(entropy_figure(plan, results, regime, f"{title}{words}", members, figures))
     return "".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 
 from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.shipped import RECIPES
 from megatron_ext.methods.base import Controller
 from tools.lab import claims as claims_module
 from tools.lab.claims import NOT_DECIDED, NOT_RUN, NULL, OPPOSITE, SHOWS, claims, null_entries, p_value, verdict_of
+from tools.lab.command import main as lab
 from tools.lab.intervals import over_seeds
 from tools.lab.plan import LabRun, load_plan
 from tools.lab.results import Result, Results, Seed
@@ -254,6 +257,21 @@ def drawn(rng: np.random.Generator, name: str, difficulty: np.ndarray, *, more: 
 
 
 OPTIONS = {"pass_at_k": {"k": 8}}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [(None, "No such file"), ("a = 1", "no null and no claim"), ("a =", "line 1")]
+)
+def test_a_plan_whose_claims_are_no_list_is_refused_before_its_runs(
+    text: str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "claims.toml"
+    if text is not None:
+        file.write_text(text)
+    plan = (RECIPES / "lab" / "lab.toml").read_text()
+    (tmp_path / "plan.toml").write_text(re.sub(r"(?m)^claims = .*$", f'claims = "{file}"', plan))
+    assert lab(["--plan", str(tmp_path / "plan.toml"), "--dir", str(tmp_path / "runs"), "--dry-run"]) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [name for name, rule in RULES.items() if rule.num_runs == 2])

@@ -371,15 +371,18 @@ def test_a_tuned_run_is_compared_with_the_tuned_baseline(tmp_path: Path) -> None
             own = {"aer/entropy": FALLING, "aer/target": FLAT} if name.startswith("aer") else {}
             save_run(tmp_path / "runs", f"{name}@off-policy-s{number}", entropy=FALLING, right=right, curves=own)
     collect(plan, tmp_path / "runs", tmp_path)
-    rows = {row.result.run.name: row for row in league(plan, load(plan, tmp_path))["off-policy"]}
-    means = {name: row.avg and row.avg.effect.mean for name, row in rows.items()}
+    found = league(plan, load(plan, tmp_path))["off-policy"]
+    means = {(row.result.run.base, row.setting): row.avg and row.avg.effect.mean for row in found}
+    tuned = {row.result.run.base: row.setting for row in found if row.result.run.setting == "tuned"}
     assert means == {
-        "grpo@off-policy": None,
-        "aer@off-policy": 0.0,
-        "psr@off-policy": 0.125,  # tuned alike: it is compared as the paper's
-        "grpo.tuned@off-policy": 0.125,  # what tuning does to the baseline
-        "aer.tuned@off-policy": 0.0,
+        ("grpo", "paper's"): None,
+        ("aer", "paper's"): 0.0,
+        ("psr", "paper's, tuned alike"): 0.125,
+        ("psr", "tuned: its own values"): 0.0,  # once more, beside what tuning has found for the baseline
+        ("grpo", tuned["grpo"]): 0.125,  # what tuning does to the baseline
+        ("aer", tuned["aer"]): 0.0,
     }
+    assert [row.result.run.base for row in found if row.repeats] == ["psr"]
     alike = plan_with(tmp_path, {"grpo": 0, "aer": 1})
     rows = {row.result.run.name: row for row in league(alike, load(alike, tmp_path))["off-policy"]}
     tuned = rows["aer.tuned@off-policy"].avg
