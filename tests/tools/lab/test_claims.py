@@ -260,7 +260,7 @@ OPTIONS = {"pass_at_k": {"k": 8}}
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [(None, "No such file"), ("a = 1", "no null and no claim"), ("a =", "line 1")]
+    ("text", "said"), [(None, "No such file"), ("a = 1", "no null and no claim"), ("a =", "value")]
 )
 def test_a_plan_whose_claims_are_no_list_is_refused_before_its_runs(
     text: str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
