@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -205,7 +207,8 @@ def test_the_backward_in_place_visits_small_nuclei_before_it_overwrites_them(voc
     logits, shard = (4 * logits).to(dtype), VocabShard(0, vocab, vocab)
     sizes = policy_stats(logits, targets, shard, top_p=0.8, want=("nucleus_size",), grad=())["nucleus_size"]
     assert (sizes <= vocab / 32).float().mean() > 0.5
-    for by in ({"top_p": 0.8}, {"min_p": 0.05}):
+    nuclei: list[dict[str, Any]] = [{"top_p": 0.8}, {"min_p": 0.05}]
+    for by in nuclei:
         found = {}
         for inplace in (False, True):
             x = logits.clone().requires_grad_()
