@@ -405,7 +405,7 @@ def test_a_difference_in_every_problem_and_seed_is_higher_or_lower() -> None:
 
 
 def test_the_page_says_what_is_there_and_what_is_missing(folder: Path) -> None:
-    plan = load_plan(PLAN)
+    plan = plan_with(folder, {})
     html, markdown = write(plan, folder)
     text, lines = html.read_text(), markdown.read_text().splitlines()
     assert "| off-policy | 16 of 120 | dr_grpo, ppo, " in "\n".join(lines)
