@@ -56,10 +56,10 @@ class TensorLocation:
         padded = isinstance(mapping.sharding, Vocabulary)
         return cls(mapping.key, mapping.index, mapping.stacked, mapping.shape, padded)
 
-    def saved_shape(self, tensor: int) -> Shape:
-        """Of its whole key, saved by ``tensor`` tensor-parallel ranks."""
+    def saved_shape(self, padded_vocab: int) -> Shape:
+        """Of its whole key, where the vocabulary is padded to ``padded_vocab``."""
         first, *others = self.shape
-        return (*self.stacked, -(-first // tensor) * tensor if self.padded else first, *others)
+        return (*self.stacked, padded_vocab if self.padded else first, *others)
 
 
 class CheckpointTensors:
@@ -87,8 +87,9 @@ class CheckpointTensors:
         faults += [f"unexpected tensor {key}" for key in self.entries if _is_policy(key) and key not in known]
         dtypes = {location.key: self.entries[location.key].properties.dtype for location in here}
         [(most, _)] = Counter(dtypes.values()).most_common(1) or [(torch.float32, 0)]
+        padded_vocab = architecture.padded_vocab(tensor)
         for location in here:
-            found, expected = tuple(self.entries[location.key].size), location.saved_shape(tensor)
+            found, expected = tuple(self.entries[location.key].size), location.saved_shape(padded_vocab)
             if found != expected:
                 faults.append(f"{location.key}: found {list(found)}, expected {list(expected)}")
             if dtypes[location.key] != most:

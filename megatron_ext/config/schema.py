@@ -519,9 +519,14 @@ class Config(Section):
         return (self.validation.max_response_tokens or self.rollout.max_response_tokens) * bool(self.validation.every)
 
     @property
+    def longest_response(self) -> int:
+        """What an engine samples at most, in tokens: of a rollout or of a validation."""
+        return max(self.rollout.max_response_tokens, self.max_validation_tokens)
+
+    @property
     def longest_sampled(self) -> int:
-        """The longest sequence that an engine holds, in tokens: of a rollout or of a validation."""
-        return self.data.max_prompt_tokens + max(self.rollout.max_response_tokens, self.max_validation_tokens)
+        """The longest sequence that an engine holds, in tokens."""
+        return self.data.max_prompt_tokens + self.longest_response
 
     @property
     def updates_per_step(self) -> int:

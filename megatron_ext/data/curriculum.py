@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -53,8 +54,8 @@ def _as_trained_on(encoded: Sequence[tuple[Problem, Sequence[int]]]) -> str:
     """What identifies the problems as the model reads them and the verifier judges them: a resumed run has the same."""
     digest = hashlib.sha256()
     for problem, ids in encoded:
-        scored_by = [problem.problem_id, problem.answer, problem.verifier, problem.numbers]
-        digest.update(json.dumps([scored_by, list(ids)], ensure_ascii=False).encode())
+        scored_by = [problem.problem_id, problem.answer, problem.verifier, problem.numbers, len(ids)]
+        digest.update(json.dumps(scored_by, ensure_ascii=False).encode() + array("q", ids).tobytes())
     return digest.hexdigest()
 
 

@@ -62,10 +62,9 @@ def build(config: Config, pool: RewardPool | FunctionPool) -> Trainer:
     if config.model.offload_optimizer:
         for each in learner.trained.values():
             each.offload()
-    longest = max(config.rollout.max_response_tokens, config.max_validation_tokens)
     engine = create_engine(
         config.model.path,
-        config.rollout.model_copy(update={"max_response_tokens": longest}),
+        config.rollout.model_copy(update={"max_response_tokens": config.longest_response}),
         dtype=config.model.dtype,
         max_prompt_tokens=config.data.max_prompt_tokens,
         log_dir=config.run_dir,

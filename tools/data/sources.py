@@ -138,13 +138,12 @@ def _from_folder(folder: Path, split: str, configs: Sequence[str], usual: tuple[
         name = _chosen(folder, "--config", name, known)
         splits = library.get_dataset_split_names(str(folder), name)
         found = _chosen(folder, "--split", split, splits, usual[0])
-        tables = library.load_dataset_builder(str(folder), name).config.data_files or {}
-        tables = [Path(file) for file in tables.get(found, ()) if READERS.get(Path(file).suffix.lower()) == "csv"]
-        parts.append(
-            _from_files(tables)  # as a table by itself is read
-            if tables
-            else library.load_dataset(str(folder), name, split=found, streaming=True)
-        )
+        by_split = library.load_dataset_builder(str(folder), name).config.data_files or {}
+        files = [Path(file) for file in by_split.get(found, ())]
+        if {READERS.get(file.suffix.lower()) for file in files} == {"csv"}:
+            parts.append(_from_files(files))  # as a table by itself is read
+        else:
+            parts.append(library.load_dataset(str(folder), name, split=found, streaming=True))
     return parts
 
 

@@ -31,9 +31,7 @@ def letter(text: str) -> str | None:
         return None
     named, rest = found[1] or found[2] or found[3], found[5].strip()
     bracketed = found[3] is None or found[4]
-    other = re.match(r"(?:[,;/&|+]|and\b|or\b)", rest, re.IGNORECASE) or re.fullmatch(
-        r"[(\[]?\s*[A-Z]\s*[)\].:]*", rest
-    )
+    other = re.match(r"[,;/&|+]|(?i:and|or)\b|[(\[]?\s*[A-Z]\s*[)\].:]*$", rest)
     if rest and (named.islower() or not bracketed or other):
         return None
     return named.upper()
