@@ -10,8 +10,8 @@
 #
 # In the job one task per node runs tools.ranks, which starts the node's ranks; rank 0's address is fixed
 # beforehand, so there is nothing to discover. Before the time limit Slurm sends USR1 to this script (--signal in the
-# scripts; the time must hold a step and a save, for another recipe it is STOP_SECONDS). It passes it on; the ranks save and exit with 75, and the job goes
-# back into the queue. Every other exit code ends the job: 2 configuration, 3 training health, 4 saving, 76 stopped three
+# scripts; the time must hold a step and a save, for another recipe it is STOP_SECONDS). It passes it on; the ranks
+# save and exit with 75, and the job goes back into the queue. Every other exit code ends the job: 2 configuration, 3 training health, 4 saving, 76 stopped three
 # times in a row before anything new was saved (the time is too short for a start, a step and a save), 77 a rank hung,
 # else a crash.
 set -euo pipefail
