@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import IO
 
 from megatron_ext import heartbeat
@@ -75,7 +76,7 @@ def run_ranks(
     """
     environment = _environment(nodes, ranks_per_node, master if nodes > 1 else f"127.0.0.1:{free_port()}")
     command = [sys.executable, "-m", module, *arguments]
-    cpus = _cpus(ranks_per_node) if bind else None  # asked before the ranks start: their threads inherit the binding
+    cpus = _cpus(ranks_per_node) if bind else None
     first = node * ranks_per_node
     with ExitStack() as opened:
         received = opened.enter_context(_received())
@@ -97,13 +98,10 @@ def run_ranks(
                 },
                 process_group=0,
                 pass_fds=(shared.fileno(), store.fileno(), beats.fileno(), stacks[rank].fileno()),
-                preexec_fn=lambda: _tie_to(parent),
+                preexec_fn=partial(_prepare, parent, cpus[rank] if cpus else None),
             )
             for rank in range(ranks_per_node)
         ]
-        if cpus is not None:
-            for rank, own in zip(ranks, cpus, strict=True):
-                os.sched_setaffinity(rank.pid, own)
         watchdog = Watchdog(ranks, slots, stacks, first=first, alone=nodes == 1)
         return _Node(ranks, first, received, shared, watchdog).wait()
 
@@ -150,8 +148,10 @@ def _received() -> Iterator[list[int]]:
 _libc = ctypes.CDLL(None)  # loaded before any fork
 
 
-def _tie_to(parent: int) -> None:
-    """In a rank's process, before its program: it dies with its parent, and ignores signals until it listens."""
+def _prepare(parent: int, cpus: set[int] | None) -> None:
+    """In a rank's process, before its program: it is bound, dies with its parent, ignores signals until it listens."""
+    if cpus is not None:
+        os.sched_setaffinity(0, cpus)
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     if sys.platform == "linux":
