@@ -83,6 +83,17 @@ TABLE = [
     ("4", r"\{4\}", RIGHT),  # lenient: a set of one
     ("(1,2)", "(2,1)", WRONG),
     ("(1,2)", "1,2", RIGHT),  # lenient: a pair without its brackets
+    ("(3,-2)", "(x,y)=(3,-2)", RIGHT),
+    ("(x,y)=(3,-2)", "(x, y) = (3, -2)", RIGHT),
+    ("(3,-2)", "(y,x)=(-2,3)", RIGHT),  # x, y and z have an order
+    ("(3,-2)", "(y,x)=(3,-2)", WRONG),
+    ("(3,3)", "(x,x)=(3,3)", WRONG),
+    ("(-2,3)", "(y,x)=(3,-2)", RIGHT),
+    ("(-2,3)", "(x,y)=(-2,3)", RIGHT),
+    ("(-2,3)", "(y,x)=(-2,3)", WRONG),
+    ("(2,3)", "(m,b)=(2,3)", RIGHT),  # other names have the order in which they are written
+    ("(3,5)", "y=5,x=3", RIGHT),
+    ("(5,3)", "y=5,x=3", WRONG),
     ("(1,2]", "(1,2]", RIGHT),
     ("(1,2]", "[1,2]", WRONG),
     (r"(-\infty,1)\cup(2,\infty)", r"(2,\infty)\cup(-\infty,1)", RIGHT),

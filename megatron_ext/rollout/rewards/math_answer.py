@@ -10,7 +10,7 @@ often misread), but where it would reward what a teacher would not:
   ``AB``) or equal to the gold: ``x=4`` and ``2+2=4`` are 4, ``x+1=4`` and ``1=2=3=4`` are not. Chains are compared
   side by side, equations without a real solution by their two sides;
 - one value is one value: not a list that repeats it, not the rows or columns of a matrix. A tuple has the gold's
-  length and order, only a gold that is a set or a bare list has no order;
+  length and order, by name where x, y and z are named; only a gold that is a set or a bare list has no order;
 - decimals agree to six places, below one to five digits; exact numbers exactly, ``2^{-100}`` is not ``3^{-100}``;
 - a word (three letters and more, or in ``\\text``) is spelt as the gold is: ``cba`` is not ``abc``.
 
@@ -20,7 +20,7 @@ A gold with a part that math-verify drops is right only as it is written.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -98,6 +98,7 @@ def _answers(gold: Any, found: Any) -> bool:
     from latex2sympy2_extended.sets import FiniteSet
     from sympy import Set, Tuple
 
+    gold, found = _point(gold), _point(found)
     gold_chains, chain = list(_chains(gold)), _sides(found)
     if not gold_chains:
         found = _value_of(found)
@@ -198,6 +199,28 @@ def _chains(expression: Any) -> Iterator[list[Any]]:
             yield from _chains(element)
 
 
+def _point(expression: Any) -> Any:
+    """``(3, -2)`` of ``(x, y) = (3, -2)`` and of ``(y, x) = (-2, 3)``; anything else as it is."""
+    from sympy import Interval, Tuple
+
+    sides = _sides(expression)
+    names, values = sides if len(sides) == 2 else (None, None)
+    if isinstance(values, Interval) and values.left_open and values.right_open:
+        values = Tuple(values.start, values.end)  # a pair in rising order is read as an interval
+    if not isinstance(names, Tuple) or not isinstance(values, Tuple) or len(names) != len(values):
+        return expression
+    if len(set(names)) < len(names) or not all(map(_is_name, names)):
+        return expression
+    return Tuple(*_in_order([str(name) for name in names], values))
+
+
+def _in_order(names: Sequence[str], values: Sequence[Any]) -> Sequence[Any]:
+    """The values as written, or by name where these are different ones of x, y and z."""
+    if len(set(names)) < len(names) or not set(names) <= {"x", "y", "z"}:
+        return values
+    return [values[i] for i in sorted(range(len(names)), key=names.__getitem__)]
+
+
 def _value_of(expression: Any) -> Any | None:
     """An answer without the names before its values: 4 of ``x = 8/2 = 4``. None if the other sides differ."""
     from latex2sympy2_extended.sets import FiniteSet
@@ -205,7 +228,8 @@ def _value_of(expression: Any) -> Any | None:
 
     if isinstance(expression, FiniteSet | Tuple) and any(True for _ in _chains(expression)):
         elements = _as_written(expression) if isinstance(expression, FiniteSet) else expression.args
-        values = [_value_of(element) for element in elements]
+        names = [str(next(iter(_sides(element)), "")) for element in elements]
+        values = [_value_of(element) for element in _in_order(names, elements)]
         return None if None in values else type(expression)(*values)
     sides = _sides(expression)
     if not sides:
