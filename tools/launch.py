@@ -112,7 +112,7 @@ def executor(config: Config, site: Site) -> Any:
         container_image=site.container_image,
         container_mounts=site.container_mounts,
         srun_args=[*SRUN, *([f"--cpus-per-task={site.cpus_per_task}"] if site.cpus_per_task else [])],
-        env_vars={**site.env, "MASTER": f"$head_node_ip:{site.port}"},
+        env_vars={**site.env, "MASTER": f"$head_node:{site.port}"},
         tunnel=tunnel,
         packager=nemo_run.Packager(),
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_ext.config.deterministic_checks import deterministic_faults
 from megatron_ext.config.errors import ConfigError
-from megatron_ext.config.parallel_checks import model_faults, nearest_divisor, num_experts
+from megatron_ext.config.parallel_checks import engine_faults, model_faults, nearest_divisor, num_experts
 from megatron_ext.config.public_sets import how_to_make
 from megatron_ext.config.schema import Config, OptimizerConfig
 from megatron_ext.files import read_json, read_small
@@ -242,4 +242,5 @@ def _check_model(config: Config) -> list[str]:
             "rollout.routing_replay: true, but the model has no experts: there is no num_experts in "
             f"{config.model.path}/config.json; set rollout.routing_replay = false"
         )
-    return faults + model_faults(hf, config.parallel) + deterministic_faults(hf, config)
+    faults += model_faults(hf, config.parallel) + engine_faults(hf, config.rollout.tensor_parallel_size)
+    return faults + deterministic_faults(hf, config)

@@ -43,7 +43,7 @@ def communicators(a: Architecture, config: Config) -> dict[str, int]:
     Groups of one rank are left out, and gloo's: Python objects travel over those. That of the whole world counts
     whether it is used or not: the others may be split from it. Megatron has two groups of the data-parallel ranks,
     with context-parallel ones and without, and one of all that share an optimizer; vLLM one of torch and one of its own
-    for an engine.
+    for an engine, and another of its own for one with experts.
 
     A send outside of a batch has a communicator of its own, of two ranks (torch's ProcessGroupNCCL): with the next and
     the previous one, where Transformer Engine passes keys and values round more than two ranks, and where interleaved
@@ -70,7 +70,9 @@ def communicators(a: Architecture, config: Config) -> dict[str, int]:
         }
     for name, sends_alone in {"context": p.context > 2, "pipeline": p.virtual > 1}.items():
         groups |= {f"{name} with {neighbour}": 2 for neighbour in ("next", "previous") if sends_alone}
-    groups |= dict.fromkeys(find_engine(config.rollout).communicators, config.rollout.tensor_parallel_size)
+    spec = find_engine(config.rollout)
+    named = spec.communicators + (spec.expert_communicators if a.experts is not None else ())
+    groups |= dict.fromkeys(named, config.rollout.tensor_parallel_size)
     return {name: ranks for name, ranks in groups.items() if ranks > 1}
 
 

@@ -136,7 +136,7 @@ def make_plan(config: Config, roles: Roles, *, rates: Rates, gpu_memory: float, 
         memory.rank_memory(a, config, roles, rank, gpu_memory=gpu_memory, num_micro_batches=micro_batches)
         for rank in range(config.parallel.pipeline)
     ]
-    seconds = speed.step_seconds(a, config, roles, rates, lengths)
+    seconds = speed.step_seconds(a, config, roles, rates, lengths, gpu_memory=gpu_memory)
     return Plan(config, a, roles, gpu_memory, micro_batches, ranks, seconds)
 
 

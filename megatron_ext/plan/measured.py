@@ -71,9 +71,13 @@ class Measured:
         """What is taken of the device where nothing was measured."""
         return NO_DATA_SHEET if self.gpu is None else RATES[self.gpu]
 
+    def _planned(self, rates: Rates) -> dict[str, float]:
+        a, config = self.architecture, self.config
+        return step_seconds(a, config, self.roles, rates, self.lengths, gpu_memory=self.memory)
+
     def predicted(self, rates: Rates) -> dict[str, float]:
         """What the planner says of the run itself, by COMPARED."""
-        seconds = step_seconds(self.architecture, self.config, self.roles, rates, self.lengths)
+        seconds = self._planned(rates)
         return {name: math.fsum(seconds[phase] for phase in planned) for name, (planned, _) in COMPARED.items()}
 
     def measured(self) -> dict[str, float]:
@@ -88,7 +92,7 @@ class Measured:
         if sync := self._time_of("sync"):
             rates = replace(rates, host_link=num_parameters(self.architecture) * element_bytes(self.config) / sync)
         if train := self._time_of("old_logprob", "update", "critic"):
-            planned = step_seconds(self.architecture, self.config, self.roles, rates, self.lengths)
+            planned = self._planned(rates)
             left = max(train - planned["gradient exchange"], train / 2)  # the exchange may be hidden behind backward
             kind = "mfu" if self.architecture.experts is None else "mfu_experts"
             reached = getattr(rates, kind) * (planned["score"] + planned["update"]) / left
@@ -100,7 +104,7 @@ class Measured:
         seconds = self._time_of(ROLLOUT)
         if not seconds:
             return rates
-        decoding = Decoding.of(self.architecture, self.config, self.lengths)
+        decoding = Decoding.of(self.architecture, self.config, self.lengths, self.memory)
         step = seconds / decoding.steps
         share = decoding.bytes / (rates.bandwidth * step)
         if share < rates.decode / 2:

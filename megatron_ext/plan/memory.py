@@ -89,13 +89,16 @@ def bucket_size(p: ParallelConfig) -> float:
     return (p.bucket_size or max(40_000_000, 1_000_000 * p.data)) if p.overlap_grad_reduce else math.inf
 
 
-def saved_per_token(a: Architecture, p: ParallelConfig, layer: int, recompute: Recompute) -> float:
+def saved_per_token(
+    a: Architecture, p: ParallelConfig, layer: int, recompute: Recompute, *, fused_swiglu: bool
+) -> float:
     """Elements that one decoder layer keeps for its backward, per token of the micro-batch.
 
     Kept in full, or sharded under sequence parallelism: the inputs of both norms and what the two linear layers behind
     them read. Sharded over the tensor ranks: the fused projection (the value is a view of it), query and key after
-    rotation, the attention's output, and in the MLP (unfused): gate and up, silu(gate), a copy of up, and the product;
-    an expert's product once more, times its probability.
+    rotation, the attention's output, and in the MLP gate and up and the product; unfused also silu(gate), a copy of up,
+    and an expert's product before it is multiplied by its probability. Behind the dispatcher the ranks that cut an
+    expert hold one another's tokens, each with its share of the columns.
     """
     D, (q, kv) = a.hidden_size, attention_widths(a)
     parts = p.tensor if p.sequence else 1
@@ -106,9 +109,10 @@ def saved_per_token(a: Architecture, p: ParallelConfig, layer: int, recompute: R
     if recompute == "mlp":
         return (3 if experts is None else 4) * D / parts + attention
     if experts is None:
-        return 4 * D / parts + attention + 5 * a.ffn_size / p.tensor
+        return 4 * D / parts + attention + (3 if fused_swiglu else 5) * a.ffn_size / p.tensor
     router = 6.5 * experts.num / parts  # fp32 logits, probabilities and their masked copy, a bool map
-    routed = IMBALANCE * experts.top_k * (D + 6 * experts.ffn_size) / parts
+    columns = (3 if fused_swiglu else 6) * experts.ffn_size
+    routed = IMBALANCE * experts.top_k * (D * p.expert_tensor + columns) / parts
     return 4 * D / parts + attention + router + routed
 
 
@@ -124,8 +128,11 @@ def activations(a: Architecture, config: Config, rank: int, recompute: Recompute
     """Peak in the update: what all micro-batches in flight keep, one layer's own in full and as much in gradients."""
     p, element, tokens = config.parallel, element_bytes(config), rank_tokens(config)
     layers = [layer for chunk in stage_layers(a, p)[rank] for layer in chunk]
-    kept = sum(saved_per_token(a, p, layer, recompute) for layer in layers)
-    return tokens * element * (in_flight(p, rank, num_micro_batches) * kept + working_layer(a, p, layers, recompute))
+    fused = config.model.fusions.bias_activation
+    kept = sum(saved_per_token(a, p, layer, recompute, fused_swiglu=fused) for layer in layers)
+    return (
+        tokens * element * (in_flight(p, rank, num_micro_batches) * kept + working_layer(a, config, layers, recompute))
+    )
 
 
 def rank_tokens(config: Config) -> int:
@@ -133,13 +140,14 @@ def rank_tokens(config: Config) -> int:
     return -(-config.train.micro_batch_tokens // config.parallel.context)
 
 
-def working_layer(a: Architecture, p: ParallelConfig, layers: Sequence[int], recompute: Recompute) -> float:
+def working_layer(a: Architecture, config: Config, layers: Sequence[int], recompute: Recompute) -> float:
     """Elements per token of the layer that backward stands in: its gradients, and what was recomputed of it.
 
     Under context parallelism also the keys and values that go round, and their gradients: two buffers of each, in one
     of which the next rank's arrive.
     """
-    largest = max((saved_per_token(a, p, layer, "none") for layer in layers), default=0.0)
+    p, fused = config.parallel, config.model.fusions.bias_activation
+    largest = max((saved_per_token(a, p, layer, "none", fused_swiglu=fused) for layer in layers), default=0.0)
     exchanged = 8 * attention_widths(a)[1] / p.tensor if p.context > 1 else 0.0
     return largest * (1 if recompute == "none" else 2) + exchanged
 
@@ -174,6 +182,11 @@ def element_bytes(config: Config) -> int:
 
 def kv_bytes_per_token(a: Architecture, config: Config) -> int:
     return 2 * a.num_layers * attention_widths(a)[1] * element_bytes(config)
+
+
+def engine_kv_bytes_per_token(a: Architecture, config: Config) -> float:
+    """On one GPU of an engine: one with more ranks than key-value heads has each head several times."""
+    return kv_bytes_per_token(a, config) / min(config.rollout.tensor_parallel_size, a.num_groups)
 
 
 def engine_weights(a: Architecture, config: Config) -> float:
@@ -239,7 +252,7 @@ def rank_memory(
     engine = {"rollout weights": engine_weights(a, config)} if spec.colocated else {}
     asleep = {} if spec.sleeps else dict(engine)
     layers = [layer for chunk in stage_layers(a, p)[rank] for layer in chunk]
-    scored = rank_tokens(config) * element * working_layer(a, p, layers, "none")
+    scored = rank_tokens(config) * element * working_layer(a, config, layers, "none")
     score = {"activations": scored} | _head_item(a, config, last, grad=False)
     update = {"activations": activations(a, config, rank, config.model.recompute, num_micro_batches)}
     if config.rollout.routing_replay:
@@ -288,8 +301,7 @@ def kv_cache(a: Architecture, config: Config) -> float:
 
 def kv_capacity(a: Architecture, config: Config, cache: float) -> int:
     """Full-length sequences that fit in ``cache`` bytes on each GPU of an engine."""
-    per_sequence = config.longest_sampled * kv_bytes_per_token(a, config) / config.rollout.tensor_parallel_size
-    return max(0, int(cache // per_sequence))
+    return max(0, int(cache // (config.longest_sampled * engine_kv_bytes_per_token(a, config))))
 
 
 def _head_item(a: Architecture, config: Config, last: bool, *, grad: bool) -> dict[str, float]:

@@ -5,8 +5,9 @@ train     2 operations per active weight and token forward, 4 backward, plus att
           and values go round the context-parallel ranks beside attention, which takes longer; ``score`` are the
           passes before the first update, ``update`` the updates and a moved policy's own passes
 exchange  gradients in fp32 reduced, weights gathered, over data- and context-parallel ranks, once an update
-rollout   a decoding step of an engine reads the weights and all sequences' KV cache once, at ``decode`` of the memory
-          bandwidth, and costs at least ``launch_s`` per layer
+rollout   a decoding step of an engine reads the weights and the KV cache of all running sequences once, at ``decode``
+          of the memory bandwidth, and costs at least ``launch_s`` per layer; at any time they are half grown, and no
+          more run than its cache holds
 sync      every weight once through the host, as the streamed export does
 
 Rewards, validation and checkpoints are not estimated. measured.py puts what a run measured in the place of the rates.
@@ -80,8 +81,10 @@ def forward_flops(a: Architecture, context: float) -> float:
     return 2 * active_parameters(a) + 2 * a.num_layers * attention_widths(a)[0] * context
 
 
-def step_seconds(a: Architecture, config: Config, roles: Roles, rates: Rates, lengths: Lengths) -> dict[str, float]:
-    """Seconds of each phase of one step."""
+def step_seconds(
+    a: Architecture, config: Config, roles: Roles, rates: Rates, lengths: Lengths, *, gpu_memory: float
+) -> dict[str, float]:
+    """Seconds of each phase of one step. ``gpu_memory``: bytes of one GPU."""
     p, r, t = config.parallel, config.rollout, config.train
     responses = r.prompts * r.samples
     updates = r.prompts // t.mini_batch_prompts
@@ -96,7 +99,7 @@ def step_seconds(a: Architecture, config: Config, roles: Roles, rates: Rates, le
     current = has_pass * (updates - 1) / updates
     backward = 3 + repeated_share(a, config)
     return {
-        "rollout": rollout_seconds(a, config, rates, lengths),
+        "rollout": rollout_seconds(a, config, rates, lengths, gpu_memory=gpu_memory),
         "score": passes * once / speed * bubble,
         "update": ((1 + roles.critic) * backward + current) * once / speed * bubble,
         "gradient exchange": (1 + roles.critic) * updates * exchange_seconds(a, config, rates),
@@ -122,30 +125,38 @@ def exchange_seconds(a: Architecture, config: Config, rates: Rates) -> float:
     return own * (4 + memory.element_bytes(config)) * (ranks - 1) / ranks / link
 
 
-def rollout_seconds(a: Architecture, config: Config, rates: Rates, lengths: Lengths) -> float:
+def rollout_seconds(a: Architecture, config: Config, rates: Rates, lengths: Lengths, *, gpu_memory: float) -> float:
     """An engine decodes batch after batch, each to its longest response, or replaces finished sequences at once."""
-    decoding = Decoding.of(a, config, lengths)
+    decoding = Decoding.of(a, config, lengths, gpu_memory)
     return decoding.steps * max(decoding.bytes / (rates.bandwidth * rates.decode), decoding.launches * rates.launch_s)
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """What an engine does in a rollout: its decoding steps, and of each the bytes that a GPU reads and the layers that
-    are launched as ``Rates.launch_s`` counts them."""
+    """What an engine does in a rollout: its decoding steps, and of each, on average, the bytes that a GPU reads and the
+    layers that are launched as ``Rates.launch_s`` counts them.
+
+    Where a finished sequence is replaced at once, lengths are taken to be spread evenly up to twice their mean m: such
+    sequences have ``prompt + 2 m / 3`` tokens on average while they run. A batch that is not refilled grows until its
+    longest response ends.
+    """
 
     steps: float
     bytes: float
     launches: float
 
     @classmethod
-    def of(cls, a: Architecture, config: Config, lengths: Lengths) -> Decoding:
-        r = config.rollout
+    def of(cls, a: Architecture, config: Config, lengths: Lengths, gpu_memory: float) -> Decoding:
+        r, spec = config.rollout, find_engine(config.rollout)
         responses = r.prompts * r.samples / memory.num_engines(config)  # of one engine
-        weights = memory.engine_weights(a, config)
-        kv = memory.kv_bytes_per_token(a, config) / r.tensor_parallel_size * lengths.total
-        if not find_engine(r).continuous_batching:
+        weights, kv = memory.engine_weights(a, config), memory.engine_kv_bytes_per_token(a, config)
+        if not spec.continuous_batching:
             batches = math.ceil(responses / r.batch_size)
-            return cls(batches * r.max_response_tokens, weights + responses / batches * kv, a.num_layers)
-        batch = min(responses, r.batch_size)
+            cached = responses / batches * (lengths.prompt + r.max_response_tokens / 2)
+            return cls(batches * r.max_response_tokens, weights + cached * kv, a.num_layers)
+        running = lengths.prompt + 2 * lengths.response / 3  # tokens of a sequence
+        room = memory.engine_cache(a, config, gpu_memory) / (running * kv) if spec.takes_share else math.inf
+        batch = min(responses, r.batch_size, max(1.0, room))
         steps = max(responses * lengths.response / batch, r.max_response_tokens)
-        return cls(steps, weights + batch * kv, a.num_layers / 10)
+        cached = responses * lengths.response / steps * running
+        return cls(steps, weights + cached * kv, a.num_layers / 10)

@@ -75,4 +75,5 @@ class EngineSpec:
     prefill_tokens: int | None = None  # of one prompt pass; None: all prompts of a batch at once
     cuda_graphs: bool = False  # kept while it sleeps, unless rollout.enforce_eager
     communicators: tuple[str, ...] = ()  # groups of rollout.tensor_parallel_size ranks with NCCL buffers of their own
+    expert_communicators: tuple[str, ...] = ()  # more of them, for a model with experts
     num_engines: Callable[[Config], int] = one_per_group  # copies of the model that sample

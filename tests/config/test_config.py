@@ -9,7 +9,7 @@ import pytest
 
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.loading import load_config, read_config
-from megatron_ext.config.parallel_checks import model_faults
+from megatron_ext.config.parallel_checks import engine_faults, model_faults
 from megatron_ext.config.schema import ParallelConfig
 
 BASE = """
@@ -144,6 +144,10 @@ def test_a_wrong_value_is_shown(recipe: Path) -> None:
     [
         (["parallel.tensor=3"], "tensor 3 x pipeline 1 = 3 does not divide the world"),
         (["parallel.tensor=8", "parallel.ranks_per_node=8"], "8 does not divide the model's 4 key-value heads"),
+        (
+            ["rollout.engine=vllm", "rollout.tensor_parallel_size=16", "parallel.ranks_per_node=16"],
+            "rollout.tensor_parallel_size: 16 does not divide the model's 8 attention heads and 4 key-value heads",
+        ),
         (["parallel.pipeline=4", "parallel.tensor=1"], "4 does not divide the model's 6 layers; nearest valid is 3"),
         (["parallel.tensor=1", "parallel.sequence=true"], "needs parallel.tensor > 1"),
         (["train.mini_batch_prompts=5"], "5 does not divide rollout.prompts 16; nearest valid is 4"),
@@ -201,6 +205,13 @@ MOE = SIZES | {"num_hidden_layers": 6, "num_experts": 12, "moe_intermediate_size
 def test_a_layout_that_does_not_fit_the_model_is_explained(hf: dict, layout: dict, message: str | None) -> None:
     faults = model_faults(hf, ParallelConfig(**layout))
     assert faults == [] if message is None else message in "\n".join(faults)
+
+
+@pytest.mark.parametrize(("shared", "fits"), [(1, True), (2, True), (4, True), (8, True), (3, False), (16, False)])
+def test_an_engines_gpus_share_heads_evenly(shared: int, fits: bool) -> None:
+    """A key-value head may be on several GPUs (8 of 4 heads), but none is cut."""
+    assert (engine_faults(SIZES, shared) == []) is fits
+    assert engine_faults(SIZES | {"num_attention_heads": 24, "num_key_value_heads": 6}, 4) != []  # 6 of 4, 1.5 each
 
 
 def test_a_missing_or_broken_recipe_is_named(tmp_path: Path) -> None:

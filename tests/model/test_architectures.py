@@ -69,6 +69,9 @@ def test_dense_layers_among_experts_are_counted_as_transformers_does() -> None:
         ("qwen3-8b-base", {"rope_scaling": {"rope_type": "default", "type": "yarn"}}, "'default' and 'yarn' for rope"),
         ("qwen3-8b-base", {"rope_parameters": {"rope_theta": 5e5}}, "1000000.0 and 500000.0 for rope_theta"),
         ("qwen3-8b-base", {"rope_scaling": "llama3"}, "rope_scaling: Input should be"),
+        ("llama-3.1-8b", {"original_max_position_embeddings": 4096}, "4096 and 8192 for original_max_position_emb"),
+        ("llama-3.1-8b", {"rope_parameters": {"low_freq_factor": 2.0}}, "2.0 and 1.0 for low_freq_factor"),
+        ("llama-3.1-8b", {"rope_parameters": {"high_freq_factor": 2.0}}, "2.0 and 4.0 for high_freq_factor"),
     ],
 )
 def test_what_is_not_supported_is_named(name: str, change: dict[str, Any], message: str) -> None:

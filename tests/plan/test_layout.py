@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,12 @@ def test_the_state_of_a_rank_is_weights_gradients_and_adam() -> None:
 def test_activations_of_a_dense_layer() -> None:
     p = ParallelConfig(nodes=1, tensor=4, sequence=True)
     D, q, kv, F = 3584, 3584, 512, 18944
-    per_token = (4 * D + 3 * q + 3 * kv + 2 * 28 + 5 * F) / 4
-    assert memory.saved_per_token(SEVEN, p, 0, "none") == per_token
-    assert memory.saved_per_token(SEVEN, p, 0, "mlp") == per_token - (D + 5 * F) / 4
-    assert memory.saved_per_token(SEVEN, p, 0, "full") == D / 4
+    outside = (4 * D + 3 * q + 3 * kv + 2 * 28) / 4
+    for fused, in_mlp in ((False, 5 * F / 4), (True, 3 * F / 4)):  # fused keeps gate, up and the product alone
+        kept = [memory.saved_per_token(SEVEN, p, 0, recompute, fused_swiglu=fused) for recompute in memory.RECOMPUTE]
+        assert kept == [outside + in_mlp, outside - D / 4, D / 4]
     without = ParallelConfig(nodes=1, tensor=4)
-    assert memory.saved_per_token(SEVEN, without, 0, "full") == D
+    assert memory.saved_per_token(SEVEN, without, 0, "full", fused_swiglu=True) == D
 
 
 def test_context_parallel_ranks_share_a_micro_batch_and_the_optimizer() -> None:
@@ -86,10 +87,11 @@ def test_a_sequence_that_is_cut_is_padded() -> None:
 
 
 def test_activations_of_experts_count_the_busiest_rank() -> None:
-    p = ParallelConfig(nodes=4, tensor=4, sequence=True, expert=8)
-    mlp = memory.saved_per_token(MOE, p, 0, "mlp")
-    routed = memory.saved_per_token(MOE, p, 0, "none") - mlp
-    assert routed == pytest.approx((6.5 * 128 + memory.IMBALANCE * 8 * (2048 + 6 * 768)) / 4)
+    for shared, fused, kept in ((1, False, 2048 + 6 * 768), (1, True, 2048 + 3 * 768), (4, True, 4 * 2048 + 3 * 768)):
+        p = ParallelConfig(nodes=4, tensor=4, sequence=True, expert=8, expert_tensor=shared)
+        mlp = memory.saved_per_token(MOE, p, 0, "mlp", fused_swiglu=fused)
+        routed = memory.saved_per_token(MOE, p, 0, "none", fused_swiglu=fused) - mlp
+        assert routed == pytest.approx((6.5 * 128 + memory.IMBALANCE * 8 * kept) / 4)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +118,8 @@ def test_the_kv_cache_of_known_models() -> None:
     longer = ValidationConfig(every=10, data=["x.jsonl"], max_response_tokens=8192 - 1024)  # behind prompts of 1024
     validated = shared.model_copy(update={"validation": longer})
     assert memory.kv_capacity(SEVEN, validated, 8192 * 57_344 / 2 * 7.5) == 7
+    doubled = config(rollout={"engine": "vllm", "tensor_parallel_size": 8})  # of 4 heads: two GPUs hold each
+    assert memory.kv_capacity(SEVEN, doubled, 4096 * 57_344 / 4 * 7.5) == 7
     assert memory.kv_cache(SEVEN, config().model_copy(update={"validation": longer})) == pytest.approx(2 * cache)
 
 
@@ -134,14 +138,14 @@ def test_the_head_counts_what_is_alive_at_once() -> None:
 
 def test_a_step_takes_what_its_operations_take() -> None:
     lengths, rates = Lengths(1000, 3000), RATES["h100"]
-    seconds = speed.step_seconds(SEVEN, config(), Roles(), rates, lengths)
+    seconds = speed.step_seconds(SEVEN, config(), Roles(), rates, lengths, gpu_memory=80e9)
     tokens = 128 * 8 * 4000
     forward = 2 * (28 * 3584 * (2 * 3584 + 2 * 512 + 3 * 18944) + 152064 * 3584) + 2 * 28 * 3584 * 4000
     assert seconds["score"] == pytest.approx(tokens * forward / (16 * 989e12 * 0.4))
     assert seconds["update"] == pytest.approx(3 * seconds["score"])
-    full = speed.step_seconds(SEVEN, config(model={"recompute": "full"}), Roles(), rates, lengths)
+    full = speed.step_seconds(SEVEN, config(model={"recompute": "full"}), Roles(), rates, lengths, gpu_memory=80e9)
     assert full["update"] == pytest.approx((4 - 152064 * 3584 / speed.active_parameters(SEVEN)) * full["score"])
-    both = speed.step_seconds(SEVEN, config(), Roles(reference=True, critic=True), rates, lengths)
+    both = speed.step_seconds(SEVEN, config(), Roles(reference=True, critic=True), rates, lengths, gpu_memory=80e9)
     assert (both["score"], both["update"]) == (3 * seconds["score"], 2 * seconds["update"])
 
 
@@ -165,9 +169,29 @@ def test_rollouts_read_the_weights_for_every_token_of_a_batch() -> None:
     rates, lengths = RATES["h100"], Lengths(0, 500)
     step = (2 * 7_615_616_512 + 64 * 500 * 57_344) / (3.35e12 * 0.5)
     assert step < 28 * 8e-4  # launching takes longer
-    assert speed.rollout_seconds(SEVEN, one, rates, lengths) == pytest.approx(1000 * 28 * 8e-4)
+    assert speed.rollout_seconds(SEVEN, one, rates, lengths, gpu_memory=80e9) == pytest.approx(1000 * 28 * 8e-4)
     halves = config(rollout={"batch_size": 32, "max_response_tokens": 1000})
-    assert speed.rollout_seconds(SEVEN, halves, rates, lengths) == pytest.approx(2 * 1000 * 28 * 8e-4)
+    assert speed.rollout_seconds(SEVEN, halves, rates, lengths, gpu_memory=80e9) == pytest.approx(2 * 1000 * 28 * 8e-4)
+
+
+def test_running_sequences_are_half_grown_and_no_more_than_fit() -> None:
+    """Against a simulation of an engine that replaces a finished sequence at once, lengths spread evenly."""
+    rollout = {"engine": "vllm", "tensor_parallel_size": 2, "batch_size": 64, "prompts": 512}
+    own, lengths, kv = config(rollout=rollout | {"max_response_tokens": 1000}), Lengths(100, 500), 57_344 / 2
+    rng, running, waiting, read, steps = random.Random(0), list[list[int]](), 512, 0, 0
+    while waiting or running:
+        while waiting and len(running) < 64:
+            running.append([0, rng.randint(1, 1000)])
+            waiting -= 1
+        read, steps = read + sum(100 + grown for grown, _ in running), steps + 1
+        running = [[grown + 1, end] for grown, end in running if grown + 1 < end]
+    found = speed.Decoding.of(SEVEN, own, lengths, 80e9)
+    weights = memory.engine_weights(SEVEN, own)
+    assert found.steps == 512 * 500 / 64 and found.steps == pytest.approx(steps, rel=0.15)  # the last ones end alone
+    assert found.steps * (found.bytes - weights) == pytest.approx(read * kv, rel=0.1)
+    room = memory.engine_working(SEVEN, own) + weights + 1.5e9 + 10 * (100 + 2 * 500 / 3) * kv  # for ten
+    full = speed.Decoding.of(SEVEN, own, lengths, room / own.rollout.gpu_memory_utilization)
+    assert full.steps == pytest.approx(512 * 500 / 10)
 
 
 def test_a_layout_that_does_not_fit_has_a_neighbour_that_does() -> None:

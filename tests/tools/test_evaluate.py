@@ -203,6 +203,13 @@ def test_options_that_contradict_each_other(options: list[str], message: str, ca
     assert message in capsys.readouterr().err
 
 
+def test_gpus_that_cannot_share_a_models_heads_are_told(capsys: pytest.CaptureFixture[str]):
+    model = "recipes/models/qwen2.5-math-7b"
+    assert main([model, "--data", "nowhere.jsonl", "--engine=vllm", "--tensor-parallel-size=8"]) == 2
+    said = capsys.readouterr().err
+    assert f"{model}: --tensor-parallel-size: 8 does not divide the model's 28 attention heads" in said
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [

@@ -78,7 +78,7 @@ def test_nemo_run_prints_the_batch_script_of_both_nodes(tmp_path: Path) -> None:
     environment = {"NEMORUN_HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    for line in ("--nodes=2", "--ntasks-per-node=1", "--signal=USR1@3600", "export MASTER=$head_node_ip:29500"):
+    for line in ("--nodes=2", "--ntasks-per-node=1", "--signal=USR1@3600", "export MASTER=$head_node:29500"):
         assert line in done.stdout
     assert "--mem=0" in done.stdout and "#SBATCH --cpus-per-task=96" in done.stdout
     assert last(done.stdout.split(), "--cpus-per-task=") == "--cpus-per-task=96"  # srun does not take sbatch's

@@ -16,6 +16,7 @@ from megatron_ext.config.schema import Config, ParallelConfig
 from megatron_ext.metrics.writer import MetricsWriter, write_config, write_planner
 from megatron_ext.model import parallel
 from megatron_ext.model.architectures import read_architecture
+from megatron_ext.plan.device import TOTAL_BYTES
 from megatron_ext.plan.measured import COMPARED, gpu_of
 from megatron_ext.plan.memory import Roles
 from megatron_ext.plan.speed import RATES, Lengths, step_seconds
@@ -71,7 +72,7 @@ def test_rates_are_those_at_which_the_work_takes_the_time(tmp_path: Path) -> Non
     rates = measured.rates()
     forward = 2 * (28 * 3584 * (2 * 3584 + 2 * 512 + 3 * 18944) + 152064 * 3584) + 2 * 28 * 3584 * 4000
     assert rates.mfu == pytest.approx(4 * 128 * 8 * 4000 * forward / (4 * 989e12 * 400))
-    assert rates.decode == pytest.approx((2 * PARAMETERS + 64 * 4000 * KV) / (3.35e12 * 0.01))
+    assert rates.decode == pytest.approx((2 * PARAMETERS + 64 * (1000 + 3072 / 2) * KV) / (3.35e12 * 0.01))
     assert rates.launch_s == pytest.approx(0.01 / 28)  # not the .8 ms that would take longer than the step
     assert rates.host_link == pytest.approx(2 * PARAMETERS / 3)
     assert (rates.flops, rates.bandwidth, rates.network) == (989e12, 3.35e12, 50e9)
@@ -101,7 +102,7 @@ def test_a_plan_with_a_runs_rates_takes_what_the_run_took(device: dict[str, Any]
     roles = replace(plan.method_roles(config), reference=True)
     real = replace(RATES["h100"], mfu=0.31, decode=0.6, host_link=8e9)
     architecture = read_architecture(read_hf_config(SEVEN))
-    planned = step_seconds(architecture, config, roles, real, Lengths(1000, 3000))
+    planned = step_seconds(architecture, config, roles, real, Lengths(1000, 3000), gpu_memory=TOTAL_BYTES["h100"])
     seconds = {"rollout": planned["rollout"], "old_logprob": planned["score"], "sync": planned["weight sync"]}
     seconds |= {"update": planned["update"] + planned["gradient exchange"], "reward": 5.0}
     measured = read_measured(write_run(tmp_path, config, seconds, roles=roles, **device))

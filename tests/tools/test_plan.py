@@ -25,7 +25,7 @@ def test_a_table(capsys: pytest.CaptureFixture) -> None:
     assert "7,615,616,512 parameters" in text
     assert "groups: world 16, nodes 2, data 4, pipeline 1, virtual 1, tensor 4\n" in text
     assert "128 prompts, 1024 responses, at most 4,194,304 tokens; 16 updates of 64 responses" in text
-    assert "activations by recompute mode, GB: none 28.8, mlp 7.3, full 2.8" in text
+    assert "activations by recompute mode, GB: none 19.8, mlp 6.7, full 2.2" in text
     assert "fits: " in text and " of 85.2 GB" in text and "312 TFLOP/s" in text and "data sheet" in text
     groups = "world 16, optimizer 16, tensor 4, data 4, data with context 4"
     assert f"NCCL communicators by their ranks: {groups}\n" in text

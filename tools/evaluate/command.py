@@ -34,6 +34,7 @@ from rich.console import Console
 
 from megatron_ext.config.checks import read_hf_config
 from megatron_ext.config.errors import ConfigError
+from megatron_ext.config.parallel_checks import engine_faults
 from megatron_ext.config.schema import PromptConfig, RolloutConfig
 from megatron_ext.config.shipped import find
 from megatron_ext.rollout.registry import ENGINES, find_engine
@@ -187,9 +188,13 @@ def _ready(
 
 
 def _models(options: argparse.Namespace, labels: Sequence[str]) -> dict[str, Path]:
-    """By label. Raises ConfigError for a folder that holds none."""
+    """By label. Raises ConfigError for a folder that holds none, and for one whose heads the GPUs cannot share."""
+    shared = options.tensor_parallel_size or 1
     for model in options.models:
-        read_hf_config(model)
+        hf = read_hf_config(model)
+        faults = engine_faults(hf, shared) if shared > 1 and hf.get("num_attention_heads") else []
+        if faults:
+            raise ConfigError(f"{model}: {faults[0].replace('rollout.tensor_parallel_size', '--tensor-parallel-size')}")
     return dict(zip(labels, options.models, strict=True))
 
 

@@ -197,8 +197,10 @@ def _rope(hf: dict[str, Any]) -> dict[str, Any]:
 
     Raises ValueError where two of them differ: another reader could take the other one.
     """
-    sources = [{"rope_theta": hf.get("rope_theta")}, hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}]
-    for names in (("rope_theta",), ("rope_type", "type"), ("factor",), ("original_max_position_embeddings",)):
+    top = {name: hf.get(name) for name in ("rope_theta", "original_max_position_embeddings")}
+    sources = [top, hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}]
+    scaling = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+    for names in (("rope_theta",), ("rope_type", "type"), *((name,) for name in scaling)):
         found = [source[name] for source in sources for name in names if source.get(name) is not None]
         if any(value != found[0] for value in found):
             listed = " and ".join(dict.fromkeys(map(repr, found)))
@@ -206,7 +208,7 @@ def _rope(hf: dict[str, Any]) -> dict[str, Any]:
                 f"config.json: states {listed} for {names[0]}, at its top, in rope_parameters and in rope_scaling; "
                 "leave the right one"
             )
-    return {name: value for source in sources for name, value in source.items()}
+    return {name: value for source in sources for name, value in source.items() if value is not None}
 
 
 def _rope_scaling(rope: dict[str, Any], name: str) -> Llama3Rope | None:

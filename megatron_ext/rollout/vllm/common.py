@@ -14,6 +14,7 @@ import torch
 
 from megatron_ext.kept_tokens import KeptTokens
 from megatron_ext.rollout.base import Request, Sampling
+from megatron_ext.rollout.vllm.spec import PREFILL_TOKENS
 from megatron_ext.rollout.vllm.version import returns_sampling_masks
 from megatron_ext.types import Sample
 
@@ -80,6 +81,11 @@ def finished_sample(
 def version_of(label: str) -> int:
     """The number of a version that vLLM reports; the weights it started with have none."""
     return int(label) if label.isdigit() else 0
+
+
+def gpu_arguments(share: float, *, batch_size: int) -> dict[str, Any]:
+    """vLLM's engine arguments on a GPU: a share of its memory, and prompt passes as long as the planner counts them."""
+    return {"gpu_memory_utilization": share, "max_num_batched_tokens": max(PREFILL_TOKENS, batch_size)}
 
 
 def cpu_arguments(config: Any, *, engines: int, batch_size: int, max_tokens: int, dtype: str) -> dict[str, Any]:

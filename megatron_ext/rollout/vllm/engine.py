@@ -29,6 +29,7 @@ from megatron_ext.rollout.model_files import eos_ids, load_config, load_tokenize
 from megatron_ext.rollout.vllm.common import (
     cpu_arguments,
     finished_sample,
+    gpu_arguments,
     mask_arguments,
     model_runner_variable,
     sampling_parameters,
@@ -242,6 +243,6 @@ def _forget_shared_memory(group: dist.ProcessGroup | None) -> None:
 def _for_device(config: Any, share: float, *, batch_size: int, max_tokens: int, dtype: str) -> dict[str, Any]:
     """On a GPU a share of its memory, given back while asleep; on a CPU a cache for a full batch, if there is room."""
     if torch.cuda.is_available():
-        return {"gpu_memory_utilization": share, "enable_sleep_mode": True}
+        return gpu_arguments(share, batch_size=batch_size) | {"enable_sleep_mode": True}
     engines = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return cpu_arguments(config, engines=engines, batch_size=batch_size, max_tokens=max_tokens, dtype=dtype)

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 KEYS = ("tensor_parallel_size", "gpu_memory_utilization", "enforce_eager", "model_runner")
 NEEDS_V2 = "vLLM tells the experts of its tokens (rollout.routing_replay) with its model runner V2 only"
-PREFILL_TOKENS = 8192  # assumed: of a prompt pass of vLLM, its max_num_batched_tokens
+PREFILL_TOKENS = (
+    8192  # of a prompt pass on a GPU, vLLM's max_num_batched_tokens; its own default goes by the GPU's name
+)
 
 
 def arguments(start: EngineStart) -> dict[str, Any]:
@@ -64,4 +66,5 @@ SPEC = EngineSpec(
     prefill_tokens=PREFILL_TOKENS,
     cuda_graphs=True,
     communicators=("engine", "engine, PyNccl"),
+    expert_communicators=("engine's experts, PyNccl",),
 )

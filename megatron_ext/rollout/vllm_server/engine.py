@@ -30,7 +30,7 @@ from megatron_ext.rollout.base import (
     unfinished,
 )
 from megatron_ext.rollout.model_files import eos_ids, load_config, load_tokenizer
-from megatron_ext.rollout.vllm.common import cpu_arguments, mask_arguments, model_runner_variable
+from megatron_ext.rollout.vllm.common import cpu_arguments, gpu_arguments, mask_arguments, model_runner_variable
 from megatron_ext.rollout.vllm_server.fleet import Fleet, ServerProcess, free_ports, serve_command
 from megatron_ext.rollout.vllm_server.guard import MIN_TOKEN, TOKEN_VARIABLE
 from megatron_ext.rollout.vllm_server.http_api import check_servers
@@ -107,7 +107,7 @@ class ServerEngine:
             self._check_devices(devices, address)
             free_ports(self.address, port, num)
             sizes: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens, "dtype": dtype}
-            on_gpu = {"gpu_memory_utilization": gpu_memory_utilization}
+            on_gpu = gpu_arguments(gpu_memory_utilization, batch_size=batch_size)
             options = {
                 "dtype": dtype,
                 "tensor_parallel_size": tensor_parallel_size,
