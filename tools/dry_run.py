@@ -118,7 +118,11 @@ def full_size_recipes() -> list[Path]:
 @_silent()
 def dry_run(config: Config) -> int:
     """One recipe in words; returns the exit code."""
-    lines = list(data_path(config))
+    from megatron_ext.train.method_factory import create_method
+    from megatron_ext.train.without_effect import without_effect
+
+    lines = [f"without effect: {line}" for line in without_effect(config, create_method(config))]
+    lines += data_path(config)
     with Shards() as shards:
         plan, checks = inspect(config, shards)
     print("\n".join([*lines, "", *(str(check) for check in checks), "", *table(plan), "", *first_step(plan)]))

@@ -109,7 +109,8 @@ class DataConfig(Section):
         description="file made by tools.semantic_entropy: train in stages, from certain to uncertain problems",
     )
     stage_starts: list[Positive] = Field(
-        default=[], description="first step of each curriculum stage after the first; empty: equal shares of the run"
+        default=[],
+        description="steps done before each curriculum stage after the first; empty: equal shares of the run",
     )
     stage_restart: bool = Field(
         default=False,
@@ -238,7 +239,10 @@ class RewardConfig(Section):
     )
     wrong: WrongReward = Field(default=0.0, description="reward of a wrong answer")
     workers: int = Field(
-        default=0, ge=0, le=1024, description="verifier processes per node; 0: one per core, at most 16"
+        default=0,
+        ge=0,
+        le=1024,
+        description="verifier processes per node, shared out over its ranks; 0: one per core, at most 16 a rank",
     )
     deadline_s: Seconds = Field(default=10.0, description="time limit for verifying one answer, in seconds")
     max_timeout_share: Fraction = Field(
@@ -300,7 +304,7 @@ class TrainConfig(Section):
     )
     seed: NonNegative = Field(default=0, description="seed of generation, data order and new weights")
     max_bad_steps: Positive = Field(
-        default=3, description="consecutive steps with a non-finite gradient after which the run stops"
+        default=3, description="consecutive updates with a non-finite gradient after which the run stops"
     )
     hang_minutes: float = Field(
         default=15.0, ge=0, le=10080, description="minutes without progress of a rank after which the run ends; 0: off"

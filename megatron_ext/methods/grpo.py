@@ -58,7 +58,8 @@ class GRPO(Method):
             low="most tokens are dropped: the surrogate's range is narrow for how far the policy moves in one step",
             high="tokens that became likelier dominate: lower optimizer.lr or the number of updates per step"),
         Metric(name="kl/old", section="Update", title="KL", unit="nats per token",
-            meaning="KL of the updated policy to the one that sampled (k3 estimate)", good="small; 0 with one update",
+            meaning="KL(sampling policy || current policy), before each update (k3 estimate)",
+            good="small; 0 with one update",
             high="the policy moves far in one step: lower optimizer.lr or the number of updates per step"),
     )  # fmt: skip
 
@@ -136,7 +137,7 @@ class GRPO(Method):
             "loss/policy": (self.weight(batch, prepared) * self.policy_loss(batch, stats, prepared)).sum(),
             "clip/low": (batch.mask & low).sum(),
             "clip/high": (batch.mask & high).sum(),
-            "kl/old": torch.where(batch.mask, k3(stats.logprob, batch.old_logprob), 0.0).sum(),
+            "kl/old": torch.where(batch.mask, k3(batch.old_logprob, stats.logprob), 0.0).sum(),
         }
         if not isinstance(surrogate, surrogates.PPO):
             weight = surrogate.weight(batch, stats.logprob, advantage)

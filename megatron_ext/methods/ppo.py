@@ -50,7 +50,8 @@ class PPO(ClipHigher):
             good="above 0 and rising",
             low="0: the critic is no better than a constant; raise critic.lr or critic_only_steps"),
         Metric(name="critic/clipped", section="Critic", title="Clipped values", unit="share of tokens",
-            meaning="values that moved further than value_clip in one step", good="small", high="lower critic.lr"),
+            meaning="values that value_clip stops: they moved further in one step, away from the return",
+            good="small", high="lower critic.lr"),
         Metric(name="loss/value", section="Update", title="Loss", unit="loss",
             meaning="the critic's loss"),
     )  # fmt: skip

@@ -12,7 +12,9 @@ from collections.abc import Iterable
 from megatron_ext.metric import Metric
 
 CLOCK = ("time/", "speed/", "servers/")  # what depends on the machine: all others follow from configuration and seed
-FINITE = ("loss/", "grad/", "entropy/", "logprob/", "reward/", "mismatch/")  # NaN or infinity there is an alarm
+FINITE = (  # NaN or infinity there is an alarm; critic/explained_variance may be NaN
+    *("loss/", "grad/", "critic/grad_norm", "entropy/", "logprob/", "reward/", "mismatch/"),
+)
 
 LEARNING, VALIDATION, ENTROPY, UPDATE = "Learning", "Validation", "Entropy", "Update"
 CRITIC, RESPONSES, MACHINE = "Critic", "Responses", "Machine"
@@ -37,8 +39,8 @@ METRICS = (
     ),
     Metric(
         name="reward/nan", section=LEARNING, title="Unknown rewards", unit=OF_RESPONSES,
-        meaning="responses without a reward (NaN); they do not train",
-        good="0", high="the reward function returned NaN: look at these responses",
+        meaning="responses without a reward (NaN); they do not train. A NaN of reward.function is the outcome error",
+        good="0", high="look at these responses",
     ),
     Metric(
         name="advantage/zero", section=LEARNING, title="Zero advantage", unit=OF_RESPONSES,

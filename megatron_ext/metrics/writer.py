@@ -199,23 +199,24 @@ def _lines(path: Path, parse: Callable[[bytes], Any] = parse_json) -> Iterator[t
 def _check_steps(path: Path, resume_step: int) -> int:
     """The first step that the file has, or will have. Raises ValueError unless it goes on to ``resume_step``, or begins
     behind it: it was moved away then, and a kill came before the next checkpoint."""
-    first = last = 0
+    first: int | None = None
+    last: int | None = None
     for record, _ in _lines(path) if path.exists() else ():
         step = record["step"]
-        if last and step != last + 1:
+        if last is not None and step != last + 1:
             raise ValueError(
                 f"{path}: step {step} follows step {last}, expected {last + 1}: lines were lost, or two runs wrote to "
                 "it; restore the file, or move it away and the run goes on with a new one"
             )
-        first, last = first or step, step
+        first, last = step if first is None else first, step
         if last >= resume_step:
             break
-    if path.exists() and last != resume_step and first != resume_step + 1:
+    if path.exists() and (last or 0) != resume_step and first != resume_step + 1:
         raise ValueError(
-            f"{path}: its last step is {last}, but the checkpoint to go on from is of step {resume_step}: lines were "
-            "lost; restore the file, or move it away and the run goes on with a new one"
+            f"{path}: its last step is {last or 0}, but the checkpoint to go on from is of step {resume_step}: lines "
+            "were lost; restore the file, or move it away and the run goes on with a new one"
         )
-    return first or resume_step + 1
+    return first or (resume_step + 1 if first is None else 1)
 
 
 def _step_alone(raw: bytes) -> Any:

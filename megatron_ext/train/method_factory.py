@@ -36,6 +36,12 @@ def create_method(config: Config) -> Method:
             "reward for its advantage, and would learn nothing from it; expected a number below 0, -1 in the authors' "
             "runs"
         )
+    overlong, longest = getattr(method, "overlong_max", None), config.rollout.max_response_tokens
+    if overlong is not None and overlong < longest:
+        raise ConfigError(
+            f"method.overlong_max: {overlong}, but responses may have rollout.max_response_tokens = {longest} tokens, "
+            "and the penalty grows beyond -1 behind it; set them to the same number"
+        )
     for section, options in optimizers(config, method).items():
         if options.schedule != "constant" and options.decay_steps <= options.warmup_steps:
             raise ConfigError(

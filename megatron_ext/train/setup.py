@@ -30,6 +30,7 @@ from megatron_ext.train.resume import check_resume, resume
 from megatron_ext.train.trainer import Trainer
 from megatron_ext.train.training_data import load_problems
 from megatron_ext.train.validation import load_validation
+from megatron_ext.train.without_effect import without_effect
 
 
 def build(config: Config, pool: RewardPool | FunctionPool) -> Trainer:
@@ -39,6 +40,8 @@ def build(config: Config, pool: RewardPool | FunctionPool) -> Trainer:
     method = create_method(config)
     if not method.policy_steps(config.train.steps):
         tell(f"method.critic_only_steps: the policy does not learn in the {config.train.steps} steps of this run")
+    for line in without_effect(config, method):
+        tell(f"without effect: {line}")
     with users_files():
         architecture = read_architecture(read_hf_config(config.model.path), find_family(config.model.family))
     problems = load_problems(config, pool, vocab_size=architecture.vocab_size)
@@ -62,14 +65,17 @@ def build(config: Config, pool: RewardPool | FunctionPool) -> Trainer:
     if config.model.offload_optimizer:
         for each in learner.trained.values():
             each.offload()
+    recordable = config.rollout.replays_sampling and config.rollout.top_k > 0
     engine = create_engine(
         config.model.path,
         config.rollout.model_copy(update={"max_response_tokens": config.longest_response}),
         dtype=config.model.dtype,
         max_prompt_tokens=config.data.max_prompt_tokens,
         log_dir=config.run_dir,
-        keeps_support=config.rollout.replays_sampling and config.rollout.top_k > 0 and not config.validation.every,
+        keeps_support=recordable and not config.validation.every,
     )
+    if recordable and config.validation.every and config.rollout.engine in ("vllm", "vllm_server"):
+        tell("rollout.sampling_replay: a run that validates has no kept tokens recorded: the trainer recomputes them")
     trainer = Trainer(config, learner, engine, pool, problems, order, Alarms(config.alarms), checkpoints, validation)
     trainer.beside_training, trainer.reference_identity = spec.beside_training, reference
     if config.rollout.dynamic_sampling and spec.stops_early:
@@ -83,7 +89,8 @@ def reward_pool(config: Config) -> RewardPool | FunctionPool:
     """The workers that score responses, not yet started."""
     cores = len(os.sched_getaffinity(0))
     reward = config.reward
-    workers = reward.workers or min(16, max(1, cores // config.parallel.ranks_per_node))
+    ranks = config.parallel.ranks_per_node
+    workers = max(1, reward.workers // ranks if reward.workers else min(16, cores // ranks))
     if reward.function:
         return FunctionPool(reward, workers)
     return RewardPool(

@@ -68,6 +68,7 @@ class Validation:
     baseline: dict[str, float] = field(default_factory=dict)  # metrics before training
     best_step: int | None = None  # of those whose checkpoint is kept
     best_value: float = 0.0
+    suspended: str = ""  # what the best so far was measured with, of a run that does not validate for now
 
     def is_due(self, step: int) -> bool:
         """Before training, after every so many steps, and after the last one."""
@@ -148,11 +149,13 @@ class Validation:
 
     def state_dict(self) -> dict[str, Any]:
         best = None if self.best_step is None else {"step": self.best_step, "value": self.best_value}
-        return {"baseline": self.baseline, "best": best, "measures": self.measures()}
+        return {"baseline": self.baseline, "best": best, "measures": self.suspended or self.measures()}
 
     def load_state_dict(self, state: dict[str, Any]) -> str | None:
         """Go on from ``state``, unless it is of other problems or settings; then a line says that it is forgotten."""
         best, on = state["best"], bool(self.config.validation.every)
+        if not on:
+            self.suspended = state["measures"]
         if on and state["measures"] != self.measures():
             return (
                 "validation: its data or settings differ from the checkpoint's: what was best is forgotten, and its "

@@ -108,5 +108,5 @@ def test_metrics_count_clipped_tokens(case: Case) -> None:
     r, a = case.ratio.tolist(), case.advantages().tolist()
     assert found["clip/low"] == sum(r[t] < 0.9 and a[t] < 0 for t in case.tokens) > 0
     assert found["clip/high"] == sum(r[t] > 1.15 and a[t] > 0 for t in case.tokens) > 0
-    gap = [-math.log(r[t]) for t in case.tokens]
+    gap = [math.log(r[t]) for t in case.tokens]  # of KL(old || current): the old policy has sampled
     assert found["kl/old"] == pytest.approx(sum(math.exp(g) - g - 1 for g in gap))

@@ -51,6 +51,8 @@ def test_numbers_that_are_none_and_steps_without_a_signal() -> None:
     ]
     assert alarms.first_entropy == 1.0
     assert "loss/total not finite" in alarms.check(step(**inf))[1][0]
+    alarms = Alarms(AlarmsConfig())
+    assert begun(alarms, step(**{"critic/grad_norm": math.nan})) == [["not_finite"]]
 
 
 def test_what_is_switched_off_is_silent() -> None:

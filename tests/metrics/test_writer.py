@@ -97,6 +97,13 @@ def test_steps_that_were_lost_or_doubled_are_not_passed_over(tmp_path: Path, kep
     assert (tmp_path / METRICS).read_bytes() == damaged
 
 
+@pytest.mark.parametrize("steps", [(0, 3), (0, 3, 4)])
+def test_steps_that_were_lost_right_behind_step_0_are_not_passed_over(tmp_path: Path, steps: tuple[int, ...]):
+    (tmp_path / METRICS).write_text("".join(f'{{"step": {step}}}\n' for step in steps))
+    with pytest.raises(ValueError, match="step 3 follows step 0, expected 1"):
+        MetricsWriter(tmp_path, trackers=[], total_steps=9, resume_step=steps[-1])
+
+
 def test_a_file_that_was_moved_away_begins_anew_and_says_so(tmp_path: Path):
     run(tmp_path, 1, 4)
     (tmp_path / METRICS).rename(tmp_path / "old.jsonl")

@@ -9,13 +9,17 @@ import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from megatron_ext.config.schema import RolloutConfig
 from megatron_ext.kept_tokens import Restriction
 from megatron_ext.rollout.base import Request, Sampling, unfinished
 from megatron_ext.rollout.hf.engine import HFEngine
+from megatron_ext.rollout.registry import create_engine
 from megatron_ext.rollout.sampling import gumbel, sampling_logprobs, seed_of
 from megatron_ext.types import Sample
 from tests import tiny
@@ -53,6 +57,23 @@ def test_a_request_has_one_answer_whatever_it_is_batched_with(path: Path) -> Non
     same(HFEngine(path, batch_size=5).generate(wanted, SAMPLING), whole)
     same(HFEngine(path, batch_size=24).generate(wanted[::-1], SAMPLING)[::-1], whole)
     assert len({sample.response_ids for sample in whole}) > 12
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "dtype"),
+    [("float32", "", "float32"), ("bfloat16", "", "float32"), ("bfloat16", "bfloat16", "bfloat16")],
+)
+def test_the_engine_computes_in_the_models_dtype_or_the_one_asked_for(
+    stored: str, asked: str, dtype: str, path: Path, tmp_path: Path
+) -> None:
+    """model.dtype, whatever the directory's weights are stored in; rollout.options.dtype goes before."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, stored))
+    model.save_pretrained(tmp_path)
+    for file in path.glob("token*"):
+        shutil.copy(file, tmp_path)
+    rollout = RolloutConfig(engine="hf", options={"dtype": asked} if asked else {})
+    engine: Any = create_engine(str(tmp_path), rollout, dtype="float32", max_prompt_tokens=8, log_dir=tmp_path)
+    assert {value.dtype for value in engine.model.parameters()} == {getattr(torch, dtype)}
 
 
 def test_the_models_own_sampling_defaults_play_no_part(path: Path, tmp_path: Path) -> None:

@@ -286,6 +286,15 @@ def test_a_validation_is_asked_in_parts_whether_to_go_on(tmp_path: Path) -> None
     assert gloo.run(count, 1)[0] == [16, 16, 8, 16, 16, 16, 8]
 
 
+def test_a_run_that_does_not_validate_for_a_while_keeps_its_best(tmp_path: Path) -> None:
+    saving = ("checkpoint.every=1", "checkpoint.keep=1")
+    assert train(tmp_path, *options("train.steps=2", *saving), values=(0.1, 0.9, 0.2)) == 0
+    assert kept(tmp_path)[1] == "step_000001"
+    assert train(tmp_path, *options("train.steps=3", "validation.every=0", *saving)) == 0
+    assert train(tmp_path, *options("train.steps=4", *saving), values=(0.1, 0.9, 0.2, 0.9, 0.3)) == 0
+    assert kept(tmp_path) == (["step_000001", "step_000004"], "step_000001")
+
+
 def test_other_problems_make_another_best(tmp_path: Path) -> None:
     saving = ("checkpoint.every=1", "checkpoint.keep=1")
     assert train(tmp_path, *options("train.steps=2", *saving), values=(0.1, 0.9, 0.2)) == 0

@@ -37,10 +37,13 @@ class HFEngine:
     the model exactly.
     """
 
-    def __init__(self, model_path: str | Path, *, batch_size: int = 256) -> None:
+    def __init__(self, model_path: str | Path, *, batch_size: int = 256, dtype: str = "auto") -> None:
+        """``dtype``: of the weights and the arithmetic, by torch's name; "auto": as ``config.json`` has it."""
         logging.disable_progress_bar()
         self.tokenizer = load_tokenizer(model_path)
-        model: Any = AutoModelForCausalLM.from_pretrained(model_path, trust_remote_code=False, use_safetensors=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            model_path, trust_remote_code=False, use_safetensors=True, dtype=dtype
+        )
         self.model = model.to(cpu_compat.device()).eval()
         self.model.generation_config = GenerationConfig()  # a penalty of the model's own would change what is sampled
         self.batch_size = batch_size
