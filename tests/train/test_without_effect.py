@@ -18,7 +18,7 @@ GRPO, SENT = RECIPES / "grpo/grpo-tiny-cpu.toml", RECIPES / "sent/sent-tiny-cpu.
 
 
 def told(recipe: Path, *overrides: str) -> list[str]:
-    config = load_config(recipe, overrides)
+    config = load_config(recipe, list(overrides))
     return without_effect(config, create_method(config))
 
 
