@@ -41,9 +41,10 @@ class _Hidden(MetaPathFinder, Loader):
         for_gpus = fullname in GPU_LIBRARIES
         if not for_gpus and not (fullname in LOGGERS and _is_being_imported("megatron.core")):
             return None
-        if PathFinder.find_spec(fullname) is None or (for_gpus and _has_gpu()):
-            return None
-        return ModuleSpec(fullname, self)
+        found = PathFinder.find_spec(fullname)
+        if found is not None and for_gpus and _has_gpu():
+            return _with_reason(found)
+        return None if found is None else ModuleSpec(fullname, self)
 
     def exec_module(self, module: ModuleType) -> None:
         why = "needs a GPU, and there is none" if module.__name__ in GPU_LIBRARIES else "is not for Megatron-Core"
@@ -59,6 +60,23 @@ class _Eager(Loader):
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
         module.disable_jit_fuser()
+
+
+def _with_reason(spec: ModuleSpec) -> ModuleSpec:
+    """A library that is installed in part fails as a missing one does: Megatron-Core goes on, and the run says why."""
+    loader: Any = spec.loader
+    execute = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        try:
+            execute(module)
+        except ImportError:
+            raise
+        except Exception as error:
+            raise ImportError(f"{spec.name}: {type(error).__name__}: {error}", name=spec.name) from error
+
+    loader.exec_module = exec_module
+    return spec
 
 
 def _without_compiler(spec: ModuleSpec | None) -> ModuleSpec | None:

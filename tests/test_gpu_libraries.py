@@ -63,6 +63,27 @@ assert whole_run.train(pathlib.Path(sys.argv[1]), recipe, "train.steps=1") == 0
 """
 
 
+HALF_INSTALLED = """
+import torch
+torch.cuda.is_available = lambda: True
+import megatron_ext
+try:
+    import transformer_engine
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_a_library_whose_import_fails_on_a_gpu_is_as_good_as_missing(tmp_path: Path) -> None:
+    """As Transformer Engine without its compiled parts, whose error Megatron-Core would not expect."""
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine/__init__.py").write_text('raise RuntimeError("Found empty meta package")\n')
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    command = [sys.executable, "-c", HALF_INSTALLED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "transformer_engine: RuntimeError: Found empty meta package\n", done.stderr
+
+
 @pytest.mark.parametrize("case", INSTALLED)
 def test_the_dry_run_and_a_step_are_torchs(case: str, tmp_path: Path) -> None:
     installed = tmp_path / "installed"

@@ -35,7 +35,9 @@ def describe(
     if have_transformer_engine():
         attention = _attention(a, tensor=tensor, context=context, dtype=dtype, longest=longest)
         on = [field.name for field in dataclasses.fields(fusions) if getattr(fusions, field.name)]
-        return f"Transformer Engine's layers; attention: {attention}; fusions: {', '.join(on) or 'none'}"
+        rounded = dtype == torch.float32 and os.getenv("NVIDIA_TF32_OVERRIDE") != "0"
+        tf32 = "; fp32 products in TF32 (NVIDIA_TF32_OVERRIDE=0 makes them exact)" if rounded else ""
+        return f"Transformer Engine's layers; attention: {attention}; fusions: {', '.join(on) or 'none'}{tf32}"
     if not torch.cuda.is_available():
         return "torch's layers on the CPU; fusions: none"
     if importlib.util.find_spec("transformer_engine") is not None:
@@ -47,7 +49,7 @@ def _import_fault() -> str:
     """Why, and what to do."""
     try:
         importlib.import_module("transformer_engine.pytorch.fp8")  # what Megatron-Core tries
-    except ImportError as error:
+    except Exception as error:
         return f"{type(error).__name__}: {error}; build it for this torch and CUDA, or uninstall it"
     return "at first, and now it can; start again"
 

@@ -7,6 +7,7 @@ Needs what training needs (pyproject.toml) except vLLM and triton; writes to the
 
 from __future__ import annotations
 
+import os
 import sys
 
 from tests.gpu.harness import Check, main
@@ -24,4 +25,5 @@ CHECKS = (
 )
 
 if __name__ == "__main__":
+    os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # Transformer Engine's fp32 products are TF32 otherwise
     sys.exit(main("training", CHECKS))

@@ -228,7 +228,7 @@ def whole_nucleus(device: str) -> None:
             moved[0][6, 7] = torch.nan
             out = policy_stats(*moved, top_p=0.8, want=ALL, grad=())
             others = torch.arange(8) != 6
-            for name in ("logprob", "entropy", "nucleus_entropy", "nucleus_mass"):
+            for name in ("logprob", "entropy", "nucleus_entropy", "nucleus_mass", "nucleus_logprob"):
                 assert out[name][6].isnan(), name
                 assert torch.equal(out[name][others], clean[name][others]), name
             empty = logits[:0].to(device).requires_grad_()

@@ -117,4 +117,5 @@ def nucleus_outputs_kernel(
     tl.store(nucleus_size + token, size, mask=real)
     outside = -float("inf")
     inside = tl.where(hit, at_target - tl.log(mass.to(tl.float64)), outside)
+    inside = tl.where(total == total, inside, log_total)  # NaN beside a NaN logit
     tl.store(nucleus_logprob + token, inside.to(tl.float32), mask=real)
