@@ -31,7 +31,8 @@ def test_every_key_has_a_row() -> None:
 @pytest.mark.parametrize(
     "row",
     [
-        "| `workers` | integer >= 0, <= 1024 | `0` | verifier processes per node, shared out over its ranks; 0: one per core, at most 16 a rank |",
+        "| `workers` | integer >= 0, <= 1024 | `0` | verifier processes per node, shared out over its ranks; "
+        "0: one per core, at most 16 a rank |",
         "| `temperature` | number > 0, <= 100 | `1.0` | sampling temperature |",
         '| `dtype` | "float32" or "bfloat16" | `"bfloat16"` | precision of weights and activations |',
         "| `stage_layers` | list of integer >= 1 | `[]` | decoder layers of each of the pipeline x virtual stages; "
