@@ -99,6 +99,18 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def false_discovery(p_values: Sequence[float]) -> list[float]:
+    """Benjamini and Hochberg's adjusted p-values, in the given order: of what falls below .05, 5 % at most is chance
+    on average. A few seeds cannot reach Holm's levels for hundreds of comparisons: with three degrees of freedom .05 of
+    170 takes 19 standard errors."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__, reverse=True)
+    adjusted, smallest = [0.0] * len(p_values), 1.0
+    for rank, i in enumerate(order):
+        smallest = min(smallest, len(p_values) / (len(p_values) - rank) * p_values[i])
+        adjusted[i] = smallest
+    return adjusted
+
+
 def two_sided(t: float, df: int) -> float:
     """P(|T| > t) of Student's t, by the regularised incomplete beta function."""
     return float(mpmath.betainc(df / 2, 0.5, 0, df / (df + t * t), regularized=True))

@@ -2,7 +2,8 @@
 
 A comparison is of one regime, seed by seed and problem by problem, with the interval of intervals.py. A tuned run is
 compared with the tuned baseline, whose own tuning is compared with its paper's values. ``league`` reads every regime
-once and corrects all comparisons together; the null control's are shown and not counted.
+once and corrects all comparisons together; the null control's, and those of a run that is another's to the bit, are
+shown and not counted.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
+import numpy as np
+
 from megatron_ext.metrics.eval_stats import pass_at_k as estimate
 
 from .claims import NOT_DECIDED, OPPOSITE, SHOWS, p_value, verdict_of
 from .following import ENTROPY, of_seeds, overshoot, settling_step, tracking_error, uncontrolled_error
-from .intervals import CONFIDENCE, Effect, holm, quantile
+from .intervals import CONFIDENCE, Effect, false_discovery
 from .page import cell, pace
 from .plan import LabPlan, LabRun
 from .regimes import in_regime
@@ -28,11 +31,12 @@ from .tuning import tuned_name
 HIGHER, LOWER = "higher", "lower"
 WORDS = {SHOWS: HIGHER, OPPOSITE: LOWER, NOT_DECIDED: NOT_DECIDED}
 RIGHT, LENGTH = "reward/outcome/correct", "response/length"
+ANSWERS = 0.01  # avg@k from which on a sharpening tax is told
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of held-out answers, run less baseline, as shares. ``survives``: Holm's correction for all of the page."""
+    """Of held-out answers, run less baseline, as shares. ``survives``: the correction for all of the page."""
 
     effect: Effect
     verdict: str
@@ -48,6 +52,8 @@ class Row:
     setting: str  # in words
     avg: Comparison | None = None
     passed: Comparison | None = None
+    beyond_untrained: Comparison | None = None  # pass@k less that of the untrained model
+    same_as: str = ""  # an earlier run of the plan with the same entropies and answers, to the bit
     is_null: bool = False  # the baseline once more
     repeats: bool = False  # a run whose own values were chosen, once more: beside the tuned baseline
 
@@ -59,11 +65,11 @@ def league(plan: LabPlan, results: Results) -> dict[str, list[Row]]:
         comparison
         for rows in found.values()
         for row in rows
-        if not row.is_null
+        if not row.is_null and not row.same_as
         for comparison in (row.avg, row.passed)
         if comparison is not None and math.isfinite(comparison.effect.error)
     ]
-    adjusted = holm([comparison.p for comparison in counted])
+    adjusted = false_discovery([comparison.p for comparison in counted])
     survive = {id(each) for each, p in zip(counted, adjusted, strict=True) if p < 1 - CONFIDENCE}
 
     def corrected(comparison: Comparison | None) -> Comparison | None:
@@ -80,8 +86,14 @@ def _rows(plan: LabPlan, results: Results, regime: str) -> list[Row]:
     nulls = null_controls(plan)
     tuned_baseline = results.runs.get(in_regime(tuned_name(plan.baseline), regime))
     rows = []
-    for result in members:
-        row = Row(result, setting_of(plan, result.run), is_null=result.run.base in nulls)
+    for number, result in enumerate(members):
+        row = Row(
+            result,
+            setting_of(plan, result.run),
+            is_null=result.run.base in nulls,
+            same_as=next((other.run.base for other in members[:number] if is_same(other, result)), ""),
+            beyond_untrained=_beyond_untrained(result, results),
+        )
         rows.append(_beside(row, compared_with(plan, results, result.run)))
         if tuned_baseline is not None and is_tuned_alike(plan, result.run):
             rows.append(_beside(Row(result, "tuned: its own values", repeats=True), tuned_baseline))
@@ -95,6 +107,22 @@ def _beside(row: Row, baseline: Result | None) -> Row:
     k = max(row.result.seeds[0].ks)
     avg, passed = (compare(row.result, baseline, measure) for measure in (avg_at_k, partial(pass_at_k, k=k)))
     return replace(row, avg=avg, passed=passed)
+
+
+def _beyond_untrained(result: Result, results: Results) -> Comparison | None:
+    """Of pass@k. A run that learns less keeps more of what the untrained model could do: this tells the two apart."""
+    if results.untrained is None or result.run.has_own_model:
+        return None
+    untrained = results.as_untrained(max(seed.number for seed in result.seeds) + 1)
+    return compare(result, untrained, partial(pass_at_k, k=max(result.seeds[0].ks)))
+
+
+def is_same(a: Result, b: Result) -> bool:
+    """Whether two runs have the same entropies in training and the same answers after it, in every seed, to the bit."""
+    if [seed.number for seed in a.seeds] != [seed.number for seed in b.seeds]:
+        return False
+    pairs = zip(a.seeds, b.seeds, strict=True)
+    return a.curves(ENTROPY) == b.curves(ENTROPY) and all(np.array_equal(x.c, y.c) for x, y in pairs)
 
 
 def compared_with(plan: LabPlan, results: Results, run: LabRun) -> Result | None:
@@ -169,11 +197,13 @@ def scalability(seed: Seed) -> float | None:
 
 def sharpening_tax(result: Result, untrained: Seed | None) -> list[float]:
     """S(K) of the untrained model less that of the trained one, per seed; above 0 training has made further tries worth
-    less. Nothing for a run that began with another model."""
+    less. Nothing for a run that began with another model, and for seeds that answer next to nothing: their tax would be
+    the untrained model's whole S(K)."""
     before = None if untrained is None or result.run.has_own_model else scalability(untrained)
     if before is None:
         return []
-    return [before - after for after in map(scalability, result.seeds) if after is not None]
+    answering = [seed for seed in result.seeds if float((seed.c / seed.n).mean()) >= ANSWERS]
+    return [before - after for after in map(scalability, answering) if after is not None]
 
 
 _estimate = cache(estimate)
@@ -189,14 +219,17 @@ def table(plan: LabPlan, results: Results, regime: str, rows: Sequence[Row]) -> 
     head = [
         *("method", "setting", "seeds", "right, %", "entropy", "off target, %", f"{plan.baseline} off it, %"),
         *("overshoot, %", "settles at step"),
-        *(f"{avg}, %", f"less {plan.baseline}'s", f"{best}, %", f"less {plan.baseline}'s", "length", "tax", "time"),
+        *(f"{avg}, %", f"less {plan.baseline}'s", f"{best}, %", f"less {plan.baseline}'s", "less untrained's"),
+        *("length", "tax", "time"),
     ]
     lines = [head]
     for row in rows:
         result = row.result
         lines.append(
             [
-                result.method + (" (null control)" if row.is_null else ""),
+                result.method
+                + (" (null control)" if row.is_null else "")
+                + (f" (= {row.same_as})" if row.same_as else ""),
                 row.setting,
                 str(len(result.seeds)),
                 cell(result.late(RIGHT), ".1f", scale=100),
@@ -206,11 +239,20 @@ def table(plan: LabPlan, results: Results, regime: str, rows: Sequence[Row]) -> 
                 said(row.avg),
                 cell(result.evaluated(best), ".1f", scale=100),
                 said(row.passed),
+                said(row.beyond_untrained),
                 cell(result.late(LENGTH), ".1f"),
                 cell(sharpening_tax(result, results.untrained), "+.3f"),
                 pace(result, baseline),
             ]
         )
+    if results.untrained is not None and not rows[0].result.run.has_own_model:
+        untrained = results.untrained
+        alone = [
+            cell([untrained.metrics[avg]], ".1f", scale=100),
+            "-",
+            cell([untrained.metrics[best]], ".1f", scale=100),
+        ]
+        lines.append(["the untrained model", *["-"] * (len(head) - 9), *alone, *["-"] * 5])
     return lines
 
 
@@ -253,15 +295,10 @@ def note(plan: LabPlan, found: dict[str, list[Row]]) -> str:
         for each in (row.avg, row.passed)
         if each is not None and len(each.effect.seeds) > 1
     ]
-    tested = [each for row, each in made if not row.is_null]
+    tested = [each for row, each in made if not row.is_null and not row.same_as]
     null = [each for row, each in made if row.is_null]
     higher, lower = (sum(each.verdict == word for each in tested) for word in (HIGHER, LOWER))
     wrong = sum(each.verdict != NOT_DECIDED for each in null)
-    star = (
-        f", {quantile(plan.seeds - 1, 1 - (1 - CONFIDENCE) / len(tested)):.0f} standard errors and more"
-        if tested
-        else ""
-    )
     return (
         f"Higher or lower: the whole 95 % interval of the difference from {plan.baseline} of the same regime (of tuned "
         f"rows: from the tuned {plan.baseline}), over seeds and problems, lies on that side of 0. Not decided is no "
@@ -269,9 +306,12 @@ def note(plan: LabPlan, found: dict[str, list[Row]]) -> str:
         f"comparisons have an interval: {higher} are higher, {lower} are lower. Each interval stands for itself: were "
         f"every method equal to {plan.baseline}, chance alone would make at most about {0.025 * len(tested):.1f} of "
         "them higher and as many lower (the intervals err to the wide side), together rather than each for itself, as "
-        f"all share {plan.baseline}'s seeds; and the best of many rows would look good. A star marks what holds for "
-        f"all comparisons of this page together (Holm's correction): with {plan.seeds} seeds that takes a very clear "
-        f"difference{star}. Of the null control, {plan.baseline} with other seeds, {len(null) - wrong} of {len(null)} "
+        f"all share {plan.baseline}'s seeds; and the best of many rows would look good. A star marks what remains "
+        "where, of all that have one on this page, 5 % at most are chance on average (Benjamini and Hochberg). A run "
+        "that is an earlier one's to the bit (=) counts once. A method here is its whole recipe, its paper's "
+        f"aggregation and clip range with it: a difference from {plan.baseline} need not be its entropy term's. Of the "
+        "null control, "
+        f"{plan.baseline} with other seeds, {len(null) - wrong} of {len(null)} "
         "comparisons are not decided, as they should be."
     )
 

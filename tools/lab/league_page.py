@@ -16,8 +16,8 @@ from pathlib import Path
 from ..charts import Figures
 from ..report.page import page
 from .claims_table import markdown_table
-from .following import ENTROPY, errors_of, of_seeds
-from .league import HIGHER, LOWER, RIGHT, Row, following, league, note, table
+from .following import ENTROPY, errors_of, of_seeds, tracking_error
+from .league import HIGHER, LOWER, RIGHT, Row, following, is_same, league, note, table
 from .page import against_target, cell, cell_html, padded, summary
 from .plan import LabPlan, LabRun
 from .regimes import in_regime
@@ -27,17 +27,19 @@ from .tuning import OBJECTIVE, Axis, nats_lost, trial_name
 
 COLUMNS = (
     "Rows are ranked by held-out avg@k alone: neighbours mostly differ by chance, see the verdicts. Mean ± standard "
-    "deviation over seeds. Right (the share of right answers in training), entropy (nats a token) and length (tokens): "
-    "mean over the last third of the steps. Off target: mean of |measured - target| / target over the last third, step "
-    "by step; beside it what {baseline} without a controller is off the same target: a controller that is not nearer "
-    "has held nothing; - where a method measures another entropy than the step's. Overshoot: the largest excess beyond "
-    "the target after it was first reached; - never reached, or begun within 10 % of it. Settles: the first step from "
-    "which on every step is within 10 % of its target, at least the last third; - never, or no target. avg, pass: "
-    "held-out problems after training. Tax: the sharpening tax of arXiv 2610.01509, S(K) of the untrained model less "
-    "that of the trained one, S(K) = sum over k < K of (pass@K - pass@k) / ((K - 1) (1 - pass@1)), K all responses to "
-    "a problem; above 0 further tries have become worth less. Time: median seconds of a step per prompt, relative to "
-    "{baseline}'s of the same commit and machine; - where fewer than two seeds have one, or theirs differ by more than "
-    "a third."
+    "deviation over seeds. Right (the share of right answers in training), entropy (nats a token) and length "
+    "(tokens): mean over the last third of the steps. Off target: mean of |measured - target| / target over the last "
+    "third, step by step; beside it what {baseline} without a controller is off the same target: a controller that is"
+    " not nearer has held nothing; - where a method measures another entropy than the step's. One step's entropy has "
+    "a noise of its own, some 5 % of 256 responses and 10 % of 64, below which no error falls. Overshoot and settling"
+    " go by means over a twelfth of the run: the largest excess beyond the target after it was first reached (- never"
+    " reached, or begun within 10 % of it), and the first step from which on all are within 10 % of their target, at "
+    "least the last third (- never, or no target). avg, pass: held-out problems after training; pass also less the "
+    "untrained model's: who learns less keeps more of it. Tax: the sharpening tax of arXiv 2610.01509, S(K) of the "
+    "untrained model less that of the trained one, S(K) = sum over k < K of (pass@K - pass@k) / ((K - 1) (1 - "
+    "pass@1)), K all responses to a problem; above 0 further tries have become worth less. It grows with avg@k by "
+    "itself, and is - below an avg@k of 1 %. Time: median seconds of a step per prompt, relative to {baseline}'s of "
+    "the same commit and machine; - where fewer than two seeds have one, or theirs differ by more than a third."
 )
 
 
@@ -126,11 +128,14 @@ def regime_figures(plan: LabPlan, results: Results, regime: str, rows: Sequence[
             f"{statistics.fmean(row.result.late(ENTROPY)):.3f} nats",
             plan.families[row.result.run.family],
             color[row.result.run.family],
+            spread=(_ends(row.result.late(RIGHT)), _ends(row.result.late(ENTROPY))),
         )
         for row in rows
         if row.result.late(RIGHT) and row.result.late(ENTROPY) and not row.repeats
     ]
-    parts = [scatter("Entropy over right answers", "nats; late means, a dot a run", dots, x="right", percent=True)]
+    parts = [
+        scatter("Entropy over right answers", "nats; late means, lowest to highest seed", dots, x="right", percent=True)
+    ]
     for family, title in plan.families.items():
         for setting, words in (("", ""), ("tuned", ", tuned")):
             members = [
@@ -142,6 +147,10 @@ def regime_figures(plan: LabPlan, results: Results, regime: str, rows: Sequence[
     return "".join(parts)
 
 
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    return min(values), max(values)
+
+
 def entropy_figure(
     plan: LabPlan, results: Results, regime: str, title: str, members: Sequence[Result], figures: Figures
 ) -> str:
@@ -149,11 +158,15 @@ def entropy_figure(
     if not members:
         return ""
     others = [result for result in members if result is not baseline]
+    of_family = list(dict.fromkeys(run.base for run in plan.runs if run.family == members[0].run.family))
     shown = [*others, *([baseline] if baseline is not None else [])]
     longest = max((result.steps for result in shown), key=len)
     lines = [
-        padded(result.series(ENTROPY, 7 if result is baseline else number % 7, result.run.base), len(longest))
-        for number, result in enumerate(shown)
+        padded(
+            result.series(ENTROPY, 7 if result is baseline else of_family.index(result.run.base) % 7, result.run.base),
+            len(longest),
+        )
+        for result in shown
     ]
     return figures.add(title, "entropy, nats per response token", longest, lines)
 
@@ -201,7 +214,9 @@ def tuning_text(plan: LabPlan) -> str:
     return (
         f"Every method has {tuning.budget} trials of one axis beside its paper's values, with one seed "
         f"(train.seed {tuning.first_seed}) that no other run has, {tuning.regime}. Chosen by {OBJECTIVE}. No held-out "
-        "answer decides, so that those of the tables above stay held out. A trial's score: right answers, nats lost. "
+        "answer decides, so that those of the tables above stay held out, and nothing is chosen for how well it "
+        "follows a target. A trial's score: right answers, nats lost, and of a method with a target how far off it is. "
+        "= marks a trial that is an earlier one's to the bit. "
         "One seed is little: another could choose another trial."
     )
 
@@ -222,6 +237,11 @@ def trial_text(regime: str, axis: Axis, number: int, results: Results) -> str:
     overrides = " ".join(axis.overrides(number)).replace("method.", "")
     result = results.runs.get(in_regime(trial_name(axis.run, number), regime))
     score = "-" if result is None else f"{100 * statistics.fmean(result.late(RIGHT)):.1f} %, {nats_lost(result):.3f}"
+    if result is not None:
+        errors = [error for error in of_seeds(tracking_error, result) if error is not None]
+        score += f", off {100 * errors[0]:.0f} %" if errors else ""
+        earlier = [results.runs.get(in_regime(trial_name(axis.run, before), regime)) for before in range(number)]
+        score += " =" if any(other is not None and is_same(other, result) for other in earlier) else ""
     return f"{overrides}: {score}" if overrides else score
 
 

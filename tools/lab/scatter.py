@@ -20,13 +20,15 @@ class Dot:
     name: str
     group: str
     color: int
+    spread: tuple[tuple[float, float], tuple[float, float]] | None = None  # ends of x and of y, over seeds
 
 
 def scatter(title: str, note: str, dots: Sequence[Dot], *, x: str, percent: bool = False) -> str:
     """A figure of the dots, ``x`` written below its axis (in ``percent``); nothing without dots."""
     if not dots:
         return ""
-    across, up = _range([dot.x for dot in dots]), _range([dot.y for dot in dots])
+    ends = [dot.spread or ((dot.x, dot.x), (dot.y, dot.y)) for dot in dots]
+    across, up = (_range([value for each in ends for value in each[axis]]) for axis in (0, 1))
 
     def left(value: float) -> float:
         return LEFT + (RIGHT - LEFT) * (value - across[0]) / (across[1] - across[0])
@@ -45,6 +47,11 @@ def scatter(title: str, note: str, dots: Sequence[Dot], *, x: str, percent: bool
     parts.append(_text((LEFT + RIGHT) / 2, HEIGHT - 4, x, "middle"))
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{RIGHT}" y1="{BOTTOM}" y2="{BOTTOM}"/>')
     for dot in dots:
+        if dot.spread is not None:
+            (x1, x2), (y1, y2) = dot.spread
+            for ends in ((left(x1), top(dot.y), left(x2), top(dot.y)), (left(dot.x), top(y1), left(dot.x), top(y2))):
+                place = " ".join(f'{name}="{at:.1f}"' for name, at in zip(("x1", "y1", "x2", "y2"), ends, strict=True))
+                parts.append(f'<line {place} style="stroke:var(--c{dot.color % NUM_COLORS});opacity:.35"/>')
         place = f'cx="{left(dot.x):.1f}" cy="{top(dot.y):.1f}" r="{RADIUS}"'
         hint = f"<title>{escape(dot.name)}</title>"
         parts.append(f'<circle class="bubble" {place} style="--fill:var(--c{dot.color % NUM_COLORS})">{hint}</circle>')

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from tools.lab import intervals
-from tools.lab.intervals import SPREADS, coverage, holm, over_seeds, over_seeds_and_problems, quantile, two_sided
+from tools.lab.intervals import (
+    SPREADS,
+    coverage,
+    false_discovery,
+    holm,
+    over_seeds,
+    over_seeds_and_problems,
+    quantile,
+    two_sided,
+)
 
 
 @pytest.mark.parametrize(("df", "table"), [(1, 12.7062), (3, 3.18245), (7, 2.36462), (30, 2.04227)])
@@ -41,6 +50,11 @@ def test_one_seed_has_no_interval() -> None:
 def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_benjamini_and_hochberg_by_hand() -> None:
+    assert false_discovery([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.02, 0.04, 0.04, 0.02])
+    assert false_discovery([0.6, 0.7]) == pytest.approx([0.7, 0.7]) and false_discovery([]) == []
 
 
 @pytest.mark.parametrize(("seeds", "problems"), SPREADS)

@@ -282,6 +282,20 @@ def test_a_moving_target_is_read_step_by_step() -> None:
     assert following(result("z", seed(0, h=[1.0])), grpo) == ["-"] * 4
 
 
+def test_overshoot_and_settling_are_of_means_over_a_twelfth_of_the_run() -> None:
+    """A step's noise of a fifth around the target settles nothing step by step, and is nothing over five steps."""
+    target = [0.25] * 60
+    noise = [0.05 * (-1) ** i for i in range(60)]
+    measured = [0.5 - 0.25 * min(1, i / 20) + noise[i] for i in range(60)]
+    assert settling_step(measured, target) == 21  # windows begin at 1, 6, 11, 16 (means .275 and more), 21
+    excess = overshoot(measured, target)
+    assert excess is not None and excess == pytest.approx(0.01 / 0.25)  # of five alternating steps one is left over
+    assert tracking_error(measured, target) == pytest.approx(0.2)
+    assert settling_step([*measured[:55], *[0.3] * 5], target) is None
+    small = [value for value in measured for _ in range(4)]  # four times the steps: the same windows
+    assert settling_step(small, [0.25] * 240) == 81 and overshoot(small, [0.25] * 240) == pytest.approx(excess)
+
+
 # --- the sharpening tax ---
 
 
@@ -339,6 +353,19 @@ def test_the_table_says_what_differs_and_of_the_null_control_nothing(folder: Pat
     assert aer.verdict == "not decided" and aer.effect.error == pytest.approx(math.sqrt(0.03125 / 2))
     [row] = found["lag-4"]
     assert row.avg is None and found["experts"] == []  # without a baseline there is nothing to compare with
+
+
+def test_a_run_that_is_another_s_to_the_bit_is_told_and_counts_once(folder: Path) -> None:
+    for number in range(4):
+        save_run(folder, f"kl_cov@off-policy-s{number}", entropy=FALLING, right=0)  # as psr
+        save_run(folder, f"nsr@off-policy-s{number}", entropy=[*FALLING[:-1], 0.23], right=0)
+    plan = load_plan(PLAN)
+    collect(plan, folder, folder)
+    rows = {row.result.run.base: row for row in league(plan, load(plan, folder))["off-policy"]}
+    same = {name: row.same_as for name, row in rows.items() if row.same_as}
+    assert same == {"psr": "kl_cov"}  # the plan's order
+    rise = rows["aer"].beyond_untrained
+    assert rise is not None and rise.effect.mean == pytest.approx(0.0)  # pass@4 is 1 in both
 
 
 OLDER, NEWER = {"commit": "a", "machine": "m"}, {"commit": "b", "machine": "m"}
@@ -421,9 +448,10 @@ def test_the_page_says_what_is_there_and_what_is_missing(folder: Path) -> None:
     # grpo, which tries nothing, has .18, .2 and .22 in the end where .28, .26 and .24 are asked
     assert "| entropic.linear | off-policy | 1 | 10.0 | 10.0 | 22.4 | - |" in "\n".join(lines)
     assert "The tuned runs of all methods are left out" in text
-    assert "2 of 2 comparisons are not decided" in text and "Holm" in text and "no evidence" in text
-    # four comparisons, 1.25 % for each: t of three degrees of freedom is 5.05 at 1.5 %, 5.84 at 1 %
-    assert "takes a very clear difference, 5 standard errors and more" in text
+    assert "2 of 2 comparisons are not decided" in text and "Hochberg" in text and "no evidence" in text
+    untrained, *_ = [line for line in lines if line.startswith("| the untrained model |")]
+    values = [cell.strip() for cell in untrained.split("|")[1:-1]]
+    assert values[9] == "62.5" and values[11] == "100.0" and values.count("-") == len(values) - 3 == len(cells) - 3
     assert "method.tau" not in text and "upper clip bound" in text
     assert text.count("<figure") == text.count("</figure>") >= 4 and "<circle" in text
     assert "Entropy over right answers" in text and "Positive and negative samples" in text
