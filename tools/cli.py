@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.argv = [f"megatron-entropy {options.command}", *given[1:]]
     try:
         runpy.run_module(module_of(tool), run_name="__main__", alter_sys=True)  # as python -m does
+    except BrokenPipeError:  # head has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at the end goes nowhere
+        return 141
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in (__name__.partition(".")[0], "megatron_ext", ""):

@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import os
 import sys
+import traceback
 from contextlib import nullcontext
 from typing import Any
 
@@ -42,6 +43,10 @@ from .dry_run import dry_run
 from .plan import read_valid
 
 CONFIGURATION, HEALTH, SAVING = 2, 3, 4
+OUT_OF_MEMORY = (
+    "megatron-entropy plan RECIPE says what needs how much. Lower train.micro_batch_tokens or "
+    "rollout.gpu_memory_utilization, set model.recompute, model.fused_head or an offload, or raise parallel.tensor"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -102,6 +107,9 @@ def _meaning(error: Exception) -> tuple[int, str] | None:
         return HEALTH, f"reward health\n{error}"
     if isinstance(error, (AlarmError, MismatchError, RolloutError, TrainingError)):
         return HEALTH, f"training health\n{error}"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's
+        traceback.print_exc()
+        return CONFIGURATION, f"GPU memory\n{error}\n{OUT_OF_MEMORY}"
     if isinstance(error, CheckpointError):
         return SAVING, f"checkpoint\n{error}"
     return None
@@ -146,8 +154,9 @@ def _check_own_code(config: Config) -> dict[str, Any]:
 def _launch(config: Config, options: argparse.Namespace) -> int:
     if config.parallel.nodes > 1:
         raise ConfigError(
-            f"parallel.nodes: {config.parallel.nodes} nodes cannot be started from here; "
-            "use the scripts under slurm/, which start one launcher per node"
+            f"parallel.nodes: {config.parallel.nodes} nodes cannot be started from here. With Slurm: RECIPE="
+            f"{options.recipe} bash slurm/siren_7b.sh, or megatron-entropy launch; elsewhere python -m tools.ranks on "
+            "every node; on this machine alone set parallel.nodes=1"
         )
     print(f"starting {config.parallel.world} ranks; the run's folder is {config.run_dir}", flush=True)
     code = ranks.run_ranks(module_of("train"), [options.recipe, *options.overrides], config.parallel.world)
@@ -164,14 +173,27 @@ def _train(config: Config) -> int:
     folder = RunFolder(config.run_dir) if os.environ["RANK"] == "0" else None
     with folder or nullcontext():
         try:
-            from megatron_ext.train.loop import run
+            from megatron_ext.train.loop import run  # brings torch
 
+            _check_gpu()
             code = run(config)
         except SystemExit as stopped:  # by a signal, while starting
             if stopped.code != REQUEUE:
                 raise
             code = faults.reason(REQUEUE)
         return code if folder is None else folder.exit_code(code)
+
+
+def _check_gpu() -> None:
+    """There is one for this rank, or there are none at all."""
+    import torch
+
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found and ranks.local_rank() >= found:
+        raise ConfigError(
+            f"parallel.ranks_per_node: every rank needs a GPU of its own, found {found} visible ones; set it to {found}, "
+            "or make more visible (CUDA_VISIBLE_DEVICES, --gpus-per-node)"
+        )
 
 
 if __name__ == "__main__":

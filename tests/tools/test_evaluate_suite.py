@@ -257,11 +257,11 @@ def test_missing_data_are_all_named_before_anything_is_loaded(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     text = "[defaults]\nsamples = 1\nmax_response_tokens = 16"
-    path = suite(tmp_path, text, aime24='data = "data/aime24.jsonl"', sums="", amc23='data = "data/amc23.jsonl"')
+    path = suite(tmp_path, text, aime24='data = "data/aime24.jsonl"', sums="", amc23='data = "data/amc23-83.jsonl"')
     command = [BASE, "--suite", path, "--out", tmp_path / "out", "--workers", "1", "--limit", "1"]
     said = told(capsys, *command)
-    for name in ("aime24", "amc23"):
-        assert f"{name}: no data/{name}.jsonl; make it with: megatron-entropy data {name} SOURCE" in said
+    for name, file in (("aime24", "aime24"), ("amc23", "amc23-83")):  # the data set is called as its file
+        assert f"{name}: no data/{file}.jsonl; make it with: megatron-entropy data {file} SOURCE" in said
     assert "--skip-missing" in said and not (tmp_path / "out" / "samples").exists()
     assert "has no set amc; it has aime24, sums, amc23" in told(capsys, *command, "--only", "amc,sums")
     assert "no set has its data" in told(capsys, *command, "--only", "amc23", "--skip-missing")

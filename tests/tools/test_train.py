@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_ext.checkpoint.manifest import CheckpointError
 from megatron_ext.config.errors import ConfigError
@@ -74,6 +76,36 @@ def test_a_fault_with_a_meaning_is_a_message_and_an_exit_code(
     assert train.main([RECIPE]) == code
     said = capsys.readouterr().err
     assert said.endswith("\nthis\n") and "Traceback" not in said
+
+
+def test_a_full_gpu_is_told_with_what_helps_and_where_it_was(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(train, "load_config", fail)
+    assert train.main([RECIPE]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" in said and said.index("Tried to allocate 2 GiB") < said.index("Lower train.micro_batch_tokens")
+
+
+@pytest.mark.parametrize(("found", "rank", "faulty"), [(0, 3, False), (4, 3, False), (3, 3, True)])
+def test_a_rank_without_a_gpu_of_its_own_is_told(
+    found: int, rank: int, faulty: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    with pytest.raises(ConfigError, match="found 3 visible ones; set it to 3") if faulty else nullcontext():
+        train._check_gpu()
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault() -> None:
+    for command in ("methods", "recipes"):
+        line = f"{sys.executable} -m tools.cli {command} | head -1"
+        done = subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], cwd=ROOT, capture_output=True, text=True)
+        assert done.stderr == "" and len(done.stdout.splitlines()) == 1
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,7 +144,7 @@ def missing_data(suite: Suite) -> str:
     """Every set whose data file is not there, and what makes it; empty if all are."""
     lacking = [each for each in suite.sets if not each.data.is_file()]
     lines = [
-        f"  {each.name}: no {each.data}; make it with: megatron-entropy data {each.name} SOURCE --out {each.data}"
+        f"  {each.name}: no {each.data}; make it with: megatron-entropy data {each.data.stem} SOURCE --out {each.data}"
         for each in lacking
     ]
     return "\n".join(lines)
