@@ -191,8 +191,8 @@ def _check_gpu() -> None:
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if found and ranks.local_rank() >= found:
         raise ConfigError(
-            f"parallel.ranks_per_node: every rank needs a GPU of its own, found {found} visible ones; set it to {found}, "
-            "or make more visible (CUDA_VISIBLE_DEVICES, --gpus-per-node)"
+            f"parallel.ranks_per_node: every rank needs a GPU of its own, found {found} visible ones; set it to "
+            f"{found}, or make more visible (CUDA_VISIBLE_DEVICES, --gpus-per-node)"
         )
 
 

@@ -14,6 +14,7 @@ from tests.train import whole_run
 
 RECIPE = "entropy_bonus/entropy_bonus-tiny-cpu.toml"  # whose gradient is not 0 where all rewards are equal
 REPLAY = "rollout.routing_replay=true"
+IN_BF16 = 'rollout.options.dtype="bfloat16"'  # of the engine
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def common(model: Path, *more: str) -> tuple[str, ...]:
 
 def test_a_run_with_replay_stays_nearer_to_its_engine(model: Path, tmp_path: Path) -> None:
     for name, options in (("off", ()), ("on", (REPLAY,))):
-        assert whole_run.train(tmp_path / name, RECIPE, *common(model, *options)) == 0
+        assert whole_run.train(tmp_path / name, RECIPE, *common(model, IN_BF16, *options)) == 0
     off, on = (whole_run.metrics(tmp_path / name) for name in ("off", "on"))
     for without, replayed in zip(off, on, strict=True):
         assert replayed["mismatch/mean"] < 0.8 * without["mismatch/mean"]
@@ -49,7 +50,9 @@ def test_a_replaying_run_is_the_same_under_another_layout_and_without_a_pass_bef
     steps = []
     for name, (world, options) in runs.items():
         assert (
-            whole_run.train(tmp_path / name, RECIPE, *common(model, REPLAY, "rollout.top_k=12", *options), world=world)
+            whole_run.train(
+                tmp_path / name, RECIPE, *common(model, IN_BF16, REPLAY, "rollout.top_k=12", *options), world=world
+            )
             == 0
         )
         steps.append(whole_run.metrics(tmp_path / name))
