@@ -58,8 +58,7 @@ class GRPO(Method):
             low="most tokens are dropped: the surrogate's range is narrow for how far the policy moves in one step",
             high="tokens that became likelier dominate: lower optimizer.lr or the number of updates per step"),
         Metric(name="kl/old", section="Update", title="KL", unit="nats per token",
-            meaning="KL(sampling policy || current policy), before each update (k3 estimate)",
-            good="small; 0 with one update",
+            meaning="KL(sampling policy || current one), k3 estimate", good="small; 0 with one update",
             high="the policy moves far in one step: lower optimizer.lr or the number of updates per step"),
     )  # fmt: skip
 

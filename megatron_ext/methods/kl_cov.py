@@ -45,7 +45,6 @@ class KLCov(Selective):
         super().__post_init__()
         self.check("k", 0 < self.k <= 1, "a share of the tokens above 0 and at most 1")
         self.check("kl_coef", self.kl_coef >= 0, "a number of at least 0")
-        self.check("dual_clip", self.dual_clip is None, "none: nothing is clipped here")
 
     def select(self, batch: Batch, stats: TokenStats, prepared: Prepared, reduce: Reducer) -> Prepared:
         cov = covariance(stats.logprob, self.advantage(batch, stats, prepared), batch.mask, reduce)

@@ -56,8 +56,6 @@ class SENT(Selective):
             self.check(name, 0 < getattr(self, name) <= 1, "a share of the tokens above 0 and at most 1")
         for name in ("beta_low", "beta_high"):
             self.check(name, getattr(self, name) >= 0, "a number of at least 0")
-        unclipped = self.variant == "authors"
-        self.check("dual_clip", self.dual_clip is None or not unclipped, "none: the authors' variant clips nothing")
 
     @property
     def needs(self) -> Needs:

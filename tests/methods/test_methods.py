@@ -173,8 +173,6 @@ def test_every_method_is_tested_and_has_a_recipe_of_its_own() -> None:
         ({"name": "entropic", "target": -0.1}, "method.target: found -0.1"),
         ({"name": "entropic", "threshold": 1.0}, "method.threshold: found 1.0"),
         ({"name": "entropic", "k_i": -1.0}, "method.k_i: found -1.0, expected a gain of at least 0"),
-        ({"name": "kl_cov", "dual_clip": 3.0}, "method.dual_clip: found 3.0, expected none"),
-        ({"name": "sent", "variant": "authors", "dual_clip": 3.0}, "method.dual_clip: found 3.0, expected none"),
         ({"name": "sent", "low_ratio": 80}, "method.low_ratio: found 80, expected a share"),
         ({"name": "ce_gppo", "beta_1": -0.5}, "method.beta_1: found -0.5, expected a factor of at least 0"),
         ({"name": "erc", "ratio_low": 1.0}, "method.ratio_low: found 1.0, expected a ratio from 0 to below 1"),
