@@ -15,7 +15,8 @@ imported, and asked for a GPU, when somebody imports one of the libraries, or Me
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -51,23 +52,10 @@ class _Hidden(MetaPathFinder, Loader):
         raise ModuleNotFoundError(f"{module.__name__} {why}", name=module.__name__)
 
 
-class _Eager(Loader):
-    """Loads Megatron-Core's compiler and turns it off, before anything is decorated with it."""
-
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-        module.disable_jit_fuser()
-
-
 def _with_reason(spec: ModuleSpec) -> ModuleSpec:
     """A library that is installed in part fails as a missing one does: Megatron-Core goes on, and the run says why."""
-    loader: Any = spec.loader
-    execute = loader.exec_module
 
-    def exec_module(module: ModuleType) -> None:
+    def load(execute: Callable[[ModuleType], None], module: ModuleType) -> None:
         try:
             execute(module)
         except ImportError:
@@ -75,13 +63,23 @@ def _with_reason(spec: ModuleSpec) -> ModuleSpec:
         except Exception as error:
             raise ImportError(f"{spec.name}: {type(error).__name__}: {error}", name=spec.name) from error
 
-    loader.exec_module = exec_module
-    return spec
+    return _loaded_by(load, spec)
 
 
 def _without_compiler(spec: ModuleSpec | None) -> ModuleSpec | None:
-    if spec is not None and not _has_gpu():
-        spec.loader = _Eager(spec.loader)
+    """Megatron-Core's compiler, turned off before anything is decorated with it."""
+
+    def load(execute: Callable[[ModuleType], None], module: ModuleType) -> None:
+        execute(module)
+        module.disable_jit_fuser()
+
+    return spec if spec is None or _has_gpu() else _loaded_by(load, spec)
+
+
+def _loaded_by(load: Callable[[Callable[[ModuleType], None], ModuleType], None], spec: ModuleSpec) -> ModuleSpec:
+    """The spec with ``load`` around what executes its module. Its loader stays itself: packages ask it for files."""
+    loader: Any = spec.loader
+    loader.exec_module = partial(load, loader.exec_module)
     return spec
 
 

@@ -31,6 +31,7 @@ from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.loading import load_config
 from megatron_ext.config.redact import redact
 from megatron_ext.config.schema import Config
+from megatron_ext.config.shipped import find_recipe
 from megatron_ext.metrics import warnings_log
 from megatron_ext.metrics.trackers import check_trackers
 from megatron_ext.rollout.registry import find_engine
@@ -155,8 +156,8 @@ def _launch(config: Config, options: argparse.Namespace) -> int:
     if config.parallel.nodes > 1:
         raise ConfigError(
             f"parallel.nodes: {config.parallel.nodes} nodes cannot be started from here. With Slurm: RECIPE="
-            f"{options.recipe} bash slurm/siren_7b.sh, or megatron-entropy launch; elsewhere python -m tools.ranks on "
-            "every node; on this machine alone set parallel.nodes=1"
+            f"{find_recipe(options.recipe)} bash slurm/siren_7b.sh, or megatron-entropy launch; elsewhere "
+            "python -m tools.ranks on every node; on this machine alone set parallel.nodes=1"
         )
     print(f"starting {config.parallel.world} ranks; the run's folder is {config.run_dir}", flush=True)
     code = ranks.run_ranks(module_of("train"), [options.recipe, *options.overrides], config.parallel.world)

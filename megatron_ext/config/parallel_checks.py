@@ -29,15 +29,15 @@ def model_faults(hf: dict[str, Any], p: ParallelConfig) -> list[str]:
     return faults + _stage_faults(hf["num_hidden_layers"], p) + _expert_faults(hf, p)
 
 
-def engine_faults(hf: dict[str, Any], shared: int) -> list[str]:
-    """A line where ``shared`` GPUs cannot share an engine: each takes as many heads, and a key-value head whole."""
+def engine_faults(hf: dict[str, Any], shared: int, *, key: str = "rollout.tensor_parallel_size") -> list[str]:
+    """A line, of ``key``, where ``shared`` GPUs cannot share an engine: each takes as many heads and no part of one."""
     heads = hf["num_attention_heads"]
     groups = hf.get("num_key_value_heads") or heads
     if heads % shared == 0 and (groups % shared == 0 or shared % groups == 0):
         return []
     valid = [n for n in _divisors(heads) if groups % n == 0 or n % groups == 0]
     return [
-        f"rollout.tensor_parallel_size: {shared} does not divide the model's {heads} attention heads and {groups} "
+        f"{key}: {shared} does not divide the model's {heads} attention heads and {groups} "
         f"key-value heads; valid sizes are {valid}"
     ]
 

@@ -216,7 +216,7 @@ def _check_steps(path: Path, resume_step: int) -> int:
             f"{path}: its last step is {last or 0}, but the checkpoint to go on from is of step {resume_step}: lines "
             "were lost; restore the file, or move it away and the run goes on with a new one"
         )
-    return first or (resume_step + 1 if first is None else 1)
+    return resume_step + 1 if first is None else max(first, 1)
 
 
 def _step_alone(raw: bytes) -> Any:

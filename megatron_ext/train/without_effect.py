@@ -5,43 +5,44 @@ They are no faults: whoever switches something off for a comparison should not h
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Set
 
-from pydantic import BaseModel
-
-from megatron_ext.config.schema import Config
+from megatron_ext.config.schema import Config, CriticConfig
 from megatron_ext.methods.base import Method
+from megatron_ext.methods.clip_higher import ClipHigher
 from megatron_ext.rollout.registry import ENGINES, find_engine
 
 
 def without_effect(config: Config, method: Method) -> list[str]:
     """A line for each of them that is not at its default."""
     rollout, steps = config.rollout, config.train.steps
+    of_engines = {key for engine in ENGINES.values() for key in engine.keys}
+    unread = (  # section, keys, whether something reads them, what is said if not
+        ("validation", {"data"}, config.validation.every, "validation.every is 0"),
+        ("rollout", {"oversample"}, rollout.dynamic_sampling, "rollout.dynamic_sampling is off"),
+        ("importance", {"cap", "level"}, config.importance.mode != "off", "importance.mode is off"),
+        (
+            "rollout",
+            of_engines - {*find_engine(rollout).keys},
+            False,
+            f"rollout.engine {rollout.engine} does not read it",
+        ),
+        ("critic", CriticConfig.model_fields.keys(), method.needs.value, f"{config.method['name']} has no critic"),
+    )
     lines = [
-        f"validation.data: nothing is validated: validation.every is 0 ({len(config.validation.data)} files)"
-        for _ in _changed(config.validation, "data")
-        if not config.validation.every
+        f"{section}.{key}: {why}"
+        for section, keys, is_read, why in unread
+        if not is_read
+        for key in _changed(config, section, keys)
     ]
-    if not rollout.dynamic_sampling:
-        lines += [
-            f"rollout.{key}: is of rollout.dynamic_sampling, which is off" for key in _changed(rollout, "oversample")
-        ]
-    if config.importance.mode == "off":
-        lines += [f"importance.{key}: importance.mode is off" for key in _changed(config.importance, "cap", "level")]
-    engine = find_engine(rollout)
-    unread = {key for each in ENGINES.values() for key in each.keys} - set(engine.keys)
-    lines += [f"rollout.{key}: rollout.engine {rollout.engine} does not read it" for key in _changed(rollout, *unread)]
-    if not method.needs.value and (changed := _changed(config.critic, *type(config.critic).model_fields)):
-        lines.append(f"critic.{', critic.'.join(changed)}: {config.method['name']} has no critic")
     if rollout.max_lag >= steps:
         lines.append(f"rollout.max_lag: {rollout.max_lag} of {steps} steps: the first weights sample every batch")
     if config.data.stage_starts and config.data.stage_starts[-1] >= steps:
         lines.append(f"data.stage_starts: stages after {steps} steps, train.steps, do not begin")
-    overlong = getattr(method, "overlong_max", None)
-    if overlong is not None and rollout.max_response_tokens <= overlong - getattr(method, "overlong_buffer"):  # noqa: B009
-        lines.append(
-            f"method.overlong_max: {overlong}: no response of {rollout.max_response_tokens} tokens is too long"
-        )
+    if isinstance(method, ClipHigher) and method.overlong_max is not None:
+        longest = rollout.max_response_tokens
+        if longest <= method.overlong_max - method.overlong_buffer:
+            lines.append(f"method.overlong_max: {method.overlong_max}: no response of {longest} tokens is too long")
     o = config.optimizer
     updates = method.policy_steps(steps) * (config.updates_per_step if o.step_unit == "update" else 1)
     if o.schedule == "constant" and o.warmup_steps >= updates:
@@ -52,11 +53,11 @@ def without_effect(config: Config, method: Method) -> list[str]:
     return lines
 
 
-def _changed(section: BaseModel, *keys: str) -> list[str]:
+def _changed(config: Config, section: str, keys: Set[str]) -> list[str]:
     """Those that differ from their default, in the section's order."""
-    fields: dict[str, Any] = type(section).model_fields
+    own = getattr(config, section)
     return [
         key
-        for key, field in fields.items()
-        if key in keys and getattr(section, key) != field.get_default(call_default_factory=True)
+        for key, field in type(own).model_fields.items()
+        if key in keys and getattr(own, key) != field.get_default(call_default_factory=True)
     ]

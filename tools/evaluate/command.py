@@ -192,9 +192,10 @@ def _models(options: argparse.Namespace, labels: Sequence[str]) -> dict[str, Pat
     shared = options.tensor_parallel_size or 1
     for model in options.models:
         hf = read_hf_config(model)
-        faults = engine_faults(hf, shared) if shared > 1 and hf.get("num_attention_heads") else []
+        known = shared > 1 and hf.get("num_attention_heads")
+        faults = engine_faults(hf, shared, key="--tensor-parallel-size") if known else []
         if faults:
-            raise ConfigError(f"{model}: {faults[0].replace('rollout.tensor_parallel_size', '--tensor-parallel-size')}")
+            raise ConfigError(f"{model}: {faults[0]}")
     return dict(zip(labels, options.models, strict=True))
 
 

@@ -247,12 +247,8 @@ def table(plan: LabPlan, results: Results, regime: str, rows: Sequence[Row]) -> 
         )
     if results.untrained is not None and not rows[0].result.run.has_own_model:
         untrained = results.untrained
-        alone = [
-            cell([untrained.metrics[avg]], ".1f", scale=100),
-            "-",
-            cell([untrained.metrics[best]], ".1f", scale=100),
-        ]
-        lines.append(["the untrained model", *["-"] * (len(head) - 9), *alone, *["-"] * 5])
+        alone = {f"{metric}, %": cell([untrained.metrics[metric]], ".1f", scale=100) for metric in (avg, best)}
+        lines.append([({"method": "the untrained model"} | alone).get(column, "-") for column in head])
     return lines
 
 
@@ -310,9 +306,8 @@ def note(plan: LabPlan, found: dict[str, list[Row]]) -> str:
         "where, of all that have one on this page, 5 % at most are chance on average (Benjamini and Hochberg). A run "
         "that is an earlier one's to the bit (=) counts once. A method here is its whole recipe, its paper's "
         f"aggregation and clip range with it: a difference from {plan.baseline} need not be its entropy term's. Of the "
-        "null control, "
-        f"{plan.baseline} with other seeds, {len(null) - wrong} of {len(null)} "
-        "comparisons are not decided, as they should be."
+        f"null control, {plan.baseline} with other seeds, {len(null) - wrong} of {len(null)} comparisons are not "
+        "decided, as they should be."
     )
 
 

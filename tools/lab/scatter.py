@@ -27,8 +27,8 @@ def scatter(title: str, note: str, dots: Sequence[Dot], *, x: str, percent: bool
     """A figure of the dots, ``x`` written below its axis (in ``percent``); nothing without dots."""
     if not dots:
         return ""
-    ends = [dot.spread or ((dot.x, dot.x), (dot.y, dot.y)) for dot in dots]
-    across, up = (_range([value for each in ends for value in each[axis]]) for axis in (0, 1))
+    spreads = [dot.spread or ((dot.x, dot.x), (dot.y, dot.y)) for dot in dots]
+    across, up = (_range([value for spread in spreads for value in spread[axis]]) for axis in (0, 1))
 
     def left(value: float) -> float:
         return LEFT + (RIGHT - LEFT) * (value - across[0]) / (across[1] - across[0])
@@ -49,9 +49,9 @@ def scatter(title: str, note: str, dots: Sequence[Dot], *, x: str, percent: bool
     for dot in dots:
         if dot.spread is not None:
             (x1, x2), (y1, y2) = dot.spread
-            for ends in ((left(x1), top(dot.y), left(x2), top(dot.y)), (left(dot.x), top(y1), left(dot.x), top(y2))):
-                place = " ".join(f'{name}="{at:.1f}"' for name, at in zip(("x1", "y1", "x2", "y2"), ends, strict=True))
-                parts.append(f'<line {place} style="stroke:var(--c{dot.color % NUM_COLORS});opacity:.35"/>')
+            for ends in (((x1, dot.y), (x2, dot.y)), ((dot.x, y1), (dot.x, y2))):
+                line = " ".join(f'x{i}="{left(x):.1f}" y{i}="{top(y):.1f}"' for i, (x, y) in enumerate(ends, 1))
+                parts.append(f'<line {line} style="stroke:var(--c{dot.color % NUM_COLORS});opacity:.35"/>')
         place = f'cx="{left(dot.x):.1f}" cy="{top(dot.y):.1f}" r="{RADIUS}"'
         hint = f"<title>{escape(dot.name)}</title>"
         parts.append(f'<circle class="bubble" {place} style="--fill:var(--c{dot.color % NUM_COLORS})">{hint}</circle>')

@@ -13,9 +13,7 @@ if TYPE_CHECKING:
 
 KEYS = ("tensor_parallel_size", "gpu_memory_utilization", "enforce_eager", "model_runner")
 NEEDS_V2 = "vLLM tells the experts of its tokens (rollout.routing_replay) with its model runner V2 only"
-PREFILL_TOKENS = (
-    8192  # of a prompt pass on a GPU, vLLM's max_num_batched_tokens; its own default goes by the GPU's name
-)
+PREFILL_TOKENS = 8192  # of a prompt pass on a GPU, max_num_batched_tokens: vLLM's own default goes by the GPU's name
 
 
 def arguments(start: EngineStart) -> dict[str, Any]:
