@@ -132,6 +132,11 @@ class Method:
         return False
 
     @property
+    def overlong(self) -> tuple[int, int] | None:
+        """Lengths beyond which it lowers a response's reward, and at which by a whole 1; None where it lowers none."""
+        return None
+
+    @property
     def loss_moves_state(self) -> bool:
         """Whether ``loss`` changes the state, which the last pipeline stages alone call: the others are then told."""
         return False

@@ -56,12 +56,15 @@ class ClipHigher(GRPO):
     def rewards(self, rollouts: RolloutBatch) -> Tensor:
         return super().rewards(rollouts) + self.penalty(rollouts)
 
+    @property
+    def overlong(self) -> tuple[int, int] | None:
+        return None if self.overlong_max is None else (self.overlong_max - self.overlong_buffer, self.overlong_max)
+
     def penalty(self, rollouts: RolloutBatch) -> Tensor:
         """What overlong shaping adds to each response's reward, ``[B]``, at most 0."""
-        if self.overlong_max is None:
+        if self.overlong is None:
             return torch.zeros_like(rollouts.reward)
-        length = torch.bincount(rollouts.sequence, minlength=len(rollouts.reward))
-        excess = length - (self.overlong_max - self.overlong_buffer)
+        excess = torch.bincount(rollouts.sequence, minlength=len(rollouts.reward)) - self.overlong[0]
         return (-excess / self.overlong_buffer).clamp(max=0.0)
 
     def on_step_start(self, batch: Batch, stats: TokenStats | None, reduce: Reducer) -> dict[str, float]:

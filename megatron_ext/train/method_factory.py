@@ -7,7 +7,6 @@ from megatron_ext.config.aliases import find, renamed_values
 from megatron_ext.config.errors import ConfigError
 from megatron_ext.config.schema import Config, OptimizerConfig
 from megatron_ext.methods.base import Method, Needs
-from megatron_ext.methods.clip_higher import ClipHigher
 from megatron_ext.plan.memory import Roles
 from megatron_ext.plugins import options_of_class
 
@@ -37,12 +36,11 @@ def create_method(config: Config) -> Method:
             "reward for its advantage, and would learn nothing from it; expected a number below 0, -1 in the authors' "
             "runs"
         )
-    overlong = method.overlong_max if isinstance(method, ClipHigher) else None
     longest = config.rollout.max_response_tokens
-    if overlong is not None and overlong < longest:
+    if method.overlong is not None and method.overlong[1] < longest:
         raise ConfigError(
-            f"method.overlong_max: {overlong}, but responses may have rollout.max_response_tokens = {longest} tokens, "
-            "and the penalty grows beyond -1 behind it; set them to the same number"
+            f"method.overlong_max: {method.overlong[1]}, but responses may have rollout.max_response_tokens = {longest}"
+            " tokens, and the penalty grows beyond -1 behind it; set them to the same number"
         )
     for section, options in optimizers(config, method).items():
         if options.schedule != "constant" and options.decay_steps <= options.warmup_steps:

@@ -9,7 +9,6 @@ from collections.abc import Set
 
 from megatron_ext.config.schema import Config, CriticConfig
 from megatron_ext.methods.base import Method
-from megatron_ext.methods.clip_higher import ClipHigher
 from megatron_ext.rollout.registry import ENGINES, find_engine
 
 
@@ -39,10 +38,9 @@ def without_effect(config: Config, method: Method) -> list[str]:
         lines.append(f"rollout.max_lag: {rollout.max_lag} of {steps} steps: the first weights sample every batch")
     if config.data.stage_starts and config.data.stage_starts[-1] >= steps:
         lines.append(f"data.stage_starts: stages after {steps} steps, train.steps, do not begin")
-    if isinstance(method, ClipHigher) and method.overlong_max is not None:
-        longest = rollout.max_response_tokens
-        if longest <= method.overlong_max - method.overlong_buffer:
-            lines.append(f"method.overlong_max: {method.overlong_max}: no response of {longest} tokens is too long")
+    longest = rollout.max_response_tokens
+    if method.overlong is not None and longest <= method.overlong[0]:
+        lines.append(f"method.overlong_max: {method.overlong[1]}: no response of {longest} tokens is too long")
     o = config.optimizer
     updates = method.policy_steps(steps) * (config.updates_per_step if o.step_unit == "update" else 1)
     if o.schedule == "constant" and o.warmup_steps >= updates:
