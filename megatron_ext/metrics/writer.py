@@ -209,7 +209,7 @@ def _check_steps(path: Path, resume_step: int) -> int:
                 "it; restore the file, or move it away and the run goes on with a new one"
             )
         first, last = step if first is None else first, step
-        if last >= resume_step:
+        if step >= resume_step:
             break
     if path.exists() and (last or 0) != resume_step and first != resume_step + 1:
         raise ValueError(

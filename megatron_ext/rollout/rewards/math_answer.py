@@ -211,7 +211,7 @@ def _point(expression: Any) -> Any:
         return expression
     if len(set(names)) < len(names) or not all(map(_is_name, names)):
         return expression
-    return Tuple(*_in_order([str(name) for name in names], values))
+    return Tuple(*_in_order([str(name) for name in names], values.args))
 
 
 def _in_order(names: Sequence[str], values: Sequence[Any]) -> Sequence[Any]:
