@@ -80,7 +80,7 @@ $(VLLM)/.installed: pyproject.toml setup.py requirements/torch.txt requirements/
 $(BENCH)/.installed:
 	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/python -m pip install --quiet torch==2.13.0 ray tensordict==0.10.0 hydra-core codetiming \
-		'transformers==5.10.*' megatron-core==0.16.1 einops psutil liger-kernel triton==3.9.0
+		'transformers==5.10.*' megatron-core==0.16.1 einops psutil liger-kernel triton==3.7.1
 	$(BENCH)/bin/python -m pip install --quiet --no-deps verl==0.9.1
 	touch $@
 

@@ -6,17 +6,29 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
+
+
+class _Parser(argparse.ArgumentParser):
+    takes_overrides = False
+
+    def error(self, message: str) -> NoReturn:
+        if self.takes_overrides and message.startswith("unrecognized arguments"):
+            message += "; keys of the recipe are set as section.key=value, such as train.steps=5"
+        super().error(message)
 
 
 def command_parser(name: str, text: str | None) -> argparse.ArgumentParser:
     """The parser of ``megatron-entropy name``; ``text`` is its module's docstring, examples and exit codes included."""
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f"megatron-entropy {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
 def add_recipe(parser: argparse.ArgumentParser, *, example: str) -> None:
     """The two arguments of every tool that reads a recipe."""
+    if isinstance(parser, _Parser):
+        parser.takes_overrides = True
     parser.add_argument("recipe", help="a TOML file, or the name of a shipped recipe (megatron-entropy recipes)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"for example {example}")
 

@@ -190,13 +190,23 @@ def marked_checkpoint(path: str) -> str:
     return beside if re.fullmatch(r"step_[0-9]+", name) and os.path.isdir(beside) else path
 
 
+def _meant(path: str | Path) -> str:
+    """What a path that is no model's directory may be: a run's folder, or a name of the Hub."""
+    if os.path.isdir(Path(path) / "checkpoints"):
+        return f"; of a run, export one: megatron-entropy convert to-hf {path} {path}/hf"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", f"{path}") and not os.path.exists(path):
+        name = str(path).partition("/")[2].lower()
+        return f"; a model of the Hub is fetched first: hf download {path} --local-dir recipes/models/{name}"
+    return ""
+
+
 def read_hf_config(path: str | Path) -> dict[str, Any]:
     """The model directory's ``config.json``."""
     file = Path(path) / "config.json"
     if not os.path.isfile(file):  # False too for a name that no file can have
         raise ConfigError(
             f"model.path: {path} holds no config.json; expected a Hugging Face model directory "
-            "(config.json, *.safetensors, tokenizer files)"
+            f"(config.json, *.safetensors, tokenizer files){_meant(path)}"
         )
     try:
         hf = read_json(file)

@@ -223,6 +223,11 @@ def _apply_override(merged: dict[str, Any], override: str) -> None:
             "a string with line breaks in quotes"
         )
     value = parsed["value"]
+    if key == "parent":
+        raise ConfigError(
+            f"on the command line: {override}: a recipe's parent stands in its file; give {text} in place of the "
+            "recipe, or write a recipe with this parent"
+        )
     *sections, last = key.split(".")
     for section in sections:
         merged = merged.setdefault(section, {})
@@ -247,6 +252,10 @@ def _readable(error: ValidationError, path: str | Path, given: list[str]) -> str
         lines = places["on the command line" if overridden else str(path)]
         if item["type"] == "extra_forbidden":
             lines += unknown_keys(Config, where, item["input"])
+        elif item["type"] in ("dict_type", "model_type"):
+            found = redact(item["input"], where)
+            example = f"{where}.name={found}" if where == "method" else f"{where}.KEY=VALUE"
+            lines.append(f"{where}: a table, found {found!r}; set its keys, as in {example}")
         else:
             lines.append(f"{where}: {item['msg']}, found {redact(item['input'], where)!r}")
     return "\n".join(f"{place}:\n  " + "\n  ".join(lines) for place, lines in places.items() if lines)

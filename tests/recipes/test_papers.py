@@ -198,9 +198,12 @@ def test_steps_of_a_row_become_done(
     [plan] = plans(read_paper("siren"), table)
     assert [step.what for step in plan.steps] == ["data", "weights", "sets", "run", "export", "evaluated"]
     states = {step.what: step for step in plan.steps}
-    assert states["run"].commands == (
-        f"megatron-entropy train siren-qwen2.5-math-7b-2n8g method.coef=0.001 name={run}",
-    )
+    recipe = ROOT / "recipes/siren/siren-qwen2.5-math-7b-2n8g.toml"
+    [train] = states["run"].commands
+    assert train == f"RECIPE={recipe} bash slurm/siren_7b.sh method.coef=0.001 name={run}"
+    shown = subprocess.check_output(f"DRY_RUN=1 {train}", shell=True, cwd=ROOT, text=True)
+    submitted = "sbatch --nodes=2 --gpus-per-node=8 --signal=B:USR1@3600 slurm/siren_7b.sh method.coef=0.001"
+    assert f"{submitted} name={run}" in shown
     folder = tmp_path / "runs" / run
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints" / "latest").write_text("step_000010\n")
@@ -213,6 +216,14 @@ def test_steps_of_a_row_become_done(
     done = {step.what: step.done for step in plan.steps}
     assert done["run"] and done["export"] and not done["evaluated"]
     assert plan.evaluation == Path("runs") / run / "evaluation" / "siren.json"
+
+
+def test_a_row_on_one_node_is_trained_here() -> None:
+    paper = read_paper("sent")
+    made = [plan for table in paper.table for plan in plans(paper, table)]
+    commands = {command for plan in made for step in plan.steps if step.what == "run" for command in step.commands}
+    assert "megatron-entropy train sent-deepseek-r1-distill-qwen-1.5b-1n8g" in commands
+    assert all(command.startswith("megatron-entropy train ") for command in commands)
 
 
 def result(**metrics: float) -> dict[str, Any]:
@@ -278,7 +289,7 @@ def test_a_run_that_ends_early_gives_its_last_model() -> None:
     [figure] = siren.tables("Figure 2")
     exploded = plans(siren, figure)[-1]
     commands = [command for step in exploded.steps for command in step.commands]
-    [train] = [each for each in commands if " train " in each]
+    [train] = [each for each in commands if "siren_7b.sh" in each]
     [export] = [each for each in commands if " to-hf " in each]
     assert "train.steps=40 validation.every=0 name=" in train and "-steps40" in train and "--best" not in export
     [table] = siren.tables("Table 1")

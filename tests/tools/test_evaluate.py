@@ -168,6 +168,10 @@ def test_bad_input_is_told_with_exit_code_2(tmp_path: Path, capsys: pytest.Captu
         return capsys.readouterr().err
 
     assert "MODEL: " in told(str(model), "--data", str(data))
+    (model / "checkpoints").mkdir()
+    assert f"of a run, export one: megatron-entropy convert to-hf {model} {model}/hf" in told(
+        str(model), "--data", str(data)
+    )
     (model / "config.json").write_text("{}")
     assert "no such file" in told(str(model), "--data", str(tmp_path / "none.jsonl"))
     assert "--samples 2" in told(str(model), "--data", str(data), "--samples", "2", "--k", "4")

@@ -36,6 +36,14 @@ train.main(sys.argv[1:])
 """
 
 
+def test_a_key_given_as_an_option_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        train.main([RECIPE, "--steps", "5"])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert "--steps 5; keys of the recipe are set as section.key=value, such as train.steps=5" in said
+
+
 @pytest.mark.parametrize(
     ("engine", "given", "expected"),
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 
-from .rows import PROGRAM, run_name
+from .rows import PROGRAM, row_config, train_command
 from .tables import Paper, PaperTable, Row
 from .tiny import chain
 
@@ -86,8 +86,7 @@ def _made_by(row: Row) -> str:
     if row.model:
         made = f"the model `{row.hub or row.model}` as it is"
     elif row.recipe:
-        name = [f"name={run_name(row)}"] if row.overrides else []
-        made = f"`{PROGRAM} train {shlex.join([row.recipe, *row.overrides, *name])}`"
+        made = f"`{train_command(row, row_config(row))}`"
     else:
         return f"not made: {why}"
     return f"{made}; {why}" if why else made

@@ -15,11 +15,12 @@ from megatron_ext.config.loading import read_config
 from megatron_ext.config.positions import max_positions
 from megatron_ext.config.public_sets import how_to_make
 from megatron_ext.config.schema import Config
-from megatron_ext.config.shipped import RECIPES, find, outside
+from megatron_ext.config.shipped import RECIPES, find, find_recipe, outside
 
 from .tables import Paper, PaperTable, Row
 
 PROGRAM = "megatron-entropy"
+SLURM_SCRIPT = "slurm/siren_7b.sh"  # any of them: RECIPE=... takes its place and says the size
 
 
 @dataclass(frozen=True)
@@ -153,16 +154,21 @@ def hub_of(paper: Paper, model: str) -> str:
 
 def _run(row: Row, config: Config, sets: Iterable[Step]) -> tuple[Path, list[Step]]:
     """The folder of a row's run, and the steps to it: ``sets`` are what it validates on and is evaluated on."""
-    name = run_name(row)
-    named = [f"name={name}"] if row.overrides else []
-    train = shlex.join([PROGRAM, "train", row.recipe, *row.overrides, *named])
-    folder = Path(config.log.dir) / name
+    folder = Path(config.log.dir) / run_name(row)
     steps = [*_data(Path(config.data.train), config.data.hub), _weights(Path(config.model.path), config.model.hub)]
     if config.data.curriculum:
         sort = f"{PROGRAM} semantic-entropy {row.recipe} --out {quoted(Path(config.data.curriculum))}"
         sort += f" --stages {row.stages}" if row.stages else ""
         steps.append(Step.of_file("curriculum", Path(config.data.curriculum), sort))
-    return folder, [*steps, *sets, trained(folder, config.train.steps, train)]
+    return folder, [*steps, *sets, trained(folder, config.train.steps, train_command(row, config))]
+
+
+def train_command(row: Row, config: Config) -> str:
+    """What makes a row's run; on several nodes a job is submitted, which no command here can wait for."""
+    overrides = [*row.overrides, *([f"name={run_name(row)}"] if row.overrides else [])]
+    if config.parallel.nodes == 1:
+        return shlex.join([PROGRAM, "train", row.recipe, *overrides])
+    return f"RECIPE={quoted(find_recipe(row.recipe))} {shlex.join(['bash', SLURM_SCRIPT, *overrides])}"
 
 
 def trained(folder: Path, steps: int, command: str) -> Step:
