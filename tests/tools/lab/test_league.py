@@ -118,8 +118,8 @@ def test_the_jobs_come_in_the_order_of_what_they_tell(tmp_path: Path) -> None:
     own = ["off-policy", "lag-4", "on-policy", "off-policy, trial", "off-policy, schedule", "experts"]
     assert groups == [*own, "off-policy, tuned", "lag-4, tuned", "on-policy, tuned"]
     assert len({job.name for job in planned}) == len(planned)
-    first = [job.name for job in planned[:120]]
-    assert first[0] == "grpo@off-policy-s0" and first[30] == "grpo@off-policy-s1" and first[119].endswith("-s3")
+    first = [job.name for job in planned[:128]]
+    assert first[0] == "grpo@off-policy-s0" and first[32] == "grpo@off-policy-s1" and first[127].endswith("-s3")
     assert [job.name for job in planned if job.group == "lag-4, tuned"] == [f"siren.tuned@lag-4-s{i}" for i in range(4)]
     assert plan.waiting.startswith("The tuned runs of grpo, dr_grpo, ") and " siren," not in plan.waiting
 
@@ -435,9 +435,9 @@ def test_the_page_says_what_is_there_and_what_is_missing(folder: Path) -> None:
     plan = plan_with(folder, {})
     html, markdown = write(plan, folder)
     text, lines = html.read_text(), markdown.read_text().splitlines()
-    assert "| off-policy | 16 of 120 | dr_grpo, ppo, " in "\n".join(lines)
-    assert "| lag-4 | 1 of 120 | grpo, grpo_again, " in "\n".join(lines) and "aer (1 of 4)" in "\n".join(lines)
-    assert "| on-policy | 0 of 120 | everything |" in lines
+    assert "| off-policy | 16 of 128 | grpo_token_mean, grpo_unclipped, dr_grpo, " in "\n".join(lines)
+    assert "| lag-4 | 1 of 128 | grpo, grpo_again, " in "\n".join(lines) and "aer (1 of 4)" in "\n".join(lines)
+    assert "| on-policy | 0 of 128 | everything |" in lines
     [aer] = [line for line in lines if line.startswith("| aer | paper's | 4 |")]
     cells = [cell.strip() for cell in aer.split("|")[1:-1]]
     # .4 where .32 is asked: 25 % off, never reached, never settled; grpo has .2
@@ -471,5 +471,5 @@ def test_parts_of_a_league_come_together(folder: Path, tmp_path: Path) -> None:
 
 def test_a_league_of_nothing_has_a_page(tmp_path: Path) -> None:
     html, markdown = write(load_plan(PLAN), tmp_path)
-    assert "0 of 120" in markdown.read_text() and "everything" in html.read_text()
+    assert "0 of 128" in markdown.read_text() and "everything" in html.read_text()
     assert markdown.read_text().count("No run of it is finished.") == 4
