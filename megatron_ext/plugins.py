@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -99,6 +100,7 @@ class Option:
     default: Any = dataclasses.MISSING
 
 
+@functools.cache
 def options_of_class(cls: type) -> dict[str, Option]:
     """The options of a dataclass: the fields that are given when it is made."""
     hints = get_type_hints(cls)
@@ -128,6 +130,9 @@ def check_options(given: Mapping[str, Any], known: Mapping[str, Option], *, sect
 
     Strict: ``1`` is no bool, ``"1"`` no number; a whole number is a float. ``section`` is the recipe's.
     """
+    if not given and all(option.default is not dataclasses.MISSING for option in known.values()):
+        return  # the planner asks of thousands of layouts, and a TypeAdapter takes milliseconds
+
     from pydantic import ConfigDict, TypeAdapter, ValidationError
     from typing_extensions import TypedDict  # pydantic's own requirement: Python 3.11's will not do
 

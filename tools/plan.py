@@ -35,6 +35,7 @@ from megatron_ext.plan.layout import Plan, make_plan, nearest_fit
 from megatron_ext.plan.measured import Measured
 from megatron_ext.plan.memory import PHASES, RECOMPUTE, Roles
 from megatron_ext.plan.speed import RATES, Lengths, Rates, default_lengths
+from megatron_ext.rollout.registry import find_engine
 
 from .arguments import add_recipe, command_parser, number, output_file
 from .charts import short
@@ -149,13 +150,11 @@ def verdict(plan: Plan, nearest: tuple[list[str], Plan] | None) -> list[str]:
     if plan.kv_sequences == 0:
         lines.append("the KV cache cannot hold one sequence of full length")
     if nearest is None:
-        return [
-            *lines,
-            "no layout that was tried on these GPUs fits: take more nodes, shorter sequences, or another "
-            "rollout.tensor_parallel_size",
-        ]
-    changes, other = nearest
-    return [*lines, f"nearest layout that fits, with {other.worst.peak / GB:.1f} GB: {' '.join(changes)}"]
+        cuts = "tensor_parallel_size" in find_engine(plan.config.rollout).keys
+        other = "another rollout.tensor_parallel_size" if cuts else "rollout.engine=vllm, which can cut its copy over GPUs"
+        return [*lines, f"no layout that was tried on these GPUs fits: take more nodes, shorter sequences, or {other}"]
+    changes, plan = nearest
+    return [*lines, f"nearest layout that fits, with {plan.worst.peak / GB:.1f} GB: {' '.join(changes)}"]
 
 
 def _too_large(plan: Plan, mode: str) -> bool:

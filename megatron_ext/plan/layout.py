@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -30,7 +31,15 @@ class Plan:
     gpu_memory: float
     num_micro_batches: int
     ranks: list[RankMemory]
-    seconds: dict[str, float]
+    rates: Rates
+    lengths: Lengths
+
+    @functools.cached_property
+    def seconds(self) -> dict[str, float]:
+        """Of a step, by phase."""
+        return speed.step_seconds(
+            self.architecture, self.config, self.roles, self.rates, self.lengths, gpu_memory=self.gpu_memory
+        )
 
     @property
     def worst(self) -> RankMemory:
@@ -136,8 +145,7 @@ def make_plan(config: Config, roles: Roles, *, rates: Rates, gpu_memory: float, 
         memory.rank_memory(a, config, roles, rank, gpu_memory=gpu_memory, num_micro_batches=micro_batches)
         for rank in range(config.parallel.pipeline)
     ]
-    seconds = speed.step_seconds(a, config, roles, rates, lengths, gpu_memory=gpu_memory)
-    return Plan(config, a, roles, gpu_memory, micro_batches, ranks, seconds)
+    return Plan(config, a, roles, gpu_memory, micro_batches, ranks, rates, lengths)
 
 
 def nearest_fit(plan: Plan, *, rates: Rates, lengths: Lengths | None = None) -> tuple[list[str], Plan] | None:

@@ -19,6 +19,7 @@ else; saving happens then too, and needs less than an update.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ def stage_layers(a: Architecture, p: ParallelConfig) -> list[list[range]]:
     return [ranges[rank :: p.pipeline] for rank in range(p.pipeline)]
 
 
+@functools.cache  # of thousands of layouts that the search for a fit tries, most differ in something else
 def rank_buffers(a: Architecture, p: ParallelConfig, rank: int, *, critic: bool = False) -> Buffers:
     """All parameters of pipeline rank ``rank`` (tensor, expert and data rank 0), one buffer a virtual stage."""
     total, s, chunks = Buffers(), sharding(p), stage_layers(a, p)[rank]

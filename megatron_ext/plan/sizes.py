@@ -10,6 +10,7 @@ Shapes: D hidden size, V vocabulary, F feed-forward size.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ def hf_tensors(a: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "lm_head.weight", (a.vocab_size, D)
 
 
+@functools.cache
 def num_parameters(a: Architecture) -> int:
     """Parameters of the Hugging Face model, a tied output layer counted once."""
     return sum(math.prod(shape) for _, shape in hf_tensors(a))
