@@ -71,16 +71,22 @@ def stage_layers(a: Architecture, p: ParallelConfig) -> list[list[range]]:
     return [ranges[rank :: p.pipeline] for rank in range(p.pipeline)]
 
 
-@functools.cache  # of thousands of layouts that the search for a fit tries, most differ in something else
 def rank_buffers(a: Architecture, p: ParallelConfig, rank: int, *, critic: bool = False) -> Buffers:
     """All parameters of pipeline rank ``rank`` (tensor, expert and data rank 0), one buffer a virtual stage."""
     total, s, chunks = Buffers(), sharding(p), stage_layers(a, p)[rank]
     for number, layers in enumerate(chunks):
         first = rank == 0 and number == 0
         last = rank == p.pipeline - 1 and number == len(chunks) - 1
-        parameters = stage_parameters(a, s, layers, first=first, last=last, critic=critic)
-        total += buffers(parameters, s, bucket_size(p) if rank == 0 and number == 0 else math.inf)
+        bucket = bucket_size(p) if rank == 0 and number == 0 else math.inf
+        total += _stage_buffers(a, s, layers, first, last, critic, bucket)
     return total
+
+
+@functools.cache  # of thousands of layouts that the search for a fit tries, most differ in something else
+def _stage_buffers(
+    a: Architecture, s: Sharding, layers: range, first: bool, last: bool, critic: bool, bucket: float
+) -> Buffers:
+    return buffers(stage_parameters(a, s, layers, first=first, last=last, critic=critic), s, bucket)
 
 
 def bucket_size(p: ParallelConfig) -> float:
