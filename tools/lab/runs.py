@@ -18,6 +18,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ from megatron_ext.config.errors import ConfigError
 from megatron_ext.metrics.writer import METRICS
 
 from .. import module_of
-from ..ranks import free_port
+from ..ranks import STORE, free_port
 from . import provenance
 from .plan import Command, Job
 
@@ -135,6 +136,9 @@ def start(job: Job, number: int) -> Running:
         try:
             _settle(job.folder / LOG, parent)
             os.environ.update(environment)
+            store = tempfile.TemporaryFile()
+            if sys.platform == "linux":  # no port, which another process may have taken by now
+                os.environ[STORE] = str(store.fileno())
             print("$ megatron-entropy", tool, *arguments, flush=True)
             code = importlib.import_module(module_of(tool)).main(arguments) or 0
         except SystemExit as error:

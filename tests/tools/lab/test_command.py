@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -147,6 +148,12 @@ def main(arguments):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
         print("waiting", flush=True)
         time.sleep(60)
+    if what == "meet":
+        from megatron_ext import cpu_compat
+        from megatron_ext.config.schema import ParallelConfig
+        from megatron_ext.model import parallel
+        cpu_compat.enter()
+        parallel.initialize(ParallelConfig(ranks_per_node=1))
     if what == "last":
         open(f"{folder}/evaluation.json", "w").write("{}")
     open(f"{folder}/order", "a").write(f"{time.monotonic()}\\n")
@@ -216,6 +223,14 @@ def test_a_signal_asks_the_children_to_save_and_ends_the_lab(make_job) -> None:
     outcome = lab_runs.work([job, next_job], 1, stop_when_it_runs)
     assert outcome.interrupted and not outcome.failed and time.monotonic() - start < 30
     assert said(job) == ["wait"] and not next_job.folder.exists()
+
+
+def test_a_port_that_another_process_took_ends_no_job(make_job, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setattr(lab_runs, "free_port", lambda: taken.getsockname()[1])
+        job = make_job("a", "meet", "last")
+        assert not lab_runs.work([job], 1, lambda _: None).failed, (job.folder / lab_runs.LOG).read_text()
+    assert job.finished
 
 
 def test_two_labs_do_not_share_a_folder(tmp_path: Path) -> None:
