@@ -136,11 +136,11 @@ def start(job: Job, number: int) -> Running:
         try:
             _settle(job.folder / LOG, parent)
             os.environ.update(environment)
-            store = tempfile.TemporaryFile()
-            if sys.platform == "linux":  # no port, which another process may have taken by now
-                os.environ[STORE] = str(store.fileno())
-            print("$ megatron-entropy", tool, *arguments, flush=True)
-            code = importlib.import_module(module_of(tool)).main(arguments) or 0
+            with tempfile.TemporaryFile() as store:
+                if sys.platform == "linux":  # no port, which another process may have taken by now
+                    os.environ[STORE] = str(store.fileno())
+                print("$ megatron-entropy", tool, *arguments, flush=True)
+                code = importlib.import_module(module_of(tool)).main(arguments) or 0
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
         except BaseException:
