@@ -87,9 +87,10 @@ def _rows(plan: LabPlan, results: Results, regime: str) -> list[Row]:
     tuned_baseline = results.runs.get(in_regime(tuned_name(plan.baseline), regime))
     rows = []
     for number, result in enumerate(members):
+        its_own = result.run.base in (result.method, *nulls) or result.run.setting == "tuned"
         row = Row(
             result,
-            setting_of(plan, result.run),
+            setting_of(plan, result.run) if its_own else "see Settings",
             is_null=result.run.base in nulls,
             same_as=next((other.run.base for other in members[:number] if is_same(other, result)), ""),
             beyond_untrained=_beyond_untrained(result, results),
@@ -227,8 +228,7 @@ def table(plan: LabPlan, results: Results, regime: str, rows: Sequence[Row]) -> 
         result = row.result
         lines.append(
             [
-                result.method
-                + (" (null control)" if row.is_null else "")
+                (f"{plan.baseline} (null control)" if row.is_null else result.run.base)
                 + (f" (= {row.same_as})" if row.same_as else ""),
                 row.setting,
                 str(len(result.seeds)),

@@ -433,10 +433,12 @@ def test_a_difference_in_every_problem_and_seed_is_higher_or_lower() -> None:
 
 def test_the_page_says_what_is_there_and_what_is_missing(folder: Path) -> None:
     plan = plan_with(folder, {})
+    save_run(folder, "grpo_unclipped@lag-4-s0", entropy=FLAT, right=1)
+    collect(plan, folder, folder)
     html, markdown = write(plan, folder)
     text, lines = html.read_text(), markdown.read_text().splitlines()
     assert "| off-policy | 16 of 128 | grpo_token_mean, grpo_unclipped, dr_grpo, " in "\n".join(lines)
-    assert "| lag-4 | 1 of 128 | grpo, grpo_again, " in "\n".join(lines) and "aer (1 of 4)" in "\n".join(lines)
+    assert "| lag-4 | 2 of 128 | grpo, grpo_again, " in "\n".join(lines) and "aer (1 of 4)" in "\n".join(lines)
     assert "| on-policy | 0 of 128 | everything |" in lines
     [aer] = [line for line in lines if line.startswith("| aer | paper's | 4 |")]
     cells = [cell.strip() for cell in aer.split("|")[1:-1]]
@@ -445,6 +447,9 @@ def test_the_page_says_what_is_there_and_what_is_missing(folder: Path) -> None:
         cells[5:9] == ["25.0 ± 0.0", "37.5 ± 0.0", "-", "-"] and cells[9] == "87.5 ± 0.0" and cells[-1] == "1.50 ± 0.00"
     )
     assert any(line.startswith("| grpo (null control) | paper's | 4 |") for line in lines)
+    assert any(
+        line.startswith("| grpo_unclipped | see Settings | 1 |") for line in lines
+    )  # GRPO too, with a name of its own
     # grpo, which tries nothing, has .18, .2 and .22 in the end where .28, .26 and .24 are asked
     assert "| entropic.linear | off-policy | 1 | 10.0 | 10.0 | 22.4 | - |" in "\n".join(lines)
     assert "The tuned runs of all methods are left out" in text
