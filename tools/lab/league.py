@@ -218,9 +218,9 @@ def table(plan: LabPlan, results: Results, regime: str, rows: Sequence[Row]) -> 
     avg, best = avg_metric(rows[0].result), pass_metric(rows[0].result)
     baseline = results.runs.get(plan.baseline_in(regime))
     head = [
-        *("method", "setting", "seeds", "right, %", "entropy", "off target, %", f"{plan.baseline} off it, %"),
-        *("overshoot, %", "settles at step"),
+        *("method", "setting", "seeds"),
         *(f"{avg}, %", f"less {plan.baseline}'s", f"{best}, %", f"less {plan.baseline}'s", "less untrained's"),
+        *("right, %", "entropy", "off target, %", f"{plan.baseline} off it, %", "overshoot, %", "settles at step"),
         *("length", "tax", "time"),
     ]
     lines = [head]
@@ -232,14 +232,14 @@ def table(plan: LabPlan, results: Results, regime: str, rows: Sequence[Row]) -> 
                 + (f" (= {row.same_as})" if row.same_as else ""),
                 row.setting,
                 str(len(result.seeds)),
-                cell(result.late(RIGHT), ".1f", scale=100),
-                cell(result.late(ENTROPY), ".3f"),
-                *following(result, baseline),
                 cell(result.evaluated(avg), ".1f", scale=100),
                 said(row.avg),
                 cell(result.evaluated(best), ".1f", scale=100),
                 said(row.passed),
                 said(row.beyond_untrained),
+                cell(result.late(RIGHT), ".1f", scale=100),
+                cell(result.late(ENTROPY), ".3f"),
+                *following(result, baseline),
                 cell(result.late(LENGTH), ".1f"),
                 cell(sharpening_tax(result, results.untrained), "+.3f"),
                 pace(result, baseline),

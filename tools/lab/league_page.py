@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..charts import Figures
 from ..report.page import page
+from .claims import NOT_DECIDED
 from .claims_table import markdown_table
 from .following import ENTROPY, errors_of, of_seeds, tracking_error
 from .league import HIGHER, LOWER, RIGHT, Row, following, is_same, league, note, table
@@ -285,5 +286,6 @@ def _line(row: Sequence[str], number: Sequence[bool], tag: str) -> str:
     for i, text in enumerate(row):
         own = "th" if i == 0 and len(row) > 1 else tag
         kind = "up" if text.startswith(HIGHER) else "down" if text.startswith(LOWER) else "n" if number[i] else ""
+        kind += " vote" if text.startswith((HIGHER, LOWER, NOT_DECIDED)) else ""  # an interval stays in its line
         cells.append(f'<{own} class="{kind}">{cell_html(text)}</{own}>')
     return f"<tr>{''.join(cells)}</tr>"

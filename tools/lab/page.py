@@ -49,7 +49,11 @@ def summary(plan: LabPlan, results: Results) -> str:
     """What was run, in a few lines."""
     seeds = [seed for result in results.runs.values() for seed in result.seeds]
     hours = sum(math.fsum(v or 0.0 for v in seed.curves.get("time/step_s", ())) for seed in seeds) / 3600
-    made = [{seed.made[key] for seed in seeds if seed.made.get(key)} for key in ("commit", "machine")]
+    # of a resumed run "; " separates those of its starts
+    made = [
+        {part for seed in seeds for part in (seed.made.get(key) or "").split("; ") if part}
+        for key in ("commit", "machine")
+    ]
     place = "".join(
         f", {word} {', '.join(sorted(found))}" for word, found in zip(("commit", "on"), made, strict=True) if found
     )
