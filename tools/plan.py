@@ -151,8 +151,10 @@ def verdict(plan: Plan, nearest: tuple[list[str], Plan] | None) -> list[str]:
         lines.append("the KV cache cannot hold one sequence of full length")
     if nearest is None:
         cuts = "tensor_parallel_size" in find_engine(plan.config.rollout).keys
-        or_ = "another rollout.tensor_parallel_size" if cuts else "rollout.engine=vllm, which can cut its copy over GPUs"
-        return [*lines, f"no layout that was tried on these GPUs fits: take more nodes, shorter sequences, or {or_}"]
+        rest = (
+            "another rollout.tensor_parallel_size" if cuts else "rollout.engine=vllm, which can cut its copy over GPUs"
+        )
+        return [*lines, f"no layout that was tried on these GPUs fits: take more nodes, shorter sequences, or {rest}"]
     changes, other = nearest
     return [*lines, f"nearest layout that fits, with {other.worst.peak / GB:.1f} GB: {' '.join(changes)}"]
 
