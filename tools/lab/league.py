@@ -159,7 +159,7 @@ def is_tuned_alike(plan: LabPlan, run: LabRun) -> bool:
 def setting_of(plan: LabPlan, run: LabRun) -> str:
     """In words: "paper's", or what was chosen."""
     if run.setting == "tuned":
-        return f"tuned: {run.note}"
+        return f"tuned: {run.note}".replace("method.", "")
     return "paper's, tuned alike" if is_tuned_alike(plan, run) else "paper's"
 
 

@@ -265,7 +265,8 @@ def settings(plan: LabPlan) -> list[list[str]]:
     for run in entries.values():
         regime = regimes[run.regime]
         own = run.set[: len(run.set) - len(regime.set) - len(regime.of.get(run.base, ()))]
-        rows.append([run.base, str(run.recipe), " ".join(own) or "-", str(run.first_seed), run.note or "-"])
+        last = {override.partition("=")[0]: override for override in own}  # of a key given twice the last one counts
+        rows.append([run.base, str(run.recipe), " ".join(last.values()) or "-", str(run.first_seed), run.note or "-"])
     return rows
 
 
