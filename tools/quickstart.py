@@ -11,6 +11,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -45,10 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     if is_done("after", run):
         console.print(f"{run} is finished; remove it to start over", markup=False)
     else:
-        engine = [f"rollout.engine={options.engine}", "rollout.enforce_eager=true"]
         for title, (tool, *rest) in (
             ("before", evaluate(BASE, "before", run, options.engine)),
-            ("train", ["train", RECIPE, f"name={name}", *engine, *options.overrides]),
+            ("train", train(name, options.engine, options.overrides)),
             ("export", ["convert", "to-hf", str(run), str(run / "hf")]),
             ("after", evaluate(str(run / "hf"), "after", run, options.engine)),
         ):
@@ -78,8 +78,18 @@ def is_done(title: str, run: Path) -> bool:
     return (run / EVALUATION).exists() and title in load_evaluations(run / EVALUATION)
 
 
+def train(name: str, engine: str, overrides: Sequence[str]) -> list[str]:
+    eager = ["rollout.enforce_eager=true"] if reads_eager(engine) else []
+    return ["train", RECIPE, f"name={name}", f"rollout.engine={engine}", *eager, *overrides]
+
+
+def reads_eager(engine: str) -> bool:
+    """Whether compiling, which takes longer than the whole quickstart, is to be turned off for the engine."""
+    return "enforce_eager" in ENGINES[engine].keys
+
+
 def evaluate(model: str, label: str, run: Path, engine: str) -> list[str]:
-    sampling = ["--engine", engine, *(["--enforce-eager"] if "enforce_eager" in ENGINES[engine].keys else [])]
+    sampling = ["--engine", engine, *(["--enforce-eager"] if reads_eager(engine) else [])]
     return ["evaluate", model, *HELD_OUT, *sampling, "--out", str(run / EVALUATION), "--label", label]
 
 

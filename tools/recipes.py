@@ -8,13 +8,20 @@ megatron-entropy train siren-tiny-cpu     uses one; so does  parent = "recipes/s
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
 from megatron_ext.config.shipped import RECIPES, names
 
 from .arguments import command_parser
+
+
+def slurm_command(recipe: Path, overrides: Sequence[str] = ()) -> str:
+    """What submits a recipe. Any script of slurm/ does: RECIPE takes the place of its own and says the size."""
+    return f"RECIPE={shlex.quote(str(recipe))} {shlex.join(['bash', 'slurm/siren_7b.sh', *overrides])}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -42,6 +42,7 @@ from . import faults, module_of, ranks
 from .arguments import add_recipe, command_parser
 from .dry_run import dry_run
 from .plan import read_valid
+from .recipes import slurm_command
 
 CONFIGURATION, HEALTH, SAVING = 2, 3, 4
 OUT_OF_MEMORY = (
@@ -155,8 +156,8 @@ def _check_own_code(config: Config) -> dict[str, Any]:
 def _launch(config: Config, options: argparse.Namespace) -> int:
     if config.parallel.nodes > 1:
         raise ConfigError(
-            f"parallel.nodes: {config.parallel.nodes} nodes cannot be started from here. With Slurm: RECIPE="
-            f"{find_recipe(options.recipe)} bash slurm/siren_7b.sh, or megatron-entropy launch; elsewhere "
+            f"parallel.nodes: {config.parallel.nodes} nodes cannot be started from here. With Slurm: "
+            f"{slurm_command(find_recipe(options.recipe), options.overrides)}, or megatron-entropy launch; elsewhere "
             "python -m tools.ranks on every node; on this machine alone set parallel.nodes=1"
         )
     print(f"starting {config.parallel.world} ranks; the run's folder is {config.run_dir}", flush=True)

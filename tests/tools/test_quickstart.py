@@ -7,6 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_ext.config.loading import load_config
+from megatron_ext.train.method_factory import create_method
+from megatron_ext.train.without_effect import without_effect
 from tests.tools.runs import evaluation
 from tools import quickstart
 from tools.evaluate import command, save_evaluation
@@ -18,6 +21,14 @@ def test_evaluation_takes_the_quickstarts_options(engine: str) -> None:
     assert tool == "evaluate"
     rollout = command._rollout(command._parser().parse_args(arguments))
     assert (rollout.engine, rollout.enforce_eager) == (engine, engine == "vllm")
+
+
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_every_key_that_training_is_given_is_read(engine: str) -> None:
+    tool, recipe, *overrides = quickstart.train("quickstart", engine, ["train.steps=20"])
+    config = load_config(recipe, overrides)
+    assert (tool, config.rollout.engine, config.train.steps) == ("train", engine, 20)
+    assert without_effect(config, create_method(config)) == []
 
 
 @pytest.mark.parametrize(

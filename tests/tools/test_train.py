@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -42,6 +43,17 @@ def test_a_key_given_as_an_option_is_told(capsys: pytest.CaptureFixture[str]) ->
     assert end.value.code == 2
     said = capsys.readouterr().err
     assert "--steps 5; keys of the recipe are set as section.key=value, such as train.steps=5" in said
+
+
+def test_several_nodes_are_told_the_command_that_submits_them(capfd: pytest.CaptureFixture[str]) -> None:
+    """With the same overrides; the command is run as it is told, by a shell."""
+    assert train.main([RECIPE, "parallel.nodes=2", 'name="two words"']) == 2
+    said = capfd.readouterr().err
+    told = said[said.index("RECIPE=") : said.index(", or megatron-entropy launch")]
+    done = subprocess.run(f"DRY_RUN=1 {told}", shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    submitted = next(line for line in done.stdout.splitlines() if " sbatch " in line)
+    assert shlex.split(submitted)[-2:] == ["parallel.nodes=2", 'name="two words"'] and RECIPE in submitted
 
 
 @pytest.mark.parametrize(

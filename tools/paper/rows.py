@@ -17,10 +17,10 @@ from megatron_ext.config.public_sets import how_to_make
 from megatron_ext.config.schema import Config
 from megatron_ext.config.shipped import RECIPES, find, find_recipe, outside
 
+from ..recipes import slurm_command
 from .tables import Paper, PaperTable, Row
 
 PROGRAM = "megatron-entropy"
-SLURM_SCRIPT = "slurm/siren_7b.sh"  # any of them: RECIPE=... takes its place and says the size
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def train_command(row: Row, config: Config) -> str:
     overrides = [*row.overrides, *([f"name={run_name(row)}"] if row.overrides else [])]
     if config.parallel.nodes == 1:
         return shlex.join([PROGRAM, "train", row.recipe, *overrides])
-    return f"RECIPE={quoted(find_recipe(row.recipe))} {shlex.join(['bash', SLURM_SCRIPT, *overrides])}"
+    return slurm_command(here(find_recipe(row.recipe)), overrides)
 
 
 def trained(folder: Path, steps: int, command: str) -> Step:
