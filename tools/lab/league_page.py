@@ -26,6 +26,7 @@ from .results import Curve, Result, Results, load
 from .scatter import Dot, scatter
 from .tuning import OBJECTIVE, Axis, nats_lost, trial_name
 
+ONE_LINE = 32  # characters of a cell that is not broken, nor is an interval
 COLUMNS = (
     "Rows are ranked by held-out avg@k alone: neighbours mostly differ by chance, see the verdicts. Mean ± standard "
     "deviation over seeds. Right (the share of right answers in training), entropy (nats a token) and length "
@@ -287,6 +288,6 @@ def _line(row: Sequence[str], number: Sequence[bool], tag: str) -> str:
     for i, text in enumerate(row):
         own = "th" if i == 0 and len(row) > 1 else tag
         kind = "up" if text.startswith(HIGHER) else "down" if text.startswith(LOWER) else "n" if number[i] else ""
-        kind += " vote" if text.startswith((HIGHER, LOWER, NOT_DECIDED)) else ""  # an interval stays in its line
+        kind += " line" if text.startswith((HIGHER, LOWER, NOT_DECIDED)) or len(text) <= ONE_LINE else ""
         cells.append(f'<{own} class="{kind}">{cell_html(text)}</{own}>')
     return f"<tr>{''.join(cells)}</tr>"

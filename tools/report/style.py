@@ -66,7 +66,7 @@ table { border-collapse:collapse; width:100%; font-size:14px } td,th { padding:6
 th { color:var(--soft); font-weight:500 } tr+tr>* { border-top:1px solid var(--rule) }
 tr+tr th { color:var(--ink); font-weight:450; white-space:nowrap }
 td.n,th.n { text-align:right; font-variant-numeric:tabular-nums; white-space:nowrap } td small { color:var(--soft) }
-td.vote { white-space:nowrap } td.text { min-width:150px; overflow-wrap:anywhere }
+td.vote,td.line { white-space:nowrap } td.text { min-width:150px; overflow-wrap:anywhere }
 .dense td,.dense th { padding:5px 9px; font-size:13.5px }
 code { font:13px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace }
 .up { color:var(--good); font-weight:600 } .down { color:var(--bad); font-weight:600 }
