@@ -1,129 +1,38 @@
-"""What can be wrong with servers, shown with small stand-ins for them: nothing here starts vLLM."""
+"""What servers can answer that is wrong, or not in time; nothing here starts vLLM."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from aiohttp import web
 
-from megatron_ext.rollout.base import Request, RolloutError, Sampling
+from megatron_ext.rollout.base import Request, RolloutError
 from megatron_ext.rollout.vllm_server import engine as vllm_server
 from megatron_ext.rollout.vllm_server import round as server_round
 from megatron_ext.rollout.vllm_server.engine import ServerEngine
-from megatron_ext.rollout.vllm_server.fleet import Fleet, ServerProcess
-from megatron_ext.rollout.vllm_server.guard import PROOF, TOKEN_VARIABLE, answer_key, request_key
-from megatron_ext.rollout.vllm_server.round import Round, RoundResult
-
-BASE = Path(__file__).parents[2] / "recipes" / "tiny" / "base"
-SAMPLING = Sampling(1.0, 1.0, 4)
-VOCAB = 64
-TOKEN = "0123456789abcdef"
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-RUNNING = {
-    "/version": {"version": "0.32.0"},
-    "/server_info": {
-        "vllm_config": {
-            "weight_transfer_config": {"backend": "inline"},
-            "model_config": {"logprobs_mode": "processed_logprobs", "max_model_len": 4096},
-        }
-    },
-    "/health": {},
-}
-
-
-class Tokenizer:
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        return str(ids)
-
-
-@contextmanager
-def server(generate: Handler | None, answers: dict[str, Any], token: str | None = TOKEN) -> Iterator[str]:
-    """A server that gives fixed answers, and responses made by ``generate``; its url. Without ``token`` it answers
-    everybody, and proves nothing."""
-
-    @web.middleware
-    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if token is not None and request.headers.get("Authorization") != request_key(token):
-            return web.Response(status=401)
-        return await handler(request)
-
-    async def prove(_: web.Request, response: web.StreamResponse) -> None:
-        if token is not None:
-            response.headers[PROOF] = answer_key(token)
-
-    app = web.Application(middlewares=[guard])
-    app.on_response_prepare.append(prove)
-    for path, answer in answers.items():
-        app.router.add_get(path, answer if callable(answer) else fixed(answer))
-    if generate is not None:
-        app.router.add_post("/inference/v1/generate", generate)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-
-    async def start() -> str:
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        return "http://{}:{}".format(*runner.addresses[0])
-
-    try:
-        yield asyncio.run_coroutine_threadsafe(start(), loop).result()
-    finally:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
-
-
-def fixed(answer: Any) -> Handler:
-    async def handle(_: web.Request) -> web.StreamResponse:
-        return web.json_response(answer)
-
-    return handle
-
-
-def answering(version: str = "3", reason: str = "stop", delay_s: float = 0.0) -> Handler:
-    async def handle(request: web.Request) -> web.StreamResponse:
-        body = await request.json()
-        if "token_ids" not in body:
-            return web.json_response({"error": "token_ids is missing"}, status=400)
-        await asyncio.sleep(delay_s)
-        choice = {
-            "finish_reason": reason,
-            "token_ids": [1, 2],
-            "logprobs": {"content": [{"logprob": -0.5}, {"logprob": -9999.0}]},
-            "weight_versions": [{"version": version, "start": 0, "end": 2}],
-        }
-        return web.json_response({"choices": [choice]})
-
-    return handle
-
-
-async def silent(_: web.Request) -> web.StreamResponse:
-    await asyncio.sleep(3600)
-    raise AssertionError
-
-
-def ask(urls: list[str], count: int, deadline_s: float = 20.0) -> tuple[RoundResult, dict[int, Any]]:
-    got: dict[int, Any] = {}
-    one = Round(dict.fromkeys(urls, TOKEN), "3", 2, deadline_s, Tokenizer(), [1], VOCAB)
-    return asyncio.run(one.run([Request((5, 6), i) for i in range(count)], SAMPLING, got.__setitem__)), got
+from megatron_ext.rollout.vllm_server.round import Round
+from tests.vllm.stand_in import (
+    BASE,
+    RUNNING,
+    SAMPLING,
+    TOKEN,
+    VOCAB,
+    Handler,
+    Tokenizer,
+    answering,
+    ask,
+    fixed,
+    server,
+    silent,
+)
 
 
 def test_a_response_that_takes_too_long_costs_its_server_alone() -> None:
@@ -322,168 +231,3 @@ def test_our_own_server_that_answers_wrongly_is_replaced(
             engine.generate(requests, SAMPLING)
     finally:
         engine.close()
-
-
-def edited(path: str, **changes: Any) -> dict[str, Any]:
-    config = RUNNING["/server_info"]["vllm_config"]
-    return RUNNING | {path: {"vllm_config": config | changes} if path == "/server_info" else changes}
-
-
-@pytest.mark.parametrize(
-    ("generate", "answers", "message"),
-    [
-        (answering(), {"/version": {}}, "is no vLLM server"),
-        (answering(), edited("/version", version="what?"), "is vLLM what?"),
-        (answering(), RUNNING | {"/server_info": {}}, "/server_info lacks what is needed"),
-        (answering(), edited("/version", version="0.25.1"), "vLLM 0.25.1, expected 0.26 or newer"),
-        (answering(), {"/version": RUNNING["/version"]}, "VLLM_SERVER_DEV_MODE=1"),
-        (None, RUNNING, "--enable-scale-out"),
-        (
-            answering(),
-            edited("/server_info", weight_transfer_config={"backend": "ipc"}),
-            "backend ipc, expected inline",
-        ),
-        (
-            answering(),
-            edited("/server_info", model_config={"logprobs_mode": "raw_logprobs", "max_model_len": 4096}),
-            "--logprobs-mode processed_logprobs",
-        ),
-        (
-            answering(),
-            edited("/server_info", model_config={"logprobs_mode": "processed_logprobs", "max_model_len": 32}),
-            "takes 32 tokens, expected 64",
-        ),
-    ],
-)
-def test_servers_that_cannot_be_driven(
-    generate: Handler | None, answers: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
-    with server(generate, answers) as url, pytest.raises(ValueError, match=message) as error:
-        ServerEngine(BASE, dtype="float32", max_tokens=64, log_dir=tmp_path, urls=[url])
-    assert url in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("token", "message"),
-    [(None, "answers everybody; start it with --middleware"), ("f" * 16, "started with another token")],
-)
-def test_servers_without_the_runs_token(
-    token: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options: dict[str, Any] = {"dtype": "float32", "max_tokens": 64, "log_dir": tmp_path, "token_variable": "OURS"}
-    with server(answering(), RUNNING, token) as url:
-        with pytest.raises(ValueError, match="rollout.servers.token_variable: the environment's OURS holds 0 char"):
-            ServerEngine(BASE, urls=[url], **options)
-        monkeypatch.setenv("OURS", TOKEN)
-        with pytest.raises(ValueError, match=f"rollout.servers.urls: {url} .*{message}"):
-            ServerEngine(BASE, urls=[url], **options)
-
-
-def test_nobody_answers_at_the_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
-        with pytest.raises(ValueError, match=f"{url} does not answer.*start it first"):
-            ServerEngine(BASE, dtype="float32", max_tokens=64, log_dir=tmp_path, urls=[url])
-
-
-def test_a_port_in_use(tmp_path: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(ValueError, match=rf"rollout.servers.port: .*127.0.0.1:{port} .*in use"):
-            ServerEngine(BASE, dtype="float32", max_tokens=64, log_dir=tmp_path, num=2, port=port - 1)
-    assert not list(tmp_path.iterdir())  # nothing was started
-
-
-def process(tmp_path: Path, code: str) -> ServerProcess:
-    return ServerProcess("http://127.0.0.1:9", [sys.executable, "-c", code], {}, tmp_path / "server-0.log")
-
-
-def test_a_server_that_ends_at_once_is_reported_with_its_last_words(tmp_path: Path) -> None:
-    fleet = Fleet([process(tmp_path, "raise SystemExit('no such model')")], {}, max_restarts=2)
-    with pytest.raises(RolloutError, match=r"did not start: its process ended(.|\n)*no such model"):
-        fleet.start()
-
-
-def test_restarts_are_bounded_also_when_none_succeeds(tmp_path: Path) -> None:
-    fleet = Fleet([process(tmp_path, "raise SystemExit('out of memory')")], {}, max_restarts=2)
-    with pytest.raises(RolloutError, match=r"after 2 restarts, .*allows 2(.|\n)*out of memory"):
-        fleet.repair({"http://127.0.0.1:9": "hangs"})
-    assert fleet.processes["http://127.0.0.1:9"].log_file.read_text().count("out of memory") == 2
-
-
-def test_others_servers_are_left_out_until_none_is_left() -> None:
-    fleet = Fleet([], {"http://a": TOKEN, "http://b": TOKEN}, max_restarts=0)
-    fleet.repair({"http://a": "hangs"})
-    assert fleet.servers == {"http://b": TOKEN}
-    with pytest.raises(RolloutError, match="no server .* is left.*broken"):
-        fleet.repair({"http://b": "broken"})
-
-
-def test_a_server_that_was_left_out_is_in_the_next_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One with other weights may have been started anew: it knows nothing of the transfer that the others are in."""
-    engine: Any = ServerEngine.__new__(ServerEngine)
-    engine.rank, engine.world, engine.distributed, engine.transfer = 0, 1, False, object()
-    engine.fleet, engine.left_out, engine.is_connected = (
-        Fleet([], {"http://a": "", "http://b": ""}, max_restarts=0),
-        {},
-        True,
-    )
-    engine.servers, sent = engine.fleet.servers, []
-
-    def send(*, reconnect: bool) -> dict[str, str]:
-        sent.append((reconnect, set(engine.servers)))
-        return {}
-
-    monkeypatch.setattr(engine, "_send", send)
-    engine.update_weights(object(), 3)
-    engine._leave_out({}, {"http://a": "generates with weights of version 0"})
-    assert set(engine.servers) == {"http://b"}
-    for version in (4, 5):
-        engine.update_weights(object(), version)
-    both = {"http://a", "http://b"}
-    assert sent == [(False, both), (True, both), (False, both)]
-
-
-@pytest.mark.parametrize("deaf", [False, True])
-def test_a_killed_trainer_leaves_no_server_behind(deaf: bool, tmp_path: Path) -> None:
-    """Neither a server nor its workers: one in order on SIGTERM, one that does not listen to it and is killed."""
-    tree = "import subprocess, sys, signal, time\n" + "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" * deaf
-    tree += "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'])\nprint('up', flush=True)\n"
-    tree += "time.sleep(1000)"
-    trainer = f"""
-import os, pathlib, signal, time
-from megatron_ext.rollout.vllm_server import fleet
-fleet.GRACE_S = 0.5
-log = pathlib.Path({str(tmp_path)!r}) / "log"
-process = fleet.ServerProcess("", [{sys.executable!r}, "-c", {tree!r}], {{}}, log)
-process.start()
-while "up" not in log.read_text():
-    time.sleep(0.02)
-print(process.pid, flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    done = subprocess.run([sys.executable, "-c", trainer], capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    group, end = int(done.stdout), time.monotonic() + 15
-    while (left := members(group)) and time.monotonic() < end:
-        time.sleep(0.05)
-    if left:
-        os.killpg(group, signal.SIGKILL)
-    assert not left
-
-
-def members(group: int) -> list[int]:
-    """The processes of a process group that are not dead."""
-    found = []
-    for each in psutil.process_iter(["status"]):
-        try:
-            if os.getpgid(each.pid) == group and each.info["status"] != psutil.STATUS_ZOMBIE:
-                found.append(each.pid)
-        except ProcessLookupError:
-            continue
-    return found
