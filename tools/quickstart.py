@@ -79,17 +79,17 @@ def is_done(title: str, run: Path) -> bool:
 
 
 def train(name: str, engine: str, overrides: Sequence[str]) -> list[str]:
-    eager = ["rollout.enforce_eager=true"] if reads_eager(engine) else []
-    return ["train", RECIPE, f"name={name}", f"rollout.engine={engine}", *eager, *overrides]
+    own = ["rollout.enforce_eager=true"] if reads_enforce_eager(engine) else []
+    return ["train", RECIPE, f"name={name}", f"rollout.engine={engine}", *own, *overrides]
 
 
-def reads_eager(engine: str) -> bool:
+def reads_enforce_eager(engine: str) -> bool:
     """Whether compiling, which takes longer than the whole quickstart, is to be turned off for the engine."""
     return "enforce_eager" in ENGINES[engine].keys
 
 
 def evaluate(model: str, label: str, run: Path, engine: str) -> list[str]:
-    sampling = ["--engine", engine, *(["--enforce-eager"] if reads_eager(engine) else [])]
+    sampling = ["--engine", engine, *(["--enforce-eager"] if reads_enforce_eager(engine) else [])]
     return ["evaluate", model, *HELD_OUT, *sampling, "--out", str(run / EVALUATION), "--label", label]
 
 
