@@ -41,10 +41,10 @@ def test_the_loss_is_its_equation(case: Case) -> None:
     assert close(run(case, OPTIONS["qae, authors"]), reference(case, between), case)
 
 
-@pytest.mark.parametrize("k", [0.1, 0.2, 0.25, 0.4, 0.5, 0.6, 0.7, 0.75, 0.9])
+@pytest.mark.parametrize("k", [0.1, 0.2, 0.25, 0.28, 0.4, 0.5, 0.6, 0.7, 0.75, 0.9])
 def test_of_right_and_wrong_the_baseline_is_a_threshold_on_accuracy(k: float) -> None:
-    """Equation 4, where K G is whole too."""
-    for size in (1, 2, 5, 8, 10, 16):
+    """Equation 4, where K G is whole too, also where floating point says that it is more: .28 x 25."""
+    for size in (1, 2, 5, 8, 10, 16, 25):
         for right in range(size + 1):
             reward = torch.tensor([1.0] * right + [0.0] * (size - right))
             expected = 0.0 if right / size <= 1 - k + 1e-12 else 1.0
