@@ -53,9 +53,9 @@ def authors_applied(entropies: list[float], target: float, delta: float, largest
 
 
 def test_the_authors_gate_is_their_controller(monkeypatch: pytest.MonkeyPatch) -> None:
-    entropies = [0.1, 0.1, 0.1, 0.3, 0.3, 0.1, 0.1, 0.3, 0.1, 0.1]
+    entropies = [0.1, 0.1, 0.1, 0.3, 0.3, 0.1, 0.1, 0.3, 0.1, 0.1, 0.2, 0.1]  # at the target it is not below
     expected = authors_applied(entropies, 0.2, 0.25, 0.6)
-    assert expected == pytest.approx([0, 0.25, 0.5, 0.6, 0, 0, 0.35, 0.6, 0, 0.6])
+    assert expected == pytest.approx([0, 0.25, 0.5, 0.6, 0, 0, 0.35, 0.6, 0, 0.6, 0.6, 0])
     case, method, measured = Case(), AEC(target=0.2, delta=0.25, c_max=0.6, gate="previous"), iter(entropies)
     monkeypatch.setattr(AEC, "measured", lambda *_: next(measured))
     assert [on_step_start(method, case)["aec/applied"] for _ in entropies] == pytest.approx(expected)

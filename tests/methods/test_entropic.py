@@ -25,16 +25,20 @@ def alpha_of(case: Case, target: float) -> float:
     return max(-1.0, min(1.0, 1.0 * error + 0.01 * error))
 
 
+@pytest.mark.parametrize("clip", [0.2, 0.02])  # at the second one some likely tokens are clipped, but not here
 @pytest.mark.parametrize("target", [0.8, 2.1])  # alpha positive, alpha negative
-def test_the_high_probability_form(case: Case, target: float) -> None:
+def test_the_high_probability_form(case: Case, target: float, clip: float) -> None:
     a, r, alpha = case.advantages(), case.ratio, alpha_of(case, target)
     high = [t for t in case.tokens if case.logp(case.logits)[t].exp() > 0.6]
     assert 5 < len(high) < len(case.tokens) and 0.1 < abs(alpha) < 1
-    base, control = clipped(r, a, 0.2, 0.2)[case.tokens], (r * a.abs())[high]
+    beyond = (a[high] * (r[high] - 1 - clip * a[high].sign()) > 0).any()
+    assert bool(beyond) == (clip < 0.2)
+    base, control = clipped(r, a, clip, clip)[case.tokens], (r * a.abs())[high]
     paper = base.mean() - alpha * control.sum() / len(case.tokens)
     authors = base.mean() - alpha * control.mean()
-    assert close(run(case, OPTIONS["entropic"] | {"target": target}), paper, case)
-    assert close(run(case, OPTIONS["entropic, authors"] | {"target": target}), authors, case)
+    own = {"target": target, "clip_low": clip, "clip_high": clip}
+    assert close(run(case, OPTIONS["entropic"] | own), paper, case)
+    assert close(run(case, OPTIONS["entropic, authors"] | own), authors, case)
 
 
 @pytest.mark.parametrize("target", [0.8, 2.1])
@@ -109,6 +113,23 @@ def test_the_authors_scope_moves_by_the_share_of_each_micro_batch_of_its_rank(ca
             integral += error * len(rows) / len(own)
         integrals.append(integral)
     assert [m.state_dict()["integral"] for m in found.methods] == pytest.approx(integrals)
+
+
+def test_the_authors_term_is_a_mean_over_each_micro_batchs_likely_tokens(case: Case) -> None:
+    """Each micro-batch counts by its responses, and by what it measured itself."""
+    a, r, logp, h = case.advantages(), case.ratio, case.logp(case.logits), entropy(case.logits)
+    expected = clipped(r, a, 0.2, 0.2)[case.tokens].mean()
+    shares = []
+    for start in range(0, len(case.reward), 4):
+        rows = [i for i in case.valid if start <= i < start + 4]
+        own = [t for i in rows for t in case.tokens_of(i)]
+        high = [t for t in own if logp[t].exp() > 0.6]
+        alpha = max(-1.0, min(1.0, float(h[own].mean()) - 0.8))
+        shares.append(len(rows) / len(case.valid))
+        expected = expected - alpha * shares[-1] * (r * a.abs())[high].mean()
+    assert len(set(shares)) > 1
+    options = OPTIONS["entropic, authors"] | {"scope": "micro_batch", "k_i": 0.0}
+    assert close(run(case, options, micro_batch=4), expected, case)
 
 
 def eight_responses(entropies: tuple[float, ...]) -> tuple[Batch, TokenStats]:

@@ -82,6 +82,20 @@ def test_loss_and_gradient_are_the_equations(name: str, aggregation: str, case: 
     assert close(run(case, options), mean, case)
 
 
+@pytest.mark.parametrize("name", TABLES)
+def test_it_is_the_equations_far_from_the_old_policy_too(name: str) -> None:
+    """A response's mean log-ratio is beyond 1 there, and a wrong one's ratio has no bound."""
+    far = Case()
+    far.old = far.old * 2.5
+    moved = far.logp(far.logits).detach() - far.logp(far.old)
+    means = [
+        float(moved[list(far.tokens_of(i))].mean()) for i in far.valid if far.advantages()[far.tokens_of(i)[0]] < 0
+    ]
+    assert max(means) > 1.3 and moved.abs().max() < 20
+    loss = per_token(far, name)[far.tokens].mean()
+    assert close(run(far, {"name": "grpo", "surrogate": TABLES[name], "aggregation": "token-mean"}), loss, far)
+
+
 @pytest.mark.parametrize("name", [name for name in TABLES if name != "topr, token"])
 def test_a_name_is_a_table_with_the_defaults(name: str, case: Case) -> None:
     named = run(case, {"name": "grpo", "surrogate": name})
