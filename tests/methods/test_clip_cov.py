@@ -27,12 +27,14 @@ def case() -> Case:
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.1])
-def test_eligible_tokens_have_no_loss_and_stay_in_the_denominator(case: Case, clip: float) -> None:
-    stopped = eligible(case, 0.1, 3.0, clip)
+@pytest.mark.parametrize("w_high", [3.0, 0.5])  # the second one has tokens above it
+def test_eligible_tokens_have_no_loss_and_stay_in_the_denominator(case: Case, clip: float, w_high: float) -> None:
+    stopped = eligible(case, 0.1, w_high, clip)
+    assert (stopped == eligible(case, 0.1, 99.0, clip)) == (w_high == 3.0)
     kept = [t for t in case.tokens if t not in stopped]
     assert 3 < len(stopped) < len(case.tokens) / 2
     loss = clipped(case.ratio, case.advantages(), clip, clip)[kept].sum() / len(case.tokens)
-    found = run(case, ALL | {"clip_low": clip, "clip_high": clip})
+    found = run(case, ALL | {"clip_low": clip, "clip_high": clip, "w_high": w_high})
     assert close(found, loss, case)
     assert found.metrics["clip_cov/stopped"] == len(stopped)
 
