@@ -85,6 +85,8 @@ def test_scalability_is_the_paper_s_by_exact_arithmetic() -> None:
     sharp = seed(1, [0, 0, 16, 16], 16)  # always or never: further tries are worth nothing
     assert scalability(sharp) == 0.0
     assert sharpening_tax(result("x", sharp), own) == pytest.approx([scalability(own)])
+    silent = seed(2, [0, 0, 0, 0], 16)  # its tax would be the untrained model's whole S(K)
+    assert sharpening_tax(result("x", sharp, silent), own) == pytest.approx([scalability(own)])
     other = result("x", sharp)
     other = replace(other, run=replace(other.run, set=('model.path="recipes/tiny/moe"',)))
     assert sharpening_tax(other, own) == [] == sharpening_tax(result("x", sharp), None)

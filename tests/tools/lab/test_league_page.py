@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_ext.methods.base import Controller
 from tests.tools.lab.plans import FALLING, FLAT, PLAN, ROOT, plan_with
 from tests.tools.lab.saved import save_run
 from tests.tools.lab.test_claims import result, seed
+from tools.lab.following import uncontrolled_error
 from tools.lab.league import league
 from tools.lab.league_page import settings, write
 from tools.lab.page import pace
-from tools.lab.plan import BASE, jobs, load_plan
-from tools.lab.results import load
+from tools.lab.plan import BASE, LabPlan, jobs, load_plan
+from tools.lab.results import Result, Results, load
 from tools.lab.store import collect, left_to_do
 
 
@@ -71,6 +73,49 @@ def test_a_run_that_is_another_s_to_the_bit_is_told_and_counts_once(folder: Path
     assert same == {"psr": "kl_cov"}  # the plan's order
     rise = rows["aer"].beyond_untrained
     assert rise is not None and rise.effect.mean == pytest.approx(0.0)  # pass@4 is 1 in both
+
+
+def drawn(plan: LabPlan, name: str, *, less: float, draw: int) -> Result:
+    """Four seeds of a run that answers 40 problems in .5 - ``less`` of 16 tries, give or take 5 points a seed."""
+    [run] = [run for run in plan.runs if run.name == name]
+    rng = np.random.default_rng(draw)
+    rates = 0.5 - less + 0.05 * rng.standard_normal(4)
+    seeds = (seed(i, rng.binomial(16, rate, 40), 16, entropy__full=FLAT) for i, rate in enumerate(rates))
+    return Result(run, run.base, None, 32, tuple(seeds))
+
+
+def test_a_star_is_for_what_few_chances_would_make_and_never_for_the_null_control() -> None:
+    """A null control far from the baseline would be a fault of the comparison, which the verdict tells."""
+    plan = load_plan(PLAN)
+    less = {"grpo": 0.0, "grpo_again": 0.35, "psr": 0.35, "qae": 0.03, "nsr": 0.0}
+    names = [f"{name}@off-policy" for name in less]
+    runs = {name: drawn(plan, name, less=less[name.partition("@")[0]], draw=i) for i, name in enumerate(names)}
+    rows = {row.result.run.base: row for row in league(plan, Results(None, runs, "grpo"))["off-policy"]}
+    found = {name: row.avg for name, row in rows.items() if row.avg is not None}
+    assert {name: (each.verdict, each.survives) for name, each in found.items()} == {
+        "psr": ("lower", True),
+        "grpo_again": ("lower", False),
+        "qae": ("not decided", False),
+        "nsr": ("not decided", False),
+    }
+    assert 0.05 < min(found["qae"].p, found["nsr"].p) < 0.6
+
+
+def test_every_seed_is_compared_with_the_untrained_model() -> None:
+    plan = load_plan(PLAN)
+    own = drawn(plan, "psr@off-policy", less=0.0, draw=0)
+    results = Results(replace(own.seeds[0], c=np.full(40, 8)), {own.run.name: own}, "grpo")
+    [row] = league(plan, results)["off-policy"]
+    assert row.beyond_untrained is not None and len(row.beyond_untrained.effect.seeds) == 4
+
+
+def test_another_entropy_than_the_steps_says_nothing_of_the_baseline() -> None:
+    """SIREN holds that of the peaks: GRPO's own, beside the same target, is another quantity."""
+    grpo = result("grpo", seed(0, entropy__full=FLAT))
+    target = Controller(measured="m/entropy", target="m/target", output="m/k")
+    for measured, told in ((FLAT, [0.25]), ([0.9] * 9, [])):
+        own = seed(0, entropy__full=FLAT, m__entropy=measured, m__target=[0.32] * 9)
+        assert uncontrolled_error(result("m", own, controller=target), grpo) == pytest.approx(told)
 
 
 OLDER, NEWER = {"commit": "a", "machine": "m"}, {"commit": "b", "machine": "m"}
