@@ -192,9 +192,17 @@ def test_a_nucleus_may_raise_the_engines_log_probs() -> None:
     mismatch.check(KNOWN | {"mismatch/mean": 0.79}, config)  # log 2 + .1
     with pytest.raises(mismatch.MismatchError, match=r"0\.8 nats"):
         mismatch.check(KNOWN | {"mismatch/mean": 0.8}, config)
-    top_k = Config.model_validate({"rollout": nucleus | {"top_k": 5}, "alarms": {"mismatch": 0.1}})
-    mismatch.check(KNOWN | {"mismatch/mean": 9.9}, top_k)
+    for rule in ({"top_k": 5}, {"min_p": 0.1}):
+        unbounded = Config.model_validate({"rollout": nucleus | rule, "alarms": {"mismatch": 0.1}})
+        mismatch.check(KNOWN | {"mismatch/mean": 9.9}, unbounded)
     mismatch.check(KNOWN | {"mismatch/mean": 9.9}, Config.model_validate({"alarms": {"mismatch": 0}}))
+
+
+def test_weights_of_steps_before_are_no_fault_of_the_engine() -> None:
+    config = Config.model_validate({"alarms": {"mismatch": 0.1}})
+    mismatch.check(KNOWN | {"mismatch/mean": 0.8}, config, lag=1)
+    with pytest.raises(mismatch.MismatchError, match=r"0\.8 nats"):
+        mismatch.check(KNOWN | {"mismatch/mean": 0.8}, config, lag=0)
 
 
 def test_sampling_replay_leaves_nothing_to_allow_for() -> None:

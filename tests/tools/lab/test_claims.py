@@ -83,6 +83,7 @@ def test_late_and_kept_entropy_by_hand() -> None:
 def test_entropy_is_compared_where_both_answer_equally_well() -> None:
     """b learns twice as fast and its entropy falls with what it has learnt just as a's does: no difference."""
     assert pooled_until_rising([1, 3, 2, 2, 5], [9, 8, 6, 4, 1]) == ([1, 7 / 3, 5], [9, 6, 1])
+    assert pooled_until_rising([1, 1, 2], [4, 2, 1]) == ([1, 2], [3, 1])  # equals too: they must rise
 
     slow = [0.01 * i for i in range(60)]
     fast = [0.02 * i for i in range(60)]
@@ -96,6 +97,9 @@ def test_entropy_is_compared_where_both_answer_equally_well() -> None:
     assert late[0] - late[1] > 0.2  # the unconditioned rule would call it more entropy
     higher = [value + 0.1 for value in entropies(slow)]
     assert at_equal_reward(slow, higher, fast, entropies(fast))[0] == pytest.approx(0.1)
+    # in the upper half alone: from .27 to .495 (the fast one begins at .04), where b has what it has less there
+    kink = [0.8 - 0.5 * share + 10 * max(0.0, 0.2 - share) for share in fast]
+    assert at_equal_reward(slow, entropies(slow), fast, kink)[0] == pytest.approx(0.0, abs=1e-9)
     # a run that never answers is compared at the start
     assert at_equal_reward([0.0] * 9, [0.9] * 9, [0.0] * 9, [0.4] * 9) == pytest.approx((0.5, 0.0))
 
