@@ -20,7 +20,7 @@ Scope. T_low, T_high and the means are over the whole mini-batch on all ranks, t
 
 Differs from the authors' code, whose intent ``variant = "authors"`` reproduces: the policy loss is not clipped,
 |logp - logp_old| stands in the place of the KL, and besides T_high only the k tokens of LOWEST Cov in T_low have
-beta_low, k = max(int(low_ratio N cov_ratio), 1) for both. Their run has ``beta_low = .05``, ``beta_high = .2`` and a
+beta_low, k = max(int(cov_ratio |T_low|), 1) for both, also where the two sets meet. Their run has ``beta_low = .05``, ``beta_high = .2`` and a
 KL to the reference of ``beta = .001`` on every token. (Their indexing gathers tokens by an integer mask, so
 their covariances belong to other tokens: not reproduced.)
 
@@ -84,13 +84,12 @@ class SENT(Selective):
         num_low = count_of(self.low_ratio, num_tokens)
         low = top_k(-stats.entropy, batch.mask, num_low, key, reduce)
         cov = covariance(stats.logprob, self.advantage(batch, stats, prepared), low, reduce)
-        if self.variant == "paper":
-            gentle, num_high = low, count_of(self.cov_ratio, num_low)
-        else:
-            num_high = count_of(self.low_ratio * self.cov_ratio, num_tokens)
-            gentle = top_k(-cov, low, num_high, key, reduce)
+        num_high = count_of(self.cov_ratio, num_low)
         high = top_k(cov, low, num_high, key, reduce)
-        return low, gentle, high
+        if self.variant == "paper":
+            return low, low, high
+        gentle = top_k(-cov, low, num_high, key, reduce)
+        return low, gentle, high & ~gentle
 
     def regulariser(self, batch: Batch, stats: TokenStats, prepared: Prepared) -> Tensor:
         if self.variant == "paper":

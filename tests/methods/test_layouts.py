@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron_ext.config.schema import Config, ImportanceConfig, ParallelConfig,
 from megatron_ext.methods.base import Needs
 from megatron_ext.metrics.glossary import Glossary
 from megatron_ext.model import architectures, build, hf_weights, parallel
-from megatron_ext.model.megatron_config import ModelLayout, ModelOptions
+from megatron_ext.model.megatron_config import ModelOptions
 from megatron_ext.model.trainable import TrainableModel
 from megatron_ext.train import mismatch
 from megatron_ext.train.step import Learner
@@ -37,11 +38,12 @@ TUNED: dict[str, dict[str, Any]] = {
 }
 CORRECTED = {f"grpo, {level} {mode}": (level, mode) for level in ("token", "sequence") for mode in ("truncate", "mask")}
 NAMES = [*OPTIONS, *CORRECTED]
-LAYOUTS = {  # tensor, data, context, budget of a micro-batch
-    "one": (1, 1, 1, 1000),
-    "tensor": (2, 1, 1, 130),
-    "data": (1, 2, 1, 80),
-    "context": (1, 1, 2, 130),
+LAYOUTS = {  # tensor, pipeline, data, context, budget of a micro-batch
+    "one": (1, 1, 1, 1, 1000),
+    "tensor": (2, 1, 1, 1, 130),
+    "pipeline": (1, 2, 1, 1, 130),
+    "data": (1, 1, 2, 1, 80),
+    "context": (1, 1, 1, 2, 130),
 }
 
 
@@ -58,18 +60,18 @@ def sampled_with(logprob: Tensor, episodes: list[Episode]) -> list[Episode]:
     ]
 
 
-def every_method(rank: int, world: int, path: str, layout: tuple[int, int, int, int]) -> dict[str, Any]:
+def every_method(rank: int, world: int, path: str, layout: tuple[int, int, int, int, int]) -> dict[str, Any]:
     """Metrics and whole gradients of one mini-batch of each method, as this rank sees them."""
-    tensor, data, context, budget = layout
+    tensor, pipeline, data, context, budget = layout
     cpu_compat.enter()
     config = Config(
-        parallel=ParallelConfig(ranks_per_node=world, tensor=tensor, context=context),
+        parallel=ParallelConfig(ranks_per_node=world, tensor=tensor, pipeline=pipeline, context=context),
         rollout=RolloutConfig(prompts=4, samples=4, max_response_tokens=12),
         train=TrainConfig(mini_batch_prompts=4, micro_batch_tokens=budget),
     )
     parallel.initialize(config.parallel)
     architecture = architectures.read_architecture(read_hf_config(path))
-    policy = build.build_policy(architecture, ModelLayout(tensor=tensor, context=context), ModelOptions(torch.float32))
+    policy = build.build_policy(architecture, parallel.model_layout(config.parallel), ModelOptions(torch.float32))
     hf_weights.load_weights(policy.modules[0], architecture, path)
     optimizer = build.build_optimizer(policy, lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.99, eps=1e-8, clip_grad=1.0)
     scheduler = build.build_scheduler(optimizer, lr=1e-3, warmup_steps=0, weight_decay=0.1)
@@ -110,15 +112,15 @@ def every_method(rank: int, world: int, path: str, layout: tuple[int, int, int, 
 def results() -> dict[str, list[dict[str, Any]]]:
     _, path = tiny.hf_model()
     return {
-        name: gloo.run(every_method, t * d * c, str(path), (t, d, c, b), timeout=200)
-        for name, (t, d, c, b) in LAYOUTS.items()
+        name: gloo.run(every_method, math.prod(layout[:4]), str(path), layout, timeout=200)
+        for name, layout in LAYOUTS.items()
     }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_layout_does_not_change_a_method(name: str, results: dict[str, list[dict[str, Any]]]) -> None:
     metrics, report, gradients = results["one"][0][name]
-    for layout in ("tensor", "data", "context"):
+    for layout in ("tensor", "pipeline", "data", "context"):
         for rank in results[layout]:
             other_metrics, other_report, other = rank[name]
             assert worst(other, {n: g.double() for n, g in gradients.items()}) < 1e-5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.methods.cases import OPTIONS, Case, clipped, close, entropy, run
 
@@ -35,17 +36,39 @@ def test_the_paper(case: Case) -> None:
     assert close(run(case, OPTIONS["sent"]), sequence_mean(case, per_token), case)
 
 
-def test_the_authors_code(case: Case) -> None:
-    low, tokens = tiers(case)
-    k = int(0.7 * 0.2 * len(tokens))
-    beta = torch.zeros(len(case.token), dtype=torch.float64)
-    beta[low[:k]] = 0.05
-    beta[low[-k:]] = 0.2
+def authors(case: Case, low_ratio: float, cov_ratio: float, beta_low: float, beta_high: float) -> Tensor:
+    """The loss of each token of ``compute_policy_loss_low_entropy_kl_cov_v2`` (github.com/zldscr0/SENT), ``[T]``, from
+    its equations, with covariances of the tokens themselves: theirs are of others, by an integer mask as an index."""
+    at = torch.tensor(case.tokens)
+    a, new, old = case.advantages()[at], case.logp(case.logits)[at], case.logp(case.old)[at]
+    size = max(1, int(len(at) * low_ratio))
+    low = entropy(case.logits).detach()[at].topk(size, largest=False).indices
+    cov = (a[low] - a[low].mean()) * (new.detach()[low] - new.detach()[low].mean())
+    k = max(1, int(size * cov_ratio))
+    own = -a * (new - old).exp()
+    for largest, beta in ((True, beta_high), (False, beta_low)):  # in this order: the second one stays
+        chosen = low[cov.topk(k, largest=largest).indices]
+        own = own.index_put((chosen,), (-a * (new - old).exp() + beta * (new - old).abs())[chosen])
+    return torch.zeros(len(case.token), dtype=torch.float64).index_put((at,), own)
+
+
+@pytest.mark.parametrize("cov_ratio", [0.2, 0.7])  # at the second one the two sets meet
+def test_the_authors_function_gives_the_same_number(cov_ratio: float, case: Case) -> None:
+    size = int(0.7 * len(case.tokens))
+    assert (2 * int(cov_ratio * size) > size) == (cov_ratio == 0.7)
     gap = case.logp(case.ref) - case.logp(case.logits)
-    moved = (case.logp(case.logits) - case.logp(case.old)).abs()
-    per_token = -case.advantages() * case.ratio + beta * moved + 0.001 * (gap.exp() - gap - 1)
-    options = {"variant": "authors", "beta_low": 0.05, "beta_high": 0.2, "beta": 0.001}
+    per_token = authors(case, 0.7, cov_ratio, 0.05, 0.2) + 0.001 * (gap.exp() - gap - 1)
+    options = {"variant": "authors", "beta_low": 0.05, "beta_high": 0.2, "beta": 0.001, "cov_ratio": cov_ratio}
     assert close(run(case, OPTIONS["sent"] | options), sequence_mean(case, per_token), case)
+
+
+@pytest.mark.parametrize(("low_ratio", "cov_ratio"), [(0.7, 0.2), (0.71, 0.45), (0.83, 0.22)])
+def test_the_high_tier_is_a_share_of_the_low_one(low_ratio: float, cov_ratio: float, case: Case) -> None:
+    """Of its whole number of tokens: 51 of 72 have 22, where .71 x .45 of 72 would be 23."""
+    for variant in ("paper", "authors"):
+        options = {"low_ratio": low_ratio, "cov_ratio": cov_ratio, "variant": variant}
+        coefficient = run(case, OPTIONS["sent"] | options).plans[0].token["coefficient"]
+        assert (coefficient == 2.0).sum() == int(cov_ratio * int(low_ratio * len(case.tokens)))
 
 
 def test_without_its_betas_it_is_grpo(case: Case) -> None:

@@ -30,13 +30,28 @@ MOVING = {  # options at which the state of step 1 is not that of a new method
 }
 
 
+VARIANTS = {  # of the authors' code, and others whose state moves at another place
+    "aec, authors": [
+        "method.target=9.0",
+        "method.c_max=0.5",
+        "method.c_0=0.1",
+        "method.measure=logprob",
+        "method.gate=previous",
+    ],
+    "entrocraft, authors": ["method.variant=authors", "reward.wrong=-1.0"],
+    "entropic, authors": ["method.target=1.0", "method.scope=micro_batch", "method.normaliser=high"],
+    "mai_clip, entropy": ["method.target=9.0", "method.measure=entropy"],
+    "siren, authors": ["method.coef=1.0", "method.scope=micro_batch", "method.nucleus=exclusive"],
+}
+
+
 def recipe(name: str) -> str:
     return f"{name}/{name}-tiny-cpu.toml"
 
 
-@pytest.mark.parametrize("name", methods.METHODS)
-def test_a_killed_method_goes_on_with_its_state(name: str, tmp_path: Path) -> None:
-    options = MOVING.get(name, [])
+@pytest.mark.parametrize("variant", [*methods.METHODS, *VARIANTS])
+def test_a_killed_method_goes_on_with_its_state(variant: str, tmp_path: Path) -> None:
+    name, options = variant.partition(",")[0], VARIANTS.get(variant) or MOVING.get(variant, [])
     assert whole_run.train(tmp_path / "whole", recipe(name), *options) == 0
     whole_run.train_and_die(tmp_path / "killed", recipe(name), *options, after=1)
     first = tmp_path / "killed" / "run" / "checkpoints" / "step_000001" / "state.pt"
