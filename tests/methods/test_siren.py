@@ -163,6 +163,39 @@ def test_the_authors_scope_has_a_square_per_micro_batch(case: Case) -> None:
     assert same_gradient(found.gradient, case, loss)
 
 
+def authors_entropy(logits: Tensor, p: float) -> Tensor:
+    """``efficient_top_p_sampling`` of the authors' actor (github.com/Linn3a/siren, dp_actor.py), from its equations:
+    the ranks before the first one at which the mass is p; their likeliest 10,000 tokens are all here."""
+    probs, order = logits.softmax(-1).sort(dim=-1, descending=True)
+    cutoff = torch.searchsorted(probs.detach().cumsum(-1), torch.full_like(probs[:, :1], p))
+    inside = torch.where(torch.arange(probs.shape[1]) < cutoff, probs, 0.0)
+    inside = inside / (inside.sum(-1, keepdim=True) + 1e-12)
+    return -(inside * (inside + 1e-12).log()).sum(-1)
+
+
+def authors_term(case: Case, h: Tensor, rows: list[int], tau: float) -> Tensor:
+    """What their actor takes the square of in a micro-batch of ``rows``: ``mask_by_quantile`` with >, then ``agg_loss``
+    in its mode seq-mean-token-mean, on padded tensors and by ``nanquantile``."""
+    value = case.padded(h)[rows]
+    real = case.padded(torch.ones(len(case.token), dtype=torch.float64))[rows].bool()
+    bound = torch.nanquantile(value.detach().masked_fill(~real, torch.nan), tau, dim=-1, keepdim=True)
+    peak = value.detach() > bound
+    return torch.where(peak, value, 0.0).sum(-1).div(peak.sum(-1).clamp(min=1)).mean()
+
+
+def test_the_authors_actor_has_the_same_gradient(case: Case) -> None:
+    h, before = authors_entropy(case.logits, 0.8), authors_entropy(case.old, 0.8)
+    first = authors_term(case, before, case.valid, 0.6).detach()
+    loss = policy(case)
+    for start in range(0, len(case.reward), 4):
+        own = [i for i in range(start, min(start + 4, len(case.reward))) if i in case.valid]
+        loss = loss + len(own) / len(case.valid) * 0.7 * (authors_term(case, h, own, 0.6) - first) ** 2
+    assert float((loss - policy(case)).abs()) > 1e-4
+    found = run(case, OPTIONS["siren"] | {"scope": "micro_batch", "nucleus": "exclusive"}, micro_batch=4)
+    assert same_gradient(found.gradient, case, loss)
+    assert found.methods[0].state_dict()["h_anchor"] == pytest.approx(float(first))
+
+
 def test_the_anchor_is_over_all_ranks(case: Case) -> None:
     one, [first, second] = run(case, OPTIONS["siren"]).methods[0], run(case, OPTIONS["siren"], shares=TWO_RANKS).methods
     assert first.state_dict() == second.state_dict() == pytest.approx(one.state_dict())
