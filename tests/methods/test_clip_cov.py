@@ -45,7 +45,10 @@ def test_tokens_already_clipped_are_not_drawn(case: Case) -> None:
 
 def test_a_share_of_each_micro_batch_is_drawn_in_the_authors_scope(case: Case) -> None:
     wide = ALL | {"r": 0.2, "w_low": -9.0, "w_high": 9.0}
-    parts = [[t for t in case.tokens if start <= int(case.sequence[t]) < start + 4] for start in range(0, 13, 4)]
+    parts = [
+        [t for t in case.tokens if start <= int(case.sequence[t]) < start + 4]
+        for start in range(0, len(case.reward), 4)
+    ]
     counts = [max(int(0.2 * len(part)), 1) for part in parts if part]
     assert sum(counts) < int(0.2 * len(case.tokens))
     found = run(case, wide | {"scope": "micro_batch"}, micro_batch=4)
