@@ -26,10 +26,15 @@ def with_surrogate(name: str, aggregation: str) -> dict[str, Any]:
     return OPTIONS[f"grpo, {name}"] | {"aggregation": aggregation}
 
 
+CLIPS = {"clip_low": 0.1, "clip_high": 0.2, "dual_clip": 1.3}
+CRITIC = {"gamma": 0.9, "lam": 0.8}
+VALUE_CLIP = 0.2
 RUNS: dict[str, dict[str, Any]] = {
     "clip_cov": OPTIONS["clip_cov"] | {"r": 1.0},
     "kl_cov": OPTIONS["kl_cov"],
-    "vanilla": {"name": "clip_higher", "clip_low": 0.1, "clip_high": 0.2, "dual_clip": 1.3},
+    "vanilla": {"name": "clip_higher", **CLIPS},
+    "vanilla, seq-mean": {"name": "grpo", "aggregation": BY_RESPONSE, **CLIPS},
+    "vanilla, dr_grpo": {"name": "dr_grpo", "aggregation": "seq-mean-token-sum-norm", **CLIPS},
     "gspo": with_surrogate("gspo", BY_RESPONSE),
     "gspo, token-mean": with_surrogate("gspo", BY_TOKEN),
     "sapo": with_surrogate("sapo", BY_RESPONSE),  # verl's function has no other aggregation
@@ -71,6 +76,41 @@ def config(options: dict[str, Any]) -> Any:
     )
 
 
+def estimates(case: Case) -> dict[str, Any]:
+    """Of the responses with a reward: group-relative advantages with and without the deviation, GAE whitened and its
+    returns, the value loss with its derivative, and the k3 estimate of the KL to the reference. ``[T]`` each."""
+    from verl.trainer.ppo import core_algos  # pyright: ignore[reportMissingImports]
+
+    rows = torch.tensor(case.valid)
+    mask = case.padded(torch.ones(len(case.token), dtype=torch.float64))[rows]
+    reward = torch.zeros_like(mask)
+    reward[torch.arange(len(rows)), case.lengths[rows] - 1] = case.reward[rows].double()
+    groups = case.group[rows].numpy()
+
+    def flat(padded: Tensor) -> list[float]:
+        return padded[mask.bool()].tolist()
+
+    relative = {
+        f"relative, {by_deviation}": flat(
+            core_algos.compute_grpo_outcome_advantage(reward, mask, groups, norm_adv_by_std_in_grpo=by_deviation)[0]
+        )
+        for by_deviation in (True, False)
+    }
+    before = case.padded(case.old_value)[rows]
+    whitened, returns = core_algos.compute_gae_advantage_return(reward, before, mask, **CRITIC)
+    value = case.value.detach().requires_grad_()
+    loss, _ = core_algos.compute_value_loss(case.padded(value)[rows], returns, before, mask, VALUE_CLIP)
+    [gradient] = torch.autograd.grad(loss, value)
+    k3 = core_algos.kl_penalty_forward(case.logp(case.logits), case.logp(case.ref), "low_var_kl").detach()
+    return {
+        **relative,
+        "whitened": flat(whitened),
+        "value loss": float(loss.detach()),
+        "value gradient": gradient.tolist(),
+        "k3": k3[case.tokens].tolist(),
+    }
+
+
 def record() -> dict[str, Any]:
     from verl.trainer.ppo.core_algos import get_policy_loss_fn  # pyright: ignore[reportMissingImports]
 
@@ -91,7 +131,8 @@ def record() -> dict[str, Any]:
         [gradient] = torch.autograd.grad(loss, logp)
         return {"loss": float(loss.detach()), "gradient": gradient.tolist()}
 
-    found = {name: numbers(name, case.advantages()) for name in RUNS}
+    found = {name: numbers(name, case.advantages(normalise=name != "vanilla, dr_grpo")) for name in RUNS}
+    found["estimates"] = estimates(case)
     return found | {f"{name}; advantages of tokens": numbers(name, token_advantages(case)) for name in SURROGATES}
 
 

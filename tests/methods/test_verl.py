@@ -12,9 +12,10 @@ from torch import Tensor
 
 from megatron_ext import methods
 from megatron_ext.methods.base import Prepared
+from megatron_ext.methods.grpo import k3
 from megatron_ext.types import TokenStats
 from tests.methods.cases import Case, batch, run
-from tests.methods.record_verl import BY_TOKEN, RECORD, RUNS, SURROGATES, token_advantages
+from tests.methods.record_verl import BY_TOKEN, CRITIC, RECORD, RUNS, SURROGATES, VALUE_CLIP, token_advantages
 
 
 def recorded(name: str) -> tuple[float, Tensor]:
@@ -45,6 +46,37 @@ def test_advantages_of_tokens_compose_as_in_verl(name: str) -> None:
     [found] = torch.autograd.grad(ours, logp)
     assert float(ours.detach()) == pytest.approx(loss, rel=1e-6)
     assert torch.allclose(found, derivative, rtol=1e-6, atol=1e-7 * float(derivative.abs().max()))
+
+
+def estimates(name: str) -> Tensor:
+    return torch.tensor(json.loads(RECORD.read_text())["estimates"][name], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_advantages_of_a_group_are_verls(normalise: bool) -> None:
+    """But for a group of one, which has its reward there and none here."""
+    case, method = Case(), methods.create({"name": "grpo", "normalise": normalise})
+    found, expected = batch(case, method).advantage[case.tokens], estimates(f"relative, {normalise}")
+    group = case.group[case.sequence[case.tokens]]
+    members = torch.bincount(case.group[case.valid])[group]
+    assert torch.allclose(found[members > 1].double(), expected[members > 1], rtol=1e-5, atol=1e-6)
+    alone = case.reward[case.sequence[case.tokens]][members == 1]
+    assert len(alone) and not found[members == 1].any()
+
+
+def test_the_critics_advantages_and_loss_are_verls() -> None:
+    case, options = Case(), {"name": "ppo", **CRITIC, "value_clip": VALUE_CLIP}
+    advantage = batch(case, methods.create(options)).advantage[case.tokens]
+    assert torch.allclose(advantage.double(), estimates("whitened"), rtol=1e-5, atol=1e-6)
+    found = run(case, options)
+    assert found.value_loss == pytest.approx(float(estimates("value loss")), rel=1e-6)
+    assert torch.allclose(found.value_gradient, estimates("value gradient"), rtol=1e-6, atol=1e-9)
+
+
+def test_the_kl_to_the_reference_is_verls() -> None:
+    case = Case()
+    found = k3(case.logp(case.logits), case.logp(case.ref))[case.tokens]
+    assert torch.allclose(found, estimates("k3"), rtol=1e-9, atol=1e-12)
 
 
 def test_every_part_of_the_recorded_losses_acts_on_the_case() -> None:
