@@ -17,6 +17,8 @@ With 8 responses and rho .2 only g = 0 and g = 1/8 have a bonus, and a group wit
 gradient is the bonus. At a fixed coefficient of .1 accuracy collapses in the paper's own trials (section 3). It states
 neither the responses per prompt nor the temperature of its training: the recipes take 8 and 1.
 
+No code of the authors was found.
+
 Ablations: ``allocate = false`` leaves C1 out (lambda = alpha everywhere), ``adapt = false`` leaves C2 and C3 out
 (alpha = alpha_0), the two together are a fixed coefficient.
 """

@@ -11,7 +11,7 @@ mean entropy of the token's own response (``switch = "response"``), or of the wh
 responses or in none (``switch = "batch"``).
 
 Scope. A response is never split, so its mean needs none. The batch mean is over the whole mini-batch on all ranks;
-``scope = "micro_batch"``: over each micro-batch.
+``scope = "micro_batch"``: over each micro-batch. The authors' repository (liushulinle/ULORL) holds no code.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ deviation, which favours problems that are nearly always or nearly never solved.
     A_i = R_i - mean(R of the group)
     L   = mean_i (1/C) sum_t max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)),  C = max_response_tokens
 
-The clip range .2 / .28 is SIREN's. verl's mode of the same name adds up responses where it should average;
-here it is the mean over the sequences of the mini-batch.
+The mean is over the sequences of the mini-batch, as in verl 0.9.1's mode of the same name (older copies of it add up
+responses). The clip range .2 / .28 is SIREN's.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ a constant. The paper's rewards are +-1; kappa is 2, alpha .4 on GRPO. SIREN's c
 
 On PPO (``entropy_advantage_ppo``) A is the whitened advantage of the critic (ppo.py) and alpha .1.
 
-There is no statistic: every split and layout gives the same loss.
+There is no statistic: every split and layout gives the same loss. No code of the authors was found.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ writes a sum over S where a mean stands here. Over a group of 8 responses of 204
 mean; the coefficient of .001, which the paper shares with the token-mean bonus of C.2, is taken to be a mean's.
 
 Scope. S is chosen from the whole mini-batch over all ranks, ties by the token's key (selection.py).
-``scope = "micro_batch"`` chooses from and averages over each micro-batch, as verl-based codes do.
+``scope = "micro_batch"`` chooses from and averages over each micro-batch, as verl-based codes do. In SENT's code it was
+not found.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from megatron_ext.methods.aec import AEC
 from megatron_ext.methods.base import Needs, OneRank
@@ -17,6 +18,12 @@ def case() -> Case:
 def test_the_loss_is_its_equation(case: Case) -> None:
     per_token = clipped(case.ratio, case.advantages(), 0.2, 0.2) - 0.3 * entropy(case.logits)
     assert close(run(case, OPTIONS["aec"]), per_token[case.tokens].mean(), case)
+
+
+def test_the_bonus_has_the_policy_losss_aggregation(case: Case) -> None:
+    per_token = clipped(case.ratio, case.advantages(), 0.2, 0.2) - 0.3 * entropy(case.logits)
+    loss = torch.stack([per_token[list(case.tokens_of(i))].mean() for i in case.valid]).mean()
+    assert close(run(case, OPTIONS["aec"] | {"aggregation": "seq-mean-token-mean"}), loss, case)
 
 
 def test_above_the_target_nothing_is_applied(case: Case) -> None:

@@ -32,6 +32,12 @@ def test_mastered_tokens_have_no_loss_and_stay_in_the_denominator(case: Case, na
     assert found.metrics["dmmpt/mastered"] == len(dropped) > 0
 
 
+def test_a_wrong_response_of_reward_minus_1_has_mastered_nothing(case: Case) -> None:
+    signed = Case(rewards=[[2 * reward - 1 for reward in group] for group in case.rewards])
+    found, same = (run(each, OPTIONS["dmmpt"]).metrics["dmmpt/mastered"] for each in (signed, case))
+    assert found == same > 0
+
+
 def test_the_switches_choose_different_tokens(case: Case) -> None:
     assert set(mastered(case, 1.2, batch_mean=False)) < set(mastered(case, 1.45, batch_mean=True))
     assert mastered(case, 1.2, batch_mean=True) == []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_ext import methods
 from megatron_ext.methods.base import OneRank
@@ -115,21 +117,35 @@ def test_the_authors_scope_moves_by_the_share_of_each_micro_batch_of_its_rank(ca
     assert [m.state_dict()["integral"] for m in found.methods] == pytest.approx(integrals)
 
 
-def test_the_authors_term_is_a_mean_over_each_micro_batchs_likely_tokens(case: Case) -> None:
-    """Each micro-batch counts by its responses, and by what it measured itself."""
-    a, r, logp, h = case.advantages(), case.ratio, case.logp(case.logits), entropy(case.logits)
-    expected = clipped(r, a, 0.2, 0.2)[case.tokens].mean()
-    shares = []
+def authors(case: Case, rows: list[int], alpha: float, *, threshold: float, c: float) -> Tensor:
+    """``compute_policy_loss_entropic`` (github.com/yk7333/EntroPIC, core_algos.py) of one micro-batch, from its
+    equations: verl's clipped loss with its dual clip, and alpha times the mean of -r |A| over the likely tokens."""
+    at = [t for i in rows for t in case.tokens_of(i)]
+    a, logp, r = case.advantages()[at], case.logp(case.logits)[at], case.ratio[at]
+    loss = torch.maximum(-a * r, -a * r.clamp(1 - 0.2, 1 + 0.2))
+    loss = torch.where(a < 0, torch.minimum(-a * c, loss), loss)
+    likely = logp > math.log(threshold)
+    return loss.mean() + alpha * (-r * a.abs())[likely].mean()
+
+
+def test_the_authors_function_gives_the_same_number_in_each_micro_batch(case: Case) -> None:
+    """Its alpha is of what it measured and of the errors before it; its part of the responses weighs its control term,
+    as it does its error in the integral."""
+    integral, expected, alphas = 0.0, torch.zeros((), dtype=torch.float64), []
     for start in range(0, len(case.reward), 4):
         rows = [i for i in case.valid if start <= i < start + 4]
         own = [t for i in rows for t in case.tokens_of(i)]
-        high = [t for t in own if logp[t].exp() > 0.6]
-        alpha = max(-1.0, min(1.0, float(h[own].mean()) - 0.8))
-        shares.append(len(rows) / len(case.valid))
-        expected = expected - alpha * shares[-1] * (r * a.abs())[high].mean()
-    assert len(set(shares)) > 1
-    options = OPTIONS["entropic, authors"] | {"scope": "micro_batch", "k_i": 0.0}
-    assert close(run(case, options, micro_batch=4), expected, case)
+        error, share = float(entropy(case.logits)[own].mean()) - 0.8, len(rows) / len(case.valid)
+        alphas.append(max(-1.0, min(1.0, error + 0.5 * integral)))
+        integral += error * share
+        plain = authors(case, rows, 0.0, threshold=0.6, c=1.3)
+        control = authors(case, rows, alphas[-1], threshold=0.6, c=1.3) - plain
+        expected = expected + plain * len(own) / len(case.tokens) + control * share
+    assert len({round(alpha, 6) for alpha in alphas}) == len(alphas) > 3 and max(map(abs, alphas)) > 0.3
+    options = {"scope": "micro_batch", "k_i": 0.5, "dual_clip": 1.3}
+    found = run(case, OPTIONS["entropic, authors"] | options, micro_batch=4)
+    assert close(found, expected, case)
+    assert found.methods[0].state_dict()["integral"] == pytest.approx(integral)
 
 
 def eight_responses(entropies: tuple[float, ...]) -> tuple[Batch, TokenStats]:

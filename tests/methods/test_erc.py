@@ -31,6 +31,15 @@ def test_stopped_tokens_keep_their_value_and_have_no_gradient(case: Case) -> Non
     assert found.metrics["erc/stopped"] == len(stopped)
 
 
+def test_a_token_that_is_certain_before_and_after_is_not_stopped() -> None:
+    """0 over 0 is 1, as in the authors' function."""
+    certain = Case()
+    peak = 1e4 * torch.nn.functional.one_hot(certain.token, certain.logits.shape[1]).double()
+    certain.old, certain.logits = peak, peak.clone().requires_grad_()
+    assert not entropy(certain.logits).any()
+    assert run(certain, OPTIONS["erc"]).metrics["erc/stopped"] == 0
+
+
 def test_where_the_policy_has_not_moved_nothing_is_stopped() -> None:
     still = Case()
     still.old = still.logits.detach().clone()

@@ -52,6 +52,11 @@ def test_of_right_and_wrong_the_baseline_is_a_threshold_on_accuracy(k: float) ->
             assert (found == expected).all(), (size, right)
 
 
+def test_without_the_deviation_it_is_the_distance_to_the_baseline() -> None:
+    reward, group = torch.tensor([1.0, 0.0, 0.0, 0.5]), torch.zeros(4, dtype=torch.int64)
+    assert QAE(normalise=False).advantages(reward, group).tolist() == [1.0, 0.0, 0.0, 0.5]
+
+
 def test_hard_problems_learn_from_successes_and_easy_ones_from_failures() -> None:
     hard, easy = [1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]
     advantage = QAE().advantages(torch.tensor(hard + easy), torch.tensor([0] * 4 + [1] * 4))
