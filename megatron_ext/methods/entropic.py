@@ -20,9 +20,10 @@ responses, without the present error in the integral S and without anti-windup:
 
     alpha = clip( k_p (H - target) + k_i S, -1, 1 ),  then  S <- S + (H - target) m / M
 
-Their loss has verl's dual clip, ``dual_clip = 3``. There each rank keeps its S for ever; here all go on, after each mini-batch, with that of the first data-parallel
-rank's last pipeline stage, which the checkpoint holds. And ``importance.mode`` weighs both forms alike, which are
-two ways to write one loss; the authors leave the control term of the second unweighed.
+Their loss has verl's dual clip, ``dual_clip = 3``. There each rank keeps its S for ever; here all go on, after each
+mini-batch, with that of the first data-parallel rank's last pipeline stage, which the checkpoint holds. And
+``importance.mode`` weighs both forms alike, which are two ways to write one loss; the authors leave the control term of
+the second unweighed.
 
 ``k_i = 0`` is P control; ``k_p = k_i = 0`` switches the control off and leaves GRPO. The paper's targets: .1 at
 temperature .6, .3 at 1, .4 for reasoning models.
