@@ -18,11 +18,11 @@ optimizer, and the model that it starts from as its reference.
 Scope. T_low, T_high and the means are over the whole mini-batch on all ranks, ties by the token's key
 (selection.py); ``scope = "micro_batch"``: over each micro-batch, as in the authors' code.
 
-Differs from the authors' code, whose intent ``variant = "authors"`` reproduces: the policy loss is not clipped, |logp -
-logp_old| stands in the place of the KL, and besides T_high only the k tokens of LOWEST Cov in T_low have beta_low, k =
-max(int(cov_ratio |T_low|), 1) for both, also where the two sets meet. Their run has ``beta_low = .05``, ``beta_high =
-.2`` and a KL to the reference of ``beta = .001`` on every token. (Their indexing gathers tokens by an integer mask, so
-their covariances belong to other tokens: not reproduced.)
+Differs from the authors' code, whose intent ``variant = "authors"`` reproduces: the policy loss is not clipped,
+|logp - logp_old| stands in the place of the KL, and besides T_high only the k tokens of LOWEST Cov in T_low have
+beta_low, k = max(int(cov_ratio |T_low|), 1) for both, also where the two sets meet. Their run has ``beta_low = .05``,
+``beta_high = .2`` and a KL to the reference of ``beta = .001`` on every token. (Their indexing gathers tokens by an
+integer mask, so their covariances belong to other tokens: not reproduced.)
 
 Ablations: ``beta_high = beta_low`` removes the covariance tier, both 0 the token part.
 """
