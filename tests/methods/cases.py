@@ -70,7 +70,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dmmpt, batch": {"name": "dmmpt", "tau": 0.7, "sigma": 1.45, "switch": "batch"},
     "siren": {"name": "siren", "coef": 0.7, "tau": 0.6},
     "siren, authors": {"name": "siren", "coef": 0.7, "tau": 0.3, "nucleus": "exclusive"},
+    "siren, every token": {"name": "siren", "coef": 0.7, "top_p_mask": False, "peak_mask": False},
+    "siren, bonus": {"name": "siren", "coef": 0.7, "tau": 0.6, "anchor": False},
     "aer": {"name": "aer", "alpha_0": 0.4, "rho": 0.6},
+    "aer, everywhere": {"name": "aer", "alpha_0": 0.3, "target": 9.0, "allocate": False},
+    "aer, unsolved": {"name": "aer", "alpha_0": 0.3, "target": 9.0, "rho": 0.0, "adapt": False},
     "entropy_advantage": {"name": "entropy_advantage"},
     "entropy_advantage_ppo": {"name": "entropy_advantage_ppo"},
     "entropy_advantage, gspo": {

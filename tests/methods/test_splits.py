@@ -8,8 +8,9 @@ import torch
 from megatron_ext import methods
 from tests.methods.cases import OPTIONS, TWO_RANKS, WHOLE, Case, Result, run
 
-# a method that chooses within responses only, which are never split, is the same in every scope
-SCOPED = [n for n, options in OPTIONS.items() if hasattr(methods.create(options), "scope") and n != "dmmpt"]
+# within responses only, which are never split, or by a mean alone, without a square: the same in every scope
+UNSCOPED = ("dmmpt", "siren, bonus")
+SCOPED = [n for n, options in OPTIONS.items() if hasattr(methods.create(options), "scope") and n not in UNSCOPED]
 
 
 @pytest.fixture(scope="module")
