@@ -125,6 +125,11 @@ def options_of_function(function: Callable[..., Any]) -> dict[str, Option]:
     }
 
 
+def _expected(message: str) -> str:
+    """Of pydantic's message what was expected, in a recipe's words."""
+    return message.removeprefix("Input should be ").replace("a valid dictionary", "a table")
+
+
 def check_options(given: Mapping[str, Any], known: Mapping[str, Option], *, section: str, owner: str) -> None:
     """Raise ValueError, a line for each fault, unless ``given`` are options of ``owner`` and of their types.
 
@@ -154,7 +159,7 @@ def check_options(given: Mapping[str, Any], known: Mapping[str, Option], *, sect
             elif fault["type"] == "missing" and name not in given:
                 lines.append(f"{section}.{name}: missing; {owner} has no default for it")
             else:
-                expected.setdefault(name, []).append(fault["msg"].removeprefix("Input should be "))
+                expected.setdefault(name, []).append(_expected(fault["msg"]))
         lines += [
             f"{section}.{name}: found {given[name]!r}, expected {' or '.join(all_)}" for name, all_ in expected.items()
         ]

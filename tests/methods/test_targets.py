@@ -180,7 +180,7 @@ LINEAR = {"kind": "linear", "start": 0.6, "end": 0.2, "steps": 10}
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": "high"}, "method.target: found 'high', expected a valid number or a valid dictionary"),
+        ({"target": "high"}, "method.target: found 'high', expected a valid number or a table"),
         ({"target": {"start": 0.3}}, "method.target.kind: missing; a schedule has no default for it"),
         ({"target": LINEAR | {"kind": "exp"}}, "method.target.kind: found 'exp', expected 'constant', 'linear'"),
         ({"target": LINEAR | {"stesp": 3}}, "method.target.stesp: a schedule has no such option; did you mean steps?"),
